@@ -1,0 +1,1 @@
+"""Run from a clone: see README.md."""

@@ -1,0 +1,181 @@
+"""The one lifecycle of every backend: open, infer, close."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from efficientface_deploy.errors import BackendError, ImageError
+from efficientface_deploy.preprocess import Float32Array, UInt8Array
+from efficientface_deploy.spec import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """How a backend should run.
+
+    Attributes:
+        device: Part of the backend's name after the colon (``cpu``, ``cuda``, ...), or empty for
+            the backend's default.
+        threads: CPU threads for one inference; None leaves the choice to the library.
+    """
+
+    device: str = ""
+    threads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a network says about a batch.
+
+    Attributes:
+        logits: float32 (N, C).
+        probabilities: float32 (N, C), rows sum to one.
+    """
+
+    logits: Float32Array
+    probabilities: Float32Array
+
+
+class Backend(abc.ABC):
+    """A loaded model on one device.
+
+    A subclass implements ``_open``, ``_infer`` and ``_close``; this class owns the order of calls,
+    every check of the input, and the splitting of batches that are larger than the model takes.
+    No library is imported and no device touched before :meth:`open`.
+
+    Args:
+        path: The model file.
+        options: Device and threads.
+
+    Attributes:
+        name: What ran, e.g. ``onnx:cpu``; known once open.
+        spec: The model's ModelSpec; known once open.
+        provenance: How the artifact was made; known once open.
+        max_batch: Largest batch of one call into the library; None when there is no limit.
+    """
+
+    name: str = ""
+    max_batch: int | None = None
+
+    def __init__(self, path: Path, options: BackendOptions) -> None:
+        self.path = path
+        self.options = options
+        self.spec: ModelSpec
+        self.provenance: dict[str, Any] = {}
+        self._is_open = False
+        # Guards open and close; a subclass whose library is not thread-safe locks in _infer.
+        self._lifecycle = threading.Lock()
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Import the library, load the file, set spec, provenance, name and max_batch."""
+
+    @abc.abstractmethod
+    def _infer(self, images: UInt8Array) -> Output:
+        """Run one checked, contiguous, non-empty batch of at most ``max_batch`` images."""
+
+    @abc.abstractmethod
+    def _close(self) -> None:
+        """Free what ``_open`` took."""
+
+    def open(self) -> None:
+        """Load the model; a second call does nothing.
+
+        Raises:
+            EfficientFaceError: The file or the machine does not allow it.
+        """
+        with self._lifecycle:
+            if not self._is_open:
+                self._open()
+                self._is_open = True
+
+    def close(self) -> None:
+        """Free the model; a second call does nothing."""
+        with self._lifecycle:
+            if self._is_open:
+                self._is_open = False
+                self._close()
+
+    def infer(self, images: npt.NDArray[Any]) -> Output:
+        """Run a batch.
+
+        Args:
+            images: uint8 (N, S, S, 3), RGB, as :func:`preprocess.to_model_input` makes them; N may
+                be zero or larger than ``max_batch``.
+
+        Returns:
+            Logits and probabilities, float32 (N, C).
+
+        Raises:
+            ImageError: Another type or shape.
+            BackendError: The backend is closed, or the network's output is not finite.
+        """
+        if not self._is_open:
+            raise BackendError(
+                self.path.name,
+                expected="an open backend",
+                found="a closed one",
+                fix="load the model again; close() is final",
+            )
+        self._check_input(images)
+        if len(images) == 0:
+            empty = np.zeros((0, self.spec.num_classes), dtype=np.float32)
+            return Output(empty, empty.copy())
+        images = np.ascontiguousarray(images)
+        step = self.max_batch or len(images)
+        parts = [self._infer(images[at : at + step]) for at in range(0, len(images), step)]
+        output = parts[0]
+        if len(parts) > 1:
+            logits = np.concatenate([part.logits for part in parts])
+            probabilities = np.concatenate([part.probabilities for part in parts])
+            output = Output(logits, probabilities)
+        self._check_output(output)
+        return output
+
+    def _check_input(self, images: npt.NDArray[Any]) -> None:
+        side = self.spec.input_size
+        shape = (side, side, 3)
+        found = f"{getattr(images, 'dtype', type(images).__name__)}"
+        found += f" of shape {getattr(images, 'shape', 'unknown')}"
+        valid = (
+            isinstance(images, np.ndarray)
+            and images.dtype == np.uint8
+            and images.ndim == 4
+            and images.shape[1:] == shape
+        )
+        if not valid:
+            raise ImageError(
+                "batch",
+                expected=f"uint8 array of shape (N, {side}, {side}, 3)",
+                found=found,
+                fix="make it with Predictor.preprocess, or call the predictor with the image",
+            )
+
+    def _check_output(self, output: Output) -> None:
+        if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
+            raise BackendError(
+                self.path.name,
+                expected="finite outputs",
+                found="NaN or infinity",
+                fix="export the model again in a higher precision (--precision fp32)",
+            )
+
+    def __enter__(self) -> Backend:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,47 @@
+"""PyTorch: the checkpoint itself, as the reference that every other backend is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
+from efficientface_deploy.backends.base import Backend, Output
+from efficientface_deploy.errors import BackendError
+from efficientface_deploy.models import load_checkpoint
+from efficientface_deploy.preprocess import UInt8Array, normalise
+
+
+class TorchBackend(Backend):
+    """Runs ``*.safetensors`` and published ``*.pth.tar`` files in eager mode, float32.
+
+    ``threads`` sets PyTorch's thread count, which is one for the whole process.
+    """
+
+    def _open(self) -> None:
+        device = self.options.device or "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                "backend torch:cuda",
+                expected="a CUDA device",
+                found="none",
+                fix="choose torch:cpu, or install PyTorch for CUDA and its driver",
+            )
+        model, self.spec = load_checkpoint(self.path)
+        if self.path.suffix == ".safetensors":
+            metadata = read_safetensors_metadata(self.path)
+            self.provenance = provenance_from_metadata(metadata, self.path)
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+        self._device = torch.device(device)
+        self._model = model.to(self._device)
+        self.name = f"torch:{device}"
+
+    def _infer(self, images: UInt8Array) -> Output:
+        batch = torch.from_numpy(normalise(images, self.spec)).to(self._device)  # (N, 3, S, S)
+        with torch.inference_mode():
+            logits = self._model(batch)  # (N, C)
+            probabilities = logits.softmax(dim=1)
+        return Output(logits.cpu().numpy(), probabilities.cpu().numpy())
+
+    def _close(self) -> None:
+        del self._model

@@ -1,0 +1,184 @@
+"""One frozen dataclass per command, mapped to argparse, and one way for a command to end.
+
+A field becomes an option: ``input_size: int`` is ``--input-size N``; a ``bool`` that is False by
+default is a switch; a tuple takes several values; ``option(positional=True)`` has no dashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from efficientface_deploy.errors import ConfigError, EfficientFaceError
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    minimum: float | None = None,
+) -> Any:
+    """Declare a dataclass field as a command-line option.
+
+    Args:
+        default: Value when the option is absent; without one the option is required.
+        help: One line for ``--help``.
+        choices: Accepted values.
+        metavar: Name of the value in ``--help``.
+        positional: True for an argument without dashes.
+        minimum: Smallest accepted number.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "metavar": metavar,
+        "positional": positional,
+        "minimum": minimum,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_config(
+    config_class: type[Config], argv: Sequence[str] | None, *, prog: str, description: str
+) -> Config:
+    """Parse a command line into a config dataclass.
+
+    Args:
+        config_class: A dataclass whose fields were made by :func:`option`.
+        argv: Arguments without the program's name; None reads ``sys.argv``.
+        prog: Name in the usage line.
+        description: First paragraph of ``--help``.
+
+    Returns:
+        An instance of ``config_class``.
+    """
+    parser = _OneLineParser(prog=prog, description=description)
+    add_options(parser, config_class)
+    return config_from(config_class, parser.parse_args(argv))
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
+    """Add one option per field of ``config_class`` to ``parser`` (for sub-commands)."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        names, keywords = _argument(field, hints[field.name])
+        parser.add_argument(*names, **keywords)
+
+
+def config_from(config_class: type[Config], namespace: argparse.Namespace) -> Config:
+    """Make the config from parsed arguments; reports a number below its minimum.
+
+    Raises:
+        ConfigError: A number is below the minimum that its option states.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        value = getattr(namespace, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+        minimum = field.metadata.get("minimum")
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if minimum is not None and number is not None and not number >= minimum:
+                name = _option_name(field)
+                raise ConfigError(
+                    name,
+                    expected=f"at least {minimum}",
+                    found=str(number),
+                    fix=f"give {name} a larger value",
+                )
+    return config_class(**values)
+
+
+def _option_name(field: dataclasses.Field[Any]) -> str:
+    if field.metadata.get("positional"):
+        return field.name
+    return "--" + field.name.rstrip("_").replace("_", "-")
+
+
+def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict[str, Any]]:
+    """Translate one dataclass field into the arguments of ``add_argument``."""
+    metadata = field.metadata
+    required = field.default is dataclasses.MISSING
+    keywords: dict[str, Any] = {"help": metadata["help"].replace("%", "%%")}
+    if not required:
+        keywords["default"] = field.default
+        if field.default not in (None, False, (), True):
+            keywords["help"] += " (default: %(default)s)"
+
+    kind, several = _element_type(hint)
+    if kind is bool:
+        if field.default is False:
+            keywords["action"] = "store_true"
+        else:
+            keywords["action"] = argparse.BooleanOptionalAction
+    else:
+        keywords["type"] = kind
+        if metadata["choices"]:
+            keywords["choices"] = list(metadata["choices"])
+        if metadata["metavar"]:
+            keywords["metavar"] = metadata["metavar"]
+        if several:
+            keywords["nargs"] = "*" if not required else "+"
+
+    if metadata["positional"]:
+        if not several and not required:
+            keywords["nargs"] = "?"
+        return [field.name], keywords
+    if required:
+        keywords["required"] = True
+    keywords["dest"] = field.name
+    return [_option_name(field)], keywords
+
+
+def _element_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
+    """Reduce ``T``, ``T | None`` and ``tuple[T, ...]`` to (T, takes several values)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line: what is wrong and where to look."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a command to its exit code: 0 done, 1 failed verification, 2 bad input, 130 interrupt.
+
+    An expected error is printed as one line on standard error, never as a traceback.
+    """
+    try:
+        code = main() or 0
+    except EfficientFaceError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) went away: no error of ours, and nothing more to say to it.
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        # A full disk, a missing permission: the system's own words say what to mend.
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

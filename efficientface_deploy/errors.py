@@ -1,0 +1,71 @@
+"""Errors of the toolkit: each says what was expected, what was found, and how to mend it."""
+
+from __future__ import annotations
+
+
+class EfficientFaceError(Exception):
+    """Base of every error that the toolkit raises on purpose; the command line exits 2 on it.
+
+    Args:
+        subject: What the error is about: a file, an option, a backend.
+        expected: What should have been there.
+        found: What was there instead.
+        fix: What the user can do about it, as an instruction.
+    """
+
+    exit_code = 2
+
+    def __init__(self, subject: object, *, expected: str, found: str, fix: str) -> None:
+        self.subject = str(subject)
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        super().__init__(f"{subject}: expected {expected}, found {found}; {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception pickles positional arguments only; data-loader workers send errors by pickle.
+        return _rebuild, (type(self), self.subject, self.expected, self.found, self.fix)
+
+
+def _rebuild(
+    cls: type[EfficientFaceError], subject: str, expected: str, found: str, fix: str
+) -> EfficientFaceError:
+    return cls(subject, expected=expected, found=found, fix=fix)
+
+
+class ConfigError(EfficientFaceError):
+    """An option or an argument has a value that cannot be used."""
+
+
+class SpecError(EfficientFaceError):
+    """A ModelSpec is missing, malformed, or of a schema that this version does not know."""
+
+
+class ImageError(EfficientFaceError):
+    """An image cannot be read or is not what the runtime accepts."""
+
+
+class DatasetError(EfficientFaceError):
+    """A prepared data set is missing, empty or inconsistent."""
+
+
+class CheckpointError(EfficientFaceError):
+    """A training checkpoint cannot be used: unreadable, of another network, or not finite."""
+
+
+class ArtifactError(EfficientFaceError):
+    """An exported file cannot be used: unreadable, foreign, tampered with, or built elsewhere."""
+
+
+class BackendError(EfficientFaceError):
+    """A backend is unknown, not installed, or not able to do what was asked on this machine."""
+
+
+class ExportError(EfficientFaceError):
+    """An export could not deliver what was asked for."""
+
+
+class VerificationError(EfficientFaceError):
+    """An artifact was built but does not compute what the reference computes; exits 1."""
+
+    exit_code = 1

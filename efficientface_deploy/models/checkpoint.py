@@ -1,0 +1,308 @@
+"""Weights from disk and to disk: our safetensors, and the published ``.pth.tar`` files.
+
+Nothing in a file is ever executed: safetensors holds only numbers, and a ``.pth.tar`` is read by
+PyTorch's restricted unpickler.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from efficientface_deploy.artifact import (
+    PROVENANCE_KEY,
+    SPEC_KEY,
+    atomic_path,
+    require_file,
+    spec_from_metadata,
+)
+from efficientface_deploy.errors import CheckpointError
+from efficientface_deploy.models.efficientface import EfficientFace
+from efficientface_deploy.models.ldg import LabelDistributionGenerator
+from efficientface_deploy.spec import ModelSpec, preset
+
+logger = logging.getLogger(__name__)
+
+TORCH_SUFFIXES = (".tar", ".pth", ".pt")
+
+_LDG_PREFIX = "backbone."
+_FIX = "give a checkpoint of EfficientFace or of an LDG (ResNet-18 or ResNet-50)"
+
+
+def build_model(architecture: str, num_classes: int) -> nn.Module:
+    """A network with fresh weights.
+
+    Args:
+        architecture: As in :class:`ModelSpec`.
+        num_classes: Width of the logits.
+    """
+    if architecture == "efficientface":
+        return EfficientFace(num_classes)
+    return LabelDistributionGenerator(num_classes, architecture)
+
+
+def load_checkpoint(path: str | Path, preset: str | None = None) -> tuple[nn.Module, ModelSpec]:
+    """Load a network in evaluation mode, with the spec that says what its outputs mean.
+
+    Args:
+        path: ``*.safetensors`` of ours, or a published ``*.pth.tar`` (a dictionary with
+            ``state_dict``, with or without the ``module.`` prefix of DataParallel).
+        preset: What a published checkpoint was trained on, since it does not say so itself; None
+            gives a spec with numbered labels, as many as the head has, and RAF-DB's
+            normalisation. Our own files carry their spec; a preset that contradicts it is an
+            error.
+
+    Returns:
+        The network and its spec.
+
+    Raises:
+        CheckpointError: The file is unreadable, truncated, of another network, not finite, or its
+            head does not fit the labels.
+    """
+    path = Path(path)
+    state, own_spec = read_weights(path)
+    architecture = identify_architecture(state, path)
+    spec = _resolve_spec(own_spec, preset, architecture, len(state["fc.weight"]), path)
+    model = build_model(architecture, spec.num_classes)
+    _load_state(model, state, path)
+    return model.eval(), spec
+
+
+def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
+    """Start a network from a checkpoint of the same architecture.
+
+    The head is taken only from a file of ours whose labels are the same; that of weights
+    pre-trained on something else (MS-Celeb-1M: 12,666 identities) stays as it was made anew. Which
+    of the two happened is logged.
+
+    Args:
+        model: Network with fresh weights, changed in place.
+        spec: Its spec.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint`, or another architecture.
+    """
+    path = Path(path)
+    state, own_spec = read_weights(path)
+    architecture = identify_architecture(state, path)
+    if architecture != spec.architecture:
+        raise CheckpointError(
+            path,
+            expected=f"weights of {spec.architecture}",
+            found=f"weights of {architecture}",
+            fix="give a checkpoint of the network that is trained",
+        )
+    if own_spec is None or own_spec.labels != spec.labels:
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        logger.info("%s: took the backbone; the head starts anew", path)
+    else:
+        logger.info("%s: took backbone and head", path)
+    _load_state(model, state, path, head_required=False)
+
+
+def save_checkpoint(
+    path: str | Path, model: nn.Module, spec: ModelSpec, provenance: str = "{}"
+) -> None:
+    """Write weights with their spec as safetensors, atomically.
+
+    Args:
+        path: Target, ``*.safetensors``.
+        model: EfficientFace or an LDG.
+        spec: Its spec.
+        provenance: JSON text about how it was made.
+    """
+    state = {
+        key.removeprefix(_LDG_PREFIX): value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: provenance}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata=metadata)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
+    """Read tensors by name, prefixes of wrappers removed, and the spec where the file has one.
+
+    Raises:
+        CheckpointError: The file is missing, of another kind, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(path, expected="a checkpoint", found=found, fix="check the path")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path), None
+    raise CheckpointError(
+        path,
+        expected="a .safetensors or .pth.tar file",
+        found=f"suffix {path.suffix or 'none'}",
+        fix="rename it if it is one of these, or give another file",
+    )
+
+
+def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
+    """Tell EfficientFace, ResNet-18 and ResNet-50 apart by their parameter names.
+
+    Raises:
+        CheckpointError: It is none of them.
+    """
+    if {"local.conv1_1.weight", "modulator.channel_att.gate_c.gate_c_fc_0.weight"} <= set(state):
+        architecture = "efficientface"
+    elif "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
+        architecture = "resnet50"
+    elif "layer4.1.conv2.weight" in state and "layer1.0.conv3.weight" not in state:
+        architecture = "resnet18"
+    else:
+        architecture = ""
+    head = state.get("fc.weight")
+    if not architecture or head is None or head.ndim != 2 or len(head) < 2:
+        first = ", ".join(list(state)[:3]) or "no tensors"
+        raise CheckpointError(
+            path,
+            expected="weights of EfficientFace, ResNet-18 or ResNet-50",
+            found=f"another network ({first}, ...)",
+            fix=_FIX,
+        )
+    return architecture
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
+    require_file(path, "a safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            path,
+            expected="a complete safetensors file",
+            found=f"a damaged one ({error})",
+            fix="copy it again, or train it again",
+        ) from None
+    spec = spec_from_metadata(metadata, path) if SPEC_KEY in metadata else None
+    return state, spec
+
+
+class _Inert:
+    """Stands in for every class that a published checkpoint names, and does nothing.
+
+    The published training script pickled its metric recorder beside the weights. The restricted
+    unpickler would refuse the whole file; with this in the class's place the weights can be read
+    while none of the file's code is ever looked up.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        placeholders: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in foreign]
+        with torch.serialization.safe_globals(placeholders):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
+        detail = " ".join(str(error).split())[:100] or type(error).__name__
+        raise CheckpointError(
+            path,
+            expected="a PyTorch checkpoint (a zip archive; never unpack a .pth.tar)",
+            found=f"a damaged or foreign file ({detail})",
+            fix="download it again",
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            path,
+            expected="a dictionary with state_dict",
+            found=type(content).__name__,
+            fix=_FIX,
+        )
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {str(key).removeprefix("module."): value for key, value in tensors.items()}
+
+
+def _resolve_spec(
+    own: ModelSpec | None, preset_name: str | None, architecture: str, classes: int, path: Path
+) -> ModelSpec:
+    if own is not None:
+        if (own.architecture, own.num_classes) != (architecture, classes):
+            raise CheckpointError(
+                path,
+                expected=f"{own.architecture} with {own.num_classes} classes, as its spec says",
+                found=f"{architecture} with {classes}",
+                fix="the file was changed after it was written; get the original",
+            )
+        if preset_name is not None and preset(preset_name).labels != own.labels:
+            raise CheckpointError(
+                path,
+                expected=f"labels {', '.join(own.labels)}, as its spec says",
+                found=f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
+                fix="leave the preset out",
+            )
+        return own
+    if preset_name is None:
+        labels = tuple(f"class {index}" for index in range(classes))
+        return preset("rafdb").replace(labels=labels, architecture=architecture, name=path.name)
+    wanted = preset(preset_name)
+    if wanted.num_classes != classes:
+        raise CheckpointError(
+            path,
+            expected=f"a head of {wanted.num_classes} classes for preset {preset_name}",
+            found=f"{classes} classes",
+            fix="choose the preset that it was trained with; to train on from it, give it as "
+            "--init to training.student or training.teacher",
+        )
+    return wanted.replace(architecture=architecture)
+
+
+def _load_state(
+    model: nn.Module, state: dict[str, Tensor], path: Path, *, head_required: bool = True
+) -> None:
+    prefix = "" if isinstance(model, EfficientFace) else _LDG_PREFIX
+    own = model.state_dict()
+    state = {prefix + key: value for key, value in state.items()}
+
+    wrong = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    unknown = [f"unknown {key}" for key in state if key not in own]
+    # Old checkpoints do not count batches; nothing at inference reads the count.
+    missing = [
+        f"no {key}"
+        for key in own
+        if key not in state
+        and not key.endswith("num_batches_tracked")
+        and (head_required or not key.startswith(prefix + "fc."))
+    ]
+    if problems := wrong + unknown + missing:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(
+            path,
+            expected=f"all weights of {type(model).__name__}",
+            found=problems[0] + more,
+            fix=_FIX,
+        )
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                path,
+                expected="finite weights",
+                found=f"NaN or infinity in {key.removeprefix(prefix)}",
+                fix="take a checkpoint from before the training diverged",
+            )
+    model.load_state_dict({**own, **state})

@@ -1,0 +1,47 @@
+"""The label distribution generator: a ResNet whose softmax teaches the student."""
+
+from __future__ import annotations
+
+import torchvision
+from torch import Tensor, nn
+
+from efficientface_deploy.errors import ConfigError
+
+BACKBONES = ("resnet18", "resnet50")
+
+
+class LabelDistributionGenerator(nn.Module):
+    """torchvision's ResNet-18 or -50 with a head for expressions (section 3.3 of the paper).
+
+    State-dict keys are torchvision's own, as in the published LDG checkpoints.
+
+    Args:
+        num_classes: Width of the logits.
+        architecture: ``resnet18`` or ``resnet50`` (the published choice).
+
+    Raises:
+        ConfigError: Another architecture.
+    """
+
+    def __init__(self, num_classes: int = 7, architecture: str = "resnet50") -> None:
+        super().__init__()
+        if architecture not in BACKBONES:
+            raise ConfigError(
+                "LDG architecture",
+                expected=" or ".join(BACKBONES),
+                found=repr(architecture),
+                fix="choose one of these",
+            )
+        self.backbone = getattr(torchvision.models, architecture)(num_classes=num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute logits; their softmax is the label distribution.
+
+        Args:
+            image: float (N, 3, S, S), normalised RGB.
+
+        Returns:
+            float (N, num_classes) logits.
+        """
+        logits: Tensor = self.backbone(image)
+        return logits

@@ -1,0 +1,251 @@
+"""ModelSpec: everything that must travel with a network so that nobody has to guess it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from efficientface_deploy.errors import SpecError
+
+SCHEMA_VERSION = 1
+
+ARCHITECTURES = ("efficientface", "resnet18", "resnet50")
+COLOURS = ("rgb", "grey")
+RESIZE_FILTERS = ("bilinear", "bicubic")
+FACE_CROPS = ("as-is", "box", "aligned")
+
+SIZE_MULTIPLE = 16
+"""EfficientFace halves the picture four times before its quadrants stop being whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a network expects and what its outputs mean.
+
+    Attributes:
+        architecture: ``efficientface`` (a student), ``resnet18`` or ``resnet50`` (an LDG).
+        labels: Class names in the order of the logits.
+        input_size: Side of the square input, pixels, a multiple of 16.
+        mean: Per-channel mean of RGB in [0, 1], subtracted after scaling by 1/255.
+        std: Per-channel standard deviation of RGB in [0, 1], divided by after the mean.
+        colour: ``rgb``, or ``grey`` for a network that sees luminance in all three channels.
+        resize: Filter of the antialiased resize to ``input_size``; aspect is not kept.
+        face_crop: What a training image showed, so that a detector can cut alike: ``as-is``
+            (whole image), ``box`` (a detector's box), ``aligned`` (warped by landmarks).
+        name: Data set and network, for people to read.
+        preliminary: True for weights that are meant to be replaced by better ones.
+    """
+
+    architecture: str
+    labels: tuple[str, ...]
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    colour: str = "rgb"
+    resize: str = "bilinear"
+    face_crop: str = "as-is"
+    name: str = ""
+    preliminary: bool = False
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse a spec that no network could have.
+
+        Raises:
+            SpecError: A field has the wrong type or a value out of its range.
+        """
+        if self.schema != SCHEMA_VERSION:
+            raise _bad("schema", f"{SCHEMA_VERSION}", self.schema, "update efficientface-deploy")
+        for field, known in (
+            ("architecture", ARCHITECTURES),
+            ("colour", COLOURS),
+            ("resize", RESIZE_FILTERS),
+            ("face_crop", FACE_CROPS),
+        ):
+            value = getattr(self, field)
+            if value not in known:
+                raise _bad(field, "one of " + ", ".join(known), value)
+        self._check_labels()
+        size = self.input_size
+        if not _is_int(size) or size % SIZE_MULTIPLE or not 32 <= size <= 1024:
+            raise _bad("input_size", "a multiple of 16 between 32 and 1024", size)
+        self._check_normalisation()
+        if not isinstance(self.name, str) or not isinstance(self.preliminary, bool):
+            raise _bad("name/preliminary", "a text and a boolean", (self.name, self.preliminary))
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        texts = isinstance(labels, tuple) and all(isinstance(x, str) and x for x in labels)
+        if not texts or len(labels) < 2 or len(set(labels)) != len(labels):
+            raise _bad("labels", "two or more different, non-empty names", labels)
+
+    def _check_normalisation(self) -> None:
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            numbers = isinstance(values, tuple) and all(_is_finite(x) for x in values)
+            if not numbers or len(values) != 3:
+                raise _bad(field, "three finite numbers", values)
+        if min(self.std) <= 0:
+            raise _bad("std", "three positive numbers", self.std)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the width of the logits."""
+        return len(self.labels)
+
+    def replace(self, **changes: Any) -> ModelSpec:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The spec as one line of JSON, keys sorted, floats exact."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, source: object = "model spec") -> ModelSpec:
+        """Read a spec back.
+
+        Args:
+            text: JSON written by :meth:`to_json`.
+            source: File that the text came from, for the error.
+
+        Raises:
+            SpecError: Not JSON, not an object, a missing or unknown key, a value out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError, TypeError):
+            raise SpecError(
+                source, expected="a ModelSpec as JSON", found="text that is not JSON", fix=_REMAKE
+            ) from None
+        if not isinstance(fields, dict):
+            kind = type(fields).__name__
+            raise SpecError(source, expected="a ModelSpec as JSON", found=kind, fix=_REMAKE)
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = {"schema", "architecture", "labels", "input_size", "mean", "std"}
+        if unknown := sorted(set(fields) - known):
+            found = "unknown key " + ", ".join(unknown)
+            raise SpecError(source, expected="keys of a ModelSpec", found=found, fix=_REMAKE)
+        if missing := sorted(required - set(fields)):
+            found = "no " + ", ".join(missing)
+            raise SpecError(source, expected="all keys of a ModelSpec", found=found, fix=_REMAKE)
+        for key in ("labels", "mean", "std"):
+            if isinstance(fields[key], list):
+                fields[key] = tuple(fields[key])
+        try:
+            return cls(**fields)
+        except SpecError as error:
+            raise SpecError(
+                f"{source}: {error.subject}",
+                expected=error.expected,
+                found=error.found,
+                fix=error.fix,
+            ) from None
+
+
+_REMAKE = "export or train the model again with this version"
+
+
+def _bad(field: str, expected: str, found: object, fix: str = _REMAKE) -> SpecError:
+    shown = repr(found)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return SpecError(f"ModelSpec.{field}", expected=expected, found=shown, fix=fix)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Order of the published EfficientFace code, which is not RAF-DB's own numbering (1 Surprise, ...).
+_SEVEN = ("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger")
+# Order of the columns in FER+ (Barsoum et al. 2016), without unknown and NF.
+_FERPLUS = (
+    "Neutral",
+    "Happiness",
+    "Surprise",
+    "Sadness",
+    "Anger",
+    "Disgust",
+    "Fear",
+    "Contempt",
+)
+
+_AFFECTNET_MEAN = (0.55391484, 0.43522123, 0.3821877)
+_AFFECTNET_STD = (0.24837189, 0.21625527, 0.20221159)
+
+# Normalisation constants of the published EfficientFace code; FER+: measured on its train split
+# (luminance of 28,386 faces), the same for all channels because the pictures are grey.
+PRESETS: dict[str, ModelSpec] = {
+    "rafdb": ModelSpec(
+        architecture="efficientface",
+        labels=_SEVEN,
+        input_size=224,
+        mean=(0.57535914, 0.44928582, 0.40079932),
+        std=(0.20735591, 0.18981615, 0.18132027),
+        face_crop="aligned",
+        name="RAF-DB",
+    ),
+    "affectnet7": ModelSpec(
+        architecture="efficientface",
+        labels=_SEVEN,
+        input_size=224,
+        mean=_AFFECTNET_MEAN,
+        std=_AFFECTNET_STD,
+        face_crop="box",
+        name="AffectNet-7",
+    ),
+    "affectnet8": ModelSpec(
+        architecture="efficientface",
+        labels=(*_SEVEN, "Contempt"),
+        input_size=224,
+        mean=_AFFECTNET_MEAN,
+        std=_AFFECTNET_STD,
+        face_crop="box",
+        name="AffectNet-8",
+    ),
+    "caers": ModelSpec(
+        architecture="efficientface",
+        labels=_SEVEN,
+        input_size=224,
+        mean=(0.35964426, 0.22359873, 0.19040863),
+        std=(0.15188067, 0.11678473, 0.1103445),
+        face_crop="as-is",
+        name="CAER-S",
+    ),
+    "ferplus": ModelSpec(
+        architecture="efficientface",
+        labels=_FERPLUS,
+        input_size=96,
+        mean=(0.50697356, 0.50697356, 0.50697356),
+        std=(0.25423586, 0.25423586, 0.25423586),
+        colour="grey",
+        face_crop="box",
+        name="FER+",
+    ),
+}
+
+
+def preset(name: str) -> ModelSpec:
+    """The spec of a data set by name.
+
+    Args:
+        name: One of :data:`PRESETS`.
+
+    Raises:
+        SpecError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise SpecError(
+            "preset",
+            expected="one of " + ", ".join(PRESETS),
+            found=repr(name),
+            fix="choose one of these, or read a checkpoint that carries its own spec",
+        )
+    return PRESETS[name]

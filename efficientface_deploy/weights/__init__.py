@@ -1,0 +1,1 @@
+"""The bundled model; see the model card beside the files."""

@@ -1,0 +1,1 @@
+"""Export: trace to ONNX, choose a precision, build TensorRT engines, verify all of it."""

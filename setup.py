@@ -1,0 +1,81 @@
+"""Packaging: ``export/`` ships under the import name ``efficientface_export``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (HERE / "efficientface_deploy" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+).group(1)
+
+CPU = ["onnxruntime>=1.18"]
+TORCH = ["torch>=2.6", "torchvision>=0.21", "safetensors>=0.4"]
+TRAIN = [*TORCH, "torchmetrics>=1.4", "tensorboard>=2.16", "matplotlib>=3.8", "rich>=13.7"]
+EXPORT = ["onnx>=1.16", "onnxconverter-common>=1.14"]
+TRT_RTX = [
+    "tensorrt-rtx-cu12-libs>=1.2",
+    "tensorrt-rtx-cu12-bindings>=1.2",
+    "tensorrt-rtx-cu12>=1.2",
+]
+
+setup(
+    name="efficientface-deploy",
+    version=VERSION,
+    description="Train EfficientFace, export it to ONNX and TensorRT, run it at the edge",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[
+        "efficientface_deploy",
+        "efficientface_deploy.backends",
+        "efficientface_deploy.models",
+        "efficientface_deploy.weights",
+        "efficientface_export",
+    ],
+    package_dir={"efficientface_export": "export"},
+    package_data={
+        "efficientface_deploy": ["py.typed"],
+        "efficientface_deploy.weights": ["*.onnx", "*.safetensors", "*.md"],
+        "efficientface_export": ["py.typed", "*.png"],
+    },
+    install_requires=["numpy>=1.24", "pillow>=10.1"],
+    extras_require={
+        "cpu": CPU,
+        "gpu": ["onnxruntime-gpu>=1.18"],
+        "torch": TORCH,
+        "trt": ["tensorrt>=10.3", "cuda-python>=12.4"],
+        "pycuda": ["pycuda>=2024.1"],
+        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4"],
+        "train": TRAIN,
+        # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
+        "export": [*TORCH, *EXPORT, "onnxscript>=0.2", "rich>=13.7"],
+        # Enough to build engines from an ONNX file on a device, without torch.
+        "engine": EXPORT,
+        "bench": ["matplotlib>=3.8", "rich>=13.7", "torchmetrics>=1.4"],
+        "dev": [
+            *CPU,
+            *TRAIN,
+            *EXPORT,
+            *TRT_RTX,
+            "onnxscript>=0.2",
+            "build",
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "scikit-image>=0.22",
+        ],
+    },
+    entry_points={
+        "console_scripts": [
+            "efficientface-predict=efficientface_deploy.cli:main",
+            "efficientface-export=efficientface_export.cli:main",
+        ]
+    },
+)
