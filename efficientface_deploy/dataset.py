@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.preprocess import to_model_input
 from efficientface_deploy.spec import ModelSpec, preset
 
 SPLITS = ("train", "validation", "test")
@@ -136,6 +137,28 @@ def label_distributions(samples: Sequence[Sample], classes: int) -> npt.NDArray[
             row[:] = sample.votes
             row /= row.sum()
     return rows
+
+
+def iterate_batches(
+    samples: Sequence[Sample], spec: ModelSpec, batch_size: int
+) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
+    """Read images in order, as a model takes them.
+
+    Args:
+        samples: The images.
+        spec: The model's.
+        batch_size: Images of one batch; the last one may be smaller.
+
+    Yields:
+        uint8 (B, S, S, 3) RGB and int64 labels (B,).
+
+    Raises:
+        ImageError: An image cannot be read.
+    """
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        images = np.stack([to_model_input(sample.path, spec) for sample in part])
+        yield images, np.array([sample.label for sample in part], dtype=np.int64)
 
 
 def image_list_hash(samples: Sequence[Sample], root: Path) -> str:

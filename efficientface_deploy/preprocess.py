@@ -24,7 +24,7 @@ UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 # Decoders that we let touch foreign bytes; every further one is more code to attack.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 # A small file can claim to hold gigabytes. Pillow warns from this size on; we refuse.
 MAX_PIXELS = 89_478_485

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from efficientface_deploy.metrics import (
+    accuracy,
+    confusion_matrix,
+    expected_calibration_error,
+    macro_f1,
+    max_probability_difference,
+    mean_kl,
+    per_class_recall,
+    top1_agreement,
+)
+
+CLASSES = 5
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def random_case(seed: int, present: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities float32 (N, C), better than chance, and labels (N,) below ``present``."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, present, size=200)
+    logits = rng.normal(size=(200, CLASSES)) + 1.5 * np.eye(CLASSES)[labels]
+    logits[:, present:] = -50.0  # never predicted either
+    return softmax(logits).astype(np.float32), labels
+
+
+def test_accuracy_by_hand() -> None:
+    assert accuracy(np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])) == 0.75
+
+
+def test_confusion_matrix_has_labels_as_rows() -> None:
+    counts = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 1]), 3)
+    assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+def test_per_class_recall_is_nan_for_an_unlabelled_class() -> None:
+    recall = per_class_recall(np.array([0, 0, 2]), np.array([0, 1, 2]), 4)
+    np.testing.assert_array_equal(recall, [0.5, np.nan, 1.0, np.nan])
+
+
+def test_macro_f1_leaves_out_a_class_that_never_occurs() -> None:
+    labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
+    expected = (2 * 2 / (2 * 2 + 1) + 2 * 1 / (2 * 1 + 1)) / 2
+    assert macro_f1(labels, predictions, 2) == pytest.approx(expected)
+    assert macro_f1(labels, predictions, 9) == pytest.approx(expected)
+
+
+def test_macro_f1_counts_a_class_that_is_only_predicted_as_zero() -> None:
+    assert macro_f1(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two images of confidence 0.9, one of them right; two of 0.6, both right.
+    probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
+    labels = np.array([0, 0, 0, 0])
+    expected = (2 * abs(0.5 - 0.9) + 2 * abs(1.0 - 0.6)) / 4
+    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(expected)
+
+
+def test_calibration_error_bins_are_closed_above() -> None:
+    # 0.5 belongs to (0, 0.5]: alone there, its error does not cancel against 0.75's.
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75]])
+    error = expected_calibration_error(probabilities, np.array([0, 0]), bins=2)
+    assert error == pytest.approx((0.5 + 0.75) / 2)
+
+
+def test_certain_and_right_is_calibrated() -> None:
+    assert expected_calibration_error(np.eye(3), np.arange(3)) == 0.0
+
+
+@pytest.mark.parametrize("present", [CLASSES, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_torchmetrics(seed: int, present: int) -> None:
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    probabilities, labels = random_case(seed, present)
+    predictions = probabilities.argmax(axis=1)
+    p, t = torch.from_numpy(probabilities), torch.from_numpy(labels)
+
+    expected = functional.multiclass_accuracy(p, t, CLASSES, average="micro").item()
+    assert accuracy(labels, predictions) == pytest.approx(expected)
+    expected = functional.multiclass_f1_score(p, t, CLASSES, average="macro").item()
+    assert macro_f1(labels, predictions, CLASSES) == pytest.approx(expected)
+    matrix = functional.multiclass_confusion_matrix(p, t, CLASSES).numpy()
+    np.testing.assert_array_equal(confusion_matrix(labels, predictions, CLASSES), matrix)
+    recall = functional.multiclass_recall(p, t, CLASSES, average="none").numpy()[:present]
+    ours = per_class_recall(labels, predictions, CLASSES)
+    np.testing.assert_allclose(ours[:present], recall, rtol=1e-6)
+    assert np.isnan(ours[present:]).all()
+    for bins in (10, 15):
+        expected = functional.multiclass_calibration_error(p, t, CLASSES, bins, norm="l1").item()
+        ece = expected_calibration_error(probabilities, labels, bins)
+        assert ece == pytest.approx(expected, abs=1e-5)
+
+
+def test_mean_kl_by_hand() -> None:
+    p, q = np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([[0.25, 0.75], [1.0, 0.0]])
+    expected = (0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)) / 2
+    assert mean_kl(p, q) == pytest.approx(expected)
+
+
+def test_mean_kl_is_directed_finite_and_never_negative() -> None:
+    certain, even = np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]])
+    assert mean_kl(certain, even) == pytest.approx(np.log(2))
+    assert np.log(2) < mean_kl(even, certain) < np.inf
+    probabilities, _ = random_case(0)
+    assert mean_kl(probabilities, probabilities) == 0.0
+    nudged = probabilities * np.float32(1 - 1e-6)  # rows no longer sum to one
+    assert 0.0 <= mean_kl(probabilities, nudged) < 1e-12
+
+
+def test_agreement_and_largest_difference() -> None:
+    p = np.array([[0.6, 0.4], [0.3, 0.7]], dtype=np.float32)
+    q = np.array([[0.4, 0.6], [0.2, 0.8]], dtype=np.float32)
+    assert top1_agreement(p, q) == 0.5
+    assert max_probability_difference(p, q) == pytest.approx(0.2)
+
+
+def test_nan_is_not_hidden() -> None:
+    good, bad = np.array([[0.5, 0.5]]), np.array([[np.nan, 0.5]])
+    assert np.isnan(mean_kl(good, bad))
+    assert np.isnan(max_probability_difference(good, bad))
+    assert np.isnan(expected_calibration_error(bad, np.array([0])))
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions"),
+    [([], []), ([0, 1], [0]), ([[0], [1]], [[0], [1]]), ([0, 3], [0, 0]), ([0, -1], [0, 0])],
+)
+def test_wrong_indices_are_refused(labels: list[int], predictions: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        macro_f1(np.array(labels, dtype=int), np.array(predictions, dtype=int), 3)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        mean_kl(np.ones((2, 3)), np.ones((1, 3)))
+    with pytest.raises(ValueError, match="N, C"):
+        expected_calibration_error(np.ones(3), np.array([0, 1, 2]))
