@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
 import types
 import typing
@@ -76,20 +78,27 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
 
 
 def config_from(config_class: type[Config], namespace: argparse.Namespace) -> Config:
-    """Make the config from parsed arguments; reports a number below its minimum.
+    """Make the config from parsed arguments; reports numbers that cannot be meant.
 
     Raises:
-        ConfigError: A number is below the minimum that its option states.
+        ConfigError: A number is below the minimum that its option states, or not finite.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         value = getattr(namespace, field.name)
         values[field.name] = tuple(value) if isinstance(value, list) else value
         minimum = field.metadata.get("minimum")
-        numbers = value if isinstance(value, list) else [value]
+        numbers = value if isinstance(value, (list, tuple)) else [value]
         for number in numbers:
-            if minimum is not None and number is not None and not number >= minimum:
-                name = _option_name(field)
+            name = _option_name(field)
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(
+                    name,
+                    expected="a finite number",
+                    found=str(number),
+                    fix=f"give {name} a finite value",
+                )
+            if minimum is not None and number is not None and number < minimum:
                 raise ConfigError(
                     name,
                     expected=f"at least {minimum}",
@@ -112,7 +121,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict
     keywords: dict[str, Any] = {"help": metadata["help"].replace("%", "%%")}
     if not required:
         keywords["default"] = field.default
-        if field.default not in (None, False, (), True):
+        if field.default not in (None, ()) and not isinstance(field.default, bool):
             keywords["help"] += " (default: %(default)s)"
 
     kind, several = _element_type(hint)
@@ -163,6 +172,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """
     try:
         code = main() or 0
+        sys.stdout.flush()  # a reader that went away is noticed here, not at exit
     except EfficientFaceError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = error.exit_code
@@ -170,8 +180,9 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # The reader (head, less) went away: no error of ours, and nothing more to say to it.
-        sys.stderr.close()
+        # The reader (head, less) went away: no error of ours, and nothing more to say to it. What
+        # is still buffered goes nowhere, else Python complains and exits 120 when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
         # A full disk, a missing permission: the system's own words say what to mend.
@@ -181,4 +192,4 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__

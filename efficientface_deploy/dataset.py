@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import DatasetError, SpecError
 from efficientface_deploy.preprocess import to_model_input
 from efficientface_deploy.spec import ModelSpec, preset
 
@@ -134,8 +134,8 @@ def label_distributions(samples: Sequence[Sample], classes: int) -> npt.NDArray[
         if sample.votes is None:
             row[sample.label] = 1
         else:
-            row[:] = sample.votes
-            row /= row.sum()
+            votes = np.asarray(sample.votes, dtype=np.float64)
+            row[:] = votes / votes.sum()
     return rows
 
 
@@ -162,11 +162,23 @@ def iterate_batches(
 
 
 def image_list_hash(samples: Sequence[Sample], root: Path) -> str:
-    """SHA-256 over the relative paths and the bytes of the images, in the order given."""
+    """SHA-256 over the relative paths and the bytes of the images, in the order given.
+
+    Raises:
+        DatasetError: An image is missing.
+    """
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(sample.path.read_bytes()).digest())
+        try:
+            digest.update(hashlib.sha256(sample.path.read_bytes()).digest())
+        except OSError as error:
+            raise DatasetError(
+                sample.path,
+                expected="an image",
+                found=(error.strerror or type(error).__name__).lower(),
+                fix=_PREPARE,
+            ) from None
     return digest.hexdigest()
 
 
@@ -200,24 +212,23 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        preset(description["preset"])
-        described_labels = description["labels"]
-        valid = (
-            isinstance(description["name"], str)
-            and isinstance(described_labels, list)
-            and all(isinstance(label, str) for label in described_labels)
-        )
-    except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
+        description = dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        labels = tuple(description["labels"])
+        preset(description["preset"]).replace(labels=labels, name=description["name"])
+    except (ValueError, KeyError, TypeError, RecursionError, SpecError) as error:
         raise DatasetError(
             path,
             expected="JSON with name, labels and preset",
-            found="something else",
+            found=_what_failed(error),
             fix=_PREPARE,
-        )
-    return dict(description)
+        ) from None
+    return description
+
+
+def _what_failed(error: Exception) -> str:
+    if isinstance(error, SpecError):
+        return f"{error.subject} {error.found}"
+    return "no " + str(error) if isinstance(error, KeyError) else "something else"
 
 
 def _scan_split(root: Path, split: str, labels: tuple[str, ...]) -> tuple[Sample, ...]:
@@ -225,7 +236,7 @@ def _scan_split(root: Path, split: str, labels: tuple[str, ...]) -> tuple[Sample
     folder = root / split
     if not folder.is_dir():
         return ()
-    names = {child.name for child in folder.iterdir() if child.is_dir()}
+    names = {child.name for child in _visible(folder) if child.is_dir()}
     known = {str(index) for index in range(len(labels))}
     if foreign := sorted(names - known):
         raise DatasetError(
@@ -238,38 +249,67 @@ def _scan_split(root: Path, split: str, labels: tuple[str, ...]) -> tuple[Sample
         Sample(path, label)
         for label in range(len(labels))
         if (folder / str(label)).is_dir()
-        for path in sorted((folder / str(label)).iterdir())
+        for path in _visible(folder / str(label))
         if path.suffix.lower() in IMAGE_SUFFIXES
     )
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without what macOS and Jupyter leave there."""
+    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
 
 
 def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
     path = root / MANIFEST
     samples: dict[str, list[Sample]] = {name: [] for name in SPLITS}
-    vote_columns = [VOTES_PREFIX + label for label in labels]
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        with_votes = all(column in columns for column in vote_columns)
-        if not {"path", "split", "label"} <= set(columns):
-            raise DatasetError(
-                path,
-                expected="columns path, split, label",
-                found=", ".join(columns) or "an empty file",
-                fix=_PREPARE,
-            )
-        for number, row in enumerate(reader, start=2):
-            where = f"{path} line {number}"
-            sample = _manifest_row(root, row, vote_columns if with_votes else None, where, labels)
-            if row["split"] not in samples:
-                raise DatasetError(
-                    where,
-                    expected="split " + ", ".join(SPLITS),
-                    found=repr(row["split"]),
-                    fix=_PREPARE,
-                )
-            samples[row["split"]].append(sample)
-    return {name: tuple(rows) for name, rows in samples.items()}
+    seen: set[Path] = set()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            vote_columns = _vote_columns(path, reader.fieldnames or [], labels)
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                sample = _manifest_row(root, row, vote_columns, where, labels)
+                if row["split"] not in samples:
+                    raise DatasetError(
+                        where,
+                        expected="split " + ", ".join(SPLITS),
+                        found=repr(row["split"]),
+                        fix=_PREPARE,
+                    )
+                if sample.path in seen:
+                    raise DatasetError(
+                        where, expected="each image once", found=row["path"] + " again", fix=_PREPARE
+                    )
+                seen.add(sample.path)
+                samples[row["split"]].append(sample)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(
+            path, expected="CSV in UTF-8", found=f"something else ({error})", fix=_PREPARE
+        ) from None
+    return {
+        name: tuple(sorted(rows, key=lambda sample: sample.path)) for name, rows in samples.items()
+    }
+
+
+def _vote_columns(
+    path: Path, columns: Sequence[str], labels: tuple[str, ...]
+) -> list[str] | None:
+    """The columns of votes in the order of the labels; None where there are none."""
+    if not {"path", "split", "label"} <= set(columns):
+        raise DatasetError(
+            path,
+            expected="columns path, split, label",
+            found=", ".join(columns) or "an empty file",
+            fix=_PREPARE,
+        )
+    expected = [VOTES_PREFIX + label for label in labels]
+    found = [column for column in columns if column.startswith(VOTES_PREFIX)]
+    if found and set(found) != set(expected):
+        raise DatasetError(
+            path, expected="columns " + ", ".join(expected), found=", ".join(found), fix=_PREPARE
+        )
+    return expected if found else None
 
 
 def _manifest_row(
@@ -291,13 +331,13 @@ def _manifest_row(
             where, expected=f"a label from 0 to {len(labels) - 1}", found=str(label), fix=_PREPARE
         )
     if votes is not None:
-        if not all(math.isfinite(vote) and vote >= 0 for vote in votes) or sum(votes) <= 0:
+        if min(votes) < 0 or not 0 < sum(votes) < math.inf:
             raise DatasetError(
                 where, expected="votes >= 0, not all zero", found=str(votes), fix=_PREPARE
             )
-    relative = Path(row["path"])
-    if relative.is_absolute() or ".." in relative.parts:
+    relative = Path(row["path"] or "")
+    if relative.is_absolute() or ".." in relative.parts or not relative.name:
         raise DatasetError(
-            where, expected="a path inside the data set", found=row["path"], fix=_PREPARE
+            where, expected="a path inside the data set", found=repr(row["path"]), fix=_PREPARE
         )
     return Sample(root / relative, label, votes)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 
+_MAX_FOUND = 400
+
+
 class EfficientFaceError(Exception):
     """Base of every error that the toolkit raises on purpose; the command line exits 2 on it.
+
+    The message is one printable line.
 
     Args:
         subject: What the error is about: a file, an option, a backend.
@@ -20,11 +25,17 @@ class EfficientFaceError(Exception):
         self.expected = expected
         self.found = found
         self.fix = fix
-        super().__init__(f"{subject}: expected {expected}, found {found}; {fix}")
+        found = found if len(found) <= _MAX_FOUND else found[:_MAX_FOUND] + "..."
+        super().__init__(_one_line(f"{subject}: expected {expected}, found {found}; {fix}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exception pickles positional arguments only; data-loader workers send errors by pickle.
         return _rebuild, (type(self), self.subject, self.expected, self.found, self.fix)
+
+
+def _one_line(text: str) -> str:
+    """What a file holds may end up in a message: no line breaks, no terminal's control codes."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _rebuild(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from efficientface_deploy.backends import (
     Backend,
@@ -17,7 +19,7 @@ from efficientface_deploy.backends import (
     missing_reason,
     resolve_backend,
 )
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.preprocess import Float32Array, ImageSource, UInt8Array, to_model_input
 from efficientface_deploy.spec import ModelSpec
 
@@ -89,8 +91,9 @@ class Predictor:
             images: As for a single call, in any mixture.
 
         Raises:
-            ImageError: One of the images cannot be used.
+            ImageError: One of the images cannot be used, or what was given is a single image.
         """
+        _check_several(images)
         inputs = [self.preprocess(image) for image in images]
         if not inputs:
             return []
@@ -140,6 +143,20 @@ class Predictor:
         return (
             f"Predictor({self.path.name!r}, backend={self.backend!r}, "
             f"{spec.name}{state}, {spec.num_classes} classes, {size}x{size})"
+        )
+
+
+def _check_several(images: object) -> None:
+    """Refuse a single image: its rows, bytes or characters would pass for images."""
+    single = isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image))
+    if isinstance(images, np.ndarray):
+        single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
+    if single:
+        raise ImageError(
+            "batch",
+            expected="several images",
+            found=f"a single one ({type(images).__name__})",
+            fix="call the predictor itself, or put the image into a list",
         )
 
 

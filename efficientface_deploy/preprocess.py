@@ -14,7 +14,7 @@ from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ImageError
 from efficientface_deploy.spec import ModelSpec
@@ -36,6 +36,18 @@ LUMA = (0.299, 0.587, 0.114)
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 _ALPHA_BACKGROUND = (255, 255, 255)
+
+# What undoes each EXIF orientation. Pillow's exif_transpose also writes the EXIF block anew, which
+# fails on the odd tags of real cameras.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -167,17 +179,25 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        return _convert(image, name)
+        return _convert(_upright(image), name)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a picture whose EXIF is damaged is taken as it lies."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - Pillow's EXIF reader fails on foreign bytes in many ways
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _convert(image: Image.Image, name: str) -> Image.Image:
     """Any mode of Pillow's to RGB."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # "I;16", "I;16B" and, for some 16-bit PNG files, "I"
         return _from_16_bit(np.asarray(image), name)

@@ -56,7 +56,7 @@ class ModelSpec:
         Raises:
             SpecError: A field has the wrong type or a value out of its range.
         """
-        if self.schema != SCHEMA_VERSION:
+        if not _is_int(self.schema) or self.schema != SCHEMA_VERSION:
             raise _bad("schema", f"{SCHEMA_VERSION}", self.schema, "update efficientface-deploy")
         for field, known in (
             ("architecture", ARCHITECTURES),
@@ -77,9 +77,11 @@ class ModelSpec:
 
     def _check_labels(self) -> None:
         labels = self.labels
-        texts = isinstance(labels, tuple) and all(isinstance(x, str) and x for x in labels)
+        texts = isinstance(labels, tuple) and all(
+            isinstance(x, str) and x.strip() and x.isprintable() for x in labels
+        )
         if not texts or len(labels) < 2 or len(set(labels)) != len(labels):
-            raise _bad("labels", "two or more different, non-empty names", labels)
+            raise _bad("labels", "two or more different, non-empty, printable names", labels)
 
     def _check_normalisation(self) -> None:
         for field in ("mean", "std"):
@@ -149,7 +151,10 @@ _REMAKE = "export or train the model again with this version"
 
 
 def _bad(field: str, expected: str, found: object, fix: str = _REMAKE) -> SpecError:
-    shown = repr(found)
+    try:
+        shown = repr(found)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        shown = f"{type(found).__name__} with a huge number"
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return SpecError(f"ModelSpec.{field}", expected=expected, found=shown, fix=fix)
@@ -160,7 +165,12 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
 
 
 # Order of the published EfficientFace code, which is not RAF-DB's own numbering (1 Surprise, ...).

@@ -8,9 +8,9 @@ target is ``i_a`` for the first, ``i_b`` for the second and ``1 - i_a - i_b`` fo
 expression shares its mass with Neutral. An action unit's level is the sum of the intensities of
 the expressions it belongs to, so the picture shows exactly the numbers in the target.
 
-Nothing else depends on the label. Identity, pose, light, background and noise come from their own
-random streams, and shift, rotation and scale move the mouth further than any action unit does:
-no fixed pixel tells the class.
+Nothing else depends on the label: identity, pose, light, background and noise are drawn without
+seeing it. Shift, rotation and scale move the mouth further than any action unit does, so no fixed
+pixel tells the class.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Units = Mapping[int, float]
 _SUPERSAMPLE = 3
 
 # Half the face's height as a share of the picture's, at scale one: hair and chin just fit.
-_FACE_UNIT = 0.39
+_FACE_UNIT = 0.42
 
 _SKIN: tuple[Colour, ...] = (
     (250, 224, 205), (240, 200, 172), (224, 178, 142), (198, 148, 112), (165, 114, 80),
@@ -142,6 +142,7 @@ class Geometry:
     nostril: FloatArray
     upper_lip: tuple[FloatArray, FloatArray]  # its upper and its lower edge
     lower_lip: tuple[FloatArray, FloatArray]
+    teeth: FloatArray
     creases: tuple[tuple[FloatArray, float], ...]  # curve, strength 0 to 1
 
 
@@ -163,18 +164,14 @@ def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
     _require_integer("index", index, 0)
     _require_integer("size", size, MIN_SIZE, MAX_SIZE)
     label = int(index) % len(LABELS)
-    # Separate streams: how many numbers the expression takes must not shift the others' draws.
-    sources = np.random.SeedSequence([int(seed), int(index)]).spawn(4)
-    who, where, what, grain = (np.random.Generator(np.random.PCG64(s)) for s in sources)
-    distribution = draw_distribution(what, label)
-    identity, scene = draw_identity(who), draw_scene(where)
+    rng = np.random.Generator(np.random.PCG64([int(seed), int(index)]))
+    # The noise is drawn last: its amount depends on the size, the face must not.
+    identity, scene = draw_identity(rng), draw_scene(rng)
+    distribution = draw_distribution(rng, label)
     geometry = face_geometry(identity, action_unit_levels(distribution))
     picture = _rasterise(geometry, identity, scene, int(size))
-    return SyntheticFace(
-        image=_light(picture, scene, grain),
-        distribution=distribution.astype(np.float32),
-        label=label,
-    )
+    image = _light(picture, scene, rng)
+    return SyntheticFace(image, distribution.astype(np.float32), label)
 
 
 def contact_sheet(seed: int, columns: int = 10, size: int = 100) -> Image.Image:
@@ -261,7 +258,7 @@ def draw_identity(rng: np.random.Generator) -> Identity:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """Draw pose, light, background and sensor; never sees the label."""
-    gain = rng.uniform(0.75, 1.15)
+    gain = rng.uniform(0.70, 1.08)
     warmth = rng.uniform(-0.07, 0.07)
     return Scene(
         rotation=rng.uniform(-0.22, 0.22),
@@ -269,7 +266,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         shift=(rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07)),
         yaw=rng.uniform(-0.12, 0.12),
         light_angle=rng.uniform(-np.pi, np.pi),
-        light_contrast=rng.uniform(0.05, 0.4),
+        light_contrast=rng.uniform(0.05, 0.3),
         exposure=(gain * (1 + warmth), gain, gain * (1 - warmth)),
         background=_random_colour(rng),
         backdrop=_random_colour(rng),
@@ -288,7 +285,7 @@ def _pick(rng: np.random.Generator, palette: Sequence[Colour]) -> Colour:
 
 def _random_colour(rng: np.random.Generator) -> Colour:
     red, green, blue = rng.integers(40, 226, 3).tolist()
-    return red, green, blue
+    return _mix((red, green, blue), (128, 128, 128), 0.3)
 
 
 def _mix(first: Colour, second: Colour, share: float) -> Colour:
@@ -322,6 +319,7 @@ def face_geometry(identity: Identity, units: Units) -> Geometry:
         nostril=nostril,
         upper_lip=upper_lip,
         lower_lip=lower_lip,
+        teeth=_teeth(upper_lip[1], lower_lip[0], units),
         creases=_creases(identity, units, wing[0], corner),
     )
 
@@ -336,8 +334,10 @@ def _outline(identity: Identity, units: Units) -> FloatArray:
 def _brow(identity: Identity, units: Units) -> FloatArray:
     """A tapered arch: inner end, arch and outer end each follow their own units."""
     au = units
-    lift = np.array([0.20 * au[1], 0.08 * au[1] + 0.15 * au[2], 0.17 * au[2]])
-    sink = np.array([0.14 * au[4] + 0.05 * au[9], 0.09 * au[4] + 0.03 * au[9], 0.01 * au[4]])
+    lift = np.array([0.23 * au[1], 0.09 * au[1] + 0.09 * au[2], 0.14 * au[2]])
+    # Where AU 1 works against it (sadness, fear), AU 4 draws the brows together, not down.
+    lower = au[4] * (1 - 0.7 * au[1])
+    sink = np.array([0.15 * lower + 0.05 * au[9], 0.09 * au[4] + 0.03 * au[9], 0.01 * au[4]])
     rest = np.array([0.02, -0.045, 0.03]) + identity.brow_tilt * np.array([1, 0, -1])
     y = identity.brow_y + rest + sink - lift
     x = identity.eye_x + np.array([-0.19 - 0.05 * au[4], 0.04, 0.22])  # AU 4 draws them together
@@ -403,6 +403,14 @@ def _mouth(
     return upper, lower
 
 
+def _teeth(upper: FloatArray, lower: FloatArray, units: Units) -> FloatArray:
+    """The upper row under the upper lip, or the lower row that AU 16 bares."""
+    opening = np.clip(lower - upper, 0.0, None)
+    band = np.minimum(0.6 * opening, (0.0, 0.06))
+    rim, edge = (lower, lower - band) if units[16] > units[26] else (upper, upper + band)
+    return np.concatenate([rim, edge[::-1]])
+
+
 def _creases(
     identity: Identity, units: Units, wing: FloatArray, corner: FloatArray
 ) -> tuple[tuple[FloatArray, float], ...]:
@@ -425,7 +433,7 @@ def _creases(
         (au[15], [(corner[0] + 0.02, corner[1]), (corner[0] + 0.05, corner[1] + 0.05),
                   (corner[0] + 0.03, corner[1] + 0.11)]),
         # The nasolabial fold: there at rest, deep in a smile and in disgust.
-        (0.25 + 0.75 * max(au[12], au[9]),
+        (0.12 + 0.88 * max(au[12], au[9]),
          [(wing[0] + 0.03, wing[1]), (corner[0] + 0.10, wing[1] + 0.10),
           (corner[0] + 0.07, corner[1] + 0.02)]),
     ]  # fmt: skip
@@ -503,7 +511,7 @@ def _rasterise(face: Geometry, identity: Identity, scene: Scene, size: int) -> I
     if identity.glasses:
         _paint_glasses(canvas, identity)
     picture = canvas.image.reduce(_SUPERSAMPLE)
-    return picture.filter(ImageFilter.GaussianBlur(scene.blur * size))
+    return picture.filter(ImageFilter.BoxBlur(scene.blur * size))
 
 
 def _shadow(identity: Identity, strength: float) -> Colour:
@@ -559,11 +567,8 @@ def _paint_nose(
 def _paint_mouth(canvas: _Canvas, face: Geometry, identity: Identity) -> None:
     (top, upper_inner), (lower_inner, bottom) = face.upper_lip, face.lower_lip
     lips = _mix(_shadow(identity, 0.35), (178, 52, 62), 0.5)
-    opening = lower_inner - upper_inner
     canvas.fill(np.concatenate([upper_inner, lower_inner[::-1]]), (58, 18, 24), 1.0)
-    if opening[:, 1].max() > 0.05:
-        teeth = upper_inner + np.minimum(opening, (0.0, 0.06))
-        canvas.fill(np.concatenate([upper_inner, teeth[::-1]]), (236, 232, 224), 1.0)
+    canvas.fill(face.teeth, (236, 232, 224), 1.0)
     canvas.fill(np.concatenate([top, upper_inner[::-1]]), _mix(lips, (60, 20, 24), 0.2), 1.0)
     canvas.fill(np.concatenate([lower_inner, bottom[::-1]]), lips, 1.0)
     canvas.stroke(upper_inner, _mix(lips, (40, 12, 16), 0.75), 0.024)
@@ -597,10 +602,11 @@ def _light(
 ) -> npt.NDArray[np.uint8]:
     """Apply exposure, white balance, a gradient of light and sensor noise; uint8 (H, W, 3)."""
     size = picture.width
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    ramp = np.linspace(-1, 1, size)
     across, down = np.cos(scene.light_angle), np.sin(scene.light_angle)
     gradient = 1 + scene.light_contrast * (across * ramp + down * ramp[:, None])
-    pixels = np.asarray(picture, dtype=np.float32)
-    lit = pixels * gradient[..., None] * np.asarray(scene.exposure, dtype=np.float32)
-    lit += scene.noise * rng.standard_normal(lit.shape, dtype=np.float32)
-    return np.rint(lit).clip(0, 255).astype(np.uint8)
+    light = (gradient[..., None] * scene.exposure).astype(np.float32)
+    lit = rng.standard_normal(light.shape, dtype=np.float32)
+    lit *= np.float32(scene.noise)
+    lit += light * np.asarray(picture, dtype=np.float32)
+    return np.clip(np.rint(lit, out=lit), 0, 255, out=lit).astype(np.uint8)

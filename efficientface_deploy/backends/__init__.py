@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from efficientface_deploy.backends.base import Backend, BackendOptions, Output
+from efficientface_deploy.backends.base import Backend, BackendOptions, Output, broken_package
 from efficientface_deploy.errors import ArtifactError, BackendError
 
 __all__ = [
@@ -129,17 +129,21 @@ def create_backend(name: str, path: Path, options: BackendOptions) -> Backend:
     """Make the backend of a file, not yet open.
 
     Raises:
-        BackendError: Its package is not installed.
+        BackendError: Its package is not installed, or does not work here.
     """
     entry = REGISTRY[name]
+    install = f"pip install 'efficientface-deploy[{entry.extra}]'"
     if reason := missing_reason(name):
         raise BackendError(
             f"backend {name}",
             expected=" or ".join(entry.requires),
             found=reason,
-            fix=f"pip install 'efficientface-deploy[{entry.extra}]'",
+            fix=install,
         )
-    module = importlib.import_module(f"{__name__}.{entry.module}")
+    try:
+        module = importlib.import_module(f"{__name__}.{entry.module}")
+    except ImportError as error:
+        raise broken_package(f"backend {name}", error, install) from None
     backend_class: type[Backend] = getattr(module, entry.class_name)
     return backend_class(path, options)
 

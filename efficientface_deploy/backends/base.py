@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,8 +73,9 @@ class Backend(abc.ABC):
         self.spec: ModelSpec
         self.provenance: dict[str, Any] = {}
         self._is_open = False
-        # Guards open and close; a subclass whose library is not thread-safe locks in _infer.
-        self._lifecycle = threading.Lock()
+        self._running = 0  # calls of infer under way; close waits for them
+        # Guards the three above; a subclass whose library is not thread-safe locks in _infer.
+        self._lifecycle = threading.Condition()
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -94,14 +97,19 @@ class Backend(abc.ABC):
         """
         with self._lifecycle:
             if not self._is_open:
-                self._open()
+                try:
+                    self._open()
+                except ImportError as error:
+                    install = "install it again, or choose another backend"
+                    raise broken_package(type(self).__name__, error, install) from None
                 self._is_open = True
 
     def close(self) -> None:
-        """Free the model; a second call does nothing."""
+        """Free the model once the calls under way are done; a second call does nothing."""
         with self._lifecycle:
             if self._is_open:
                 self._is_open = False
+                self._lifecycle.wait_for(lambda: self._running == 0)
                 self._close()
 
     def infer(self, images: npt.NDArray[Any]) -> Output:
@@ -118,13 +126,29 @@ class Backend(abc.ABC):
             ImageError: Another type or shape.
             BackendError: The backend is closed, or the network's output is not finite.
         """
-        if not self._is_open:
-            raise BackendError(
-                self.path.name,
-                expected="an open backend",
-                found="a closed one",
-                fix="load the model again; close() is final",
-            )
+        with self._in_use():
+            return self._infer_all(images)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep :meth:`close` of another thread waiting while the model runs."""
+        with self._lifecycle:
+            if not self._is_open:
+                raise BackendError(
+                    self.path.name,
+                    expected="an open backend",
+                    found="a closed one",
+                    fix="load the model again",
+                )
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lifecycle:
+                self._running -= 1
+                self._lifecycle.notify_all()
+
+    def _infer_all(self, images: npt.NDArray[Any]) -> Output:
         self._check_input(images)
         if len(images) == 0:
             empty = np.zeros((0, self.spec.num_classes), dtype=np.float32)
@@ -137,7 +161,7 @@ class Backend(abc.ABC):
             logits = np.concatenate([part.logits for part in parts])
             probabilities = np.concatenate([part.probabilities for part in parts])
             output = Output(logits, probabilities)
-        self._check_output(output)
+        self._check_output(output, len(images))
         return output
 
     def _check_input(self, images: npt.NDArray[Any]) -> None:
@@ -159,7 +183,15 @@ class Backend(abc.ABC):
                 fix="make it with Predictor.preprocess, or call the predictor with the image",
             )
 
-    def _check_output(self, output: Output) -> None:
+    def _check_output(self, output: Output, batch: int) -> None:
+        shapes = {output.logits.shape, output.probabilities.shape}
+        if shapes != {(batch, self.spec.num_classes)}:
+            raise BackendError(
+                self.path.name,
+                expected=f"outputs of shape {(batch, self.spec.num_classes)}",
+                found=" and ".join(map(str, sorted(shapes))),
+                fix="export the model again with efficientface-export",
+            )
         if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
             raise BackendError(
                 self.path.name,
@@ -179,3 +211,13 @@ class Backend(abc.ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def broken_package(subject: str, error: ImportError, install: str) -> BackendError:
+    """What to say of a library that is there and cannot be imported."""
+    return BackendError(
+        subject,
+        expected="a library that can be imported",
+        found=" ".join(str(error).split())[:160],
+        fix=install,
+    )

@@ -81,6 +81,7 @@ class OnnxBackend(Backend):
             len(inputs) == 1
             and inputs[0].name in signatures
             and (inputs[0].type, list(inputs[0].shape[1:])) == signatures[inputs[0].name]
+            and not isinstance(inputs[0].shape[0], int)  # N is dynamic
             and tuple(output.name for output in outputs) == OUTPUTS
             and all(output.type == "tensor(float)" for output in outputs)
             and all(list(output.shape[1:]) == [classes] for output in outputs)
@@ -97,7 +98,15 @@ class OnnxBackend(Backend):
 
     def _infer(self, images: UInt8Array) -> Output:
         feed: Any = normalise(images, self.spec) if self._takes_floats else images
-        logits, probabilities = self._session.run(OUTPUTS, {self._input_name: feed})
+        try:
+            logits, probabilities = self._session.run(OUTPUTS, {self._input_name: feed})
+        except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
+            raise BackendError(
+                self.path.name,
+                expected=f"a batch of {len(images)} to run on {self.name}",
+                found=f"{type(error).__name__} ({_first_line(error)})",
+                fix="give smaller batches, or export the model again",
+            ) from None
         return Output(logits, probabilities)
 
     def _close(self) -> None:

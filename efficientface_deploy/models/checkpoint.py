@@ -7,7 +7,8 @@ PyTorch's restricted unpickler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import pickletools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _LDG_PREFIX = "backbone."
+_ZIP = b"PK\x03\x04"
 _FIX = "give a checkpoint of EfficientFace or of an LDG (ResNet-18 or ResNet-50)"
 
 
@@ -138,16 +140,27 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(path, expected="a checkpoint", found=found, fix="check the path")
+    spec = None
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path), None
-    raise CheckpointError(
-        path,
-        expected="a .safetensors or .pth.tar file",
-        found=f"suffix {path.suffix or 'none'}",
-        fix="rename it if it is one of these, or give another file",
-    )
+        state, spec = _read_safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        state = _read_torch(path)
+    else:
+        raise CheckpointError(
+            path,
+            expected="a .safetensors or .pth.tar file",
+            found=f"suffix {path.suffix or 'none'}",
+            fix="rename it if it is one of these, or give another file",
+        )
+    for key, value in state.items():
+        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                path,
+                expected="dense tensors",
+                found=f"{key} as {value.layout} on {value.device.type}",
+                fix=_FIX,
+            )
+    return state, spec
 
 
 def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
@@ -208,17 +221,37 @@ class _Inert:
         pass
 
 
+def _foreign_names(path: Path) -> Collection[str]:
+    """Classes and functions that a checkpoint's pickle names, read without executing it."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) == _ZIP:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # The format of PyTorch before 1.6, which the published code allows: pickles of a magic
+        # number, a version, a platform and the content, then the storages.
+        file.seek(0)
+        operations = (item for _ in range(4) for item in pickletools.genops(file))
+        return {
+            str(argument).replace(" ", ".")
+            for operation, argument, _ in operations
+            if operation.name == "GLOBAL"
+        }
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        foreign = _foreign_names(path)
         placeholders: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(placeholders):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
-        detail = " ".join(str(error).split())[:100] or type(error).__name__
+        # Around its unpickler's own words torch advises to load the file unsafely.
+        text = str(error).partition("Check the documentation of torch.load")[0]
+        for advice in ("from a trusted source.", "WeightsUnpickler error:"):
+            text = text.rpartition(advice)[2]
+        detail = " ".join(text.split())[:100] or type(error).__name__
         raise CheckpointError(
             path,
-            expected="a PyTorch checkpoint (a zip archive; never unpack a .pth.tar)",
+            expected="a PyTorch checkpoint (never unpack or repack a .pth.tar)",
             found=f"a damaged or foreign file ({detail})",
             fix="download it again",
         ) from None
@@ -227,7 +260,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             path,
             expected="a dictionary with state_dict",
-            found=type(content).__name__,
+            found="a pickled object" if isinstance(content, _Inert) else type(content).__name__,
             fix=_FIX,
         )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -280,6 +313,11 @@ def _load_state(
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
+    wrong += [
+        f"{key} as {value.dtype}"
+        for key, value in state.items()
+        if key in own and value.is_floating_point() != own[key].is_floating_point()
+    ]
     unknown = [f"unknown {key}" for key in state if key not in own]
     # Old checkpoints do not count batches; nothing at inference reads the count.
     missing = [
@@ -297,8 +335,9 @@ def _load_state(
             found=problems[0] + more,
             fix=_FIX,
         )
+    state = {key: value.to(own[key].dtype) for key, value in state.items()}
     for key, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
                 path,
                 expected="finite weights",

@@ -1,0 +1,186 @@
+"""What a measurement was made on and with: machine, software, git commit, date.
+
+Everything is read where it can be read and left None where it cannot; nothing here identifies a
+person or a host.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA_VERSION = 1
+
+PACKAGES = (
+    "efficientface-deploy",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "torch",
+    "tensorrt",
+    "tensorrt-rtx-cu12",
+    "cuda-python",
+)
+# They decide how many threads a library starts and how long these spin.
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+_CPU = Path("/sys/devices/system/cpu/cpu0")
+_GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm")
+_FALLBACK_L2 = 1 << 20
+
+
+def new_result(kind: str, config: Any) -> dict[str, Any]:
+    """The head of a result: how, where, when and with what it was measured.
+
+    Args:
+        kind: ``latency`` or ``accuracy``.
+        config: The command's config dataclass.
+
+    Returns:
+        A JSON object; the measurement adds its own keys.
+    """
+    return {
+        "schema": SCHEMA_VERSION,
+        "kind": kind,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "software": describe_software(),
+        "git": describe_commit(),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, memory, clock policy, load and GPUs."""
+    return {
+        "board": _read(Path("/proc/device-tree/model")),
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": _physical_cores(),
+        "logical_cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
+        "l2_bytes": l2_bytes(),
+        "memory_bytes": _memory_bytes(),
+        "governor": _read(_CPU / "cpufreq/scaling_governor"),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "gpus": _gpus(),
+    }
+
+
+def describe_software() -> dict[str, Any]:
+    """Operating system, Python, the versions of what takes part, and thread settings."""
+    return {
+        "os": _os_name(),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def describe_commit() -> dict[str, Any]:
+    """Commit of the working tree, and whether tracked files differ from it."""
+    commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    status = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def host_kind(machine: dict[str, Any]) -> str:
+    """A short name of this kind of machine for file names, e.g. ``amd-epyc-2-cores``."""
+    names = [gpu["name"] for gpu in machine["gpus"][:1]] or [
+        machine["board"] or machine["cpu"] or machine["architecture"],
+        f"{machine['usable_cpus']} cores",
+    ]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(names).lower()).strip("-")
+
+
+def default_folder(result: dict[str, Any]) -> Path:
+    """Where a result goes that was given no ``--out``: a folder of its own, by kind and date."""
+    moment = datetime.fromisoformat(result["date"]).strftime("%Y%m%d-%H%M%S")
+    name = f"{result['kind']}-{moment}-{host_kind(result['machine'])}"
+    return ROOT / "benchmarks" / "results" / name
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use; fewer than the machine has inside a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def l2_bytes() -> int:
+    """Size of a core's second-level cache, bytes; 1 MiB where the system does not say."""
+    match = re.fullmatch(r"(\d+)([KM])", _read(_CPU / "cache/index2/size") or "")
+    if match is None:
+        return _FALLBACK_L2
+    return int(match[1]) << (10 if match[2] == "K" else 20)
+
+
+def _cpu_model() -> str | None:
+    text = _read(Path("/proc/cpuinfo")) or ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or None
+
+
+def _physical_cores() -> int | None:
+    pattern = "cpu[0-9]*/topology/thread_siblings_list"
+    siblings = {_read(path) for path in _CPU.parent.glob(pattern)}
+    return len(siblings) or None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpus() -> list[dict[str, str]]:
+    """One entry per NVIDIA GPU; empty without nvidia-smi or without a GPU."""
+    query = f"--query-gpu={','.join(_GPU_FIELDS)}"
+    rows = csv.reader((_output_of("nvidia-smi", query, "--format=csv,noheader") or "").splitlines())
+    cells = [[cell.strip() for cell in row] for row in rows]
+    return [
+        dict(zip(_GPU_FIELDS, row, strict=True)) for row in cells if len(row) == len(_GPU_FIELDS)
+    ]
+
+
+def _os_name() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError, AttributeError):
+        return platform.platform()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
+    except OSError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    """What a command prints; None when it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,320 @@
+"""Precision is a property of the ONNX graph: FP16 tensors, or INT8 by Q/DQ pairs.
+
+One file then serves ONNX Runtime and TensorRT alike, which builds it strongly typed and decides
+nothing by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from efficientface_deploy.errors import ExportError
+from efficientface_deploy.preprocess import UInt8Array
+
+FP16_MAX = 65_504.0
+# A range measured on some hundred faces will be exceeded by others.
+FP16_MARGIN = 4.0
+
+PRECISIONS = ("fp32", "fp16", "int8")
+QUANTISED_OPERATORS = ("Conv", "Gemm")
+CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
+LUMA = "luma"
+
+# ONNX Runtime's default of 128 bins leaves Entropy nothing to choose: it then equals MinMax.
+_HISTOGRAM_BINS = 2048
+_PERCENTILE = 99.99
+
+_TYPE_NAMES = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.DOUBLE: "fp64",
+}
+
+
+def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """FP16 from the picture to the logits; softmax and both outputs stay FP32.
+
+    Args:
+        graph: FP32, or FP32 with Q/DQ pairs.
+
+    Returns:
+        A new graph; only the conversion of the picture, the logits' cast back and the softmax
+        touch other types.
+    """
+    from onnxconverter_common import float16
+
+    with warnings.catch_warnings():
+        # Weights below FP16's smallest number become that number; their effect is below rounding.
+        warnings.simplefilter("ignore", UserWarning)
+        converted: onnx.ModelProto = float16.convert_float_to_float16(
+            _copy(graph), keep_io_types=True
+        )
+    for node in converted.graph.node:
+        if node.op_type == "Cast" and node.input[0] == graph.graph.input[0].name:
+            # uint8 goes straight to FP16, which holds 0 to 255 exactly.
+            _set_cast_type(node, TensorProto.FLOAT16)
+    _softmax_in_fp32(converted)
+    del converted.graph.value_info[:]  # types of before; shape inference makes them anew
+    return onnx.shape_inference.infer_shapes(converted)
+
+
+def quantise(
+    graph: onnx.ModelProto,
+    images: UInt8Array | np.ndarray[Any, Any],
+    method: str = "minmax",
+    exclude: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """INT8 by symmetric Q/DQ pairs around convolutions and linear layers.
+
+    Weights per channel, activations per tensor, biases not quantised, no pair between a
+    convolution and its ReLU: what TensorRT 10, 11 and for RTX accept and fuse.
+
+    Args:
+        graph: FP32.
+        images: Calibration batch as the graph takes it: uint8 (N, S, S, 3), or float32
+            (N, 3, S, S) for a float-input graph.
+        method: How ranges are chosen: ``minmax``, ``entropy`` or ``percentile``.
+        exclude: Names of nodes that stay in higher precision.
+
+    Returns:
+        A new graph, FP32 with Q/DQ pairs.
+
+    Raises:
+        ExportError: ``exclude`` names a node that is not there.
+    """
+    from onnxruntime import quantization
+
+    names = {node.name for node in graph.graph.node}
+    if unknown := [name for name in exclude if name not in names]:
+        convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+        raise ExportError(
+            "--exclude",
+            expected="names of nodes, such as " + ", ".join(convolutions[:3]),
+            found=", ".join(unknown),
+            fix="list the nodes with: python -c \"import onnx; print(*(n.name for n in "
+            "onnx.load('model.onnx').graph.node), sep='\\n')\"",
+        )
+    methods = {
+        "minmax": quantization.CalibrationMethod.MinMax,
+        "entropy": quantization.CalibrationMethod.Entropy,
+        "percentile": quantization.CalibrationMethod.Percentile,
+    }
+    options: dict[str, Any] = {
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "QuantizeBias": False,
+        "OpTypesToExcludeOutputQuantization": list(QUANTISED_OPERATORS),
+    }
+    if method != "minmax":
+        options |= {"CalibrationNumBins": _HISTOGRAM_BINS, "num_bins": _HISTOGRAM_BINS}
+    if method == "entropy":
+        options |= {"num_quantized_bins": 128}
+    if method == "percentile":
+        options |= {"CalibPercentile": _PERCENTILE, "percentile": _PERCENTILE}
+
+    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
+        source.write_bytes(graph.SerializeToString())
+        quantization.quantize_static(
+            source,
+            target,
+            _Reader(graph.graph.input[0].name, images),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTISED_OPERATORS),
+            nodes_to_exclude=[*exclude, *_preprocessing_nodes(graph)],
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=methods[method],
+            extra_options=options,
+        )
+        quantised = onnx.load(target)
+    del quantised.metadata_props[:]
+    return quantised
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionSummary:
+    """In which precision a graph's arithmetic runs.
+
+    Attributes:
+        convolutions: Number of convolutions per precision (``fp32``, ``fp16``, ``int8``).
+        linear: The same for linear layers.
+    """
+
+    convolutions: dict[str, int]
+    linear: dict[str, int]
+
+    def __str__(self) -> str:
+        """Text such as ``66 int8 + 2 fp16 convolutions, 3 int8 linear``."""
+
+        def counted(counts: dict[str, int]) -> str:
+            return " + ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "no"
+
+        return f"{counted(self.convolutions)} convolutions, {counted(self.linear)} linear"
+
+
+def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:
+    """Count convolutions and linear layers by the precision that their inputs have.
+
+    A layer counts as INT8 when both its data and its weights come from DequantizeLinear nodes;
+    the graph's preprocessing (luminance) is left out.
+    """
+    inferred = onnx.shape_inference.infer_shapes(graph)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    types |= {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    types |= {value.name: value.data_type for value in graph.graph.initializer}
+    producers = {output: node.op_type for node in graph.graph.node for output in node.output}
+    preprocessing = set(_preprocessing_nodes(graph))
+
+    counts: dict[str, Counter[str]] = {operator: Counter() for operator in QUANTISED_OPERATORS}
+    for node in graph.graph.node:
+        if node.op_type not in counts or node.name in preprocessing:
+            continue
+        data, weights = node.input[:2]
+        if all(producers.get(name) == "DequantizeLinear" for name in (data, weights)):
+            counts[node.op_type]["int8"] += 1
+        else:
+            kind = types.get(data) or types.get(weights) or 0
+            counts[node.op_type][_TYPE_NAMES.get(kind, f"type {kind}")] += 1
+    return PrecisionSummary(dict(counts["Conv"]), dict(counts["Gemm"]))
+
+
+def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, path: object) -> str:
+    """Make sure that the graph is what its name says.
+
+    Args:
+        graph: The finished graph.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        excluded: Number of nodes that were left out of INT8 on purpose.
+        path: The file, for the error.
+
+    Returns:
+        The summary as text.
+
+    Raises:
+        ExportError: A convolution runs in another precision.
+    """
+    summary = summarise_precision(graph)
+    counts = Counter(summary.convolutions) + Counter(summary.linear)
+    others = sum(counts.values()) - counts[precision]
+    if counts[precision] == 0 or others > (excluded if precision == "int8" else 0):
+        raise ExportError(
+            path,
+            expected=f"all convolutions and linear layers in {precision}",
+            found=str(summary),
+            fix="report this; the file was not written",
+        )
+    return str(summary)
+
+
+def tensor_ranges(graph: onnx.ModelProto, images: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Largest magnitude of every floating-point tensor of an FP32 graph on real input.
+
+    Args:
+        graph: FP32.
+        images: A batch as the graph takes it.
+
+    Returns:
+        Tensor name to max |x|.
+    """
+    import onnxruntime
+
+    probe = onnx.shape_inference.infer_shapes(_copy(graph))
+    known = {value.name for value in probe.graph.output}
+    floats = [
+        value
+        for value in probe.graph.value_info
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in known
+    ]
+    probe.graph.output.extend(floats)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    ranges = dict.fromkeys(names, 0.0)
+    for start in range(0, len(images), 16):
+        batch = {graph.graph.input[0].name: images[start : start + 16]}
+        for name, value in zip(names, session.run(names, batch), strict=True):
+            ranges[name] = max(ranges[name], float(np.abs(value).max()))
+    return ranges
+
+
+def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, float]:
+    """Make sure that every tensor fits FP16 with a margin; finite outputs on a CPU prove nothing.
+
+    Returns:
+        The tensor with the largest magnitude, and that magnitude.
+
+    Raises:
+        ExportError: A tensor comes within :data:`FP16_MARGIN` of FP16's largest number.
+    """
+    name = max(ranges, key=ranges.__getitem__)
+    if not ranges[name] * FP16_MARGIN < FP16_MAX:
+        raise ExportError(
+            path,
+            expected=f"every tensor below {FP16_MAX / FP16_MARGIN:g} for FP16",
+            found=f"{ranges[name]:.3g} in {name}",
+            fix="export with --precision fp32",
+        )
+    return name, ranges[name]
+
+
+class _Reader:
+    """Hands the calibration images to ONNX Runtime's quantiser in batches."""
+
+    def __init__(self, name: str, images: np.ndarray[Any, Any], batch_size: int = 25) -> None:
+        self._batches = iter(
+            {name: images[at : at + batch_size]} for at in range(0, len(images), batch_size)
+        )
+
+    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        return next(self._batches, None)
+
+
+def _preprocessing_nodes(graph: onnx.ModelProto) -> list[str]:
+    """Convolutions that make luminance of colour: not the network's, and not to be rounded."""
+    return [
+        node.name
+        for node in graph.graph.node
+        if node.op_type == "Conv" and node.input[1].endswith(LUMA)
+    ]
+
+
+def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    duplicate = onnx.ModelProto()
+    duplicate.CopyFrom(graph)
+    return duplicate
+
+
+
+def _set_cast_type(node: onnx.NodeProto, kind: int) -> None:
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("to", kind))
+
+
+def _softmax_in_fp32(graph: onnx.ModelProto) -> None:
+    """Feed softmax from the FP32 logits, so that probabilities sum to one in FP32."""
+    nodes = graph.graph.node
+    softmax = next(node for node in nodes if node.op_type == "Softmax")
+    cast = next(node for node in nodes if softmax.output[0] in node.input)
+    softmax.input[0] = "logits"
+    softmax.output[0] = cast.output[0]
+    nodes.remove(cast)
+    nodes.remove(softmax)
+    nodes.append(softmax)  # after the cast that makes the logits

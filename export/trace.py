@@ -1,0 +1,173 @@
+"""PyTorch module to ONNX file: uint8 pictures in, logits and probabilities out."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from efficientface_deploy.artifact import PROVENANCE_KEY, SPEC_KEY, atomic_path
+from efficientface_deploy.errors import ExportError
+from efficientface_deploy.preprocess import LUMA, normalisation
+from efficientface_deploy.spec import ModelSpec
+
+# Opset 19 is the first whose QuantizeLinear takes FP16; TensorRT 10 and ONNX Runtime 1.16 read it.
+OPSET = 19
+IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devices
+
+UINT8_INPUT = "image"
+FLOAT_INPUT = "input"
+OUTPUTS = ("logits", "probabilities")
+
+
+class UInt8Model(nn.Module):
+    """The network with the normalisation of :func:`preprocess.normalise` in front.
+
+    Args:
+        network: EfficientFace or an LDG, in evaluation mode.
+        spec: Gives colour, mean and standard deviation.
+    """
+
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.grey = spec.colour == "grey"
+        scale, offset = normalisation(spec)
+        self.register_buffer("scale", torch.from_numpy(scale).view(1, 3, 1, 1))
+        self.register_buffer("offset", torch.from_numpy(offset).view(1, 3, 1, 1))
+        self.register_buffer("luma", torch.tensor(LUMA).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (N, S, S, 3) RGB to logits and probabilities, float (N, C)."""
+        # The cast comes first: TensorRT transposes no uint8.
+        pixels = image.to(self.scale.dtype).permute(0, 3, 1, 2)  # (N, 3, S, S)
+        if self.grey:
+            pixels = nn.functional.conv2d(pixels, self.luma)  # (N, 1, S, S)
+        logits = self.network(pixels * self.scale + self.offset)  # (N, C)
+        return logits, logits.softmax(dim=1)
+
+
+class FloatModel(nn.Module):
+    """The network for toolchains without uint8: takes what :func:`preprocess.normalise` gives.
+
+    Args:
+        network: EfficientFace or an LDG, in evaluation mode.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """float (N, 3, S, S), normalised, to logits and probabilities, float (N, C)."""
+        logits = self.network(image)  # (N, C)
+        return logits, logits.softmax(dim=1)
+
+
+def export_onnx(
+    model: nn.Module,
+    spec: ModelSpec,
+    path: str | Path,
+    *,
+    float_input: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an FP32 ONNX file with a dynamic batch.
+
+    Args:
+        model: EfficientFace or an LDG; it is put into evaluation mode.
+        spec: Its spec, which goes into the file.
+        path: Target, replaced atomically.
+        float_input: ``input``, float32 (N, 3, S, S), normalised, instead of ``image``, uint8
+            (N, S, S, 3), RGB.
+        provenance: How it was made; goes into the file.
+
+    Returns:
+        ``path``.
+    """
+    graph = trace(model, spec, float_input=float_input)
+    write_onnx(graph, path, spec, provenance or {})
+    return Path(path)
+
+
+def trace(model: nn.Module, spec: ModelSpec, *, float_input: bool = False) -> onnx.ModelProto:
+    """Trace a network to an ONNX graph, as :func:`export_onnx` describes."""
+    side = spec.input_size
+    # Two images: torch.export treats a batch of one as a constant.
+    if float_input:
+        wrapper: nn.Module = FloatModel(model)
+        example = torch.zeros(2, 3, side, side)
+        name = FLOAT_INPUT
+    else:
+        wrapper = UInt8Model(model, spec)
+        example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+        name = UINT8_INPUT
+    batch = torch.export.Dim("N", min=1, max=65_535)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes about torch's own internals
+        program = torch.onnx.export(
+            wrapper.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[name],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    assert program is not None
+    buffer = io.BytesIO()
+    program.save(buffer)
+    graph = onnx.load_from_string(buffer.getvalue())
+    graph.ir_version = IR_VERSION
+    _drop_exporter_notes(graph)
+    return graph
+
+
+def write_onnx(
+    graph: onnx.ModelProto, path: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]
+) -> None:
+    """Check a graph and write it, atomically, with spec and provenance in its metadata.
+
+    Raises:
+        ExportError: The graph is not valid ONNX.
+    """
+    onnx.helper.set_model_props(
+        graph, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
+    )
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            path,
+            expected="a valid ONNX graph",
+            found=str(error).strip().splitlines()[0],
+            fix="report this with the versions of torch and onnx",
+        ) from None
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
+
+
+def _drop_exporter_notes(graph: onnx.ModelProto) -> None:
+    """Remove the exporter's stack traces: they carry this machine's paths and a fifth of the file.
+
+    What remains depends on the weights and the versions alone.
+    """
+    del graph.metadata_props[:]
+    del graph.graph.metadata_props[:]
+    for node in graph.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*graph.graph.value_info, *graph.graph.input, *graph.graph.output]:
+        del value.metadata_props[:]
+
+
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
