@@ -74,8 +74,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "efficientface-predict=efficientface_deploy.cli:main",
-            "efficientface-export=efficientface_export.cli:main",
+            "efficientface-predict=efficientface_deploy.cli:entry_point",
+            "efficientface-export=efficientface_export.cli:entry_point",
         ]
     },
 )

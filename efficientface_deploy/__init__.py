@@ -7,7 +7,7 @@
 
 import logging
 
-from efficientface_deploy.errors import EfficientFaceError
+from efficientface_deploy.errors import BackendError, EfficientFaceError
 from efficientface_deploy.predictor import Prediction, Predictor, load
 from efficientface_deploy.spec import PRESETS, ModelSpec
 
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "BackendError",
     "EfficientFaceError",
     "ModelSpec",
     "Prediction",

@@ -17,6 +17,11 @@ from efficientface_deploy.spec import ModelSpec
 SPEC_KEY = "efficientface.spec"
 PROVENANCE_KEY = "efficientface.provenance"
 
+# Inputs and outputs of every ONNX file of ours; the input's name says which of the two it takes.
+UINT8_INPUT = "image"  # uint8 (N, S, S, 3), RGB
+FLOAT_INPUT = "input"  # float32 (N, 3, S, S), normalised
+OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
+
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
 
 

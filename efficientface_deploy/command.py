@@ -170,9 +170,9 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
 
     An expected error is printed as one line on standard error, never as a traceback.
     """
+    code = 0
     try:
         code = main() or 0
-        sys.stdout.flush()  # a reader that went away is noticed here, not at exit
     except EfficientFaceError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = error.exit_code
@@ -180,15 +180,21 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # The reader (head, less) went away: no error of ours, and nothing more to say to it. What
-        # is still buffered goes nowhere, else Python complains and exits 120 when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        pass  # the reader (head, less) went away: no error of ours
     except OSError as error:
         # A full disk, a missing permission: the system's own words say what to mend.
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = 2
+    _flush()
     sys.exit(code)
+
+
+def _flush() -> None:
+    """Write out what is buffered; Python itself would complain of a broken pipe and exit 120."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException) -> str:

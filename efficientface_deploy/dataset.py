@@ -186,7 +186,8 @@ def _not_empty(dataset: Dataset) -> Dataset:
     if not any(dataset.samples.values()):
         raise DatasetError(
             dataset.root,
-            expected="images in {train,validation,test}/{0..%d}" % (len(dataset.labels) - 1),
+            expected=f"images in folders {', '.join(SPLITS)}, below them 0 to "
+            f"{len(dataset.labels) - 1}",
             found="none",
             fix=_PREPARE,
         )
@@ -212,8 +213,9 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-        labels = tuple(description["labels"])
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        labels = description["labels"]
+        labels = tuple(labels) if isinstance(labels, list) else labels
         preset(description["preset"]).replace(labels=labels, name=description["name"])
     except (ValueError, KeyError, TypeError, RecursionError, SpecError) as error:
         raise DatasetError(
@@ -279,7 +281,10 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
                     )
                 if sample.path in seen:
                     raise DatasetError(
-                        where, expected="each image once", found=row["path"] + " again", fix=_PREPARE
+                        where,
+                        expected="each image once",
+                        found=row["path"] + " again",
+                        fix=_PREPARE,
                     )
                 seen.add(sample.path)
                 samples[row["split"]].append(sample)
@@ -292,9 +297,7 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
     }
 
 
-def _vote_columns(
-    path: Path, columns: Sequence[str], labels: tuple[str, ...]
-) -> list[str] | None:
+def _vote_columns(path: Path, columns: Sequence[str], labels: tuple[str, ...]) -> list[str] | None:
     """The columns of votes in the order of the labels; None where there are none."""
     if not {"path", "split", "label"} <= set(columns):
         raise DatasetError(
@@ -330,11 +333,10 @@ def _manifest_row(
         raise DatasetError(
             where, expected=f"a label from 0 to {len(labels) - 1}", found=str(label), fix=_PREPARE
         )
-    if votes is not None:
-        if min(votes) < 0 or not 0 < sum(votes) < math.inf:
-            raise DatasetError(
-                where, expected="votes >= 0, not all zero", found=str(votes), fix=_PREPARE
-            )
+    if votes is not None and (min(votes) < 0 or not 0 < sum(votes) < math.inf):
+        raise DatasetError(
+            where, expected="votes >= 0, not all zero", found=str(votes), fix=_PREPARE
+        )
     relative = Path(row["path"] or "")
     if relative.is_absolute() or ".." in relative.parts or not relative.name:
         raise DatasetError(

@@ -189,7 +189,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; a picture whose EXIF is damaged is taken as it lies."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except Exception:  # noqa: BLE001 - Pillow's EXIF reader fails on foreign bytes in many ways
         turn = None
     return image if turn is None else image.transpose(turn)

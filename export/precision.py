@@ -103,7 +103,7 @@ def quantise(
             "--exclude",
             expected="names of nodes, such as " + ", ".join(convolutions[:3]),
             found=", ".join(unknown),
-            fix="list the nodes with: python -c \"import onnx; print(*(n.name for n in "
+            fix='list the nodes with: python -c "import onnx; print(*(n.name for n in '
             "onnx.load('model.onnx').graph.node), sep='\\n')\"",
         )
     methods = {
@@ -193,13 +193,15 @@ def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:
     return PrecisionSummary(dict(counts["Conv"]), dict(counts["Gemm"]))
 
 
-def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, path: object) -> str:
+def require_precision(
+    graph: onnx.ModelProto, precision: str, excluded: int | None, path: object
+) -> str:
     """Make sure that the graph is what its name says.
 
     Args:
         graph: The finished graph.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        excluded: Number of nodes that were left out of INT8 on purpose.
+        excluded: Number of nodes that were left out of INT8 on purpose; None when unknown.
         path: The file, for the error.
 
     Returns:
@@ -211,7 +213,8 @@ def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, pat
     summary = summarise_precision(graph)
     counts = Counter(summary.convolutions) + Counter(summary.linear)
     others = sum(counts.values()) - counts[precision]
-    if counts[precision] == 0 or others > (excluded if precision == "int8" else 0):
+    allowed = others if excluded is None else excluded
+    if counts[precision] == 0 or others > (allowed if precision == "int8" else 0):
         raise ExportError(
             path,
             expected=f"all convolutions and linear layers in {precision}",
@@ -300,7 +303,6 @@ def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
     duplicate = onnx.ModelProto()
     duplicate.CopyFrom(graph)
     return duplicate
-
 
 
 def _set_cast_type(node: onnx.NodeProto, kind: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -14,18 +13,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from efficientface_deploy.artifact import PROVENANCE_KEY, SPEC_KEY, atomic_path
-from efficientface_deploy.errors import ExportError
+from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT
 from efficientface_deploy.preprocess import LUMA, normalisation
 from efficientface_deploy.spec import ModelSpec
 
-# Opset 19 is the first whose QuantizeLinear takes FP16; TensorRT 10 and ONNX Runtime 1.16 read it.
-OPSET = 19
-IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devices
-
-UINT8_INPUT = "image"
-FLOAT_INPUT = "input"
-OUTPUTS = ("logits", "probabilities")
+from .graph import IR_VERSION, OPSET, write_onnx
 
 
 class UInt8Model(nn.Module):
@@ -67,7 +59,7 @@ class FloatModel(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """float (N, 3, S, S), normalised, to logits and probabilities, float (N, C)."""
+        """Float (N, 3, S, S), normalised, to logits and probabilities, float (N, C)."""
         logits = self.network(image)  # (N, C)
         return logits, logits.softmax(dim=1)
 
@@ -130,30 +122,6 @@ def trace(model: nn.Module, spec: ModelSpec, *, float_input: bool = False) -> on
     graph.ir_version = IR_VERSION
     _drop_exporter_notes(graph)
     return graph
-
-
-def write_onnx(
-    graph: onnx.ModelProto, path: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]
-) -> None:
-    """Check a graph and write it, atomically, with spec and provenance in its metadata.
-
-    Raises:
-        ExportError: The graph is not valid ONNX.
-    """
-    onnx.helper.set_model_props(
-        graph, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
-    )
-    try:
-        onnx.checker.check_model(graph, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            path,
-            expected="a valid ONNX graph",
-            found=str(error).strip().splitlines()[0],
-            fix="report this with the versions of torch and onnx",
-        ) from None
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
 
 
 def _drop_exporter_notes(graph: onnx.ModelProto) -> None:

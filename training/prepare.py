@@ -143,9 +143,7 @@ def prepare_synthetic(config: SyntheticConfig) -> None:
         "face_crop": spec.face_crop,
         "source": "training/synthetic.py",
         "licence": "MIT",
-        "prepared_with": {
-            key: getattr(config, key) for key in ("train", "test", "size", "seed")
-        },
+        "prepared_with": {key: getattr(config, key) for key in ("train", "test", "size", "seed")},
     }
 
     def faces() -> Iterator[Face]:
@@ -316,9 +314,7 @@ def _print_counts(out: Path, labels: Sequence[str], counts: Counter[tuple[str, i
     for split in SPLITS:
         per_class = [counts[split, index] for index in range(len(labels))]
         if any(per_class):
-            named = ", ".join(
-                f"{label} {n:,}" for label, n in zip(labels, per_class, strict=True)
-            )
+            named = ", ".join(f"{label} {n:,}" for label, n in zip(labels, per_class, strict=True))
             print(f"  {split}: {sum(per_class):,} ({named})")
 
 
@@ -332,9 +328,7 @@ def _compare_with_published(counts: Counter[tuple[str, int]], train_protocol: st
             print(f"  {split}, {protocol} protocol: {found:,} images, {verdict}")
 
 
-def _ferplus_split(
-    source: Source, split: str, folder: str, train_protocol: str
-) -> Iterator[Face]:
+def _ferplus_split(source: Source, split: str, folder: str, train_protocol: str) -> Iterator[Face]:
     labels = preset("ferplus").labels
     order = [FERPLUS_COLUMNS.index(label) for label in labels]  # by name, never by position
     protocol = train_protocol if split == "train" else "majority"

@@ -108,9 +108,7 @@ def choose_recipe(config: StudentConfig, dataset: Dataset) -> Recipe:
     """The named recipe with the command's changes."""
     recipe = DEFAULT
     if config.recipe == "published":
-        epochs, step, decay = PUBLISHED_SCHEDULES.get(
-            dataset.preset, PUBLISHED_SCHEDULES["rafdb"]
-        )
+        epochs, step, decay = PUBLISHED_SCHEDULES.get(dataset.preset, PUBLISHED_SCHEDULES["rafdb"])
         recipe = Recipe(
             epochs=epochs,
             batch_size=128,

@@ -9,12 +9,14 @@ expression shares its mass with Neutral. An action unit's level is the sum of th
 the expressions it belongs to, so the picture shows exactly the numbers in the target.
 
 Nothing else depends on the label: identity, pose, light, background and noise are drawn without
-seeing it. Shift, rotation and scale move the mouth further than any action unit does, so no fixed
-pixel tells the class.
+seeing it. Shift, rotation and scale together move brows and mouth about as far as the action
+units do, so that no fixed pixel tells the class: a linear probe on pixels stays far below a
+network (``tests/training/test_synthetic.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,13 +44,15 @@ MIN_SIZE, MAX_SIZE = 32, 1024
 FloatArray = npt.NDArray[np.float64]
 Colour = tuple[int, int, int]
 Units = Mapping[int, float]
+_Point = tuple[float, float]
 
 # Drawing at three times the size and averaging is what makes the edges smooth: Pillow's polygons
 # are not antialiased.
 _SUPERSAMPLE = 3
 
-# Half the face's height as a share of the picture's, at scale one: hair and chin just fit.
-_FACE_UNIT = 0.42
+# Half the face's height as a share of the picture's, at scale one: the face fills the picture, as
+# it does in RAF-DB's aligned crops.
+_FACE_UNIT = 0.46
 
 _SKIN: tuple[Colour, ...] = (
     (250, 224, 205), (240, 200, 172), (224, 178, 142), (198, 148, 112), (165, 114, 80),
@@ -60,9 +64,11 @@ _HAIR: tuple[Colour, ...] = (
 )  # fmt: skip
 _IRIS: tuple[Colour, ...] = ((70, 44, 28), (96, 66, 36), (64, 96, 130), (74, 104, 70))
 
+# Curves that everything is made of, computed once: rendering is mostly small array operations.
 _ARC = np.linspace(-1.0, 1.0, 17)
-_CIRCLE = np.linspace(0.0, 2 * np.pi, 32, endpoint=False)
-_CIRCLE_XY = np.stack([np.sin(_CIRCLE), -np.cos(_CIRCLE)], axis=1)
+_CIRCLE = np.array([(np.sin(a), -np.cos(a)) for a in np.linspace(0, 2 * np.pi, 33)[:-1]])
+_SKULL = np.array([(np.sin(a), -np.cos(a)) for a in np.linspace(-1.75, 1.75, 25)])
+_BEZIER = np.array([((1 - t) ** 2, 2 * t * (1 - t), t**2) for t in np.linspace(0, 1, 9)])
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Curves of a face in face units, x to the right and y down, origin between the eyes' level.
+    """Curves of a face in face units, x to the right, y down, the origin between the eyes.
 
     Arrays are float64 (points, 2). What comes in pairs is given for the side of positive x and is
     mirrored when drawn.
@@ -149,8 +155,9 @@ class Geometry:
 def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
     """Render face number ``index`` of the collection ``seed``.
 
-    The same arguments give the same bits in any order and process; another ``size`` gives the same
-    face at another resolution. The label is ``index % 7``, so every run of seven is balanced.
+    The same arguments give the same bits in any order and process (of the same NumPy and Pillow);
+    another ``size`` gives the same face at another resolution. The label is ``index % 7``, so every
+    run of seven is balanced.
 
     Args:
         seed: Names the collection, 0 or more. Use different seeds for training and test.
@@ -211,11 +218,11 @@ def draw_distribution(rng: np.random.Generator, label: int) -> FloatArray:
     if label == 0:
         distribution[other] = rng.uniform(0.1, 0.35) if blended else 0.0
     elif blended:
-        # At least 0.85 * 0.58 = 0.49 against 0.42 at most for the other: no ties.
-        total, share = rng.uniform(0.85, 1.0), rng.uniform(0.58, 0.8)
+        # At least 0.6 of the total against 0.4, and Neutral has 0.15 at most: no ties.
+        total, share = rng.uniform(0.85, 1.0), rng.uniform(0.6, 0.85)
         distribution[label], distribution[other] = total * share, total * (1 - share)
     else:
-        distribution[label] = rng.uniform(0.65, 1.0)
+        distribution[label] = rng.uniform(0.7, 1.0)
     distribution[0] = 1.0 - distribution[1:].sum()
     return distribution
 
@@ -244,7 +251,7 @@ def draw_identity(rng: np.random.Generator) -> Identity:
         jaw=rng.uniform(0.10, 0.32),
         brow_y=rng.uniform(-0.37, -0.31),
         brow_tilt=rng.uniform(-0.02, 0.02),
-        brow_thickness=rng.uniform(0.030, 0.055),
+        brow_thickness=rng.uniform(0.040, 0.060),
         eye_x=rng.uniform(0.29, 0.34),
         eye_gain=rng.uniform(0.9, 1.15),
         nose_gain=rng.uniform(0.85, 1.2),
@@ -261,9 +268,9 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     gain = rng.uniform(0.70, 1.08)
     warmth = rng.uniform(-0.07, 0.07)
     return Scene(
-        rotation=rng.uniform(-0.22, 0.22),
-        scale=rng.uniform(0.86, 1.1),
-        shift=(rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07)),
+        rotation=rng.uniform(-0.25, 0.25),
+        scale=rng.uniform(0.84, 1.1),
+        shift=(rng.uniform(-0.09, 0.09), rng.uniform(-0.09, 0.09)),
         yaw=rng.uniform(-0.12, 0.12),
         light_angle=rng.uniform(-np.pi, np.pi),
         light_contrast=rng.uniform(0.05, 0.3),
@@ -271,8 +278,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         background=_random_colour(rng),
         backdrop=_random_colour(rng),
         backdrop_xyr=(rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.3, 0.7)),
-        blur=rng.uniform(0.0, 0.007),
-        noise=rng.uniform(1.0, 7.0),
+        blur=rng.uniform(0.0, 0.005),
+        noise=rng.uniform(1.0, 5.0),
     )
 
 
@@ -325,10 +332,10 @@ def face_geometry(identity: Identity, units: Units) -> Geometry:
 
 
 def _outline(identity: Identity, units: Units) -> FloatArray:
-    x, y = _CIRCLE_XY.T
-    below = np.clip(y, 0, None)
+    x, y = _CIRCLE.T
+    below = np.maximum(y, 0)
     x = identity.face_width * np.sign(x) * np.abs(x) ** 0.85 * (1 - identity.jaw * below**2)
-    return np.stack([x, y * (1 + 0.14 * units[26] * below)], axis=1)  # AU 26: the chin sinks
+    return np.column_stack([x, y * (1 + 0.14 * units[26] * below)])  # AU 26: the chin sinks
 
 
 def _brow(identity: Identity, units: Units) -> FloatArray:
@@ -337,37 +344,33 @@ def _brow(identity: Identity, units: Units) -> FloatArray:
     lift = np.array([0.23 * au[1], 0.09 * au[1] + 0.09 * au[2], 0.14 * au[2]])
     # Where AU 1 works against it (sadness, fear), AU 4 draws the brows together, not down.
     lower = au[4] * (1 - 0.7 * au[1])
-    sink = np.array([0.15 * lower + 0.05 * au[9], 0.09 * au[4] + 0.03 * au[9], 0.01 * au[4]])
+    sink = np.array([0.17 * lower + 0.05 * au[9], 0.09 * au[4] + 0.03 * au[9], 0.01 * au[4]])
     rest = np.array([0.02, -0.045, 0.03]) + identity.brow_tilt * np.array([1, 0, -1])
     y = identity.brow_y + rest + sink - lift
     x = identity.eye_x + np.array([-0.19 - 0.05 * au[4], 0.04, 0.22])  # AU 4 draws them together
-    curve = _bezier(*np.stack([x, y], axis=1))
-    half = identity.brow_thickness * np.linspace(1.0, 0.35, len(curve))
-    offset = np.stack([np.zeros_like(half), half], axis=1)
-    return np.concatenate([curve - offset, (curve + offset)[::-1]])
+    curve = _BEZIER @ np.column_stack([x, y])
+    half = np.outer(np.linspace(1.0, 0.35, len(curve)), (0.0, identity.brow_thickness))
+    return np.concatenate([curve - half, (curve + half)[::-1]])
 
 
-def _eye(
-    identity: Identity, units: Units
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+def _eye(identity: Identity, units: Units) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Lids from inner to outer corner; iris and pupil, cut off where a lid covers them."""
     au, gain = units, identity.eye_gain
-    above = gain * (0.085 + 0.065 * au[5] - 0.045 * au[7] - 0.025 * au[9] - 0.015 * au[6])
+    above = gain * (0.085 + 0.075 * au[5] - 0.045 * au[7] - 0.025 * au[9] - 0.015 * au[6])
     below = gain * (0.055 + 0.010 * au[5] - 0.045 * au[7] - 0.025 * au[9] - 0.040 * au[6])
     x = identity.eye_x + 0.16 * gain * _ARC
     arch = (1 - _ARC**2) ** 0.8
     # AU 1 with AU 4 pulls the inner end of the upper lid up: the oblique lid of grief.
     slope = 0.05 * min(au[1], au[4]) * (1 - _ARC) * arch
-    upper = np.stack([x, -above * arch - slope], axis=1)
-    lower = np.stack([x, below * arch], axis=1)
+    top, bottom = -above * arch - slope, below * arch
 
     def disc(radius: float) -> FloatArray:
-        points = radius * gain * _CIRCLE_XY + (identity.eye_x, -0.012)
-        top, bottom = (np.interp(points[:, 0], lid[:, 0], lid[:, 1]) for lid in (upper, lower))
-        points[:, 1] = np.clip(points[:, 1], top, bottom)
-        return points
+        across, down = (radius * gain * _CIRCLE + (identity.eye_x, -0.012)).T
+        down = np.maximum(down, np.interp(across, x, top))
+        return np.column_stack([across, np.minimum(down, np.interp(across, x, bottom))])
 
-    return upper, lower, disc(0.075), disc(0.036)
+    lids = np.column_stack([x, top]), np.column_stack([x, bottom])
+    return *lids, disc(0.075), disc(0.036)
 
 
 def _nose(identity: Identity, units: Units) -> tuple[FloatArray, FloatArray]:
@@ -375,7 +378,7 @@ def _nose(identity: Identity, units: Units) -> tuple[FloatArray, FloatArray]:
     width = identity.nose_gain * (0.14 + 0.04 * units[9])
     base = 0.27 - 0.07 * units[9]
     wing = _bezier((width, base - 0.08), (width + 0.05, base + 0.06), (width * 0.55, base + 0.03))
-    nostril = _CIRCLE_XY * (0.04, 0.022) + (width * 0.5, base + 0.015)
+    nostril = _CIRCLE * (0.04, 0.022) + (width * 0.5, base + 0.015)
     return wing, nostril
 
 
@@ -384,11 +387,11 @@ def _mouth(
 ) -> tuple[tuple[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]:
     """Upper and lower lip, each as its upper and lower edge, from the left to the right corner."""
     au = units
-    spread = 0.12 * au[12] + 0.14 * au[20] - 0.04 * au[15] - 0.08 * au[23] - 0.09 * au[26]
+    spread = 0.14 * au[12] + 0.17 * au[20] - 0.04 * au[15] - 0.09 * au[23] - 0.10 * au[26]
     x = (identity.mouth_width + spread) * _ARC
-    corner = identity.mouth_rest - 0.15 * au[12] + 0.14 * au[15] + 0.05 * au[20] + 0.06 * au[26]
-    middle = 0.04 * au[12] - 0.03 * au[15] - 0.06 * au[9]
-    gap = 0.30 * au[26] - 0.06 * au[20] * au[26] + 0.11 * au[16]
+    corner = identity.mouth_rest - 0.18 * au[12] + 0.16 * au[15] + 0.05 * au[20] + 0.06 * au[26]
+    middle = 0.05 * au[12] - 0.04 * au[15] - 0.08 * au[9]
+    gap = 0.34 * au[26] - 0.08 * au[20] * au[26] + 0.12 * au[16]
     # Lips thin out when tightened (23) or drawn wide (12, 20).
     lip = identity.lip_gain * (1 - 0.7 * au[23] - 0.2 * au[12] - 0.35 * au[20])
     # One is a parabola; less is rounder, as an open mouth is, and boxy when it is drawn wide.
@@ -396,7 +399,7 @@ def _mouth(
 
     def edge(height: float, exponent: float) -> FloatArray:
         arch = (1 - _ARC**2) ** exponent
-        return np.stack([x, identity.mouth_y + corner + (height - corner) * arch], axis=1)
+        return np.column_stack([x, identity.mouth_y + corner + (height - corner) * arch])
 
     upper = (edge(middle - 0.06 * lip, 0.8 * bend), edge(middle, bend))
     lower = (edge(middle + gap, bend), edge(middle + gap + 0.085 * lip, 0.8 * bend))
@@ -405,7 +408,7 @@ def _mouth(
 
 def _teeth(upper: FloatArray, lower: FloatArray, units: Units) -> FloatArray:
     """The upper row under the upper lip, or the lower row that AU 16 bares."""
-    opening = np.clip(lower - upper, 0.0, None)
+    opening = np.maximum(lower - upper, 0.0)
     band = np.minimum(0.6 * opening, (0.0, 0.06))
     rim, edge = (lower, lower - band) if units[16] > units[26] else (upper, upper + band)
     return np.concatenate([rim, edge[::-1]])
@@ -416,26 +419,28 @@ def _creases(
 ) -> tuple[tuple[FloatArray, float], ...]:
     """Folds that the units press into the skin, with their strength."""
     au, eye = units, identity.eye_x
-    lines: list[tuple[float, Sequence[tuple[float, float]]]] = [
-        # Forehead: the middle for AU 1, the sides for AU 2.
-        (au[1], [(0.0, -0.60), (0.10, -0.61), (0.18, -0.59)]),
-        (au[2], [(0.18, -0.60), (0.34, -0.64), (0.48, -0.57)]),
-        (au[4], [(0.045, -0.36), (0.065, -0.28), (0.05, -0.20)]),
-        # AU 6: the raised cheek's edge and crow's feet.
-        (au[6], [(eye - 0.16, 0.12), (eye, 0.20), (eye + 0.20, 0.08)]),
-        (au[6], [(eye + 0.20, -0.02), (eye + 0.24, -0.04), (eye + 0.29, -0.08)]),
-        (au[6], [(eye + 0.20, 0.02), (eye + 0.25, 0.03), (eye + 0.30, 0.03)]),
-        (au[7], [(eye - 0.13, 0.06), (eye, 0.10), (eye + 0.14, 0.05)]),
+    (wing_x, wing_y), (corner_x, corner_y) = wing.tolist(), corner.tolist()
+    lines: list[tuple[float, tuple[_Point, _Point, _Point]]] = [
+        # Forehead: the middle for AU 1, the sides for AU 2; between the brows for AU 4.
+        (au[1], ((0.0, -0.60), (0.10, -0.61), (0.18, -0.59))),
+        (au[2], ((0.18, -0.60), (0.34, -0.64), (0.48, -0.57))),
+        (au[4], ((0.045, -0.36), (0.065, -0.28), (0.05, -0.20))),
+        # AU 6: the raised cheek's edge and crow's feet; AU 7: the tense lid alone.
+        (au[6], ((eye - 0.16, 0.12), (eye, 0.20), (eye + 0.20, 0.08))),
+        (au[6], ((eye + 0.20, -0.02), (eye + 0.24, -0.04), (eye + 0.29, -0.08))),
+        (au[6], ((eye + 0.20, 0.02), (eye + 0.25, 0.03), (eye + 0.30, 0.03))),
+        (au[7], ((eye - 0.13, 0.06), (eye, 0.10), (eye + 0.14, 0.05))),
         # AU 9: across the bridge and beside it.
-        (au[9], [(0.0, -0.10), (0.06, -0.09), (0.10, -0.14)]),
-        (au[9], [(0.0, -0.02), (0.07, -0.01), (0.12, -0.06)]),
-        (au[9], [(0.06, 0.08), (0.09, 0.04), (0.13, 0.03)]),
-        (au[15], [(corner[0] + 0.02, corner[1]), (corner[0] + 0.05, corner[1] + 0.05),
-                  (corner[0] + 0.03, corner[1] + 0.11)]),
+        (au[9], ((0.0, -0.10), (0.06, -0.09), (0.10, -0.14))),
+        (au[9], ((0.0, -0.02), (0.07, -0.01), (0.12, -0.06))),
+        (au[9], ((0.06, 0.08), (0.09, 0.04), (0.13, 0.03))),
+        # AU 15: below the lip's corner.
+        (au[15], ((corner_x + 0.02, corner_y), (corner_x + 0.05, corner_y + 0.05),
+                  (corner_x + 0.03, corner_y + 0.11))),
         # The nasolabial fold: there at rest, deep in a smile and in disgust.
         (0.12 + 0.88 * max(au[12], au[9]),
-         [(wing[0] + 0.03, wing[1]), (corner[0] + 0.10, wing[1] + 0.10),
-          (corner[0] + 0.07, corner[1] + 0.02)]),
+         ((wing_x + 0.03, wing_y), (corner_x + 0.10, wing_y + 0.10),
+          (corner_x + 0.07, corner_y + 0.02))),
     ]  # fmt: skip
     return tuple(
         (_bezier(*points), strength * identity.crease_gain)
@@ -444,14 +449,10 @@ def _creases(
     )
 
 
-def _bezier(
-    start: npt.ArrayLike, control: npt.ArrayLike, end: npt.ArrayLike, points: int = 9
-) -> FloatArray:
-    t = np.linspace(0.0, 1.0, points)[:, None]
-    return (
-        (1 - t) ** 2 * np.asarray(start) + 2 * t * (1 - t) * np.asarray(control)
-        + t**2 * np.asarray(end)
-    )  # fmt: skip
+def _bezier(start: _Point, control: _Point, end: _Point) -> FloatArray:
+    """Nine points of the quadratic curve."""
+    curve: FloatArray = _BEZIER @ np.array([start, control, end])
+    return curve
 
 
 # ---- Raster ------------------------------------------------------------------------------------
@@ -467,7 +468,7 @@ class _Canvas:
         self.unit = _FACE_UNIT * scene.scale * side
         self._yaw = scene.yaw
         self._draw = ImageDraw.Draw(self.image)
-        cosine, sine = np.cos(scene.rotation), np.sin(scene.rotation)
+        cosine, sine = math.cos(scene.rotation), math.sin(scene.rotation)
         self._pose = self.unit * np.array([[cosine, sine], [-sine, cosine]])
         self._centre = side * (np.array([0.5, 0.52]) + scene.shift)
 
@@ -478,7 +479,7 @@ class _Canvas:
     def stroke(self, points: FloatArray, colour: Colour, width: float, depth: float = 1.0) -> None:
         """Draw a line of ``width`` face units."""
         pixels = max(1, round(width * self.unit))
-        self._draw.line(self._place(points, depth), fill=colour, width=pixels, joint="curve")
+        self._draw.line(self._place(points, depth), fill=colour, width=pixels)
 
     def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
         """Fill a circle given in shares of the picture, outside the head's pose."""
@@ -489,9 +490,8 @@ class _Canvas:
     def _place(self, points: FloatArray, depth: float) -> list[float]:
         if depth:
             # Turning the head moves what lies near the middle of the face further than its rim.
-            turned = points.copy()
-            turned[:, 0] += self._yaw * depth * (1 - points[:, 0] ** 2)
-            points = turned
+            points = points.copy()
+            points[:, 0] += self._yaw * depth * (1 - points[:, 0] ** 2)
         placed: list[float] = (points @ self._pose + self._centre).ravel().tolist()
         return placed
 
@@ -523,21 +523,21 @@ def _shadow(identity: Identity, strength: float) -> Colour:
 def _paint_behind(canvas: _Canvas, identity: Identity) -> None:
     width = identity.face_width
     if identity.hair_style == 3:  # long
-        mane = _CIRCLE_XY * (width * 1.28, 1.15)
+        mane = _CIRCLE * (width * 1.28, 1.15)
         mane[:, 1] = np.where(mane[:, 1] > 0, mane[:, 1] * 1.15, mane[:, 1])
         canvas.fill(mane, identity.hair)
     neck = np.array([(-0.36, 0.5), (0.36, 0.5), (0.42, 1.6), (-0.42, 1.6)])
     canvas.fill(neck, _shadow(identity, 0.3))
-    canvas.fill(_CIRCLE_XY * (1.25, 0.55) + (0, 1.75), identity.clothes)
+    canvas.fill(_CIRCLE * (1.25, 0.55) + (0, 1.75), identity.clothes)
     for side in (-1, 1):
-        ear = _CIRCLE_XY * (0.11, 0.19)
-        canvas.fill(ear + (side * width * 0.98, 0.05), _shadow(identity, 0.15))
+        ear = np.array([side * width * 0.98, 0.05]) + _CIRCLE * (0.11, 0.19)
+        canvas.fill(ear, _shadow(identity, 0.15))
 
 
 def _paint_skin(canvas: _Canvas, face: Geometry, identity: Identity, scene: Scene) -> None:
     canvas.fill(face.outline, _shadow(identity, 0.2))
     # The lit part, moved towards the light, leaves a rim of shade on the other side.
-    light = np.array([np.cos(scene.light_angle), np.sin(scene.light_angle)])
+    light = np.array([math.cos(scene.light_angle), math.sin(scene.light_angle)])
     canvas.fill(face.outline * 0.955 + 0.03 * light, identity.skin)
     for curve, strength in face.creases:
         for side in (-1, 1):
@@ -578,8 +578,7 @@ def _paint_hair(canvas: _Canvas, face: Geometry, identity: Identity) -> None:
     if identity.hair_style == 0:  # bald
         return
     width, line = identity.face_width, identity.hairline
-    angle = np.linspace(-1.75, 1.75, 25)
-    cap = np.stack([1.06 * width * np.sin(angle), -1.1 * np.cos(angle)], axis=1)
+    cap = _SKULL * (1.06 * width, 1.1)
     part = 0.45 if identity.hair_style == 2 else 0.0  # swept to one side
     hairline = [(0.93 * width, -0.25), (0.8 * width, line + 0.12), (part * width, line - 0.06),
                 (-0.8 * width, line + 0.12), (-0.93 * width, -0.25)]  # fmt: skip
@@ -587,9 +586,9 @@ def _paint_hair(canvas: _Canvas, face: Geometry, identity: Identity) -> None:
 
 
 def _paint_glasses(canvas: _Canvas, identity: Identity) -> None:
-    rim = np.concatenate([_CIRCLE_XY, _CIRCLE_XY[:1]]) * (0.235, 0.2)
+    rim = np.concatenate([_CIRCLE, _CIRCLE[:1]]) * (0.235, 0.2)
     for side in (-1, 1):
-        canvas.stroke(rim + (side * identity.eye_x, 0.01), (36, 32, 34), 0.03)
+        canvas.stroke(np.array([side * identity.eye_x, 0.01]) + rim, (36, 32, 34), 0.03)
     bridge = _bezier((-identity.eye_x + 0.23, 0.0), (0, -0.05), (identity.eye_x - 0.23, 0.0))
     canvas.stroke(bridge, (36, 32, 34), 0.03)
 
@@ -597,16 +596,15 @@ def _paint_glasses(canvas: _Canvas, identity: Identity) -> None:
 # ---- Light -------------------------------------------------------------------------------------
 
 
-def _light(
-    picture: Image.Image, scene: Scene, rng: np.random.Generator
-) -> npt.NDArray[np.uint8]:
+def _light(picture: Image.Image, scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Apply exposure, white balance, a gradient of light and sensor noise; uint8 (H, W, 3)."""
-    size = picture.width
-    ramp = np.linspace(-1, 1, size)
-    across, down = np.cos(scene.light_angle), np.sin(scene.light_angle)
-    gradient = 1 + scene.light_contrast * (across * ramp + down * ramp[:, None])
-    light = (gradient[..., None] * scene.exposure).astype(np.float32)
-    lit = rng.standard_normal(light.shape, dtype=np.float32)
-    lit *= np.float32(scene.noise)
-    lit += light * np.asarray(picture, dtype=np.float32)
-    return np.clip(np.rint(lit, out=lit), 0, 255, out=lit).astype(np.uint8)
+    ramp = np.linspace(-1, 1, picture.width, dtype=np.float32)
+    across = scene.light_contrast * math.cos(scene.light_angle)
+    down = scene.light_contrast * math.sin(scene.light_angle)
+    gradient = 1 + across * ramp + down * ramp[:, None]
+    lit = np.asarray(picture, dtype=np.float32) * gradient[..., None]
+    lit *= np.array(scene.exposure, dtype=np.float32)
+    # Noise of brightness alone, as cameras leave it after smoothing the colours.
+    lit += scene.noise * rng.standard_normal((*gradient.shape, 1), dtype=np.float32)
+    image: npt.NDArray[np.uint8] = np.clip(np.rint(lit), 0, 255).astype(np.uint8)
+    return image

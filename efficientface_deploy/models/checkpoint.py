@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,14 @@ def _foreign_names(path: Path) -> Collection[str]:
         # number, a version, a platform and the content, then the storages.
         file.seek(0)
         operations = (item for _ in range(4) for item in pickletools.genops(file))
-        return {
-            str(argument).replace(" ", ".")
-            for operation, argument, _ in operations
-            if operation.name == "GLOBAL"
-        }
+        names = {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"}
+    return {_todays_name(*name.split(" ", 1)) for name in names}
+
+
+def _todays_name(module: str, name: str) -> str:
+    """Pickles of protocol 2 give the standard library the names that it had in Python 2."""
+    todays = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return ".".join(todays)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

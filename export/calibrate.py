@@ -1,0 +1,100 @@
+"""Images for INT8 calibration: which, how many, and a record of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficientface_deploy.dataset import (
+    DESCRIPTION,
+    IMAGE_SUFFIXES,
+    Sample,
+    image_list_hash,
+    iterate_batches,
+    read_dataset,
+)
+from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.preprocess import UInt8Array
+from efficientface_deploy.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COUNT = 500
+FEW = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Images that ranges are measured on.
+
+    Attributes:
+        images: uint8 (N, S, S, 3), RGB, made by the runtime's preprocessing.
+        record: Where they come from, for the provenance: data set, split, count, seed and hash.
+        warnings: What a careful user should know about the choice.
+    """
+
+    images: UInt8Array
+    record: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def load_calibration(
+    root: Path, spec: ModelSpec, count: int = DEFAULT_COUNT, seed: int = 0
+) -> Calibration:
+    """Read a seeded choice of training images.
+
+    Args:
+        root: A prepared data set, a data set's folder with ``train/``, or any folder of images;
+            labels are not looked at.
+        spec: The model's.
+        count: How many images, fewer when there are fewer.
+        seed: Of the choice.
+
+    Raises:
+        DatasetError: The folder is missing or holds no images.
+        ImageError: One of the images cannot be read.
+    """
+    samples, split = _find_images(root)
+    order = np.random.default_rng(seed).permutation(len(samples))[:count]
+    chosen = [samples[index] for index in sorted(order)]
+    images = np.concatenate([batch for batch, _ in iterate_batches(chosen, spec, 100)])
+
+    notes = []
+    if len(chosen) < min(count, FEW):
+        notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
+    if split == "test":
+        notes.append(f"calibrated on a test split ({root}); its accuracy is then not unseen")
+    for note in notes:
+        logger.warning("%s", note)
+    record = {
+        "dataset": root.name,
+        "split": split,
+        "count": len(chosen),
+        "seed": seed,
+        "images_sha256": image_list_hash(chosen, root),
+    }
+    return Calibration(images, record, tuple(notes))
+
+
+def _find_images(root: Path) -> tuple[list[Sample], str]:
+    """All images that may be chosen, in a fixed order, and the split that they come from."""
+    if (root / DESCRIPTION).is_file():
+        return list(read_dataset(root).split("train")), "train"
+    folder = root / "train" if (root / "train").is_dir() else root
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        found = "no images in it" if root.is_dir() else "no such folder"
+        raise DatasetError(
+            root,
+            expected="a folder of images for calibration",
+            found=found,
+            fix="give the training images, e.g. --calib RAF-DB",
+        )
+    if folder != root:
+        return [Sample(path, 0) for path in paths], "train"
+    in_test = "test" in {part.lower() for part in root.resolve().parts}
+    return [Sample(path, 0) for path in paths], "test" if in_test else "unknown"

@@ -1,0 +1,495 @@
+"""ONNX file to TensorRT engine; needs neither torch nor onnxruntime.
+
+The network is strongly typed: the graph's types are the engine's, and the builder decides nothing
+about precision. What it built is read back from its own log and compared with the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from efficientface_deploy.artifact import atomic_path, file_hash, sidecar_path, write_sidecar
+from efficientface_deploy.backends.cuda import open_cuda
+from efficientface_deploy.backends.tensorrt import (
+    LIBRARIES,
+    load_library,
+    make_logger,
+    rebuild_command,
+    version_of,
+)
+from efficientface_deploy.errors import BackendError, ConfigError, ExportError
+
+from .graph import read_onnx
+from .precision import summarise_precision
+
+Kind = Literal["trt", "trt-rtx"]
+
+SUFFIXES: dict[str, str] = {"trt": ".engine", "trt-rtx": ".rtx.engine"}
+CURRENT = "current"
+
+# What TensorRT for RTX targets when nothing is asked of it: Ampere and everything newer.
+_RTX_DEFAULT = ("sm80+",)
+
+# Layers of the finished engine that launch nothing: shapes, and waiting between streams.
+_NO_KERNEL = frozenset({"shape_call", "signal", "wait", "NoOp", "Constant"})
+
+_LISTINGS = ("Layers:", "Engine Layer Information:")  # newer and older TensorRT 10
+_LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: \[(?P<inputs>.*)")
+_DATATYPE = re.compile(r"Datatype: [^}\]]*?\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b")
+_PRECISIONS = {
+    "Float": "fp32",
+    "FP32": "fp32",
+    "Half": "fp16",
+    "FP16": "fp16",
+    "BFloat16": "bf16",
+    "BF16": "bf16",
+    "Int8": "int8",
+    "FP8": "fp8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built.
+
+    Attributes:
+        max_batch: Largest batch that the engine takes; larger ones are split by the runtime.
+        opt_batch: Batch that kernels are chosen for. One by default: an edge application has a
+            face or two in a picture, and waits for each.
+        workspace_mib: Scratch memory that the builder may plan for; None lets it take what is
+            there.
+        compute_capabilities: GPUs to build for, e.g. ``("sm86", "sm89")``, or ``("current",)``
+            for the one that is here; for TensorRT for RTX alone, whose default is Ampere and
+            newer.
+        tf32: Let FP32 convolutions round their inputs to TF32 (10 bits): faster, and no longer
+            what was asked for when FP32 was. Off by default, although it is on in TensorRT.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    max_batch: int = 32
+    opt_batch: int = 1
+    workspace_mib: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no builder could do."""
+        if self.max_batch < 1:
+            raise _bad_option("--max-batch", "at least 1", str(self.max_batch))
+        if not 1 <= self.opt_batch <= self.max_batch:
+            raise _bad_option("opt_batch", f"1 to {self.max_batch}", str(self.opt_batch))
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise _bad_option("--workspace", "at least 1 MiB", str(self.workspace_mib))
+        if CURRENT in self.compute_capabilities and len(self.compute_capabilities) > 1:
+            found = ",".join(self.compute_capabilities)
+            raise _bad_option("--compute-capability", f"{CURRENT} alone, or a list", found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of the finished engine.
+
+    Attributes:
+        name: As the builder names it.
+        type: As the builder names it, e.g. ``correlation`` for a convolution.
+        precision: Of its first input: ``fp32``, ``fp16``, ``int8``, ..., or empty for another
+            type, such as uint8.
+    """
+
+    name: str
+    type: str
+    precision: str
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the layer launches a kernel."""
+        return self.type not in _NO_KERNEL
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution, alone or with what was fused to it."""
+        if self.type == "runtime_fusion":  # of several kinds; the name says which: CorrRelu, FcAdd
+            return "Corr" in self.name or "Conv" in self.name
+        return "conv" in self.type.lower() or self.type == "correlation"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """An engine in memory, and what its builder said of it.
+
+    Attributes:
+        plan: The serialised engine.
+        layers: All layers of the finished engine, in order.
+        library: ``tensorrt`` or ``tensorrt_rtx``.
+        version: That library's version.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
+        precisions: Number of convolutions per precision.
+        build_seconds: Time from parsing to the serialised engine.
+    """
+
+    plan: bytes = dataclasses.field(repr=False)
+    layers: tuple[Layer, ...] = dataclasses.field(repr=False)
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precisions: dict[str, int]
+    build_seconds: float
+
+    @property
+    def kernels(self) -> int:
+        """Number of kernels that one inference launches."""
+        return sum(layer.is_kernel for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plan."""
+        return len(self.plan)
+
+
+def available(kind: Kind) -> str | None:
+    """Why engines cannot be built here; None when they can.
+
+    TensorRT times its kernels and needs a GPU to build; TensorRT for RTX does not.
+
+    Args:
+        kind: ``trt`` or ``trt-rtx``.
+    """
+    try:
+        module = load_library(kind)
+        if kind == "trt":
+            open_cuda().compute_capability()
+        _Build(module, kind)
+    except BackendError as error:
+        return f"{error.subject}: {error.found}; {error.fix}"
+    return None
+
+
+def build_engine(
+    onnx_path: str | Path, kind: Kind, options: EngineOptions | None = None
+) -> BuiltEngine:
+    """Build an engine from one of our ONNX files, and check that it has the graph's precision.
+
+    Args:
+        onnx_path: ``*.onnx``, its batch dynamic.
+        kind: ``trt`` for the GPU in this machine, or ``trt-rtx``.
+        options: Batch sizes, workspace, targets.
+
+    Returns:
+        The engine, in memory.
+
+    Raises:
+        ArtifactError: The file is not an ONNX file of ours.
+        BackendError: The library is missing or too old, or there is no GPU where one is needed.
+        ConfigError: A compute capability is unknown or not to be chosen.
+        ExportError: The library does not parse or build the graph, or built another precision.
+    """
+    onnx_path = Path(onnx_path)
+    options = options or EngineOptions()
+    graph, _, _ = read_onnx(onnx_path)
+    module = load_library(kind)
+    targets = _targets(module, kind, options.compute_capabilities)
+    built_for = _built_for(kind, options.compute_capabilities)
+
+    start = time.perf_counter()
+    build = _Build(module, kind)
+    build.parse(onnx_path)
+    build.configure(onnx_path, options, targets)
+    plan = build.serialise(onnx_path)
+    seconds = time.perf_counter() - start
+
+    layers = parse_layers([message for _, message in build.logger.records], tf32=options.tf32)
+    return BuiltEngine(
+        plan=plan,
+        layers=layers,
+        library=module.__name__,
+        version=version_of(module),
+        compute_capabilities=built_for,
+        precisions=_check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32),
+        build_seconds=round(seconds, 2),
+    )
+
+
+def write_engine(
+    onnx_path: str | Path,
+    out_path: str | Path,
+    kind: Kind,
+    options: EngineOptions | None = None,
+    overwrite: bool = False,
+    extra_provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Build an engine and write it with its sidecar; on any failure nothing is left or changed.
+
+    Args:
+        onnx_path: ``*.onnx``.
+        out_path: ``*.engine`` for ``trt``, ``*.rtx.engine`` for ``trt-rtx``.
+        kind: ``trt`` or ``trt-rtx``.
+        options: See :class:`EngineOptions`.
+        overwrite: Replace files that are there.
+        extra_provenance: Goes into the sidecar beside the ONNX file's own provenance.
+
+    Returns:
+        ``out_path``.
+
+    Raises:
+        EfficientFaceError: See :func:`build_engine`; also a file that is there, or a name with
+            another ending.
+    """
+    onnx_path, out_path = Path(onnx_path), Path(out_path)
+    options = options or EngineOptions()
+    _check_target(out_path, kind, overwrite)
+    _, spec, provenance = read_onnx(onnx_path)
+    engine = build_engine(onnx_path, kind, options)
+    with atomic_path(out_path) as temporary:
+        temporary.write_bytes(engine.plan)
+        record = _record(engine, onnx_path, kind, options, file_hash(temporary))
+        content = {**provenance, **(extra_provenance or {}), "engine": record}
+        # Before the engine takes its name: a pair of different builds is refused by its hash.
+        write_sidecar(out_path, spec, content)
+    return out_path
+
+
+def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer, ...]:
+    """Read the layers of the finished engine from a verbose build log.
+
+    With ``ProfilingVerbosity.DETAILED`` the library ends a build by listing them, one a line, in
+    the words of its engine inspector; TensorRT and TensorRT for RTX share them.
+
+    Args:
+        messages: The log, a message an element.
+        tf32: Whether FP32 convolutions were allowed to run in TF32; they are then called so.
+
+    Returns:
+        The layers of the last listing; empty when there is none.
+    """
+    listings = [message for message in messages if message.lstrip().startswith(_LISTINGS)]
+    layers = []
+    for line in listings[-1].splitlines() if listings else []:
+        if match := _LAYER.match(line.strip()):
+            # The first input is the data; constants, scales and outputs follow.
+            data = match["inputs"].partition("}")[0]
+            datatype = _DATATYPE.search(data + "}")
+            precision = _PRECISIONS[datatype[1]] if datatype else ""
+            layers.append(Layer(match["name"], match["type"], precision))
+    if tf32:
+        layers = [_as_tf32(layer) for layer in layers]
+    return tuple(layers)
+
+
+class _Build:
+    """One run of a builder, and the log that it writes.
+
+    Args:
+        module: TensorRT or TensorRT for RTX.
+        kind: ``trt`` or ``trt-rtx``, for errors.
+
+    Raises:
+        BackendError: The builder does not start on this machine.
+    """
+
+    def __init__(self, module: Any, kind: str) -> None:
+        self.module = module
+        self.logger = make_logger(module)
+        try:
+            self._builder = module.Builder(self.logger)
+            flag = int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            self._network = self._builder.create_network(1 << flag)
+            self._config = self._builder.create_builder_config()
+        except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
+            raise BackendError(
+                f"engine {kind}",
+                expected=f"{LIBRARIES[kind].label} to start",
+                found=self.logger.first_error() or str(error),
+                fix="check the GPU and its driver with nvidia-smi",
+            ) from None
+
+    def parse(self, path: Path) -> None:
+        """Read the ONNX file into the network.
+
+        Raises:
+            ExportError: The parser does not take it.
+        """
+        parser = self.module.OnnxParser(self._network, self.logger)
+        if not parser.parse_from_file(str(path)):
+            reason = parser.get_error(0).desc() if parser.num_errors else ""
+            raise ExportError(
+                path,
+                expected=f"a graph that the ONNX parser of {self.module.__name__} takes",
+                found=" ".join((reason or self.logger.first_error()).split()),
+                fix="export the ONNX file again with this version, or keep to --engine onnx",
+            )
+
+    def configure(self, path: Path, options: EngineOptions, targets: Sequence[Any]) -> None:
+        """Set verbosity, workspace, TF32, targets and the profile of the dynamic batch.
+
+        Raises:
+            ExportError: The graph's batch is not dynamic.
+        """
+        config, module = self._config, self.module
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(
+                module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20
+            )
+        if not options.tf32:
+            config.clear_flag(module.BuilderFlag.TF32)
+        if targets:
+            config.num_compute_capabilities = len(targets)
+            for index, target in enumerate(targets):
+                config.set_compute_capability(target, index)
+
+        image = self._network.get_input(0)
+        batch, *item = tuple(image.shape)  # (-1, S, S, 3)
+        profile = self._builder.create_optimization_profile()
+        sizes = (1, options.opt_batch, options.max_batch)
+        if batch == -1:
+            profile.set_shape(image.name, *((size, *item) for size in sizes))
+        if batch != -1 or config.add_optimization_profile(profile) < 0:
+            raise ExportError(
+                path,
+                expected="an input whose batch, and nothing else, is dynamic",
+                found=f"{image.name} of shape {(batch, *item)}",
+                fix="export the ONNX file again with efficientface-export",
+            )
+
+    def serialise(self, path: Path) -> bytes:
+        """Build; the plan's bytes.
+
+        Raises:
+            ExportError: The builder failed.
+        """
+        plan = self._builder.build_serialized_network(self._network, self._config)
+        if plan is None:
+            reason = self.logger.first_error() or "no reason given"
+            turing = "Turing" in reason
+            raise ExportError(
+                path,
+                expected=f"a graph that {self.module.__name__} {version_of(self.module)} builds",
+                found=" ".join(reason.split()),
+                fix="build for sm75 with --precision fp16, or leave sm75 out"
+                if turing
+                else "try another --precision or --workspace, or keep to --engine onnx",
+            )
+        return bytes(plan)
+
+
+def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
+    """The library's own values for ``sm86``, ...; empty for its default."""
+    if not names:
+        return []
+    if kind == "trt":
+        raise ConfigError(
+            "--compute-capability",
+            expected="none with --engine trt, which builds for the GPU that is here",
+            found=",".join(names),
+            fix="leave it out, or build with --engine trt-rtx",
+        )
+    members = module.ComputeCapability.__members__
+    known = {name.lower(): value for name, value in members.items() if name != "NONE"}
+    if unknown := [name for name in names if name not in known]:
+        raise _bad_option("--compute-capability", ", ".join(known), ", ".join(unknown))
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """What an engine of these options will run on."""
+    if kind == "trt" or CURRENT in names:
+        return (open_cuda().compute_capability(),)
+    return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
+
+
+def _check_precisions(
+    graph: onnx.ModelProto, layers: Sequence[Layer], kind: str, path: Path, *, tf32: bool
+) -> dict[str, int]:
+    """Hold what was built against the graph: convolutions per precision.
+
+    Fusions change the number of convolutions a little, so that half of them is enough for the
+    precision that most have; one that the graph has nowhere is too many, but for convolutions of
+    the preprocessing, which the summary leaves out.
+
+    Raises:
+        ExportError: Another precision was built, or TensorRT for RTX lists no convolution.
+    """
+    asked = Counter(summarise_precision(graph).convolutions)
+    if tf32:
+        asked["tf32"] = asked.pop("fp32", 0)
+    built = Counter(layer.precision for layer in layers if layer.is_convolution)
+    if not built and kind == "trt":
+        return {}  # older TensorRT 10 lists nothing; there the strongly typed graph is the check
+    preprocessing = sum(node.op_type == "Conv" for node in graph.graph.node) - asked.total()
+    unasked = sum(count for name, count in built.items() if not asked[name])
+    most, count = asked.most_common(1)[0] if asked else ("", 0)
+    if unasked > preprocessing or built[most] < count / 2:
+        raise ExportError(
+            path,
+            expected=f"an engine with {_counted(asked)} convolutions, as in the graph",
+            found=f"{_counted(built)} in the builder's log",
+            fix="build for other GPUs (--compute-capability) or in another --precision",
+        )
+    return dict(sorted(built.items()))
+
+
+def _check_target(path: Path, kind: str, overwrite: bool) -> None:
+    """Refuse a name that the runtime would give to the other library, and files that are there."""
+    rtx = path.name.endswith(SUFFIXES["trt-rtx"])
+    if not path.name.endswith(SUFFIXES[kind]) or rtx != (kind == "trt-rtx"):
+        raise _bad_option(f"engine {kind}", f"a name that ends in {SUFFIXES[kind]}", path.name)
+    for existing in (path, sidecar_path(path)):
+        if existing.exists() and not overwrite:
+            raise ExportError(
+                existing,
+                expected="no file of this name",
+                found="one",
+                fix="add --overwrite, or choose another folder with --out",
+            )
+
+
+def _record(
+    engine: BuiltEngine, parent: Path, kind: str, options: EngineOptions, sha256: str
+) -> dict[str, Any]:
+    """What the sidecar says of the engine."""
+    rebuild = rebuild_command(
+        kind,
+        Path(parent.name),
+        options.max_batch,
+        compute_capabilities=options.compute_capabilities,
+    )
+    return {
+        "sha256": sha256,
+        "library": engine.library,
+        "version": engine.version,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "kernels": engine.kernels,
+        "precisions": engine.precisions,
+        "max_batch": options.max_batch,
+        "opt_batch": options.opt_batch,
+        "workspace_mib": options.workspace_mib,
+        "tf32": options.tf32,
+        "build_seconds": engine.build_seconds,
+        "parent": parent.name,
+        "parent_sha256": file_hash(parent),
+        "rebuild": rebuild,
+    }
+
+
+def _as_tf32(layer: Layer) -> Layer:
+    if layer.is_convolution and layer.precision == "fp32":
+        return dataclasses.replace(layer, precision="tf32")
+    return layer
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n) or "no"
+
+
+def _bad_option(option: str, expected: str, found: str) -> ConfigError:
+    return ConfigError(option, expected=expected, found=found, fix="change it accordingly")

@@ -1,0 +1,86 @@
+"""Reading and writing our ONNX files; no torch and no runtime needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from efficientface_deploy.artifact import (
+    PROVENANCE_KEY,
+    SPEC_KEY,
+    atomic_path,
+    provenance_from_metadata,
+    require_file,
+    spec_from_metadata,
+)
+from efficientface_deploy.errors import ArtifactError, ExportError
+from efficientface_deploy.spec import ModelSpec
+
+# Opset 19 is the first whose QuantizeLinear takes FP16; TensorRT 10 and ONNX Runtime 1.16 read it.
+OPSET = 19
+IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devices
+
+
+def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, Any]]:
+    """Read an ONNX file of ours.
+
+    Args:
+        path: ``*.onnx``.
+
+    Returns:
+        Graph, spec and provenance.
+
+    Raises:
+        ArtifactError: The file is not ONNX, or not of ours.
+        SpecError: Its spec is damaged.
+    """
+    path = require_file(path, "an ONNX model")
+    try:
+        # Weights of ours are inside the file; a path to others is not followed.
+        graph = onnx.load(path, load_external_data=False)
+        metadata = {prop.key: prop.value for prop in graph.metadata_props}
+        if not graph.graph.node:
+            raise DecodeError("no nodes")
+    except (DecodeError, ValueError, OSError) as error:
+        raise ArtifactError(
+            path,
+            expected="an ONNX model",
+            found=f"a damaged or foreign file ({error})",
+            fix="export it again",
+        ) from None
+    return graph, spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
+
+
+def write_onnx(
+    graph: onnx.ModelProto, path: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]
+) -> None:
+    """Check a graph and write it, atomically, with spec and provenance in its metadata.
+
+    Args:
+        graph: The graph; its metadata is replaced.
+        path: Target.
+        spec: The model's spec.
+        provenance: How it was made, values that JSON holds.
+
+    Raises:
+        ExportError: The graph is not valid ONNX.
+    """
+    onnx.helper.set_model_props(
+        graph, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
+    )
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            path,
+            expected="a valid ONNX graph",
+            found=str(error).strip().splitlines()[0],
+            fix="report this with the versions of torch and onnx",
+        ) from None
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())

@@ -1,0 +1,303 @@
+"""Does an artifact compute what the reference network computes? Measured on real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+import efficientface_deploy as ef
+from efficientface_deploy.artifact import atomic_path
+from efficientface_deploy.dataset import iterate_batches, read_dataset
+from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.metrics import (
+    accuracy,
+    macro_f1,
+    max_probability_difference,
+    mean_kl,
+    top1_agreement,
+)
+from efficientface_deploy.preprocess import Float32Array, UInt8Array, resize
+from efficientface_deploy.spec import ModelSpec
+
+REFERENCE_FILE = "verify.npz"
+STORED_IMAGES = 16
+BATCH = 32
+
+# Agreement on a handful of images moves in steps that are too coarse to judge by.
+_MINIMUM_FOR_AGREEMENT = 100
+
+_SHEET = Path(__file__).parent / "reference_faces.png"
+_SHEET_ROWS, _SHEET_COLUMNS = 4, 4
+
+Infer = Callable[[UInt8Array], Float32Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """What an artifact must keep to, compared with the reference.
+
+    Attributes:
+        max_difference: Largest difference in any probability.
+        min_agreement: Part of the images with the same most probable class.
+        max_kl: Mean Kullback-Leibler divergence of the probabilities, in nats.
+    """
+
+    max_difference: float
+    min_agreement: float
+    max_kl: float
+
+
+# FP32: float rounding in another order of summation. FP16: its 11 bits over some 70 layers, ten
+# times what was measured on FER+ (0.004). INT8: single images may move; labels and the mean must
+# not (measured on FER+: agreement 0.985 to 0.99, KL below 0.005).
+THRESHOLDS = {
+    "fp32": Threshold(max_difference=5e-5, min_agreement=0.999, max_kl=1e-6),
+    "fp16": Threshold(max_difference=0.05, min_agreement=0.995, max_kl=1e-3),
+    "int8": Threshold(max_difference=0.75, min_agreement=0.95, max_kl=0.05),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """Images that artifacts are verified on.
+
+    Attributes:
+        images: uint8 (N, S, S, 3), RGB.
+        labels: int64 (N,), or None where nobody knows them.
+        source: Where they come from.
+    """
+
+    images: UInt8Array
+    labels: npt.NDArray[np.int64] | None
+    source: str
+
+    __test__ = False  # the name begins like a test's
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """One artifact compared with the reference.
+
+    Attributes:
+        runner: What ran it, e.g. ``onnx:cpu``; empty when nothing here could.
+        images: Number of images.
+        source: Where they come from.
+        max_difference: See :class:`Threshold`; None when it was not run.
+        agreement: See :class:`Threshold`.
+        kl: See :class:`Threshold`.
+        accuracy: Part of the images with the right label, where labels are known.
+        macro_f1: Macro-averaged F1, where labels are known.
+        problems: What exceeded its threshold; empty when the artifact is right.
+        not_run: Why nothing here could run it; empty when it was run.
+    """
+
+    runner: str = ""
+    images: int = 0
+    source: str = ""
+    max_difference: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    problems: tuple[str, ...] = ()
+    not_run: str = ""
+
+    @property
+    def status(self) -> str:
+        """``verified``, ``FAILED`` or ``built, not verified here``."""
+        if self.not_run:
+            return "built, not verified here"
+        return "FAILED" if self.problems else "verified"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports and provenance."""
+        return {"status": self.status, **dataclasses.asdict(self)}
+
+
+def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None) -> TestSet:
+    """Images to verify on: a data set's evaluation split, or 16 faces that ship with the tool.
+
+    Args:
+        root: A prepared data set, or None.
+        spec: The model's.
+        preset: What numbered folders mean, for a data set that does not say.
+
+    Raises:
+        DatasetError: The data set is unusable, or its labels are not the model's.
+    """
+    if root is None:
+        return TestSet(_bundled_faces(spec), None, "16 synthetic faces")
+    dataset = read_dataset(root, preset)
+    if dataset.labels != spec.labels:
+        raise ArtifactError(
+            root,
+            expected="the model's labels: " + ", ".join(spec.labels),
+            found=", ".join(dataset.labels),
+            fix="give the data set that the model was trained for",
+        )
+    split = dataset.evaluation_split()
+    batches = list(iterate_batches(dataset.split(split), spec, 256))
+    images = np.concatenate([batch for batch, _ in batches])
+    labels = np.concatenate([part for _, part in batches])
+    return TestSet(images, labels, f"{dataset.name}, {split}, {len(images):,} images")
+
+
+def _bundled_faces(spec: ModelSpec) -> UInt8Array:
+    """Cut the sheet of synthetic faces (``training.synthetic``) and resize each to the model."""
+    sheet = Image.open(_SHEET).convert("RGB")
+    width, height = sheet.width // _SHEET_COLUMNS, sheet.height // _SHEET_ROWS
+    faces = [
+        sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+        for y in range(_SHEET_ROWS)
+        for x in range(_SHEET_COLUMNS)
+    ]
+    return np.stack([resize(face, spec) for face in faces])
+
+
+def run_in_batches(infer: Infer, images: UInt8Array) -> Float32Array:
+    """Logits float32 (N, C) of images uint8 (N, S, S, 3), a batch at a time."""
+    return np.concatenate([infer(images[at : at + BATCH]) for at in range(0, len(images), BATCH)])
+
+
+def softmax(logits: Float32Array) -> Float32Array:
+    """Probabilities (N, C) of logits (N, C)."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: Float32Array = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def compare(
+    probabilities: Float32Array,
+    reference_logits: Float32Array,
+    test_set: TestSet,
+    precision: str,
+    runner: str,
+) -> Verification:
+    """Judge an artifact's probabilities by the reference's logits.
+
+    Args:
+        probabilities: float32 (N, C), the artifact's.
+        reference_logits: float32 (N, C), PyTorch's.
+        test_set: The images that both saw.
+        precision: Chooses the thresholds.
+        runner: What ran the artifact.
+    """
+    reference = softmax(reference_logits)
+    threshold = THRESHOLDS[precision]
+    difference = max_probability_difference(reference, probabilities)
+    agreement = top1_agreement(reference, probabilities)
+    kl = mean_kl(reference, probabilities)
+
+    problems = []
+    # Written so that NaN counts as a problem.
+    if not difference <= threshold.max_difference:
+        problems.append(f"difference {difference:.2g} > {threshold.max_difference:g}")
+    if not kl <= threshold.max_kl:
+        problems.append(f"KL {kl:.2g} > {threshold.max_kl:g}")
+    enough = len(reference) >= _MINIMUM_FOR_AGREEMENT
+    if enough and not agreement >= threshold.min_agreement:
+        problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
+
+    scores: dict[str, float] = {}
+    if test_set.labels is not None:
+        predicted = probabilities.argmax(axis=1)
+        classes = probabilities.shape[1]
+        scores["accuracy"] = accuracy(test_set.labels, predicted)
+        scores["macro_f1"] = macro_f1(test_set.labels, predicted, classes)
+    return Verification(
+        runner=runner,
+        images=len(reference),
+        source=test_set.source,
+        max_difference=difference,
+        agreement=agreement,
+        kl=kl,
+        problems=tuple(problems),
+        **scores,
+    )
+
+
+def verify_artifact(
+    path: Path, reference_logits: Float32Array, test_set: TestSet, precision: str
+) -> Verification:
+    """Run an artifact through the runtime that users embed, and compare.
+
+    Args:
+        path: ``*.onnx`` or ``*.engine``.
+        reference_logits: float32 (N, C), PyTorch's on ``test_set``.
+        test_set: The images.
+        precision: Chooses the thresholds.
+
+    Returns:
+        The comparison; when no backend here can run the file, one that says why.
+    """
+    try:
+        predictor = ef.load(path)
+    except ef.BackendError as error:
+        return Verification(not_run=f"{error.subject}: {error.found}", source=test_set.source)
+    with predictor:
+        probabilities = run_in_batches(lambda batch: predictor.infer(batch)[1], test_set.images)
+        return compare(probabilities, reference_logits, test_set, precision, predictor.backend)
+
+
+def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, parent: str) -> None:
+    """Write ``verify.npz``: a few images and PyTorch's logits, to verify again on the device.
+
+    Args:
+        folder: Where the artifacts are.
+        test_set: Its first images are kept.
+        logits: float32 (N, C), PyTorch's.
+        parent: SHA-256 of the weights that made the logits.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=test_set.images[:STORED_IMAGES],
+        logits=logits[:STORED_IMAGES],
+        source=np.array(test_set.source),
+        parent=np.array(parent),
+    )
+    with atomic_path(folder / REFERENCE_FILE) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def read_reference(folder: Path, parent: str | None) -> tuple[TestSet, Float32Array]:
+    """Read ``verify.npz``.
+
+    Args:
+        folder: Where the artifact is.
+        parent: SHA-256 of the weights that the artifact descends from, if it says so.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of other weights.
+    """
+    path = folder / REFERENCE_FILE
+    fix = "copy the verify.npz that was exported with it"
+    if not path.is_file():
+        raise ArtifactError(path, expected="reference outputs", found="no such file", fix=fix)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, logits = file["images"], file["logits"]
+            source, own_parent = str(file["source"]), str(file["parent"])
+        valid = (
+            images.dtype == np.uint8 and images.ndim == 4 and logits.shape[:1] == images.shape[:1]
+        )
+    except Exception:  # noqa: BLE001 - numpy fails on damaged archives in many ways
+        valid = False
+    if not valid:
+        raise ArtifactError(path, expected="reference outputs", found="a damaged file", fix=fix)
+    if parent is not None and parent != own_parent:
+        raise ArtifactError(
+            path,
+            expected=f"reference outputs of the weights {parent[:12]}...",
+            found=f"those of {own_parent[:12]}...",
+            fix=fix,
+        )
+    stored = TestSet(images, None, f"{len(images)} images of {source}, stored")
+    return stored, logits.astype(np.float32)
