@@ -1,16 +1,33 @@
-"""Fixtures of the suite: markers, shared reference data, small spec and images."""
+"""Fixtures of the suite: markers, shared reference data, small specs, images, networks, files."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# PyTorch's threads spin while they wait: on cores that others use too, two are up to a hundred
+# times slower than one. It must be set before PyTorch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 
+from efficientface_deploy import Predictor, load
+from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.spec import ModelSpec, preset
 
+if TYPE_CHECKING:
+    from efficientface_deploy.models import EfficientFace
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# What runs everywhere, so that a backend that cannot run is a failure rather than a skip.
+CPU_BACKENDS = ("onnx", "onnx-float", "torch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,3 +65,92 @@ def photo() -> np.ndarray:
     """A real photograph's face region: Eileen Collins, NASA, public domain; uint8 RGB."""
     data = pytest.importorskip("skimage.data")
     return np.ascontiguousarray(data.astronaut()[20:200, 130:310])
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """A small picture in which no two rows, columns or channels are alike; uint8 (48, 40, 3)."""
+    row, column = np.mgrid[0:48, 0:40]
+    channels = (row * 5 + column, column * 6 + row // 3, (row * column) // 8 + 7)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def make_network() -> Callable[..., EfficientFace]:
+    """Make an EfficientFace whose batch norms and logits are as lively as a trained network's."""
+    import torch
+
+    from efficientface_deploy.models import EfficientFace
+
+    def make(classes: int = 7, side: int = 64, seed: int = 0) -> EfficientFace:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = EfficientFace(classes).train()
+            with torch.no_grad():
+                for _ in range(3):  # moves the running statistics
+                    model(torch.randn(16, 3, side, side) * 1.5 + 0.3)
+                model.fc.weight.mul_(30)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_files(
+    make_network: Callable[..., EfficientFace], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """One network as every file of ours: backend's name to path, and ``grey-`` for a grey spec."""
+    from efficientface_export.trace import export_onnx
+
+    from efficientface_deploy.models import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("models")
+    colour = preset("rafdb").replace(input_size=64, name="test")
+    model = make_network()
+    files = {}
+    for prefix, spec in (("", colour), ("grey-", colour.replace(colour="grey"))):
+        files[f"{prefix}torch"] = folder / f"{prefix}model.safetensors"
+        save_checkpoint(files[f"{prefix}torch"], model, spec, '{"epoch": 3}')
+        files[f"{prefix}onnx"] = folder / f"{prefix}model.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export_onnx(model, spec, files[f"{prefix}onnx"], provenance={"epoch": 3})
+    files["onnx-float"] = folder / "float.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_onnx(model, colour, files["onnx-float"], float_input=True, provenance={"epoch": 3})
+    return files
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that a CPU can run; ``onnx-float`` is an artifact with ``--float-input``."""
+    name: str = request.param
+    reason = missing_reason(name.partition("-")[0])
+    assert reason is None, f"the suite needs this backend: {reason}"
+    return name
+
+
+@pytest.fixture
+def predictor(backend: str, model_files: dict[str, Path]) -> Iterator[Predictor]:
+    """The same network, loaded by each backend in turn."""
+    with load(model_files[backend]) as predictor:
+        yield predictor
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a process of its own, from the root of the repository."""
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+            timeout=120,
+            check=False,
+        )
+
+    return run

@@ -133,11 +133,18 @@ def make_logger(module: Any) -> Any:
 
         def first_error(self) -> str:
             errors = [message for level, message in self.records if level == logging.ERROR]
-            # Without a GPU, TensorRT for RTX also says so after every error of another cause.
-            causes = [message for message in errors if "catchCudaError" not in message] or errors
+            causes = [message for message in errors if not is_echo(message)] or errors
             return _first_line(causes[0]) if causes else ""
 
     return Collector()
+
+
+def is_echo(message: str) -> bool:
+    """Whether a line of the log only says that there is no GPU, after an error of another cause.
+
+    TensorRT for RTX adds it to every error on a machine without one.
+    """
+    return "catchCudaError" in message
 
 
 def rebuild_command(

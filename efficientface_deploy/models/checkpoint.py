@@ -231,14 +231,16 @@ def _foreign_names(path: Path) -> Collection[str]:
         # number, a version, a platform and the content, then the storages.
         file.seek(0)
         operations = (item for _ in range(4) for item in pickletools.genops(file))
-        names = {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"}
-    return {_todays_name(*name.split(" ", 1)) for name in names}
-
-
-def _todays_name(module: str, name: str) -> str:
-    """Pickles of protocol 2 give the standard library the names that it had in Python 2."""
-    todays = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return ".".join(todays)
+        names = [
+            str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"
+        ]
+    # Such pickles give the standard library the names that it had in Python 2.
+    pairs = [(module, name) for module, _, name in (text.partition(" ") for text in names)]
+    todays = [
+        NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        for module, name in pairs
+    ]
+    return {".".join(pair) for pair in pairs + todays}
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

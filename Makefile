@@ -1,0 +1,52 @@
+# make demo, make test: on a fresh machine with Python 3.10 or newer, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# An editable install with real files: a new or deleted module needs a reinstall (strict mode).
+SOURCES := $(wildcard efficientface_deploy/*.py efficientface_deploy/*/*.py export/*.py)
+
+.PHONY: help setup demo test test-fast lint format clean
+
+help:
+	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
+	@echo "make test       set up, then lint, type-check and run the whole test suite"
+	@echo "make test-fast  the tests without those marked slow"
+	@echo "make lint       ruff and mypy"
+
+setup: $(STAMP)
+
+# The list of modules, so that only added or removed ones reinstall, not edited ones.
+$(VENV)/.modules: FORCE
+	@mkdir -p $(VENV)
+	@echo $(SOURCES) | cmp -s - $@ || echo $(SOURCES) > $@
+.PHONY: FORCE
+
+$(STAMP): setup.py pyproject.toml $(VENV)/.modules
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: expected Python 3.10 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

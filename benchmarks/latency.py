@@ -1,0 +1,364 @@
+"""Latency and throughput of every model on every backend of this machine.
+
+Run ``python benchmarks/latency.py`` from a clone. Two kinds of work are timed: *compute*, a
+preprocessed batch through the backend (for a GPU: to the device, through the network, back), and
+*end to end*, one JPEG in memory to a label. All contenders take turns in rounds of random order;
+see :mod:`efficientface_deploy.timing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.contenders import (
+    CANNOT_RUN,
+    Absent,
+    Contender,
+    choose_backends,
+    find_models,
+    one_line,
+    open_contenders,
+    positive_integers,
+    require_contenders,
+)
+from benchmarks.machine import default_folder, l2_bytes, new_result, usable_cpus
+from benchmarks.report import (
+    COMPUTE,
+    END_TO_END,
+    console,
+    plot_latency,
+    require_libraries,
+    show,
+    write_result,
+)
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.preprocess import UInt8Array
+from efficientface_deploy.timing import Call, Samples, measure, speedup
+
+FEWEST_CALLS_FOR_P99 = 100
+
+_PHOTOS = 16
+_PHOTO_SIDE = 224  # pixels, about what a face measures in a picture of 1 megapixel
+_JPEG_QUALITY = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyConfig:
+    """Options of ``python benchmarks/latency.py``."""
+
+    models: tuple[Path, ...] = option(
+        (),
+        positional=True,
+        metavar="MODEL",
+        help="model files or folders (default: the bundled models and those under artifacts/)",
+    )
+    backends: str | None = option(
+        None, metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
+    )
+    batch: str = option("1,8,32", metavar="N,...", help="batch sizes")
+    threads: str | None = option(
+        None, metavar="N,...", help="CPU threads of one inference (default: 1 and all cores)"
+    )
+    baseline: str | None = option(
+        None, metavar="MODEL", help="what speed-ups refer to (default: the first PyTorch model)"
+    )
+    seconds: float = option(3.0, metavar="S", minimum=0, help="timed calls for each row")
+    rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
+    seed: int = option(0, minimum=0, help="seed of inputs and order")
+    out: Path | None = option(
+        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table: a contender and a kind of work.
+
+    Attributes:
+        contender: Model, backend and threads.
+        stage: ``compute`` or ``end to end``.
+        batch: Images in one call.
+        call: Does the work once, on another input each time.
+    """
+
+    contender: Contender
+    stage: str
+    batch: int
+    call: Call
+
+    @property
+    def name(self) -> str:
+        """Unique within a run."""
+        contender = self.contender
+        threads = "" if contender.threads is None else f" with {contender.threads} threads"
+        return f"{contender.model} on {contender.backend}{threads}, {self.stage} {self.batch}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python benchmarks/latency.py``."""
+    config = parse_config(
+        LatencyConfig,
+        argv,
+        prog="benchmarks/latency.py",
+        description="Time every model on every backend of this machine.",
+    )
+    require_libraries()
+    result = run(config)
+    folder = config.out or default_folder(result)
+    write_result(result, folder / "latency.json")
+    plot_latency(result, folder / "latency.png")
+    output = console()
+    show(result, output)
+    output.print(f"wrote latency.json and latency.png to {folder}", markup=False)
+    return 0
+
+
+def run(config: LatencyConfig) -> dict[str, Any]:
+    """Measure, and give the result as a JSON object.
+
+    Raises:
+        EfficientFaceError: An option cannot be used, or no model runs here.
+    """
+    batches = positive_integers(config.batch, "--batch")
+    threads = positive_integers(config.threads or f"1,{usable_cpus()}", "--threads")
+    backends = choose_backends(config.backends or "")
+    result = new_result("latency", config)
+    with open_contenders(find_models(config.models), backends, threads) as (contenders, absent):
+        require_contenders(contenders, absent)
+        baseline = choose_baseline(contenders, config.baseline)
+        cases, failed = try_cases(plan_cases(contenders, batches, config.seed))
+        absent += failed
+        require_contenders(cases, absent)
+        estimate = len(cases) * config.seconds
+        print(f"measuring {len(cases)} rows, {estimate:.0f} s or more", file=sys.stderr)
+        samples = measure(
+            {case.name: case.call for case in cases},
+            seconds=config.seconds,
+            rounds=config.rounds,
+            seed=config.seed,
+            before_turn=_before_turn(cases, config.rounds),
+        )
+        models = {contender.model: contender.describe() for contender in contenders}
+    return {
+        **result,
+        "inputs": _describe_inputs(config.seed),
+        "baseline": baseline,
+        "models": list(models.values()),
+        "cases": [describe_case(case, cases, samples, baseline) for case in cases],
+        "absent": [dataclasses.asdict(entry) for entry in absent],
+        "warnings": warnings(samples),
+    }
+
+
+def choose_baseline(contenders: Sequence[Contender], wanted: str | None) -> str:
+    """The model that speed-ups refer to: the one asked for, else PyTorch's, else the first.
+
+    Raises:
+        ConfigError: None of the models has this name.
+    """
+    models = list(dict.fromkeys(contender.model for contender in contenders))
+    if wanted is None:
+        torch = [entry.model for entry in contenders if entry.backend.startswith("torch")]
+        return (torch or models)[0]
+    if wanted not in models:
+        raise ConfigError(
+            "--baseline",
+            expected="one of " + ", ".join(models),
+            found=repr(wanted),
+            fix="choose among the models that run here",
+        )
+    return wanted
+
+
+def plan_cases(contenders: Sequence[Contender], batches: Sequence[int], seed: int) -> list[Case]:
+    """Every contender at every batch size, and end to end."""
+    sides = {contender.predictor.spec.input_size for contender in contenders}
+    arrays = {key: make_batches(*key, seed) for key in itertools.product(sides, batches)}
+    jpegs = make_jpegs(seed)
+    cases = []
+    for contender in contenders:
+        side = contender.predictor.spec.input_size
+        for batch in batches:
+            call = compute_call(contender, arrays[side, batch])
+            cases.append(Case(contender, COMPUTE, batch, call))
+        cases.append(Case(contender, END_TO_END, 1, end_to_end_call(contender, jpegs)))
+    return cases
+
+
+def try_cases(cases: Sequence[Case]) -> tuple[list[Case], list[Absent]]:
+    """Run every case once, so that one which cannot run does not spoil the rest."""
+    working, failed = [], []
+    for case in cases:
+        case.contender.prepare()
+        try:
+            case.call()
+        except CANNOT_RUN as error:
+            reason = f"{case.stage}, batch {case.batch}: {one_line(error)}"
+            failed.append(Absent(case.contender.backend, case.contender.model, reason))
+        else:
+            working.append(case)
+    return working, failed
+
+
+def compute_call(contender: Contender, batches: Sequence[UInt8Array]) -> Call:
+    """A call that runs the next of several batches, each uint8 (N, S, S, 3)."""
+    inputs = itertools.cycle(batches)
+    infer = contender.predictor.infer
+
+    def call() -> None:
+        infer(next(inputs))
+
+    return call
+
+
+def end_to_end_call(contender: Contender, jpegs: Sequence[bytes]) -> Call:
+    """A call that labels the next of several JPEG files in memory."""
+    inputs = itertools.cycle(jpegs)
+    predictor = contender.predictor
+
+    def call() -> None:
+        predictor(next(inputs))
+
+    return call
+
+
+def make_batches(side: int, batch: int, seed: int) -> list[UInt8Array]:
+    """Different inputs, together twice as large as a core's second-level cache.
+
+    A single input, used again and again, would be found in the cache as no camera's frame is.
+
+    Args:
+        side: Side S of the model's input, pixels.
+        batch: Images N in each.
+        seed: Of the noise; what the pixels show does not change a network's arithmetic.
+
+    Returns:
+        At least four arrays, uint8 (N, S, S, 3).
+    """
+    count = max(4, math.ceil(2 * l2_bytes() / (batch * side * side * 3)))
+    rng = np.random.default_rng(seed)
+    return list(rng.integers(0, 256, size=(count, batch, side, side, 3), dtype=np.uint8))
+
+
+def make_jpegs(seed: int) -> list[bytes]:
+    """JPEG files in memory, smooth with a little noise: about a photograph's work to decode."""
+    rng = np.random.default_rng(seed)
+    return [_make_jpeg(rng) for _ in range(_PHOTOS)]
+
+
+def _make_jpeg(rng: np.random.Generator) -> bytes:
+    coarse = rng.integers(0, 256, size=(12, 12, 3), dtype=np.uint8)
+    side = (_PHOTO_SIDE, _PHOTO_SIDE)
+    smooth = np.asarray(Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC))
+    noisy = smooth + rng.normal(0, 6, size=smooth.shape)  # (S, S, 3), grey levels
+    buffer = io.BytesIO()
+    pixels = noisy.clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def describe_case(
+    case: Case, cases: Sequence[Case], samples: dict[str, Samples], baseline: str
+) -> dict[str, Any]:
+    """One row of the result."""
+    own = samples[case.name]
+    reference = _baseline_case(case, cases, baseline)
+    gain = speedup(samples[reference.name], own) if reference else None
+    return {
+        "model": case.contender.model,
+        "backend": case.contender.backend,
+        "precision": case.contender.precision,
+        "threads": case.contender.threads,
+        "stage": case.stage,
+        "batch": case.batch,
+        "calls": own.count,
+        "min_ms": own.min_ms,
+        "p50_ms": own.p50_ms,
+        "p90_ms": own.p90_ms,
+        "p99_ms": own.p99_ms,
+        "images_per_second": own.calls_per_second * case.batch,
+        "round_medians_ms": own.round_medians_ms.tolist(),
+        "spread": own.spread,
+        "drift": own.drift,
+        "busy": own.busy,
+        "speedup": dataclasses.asdict(gain) if gain else None,
+    }
+
+
+def warnings(samples: dict[str, Samples]) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    found = []
+    busy = [entry for entry in samples.values() if entry.busy]
+    if busy:
+        spread = max(entry.spread for entry in busy)
+        drift = max(entry.drift for entry in busy)
+        found.append(
+            f"the machine was busy: {len(busy)} of {len(samples)} rows vary (p90 up to "
+            f"{spread:.1f} x p50, rounds up to {drift:.1f} x apart); measure again when it is idle"
+        )
+    few = [entry for entry in samples.values() if entry.count < FEWEST_CALLS_FOR_P99]
+    if few:
+        found.append(
+            f"{len(few)} of {len(samples)} rows have fewer than {FEWEST_CALLS_FOR_P99} calls: "
+            "their p99 is near the maximum; give more --seconds"
+        )
+    return found
+
+
+def _baseline_case(case: Case, cases: Sequence[Case], baseline: str) -> Case | None:
+    """The baseline doing the same work, with the same number of threads where there is such."""
+    same_work = [
+        other
+        for other in cases
+        if other.contender.model == baseline
+        and (other.stage, other.batch) == (case.stage, case.batch)
+    ]
+    same_threads = [
+        other for other in same_work if other.contender.threads == case.contender.threads
+    ]
+    # A GPU has no threads to compare: it meets the baseline at its best, which is opened last.
+    return next(iter(same_threads or same_work[::-1]), None)
+
+
+def _describe_inputs(seed: int) -> dict[str, Any]:
+    jpegs = make_jpegs(seed)
+    return {
+        COMPUTE: f"uint8 noise, at least four batches in turn, {2 * l2_bytes()} bytes or more",
+        END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, {_PHOTO_SIDE}x{_PHOTO_SIDE}, "
+        f"quality {_JPEG_QUALITY}, {sum(map(len, jpegs)) // len(jpegs)} bytes on average",
+    }
+
+
+def _before_turn(cases: Sequence[Case], rounds: int) -> Callable[[str], None]:
+    """Prepares a contender, and shows on a terminal how far the measurement is."""
+    by_name = {case.name: case for case in cases}
+    turns = len(cases) * (rounds + 1)  # warm-up included
+    done = itertools.count(1)
+
+    def announce(name: str) -> None:
+        by_name[name].contender.prepare()
+        # Written between the timings: a progress bar with a thread of its own would disturb them.
+        if sys.stderr.isatty():
+            number = next(done)
+            end = "\n" if number == turns else ""
+            print(f"\rturn {number} of {turns}", end=end, file=sys.stderr, flush=True)
+
+    return announce
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import accuracy as module
+from benchmarks.accuracy import main
+from benchmarks.report import read_result
+from efficientface_deploy.command import run_command
+from efficientface_deploy.preprocess import load_image
+from efficientface_deploy.spec import preset
+
+ARGUMENTS = ["--backends", "onnx:cpu,torch:cpu", "--preset", "rafdb"]
+
+
+@pytest.fixture
+def evaluate(colour_data: Path, tmp_path: Path) -> Callable[..., dict]:
+    def run(*models: Path, extra: tuple[str, ...] = ()) -> dict:
+        out = tmp_path / "out"
+        given = [*map(str, models), "--data", str(colour_data), *ARGUMENTS, *extra]
+        assert main([*given, "--out", str(out)]) == 0
+        return read_result(out / "accuracy.json")
+
+    return run
+
+
+LABELS = preset("rafdb").labels
+
+
+def swapped(colours: np.ndarray) -> np.ndarray:
+    """The same network with classes 2 and 3 mistaken for each other."""
+    return colours[[0, 1, 3, 2, 4, 5, 6]]
+
+
+def test_models_side_by_side(
+    make_onnx: Callable[..., Path],
+    colours: np.ndarray,
+    evaluate: Callable[..., dict],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = make_onnx("fp32.onnx", precision="fp32")
+    bad = make_onnx("int8.onnx", colours=swapped(colours), precision="int8")
+    result = evaluate(good, bad)
+    first, second = result["rows"]
+    # 21 images, one in a wrong folder; the other model mistakes two classes of three images.
+    assert first["accuracy"] == pytest.approx(20 / 21)
+    assert second["accuracy"] == pytest.approx(14 / 21)
+    assert (first["agreement"], first["mean_kl"]) == (1.0, 0.0)
+    assert second["agreement"] == pytest.approx(15 / 21)
+    assert second["mean_kl"] > 0.1 and second["max_probability_difference"] > 0.1
+    # Class 0: two images, both found. Class 1: four, of which one is not of its colour.
+    assert first["recall"] == pytest.approx([1, 3 / 4, 1, 1, 1, 1, 1])
+    f1 = [2 * 2 / (2 * 2 + 1), 2 * 3 / (2 * 3 + 1), 1, 1, 1, 1, 1]
+    assert first["macro_f1"] == pytest.approx(np.mean(f1))
+    assert np.array(first["confusion"]).sum() == 21
+    assert first["confusion"][1] == [1, 3, 0, 0, 0, 0, 0]
+    assert [row["precision"] for row in result["rows"]] == ["fp32", "int8"]
+    assert result["reference"] == "fp32.onnx on onnx:cpu"
+    assert result["data"]["split"] == "test"
+    assert result["data"]["images"] == 21
+    assert result["data"]["images_per_class"] == [2, 4, 3, 3, 3, 3, 3]
+    printed = capsys.readouterr().out
+    assert "95.24" in printed and "66.67" in printed and "Macro-F1" in printed
+
+
+def test_labels_are_matched_by_name(
+    make_onnx: Callable[..., Path], colours: np.ndarray, evaluate: Callable[..., dict]
+) -> None:
+    order = [3, 0, 6, 1, 5, 2, 4]
+    other = tuple(LABELS[index] for index in order)
+    same = make_onnx("same.onnx", precision="fp32")
+    reordered = make_onnx("reordered.onnx", labels=other, colours=colours[order])
+    result = evaluate(same, reordered)
+    first, second = result["rows"]
+    assert first["accuracy"] == second["accuracy"] == pytest.approx(20 / 21)
+    assert second["agreement"] == 1.0
+
+
+def test_a_model_with_other_labels_is_left_out_and_said(
+    make_onnx: Callable[..., Path], evaluate: Callable[..., dict]
+) -> None:
+    stranger = make_onnx("stranger.onnx", labels=tuple("abcdefg"))
+    result = evaluate(make_onnx("a.onnx"), stranger)
+    assert [row["model"] for row in result["rows"]] == ["a.onnx"]
+    (entry,) = [entry for entry in result["absent"] if entry["model"]]
+    assert entry["model"] == "stranger.onnx"
+    assert entry["reason"].startswith("labels: expected those of RAF-DB (Neutral")
+
+
+def test_the_reference_is_pytorch_where_there_is_one(
+    make_onnx: Callable[..., Path], student: Path, evaluate: Callable[..., dict]
+) -> None:
+    result = evaluate(make_onnx("a.onnx", precision="fp32"), student)
+    assert result["reference"] == "student.safetensors on torch:cpu"
+    assert result["rows"][1]["agreement"] == 1.0
+
+
+def test_images_are_decoded_once_for_all_models(
+    make_onnx: Callable[..., Path],
+    evaluate: Callable[..., dict],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[Path] = []
+
+    def counting(path: Path) -> object:
+        decoded.append(path)
+        return load_image(path)
+
+    monkeypatch.setattr(module, "load_image", counting)
+    monkeypatch.setattr(module, "_CHUNK", 4)  # the last chunk is a short one
+    result = evaluate(make_onnx("a.onnx"), make_onnx("b.onnx"))
+    assert len(decoded) == len(set(decoded)) == 21
+    assert result["rows"][0]["accuracy"] == pytest.approx(20 / 21)
+
+
+def test_a_model_that_fails_does_not_spoil_the_rest(
+    make_onnx: Callable[..., Path], colours: np.ndarray, evaluate: Callable[..., dict]
+) -> None:
+    broken = make_onnx("nan.onnx", colours=colours * np.nan)
+    result = evaluate(broken, make_onnx("a.onnx"))
+    assert [row["model"] for row in result["rows"]] == ["a.onnx"]
+    (entry,) = [entry for entry in result["absent"] if entry["model"]]
+    assert (entry["model"], "NaN" in entry["reason"]) == ("nan.onnx", True)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--split", "train"], "expected a train split, found test"),
+        (["--preset", "ferplus"], "none (a.onnx: labels: expected those of FER+"),
+        (["--preset", "nonsense"], "preset: expected one of rafdb"),
+        (["--data", "/nowhere"], "/nowhere: expected a data set's folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    extra: list[str],
+    message: str,
+    make_onnx: Callable[..., Path],
+    colour_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [str(make_onnx("a.onnx")), "--data", str(colour_data), *ARGUMENTS, *extra]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([*given, "--out", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine
+from benchmarks.latency import LatencyConfig
+from benchmarks.machine import default_folder, host_kind, new_result
+
+
+def test_a_result_says_how_where_when_and_with_what() -> None:
+    result = new_result("latency", LatencyConfig(batch="1,2"))
+    assert json.loads(json.dumps(result, default=str))["config"]["batch"] == "1,2"
+    assert result["schema"] == machine.SCHEMA_VERSION
+    assert result["date"].endswith("+00:00")
+    assert result["machine"]["usable_cpus"] >= 1
+    assert result["machine"]["l2_bytes"] > 0
+    assert result["software"]["packages"]["numpy"]
+    assert set(result["git"]) == {"commit", "dirty"}
+
+
+def test_what_cannot_be_read_is_left_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi
+    monkeypatch.setattr(machine, "_CPU", tmp_path / "cpu0")
+    assert machine.describe_commit() == {"commit": None, "dirty": None}
+    described = machine.describe_machine()
+    assert described["gpus"] == []
+    assert described["governor"] is None
+    assert described["cores"] is None
+    assert described["l2_bytes"] == 1 << 20
+
+
+def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB, 1980 MHz, 1980 MHz"
+    monkeypatch.setattr(machine, "_output_of", lambda *_: line)
+    gpus = machine.describe_machine()["gpus"]
+    assert [gpu["name"] for gpu in gpus] == ["NVIDIA H100 80GB HBM3"]
+    assert gpus[0]["driver_version"] == "550.54"
+
+
+@pytest.mark.parametrize(
+    ("board", "gpus", "kind"),
+    [
+        (None, [], "amd-epyc-7-r-2-cores"),
+        ("NVIDIA Jetson AGX Orin", [], "nvidia-jetson-agx-orin-2-cores"),
+        (None, [{"name": "NVIDIA H100"}], "nvidia-h100"),
+    ],
+)
+def test_the_folder_is_named_after_kind_date_and_machine(
+    board: str | None, gpus: list[dict[str, str]], kind: str
+) -> None:
+    described = {"board": board, "cpu": "AMD EPYC 7(R)", "usable_cpus": 2, "gpus": gpus}
+    assert host_kind(described) == kind
+    result = {"kind": "latency", "date": "2026-11-23T20:05:01+00:00", "machine": described}
+    folder = default_folder(result)
+    assert folder.parent == machine.ROOT / "benchmarks" / "results"
+    assert folder.name == f"latency-20261123-200501-{kind}"

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import ConfigError, ImageError, VerificationError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    images: tuple[Path, ...] = option((), positional=True, help="images")
+    out: Path = option(Path("runs"), help="folder")
+    engine: str = option("onnx", choices=("onnx", "trt"), help="engine")
+    epochs: int = option(1, minimum=1, help="passes, 100 % of the data")
+    rate: float = option(0.1, minimum=0, help="learning rate")
+    seed: int = option(0, help="seed")
+    teacher: Path | None = option(None, help="teacher")
+    size: int | None = option(None, minimum=32, help="side", metavar="N")
+    overwrite: bool = option(False, help="replace")
+    flip: bool = option(True, help="flip")
+    exclude: tuple[str, ...] = option((), help="nodes")
+    batch: tuple[int, ...] = option((1, 8), minimum=1, help="batches")
+    lambda_: float = option(1.5, help="a Python keyword")
+
+
+@dataclasses.dataclass(frozen=True)
+class Required:
+    source: Path = option(positional=True, help="source")
+    out: Path = option(help="folder")
+    other: Path | None = option(None, positional=True, help="another")
+    sizes: tuple[int, ...] = option((), choices=(1, 2), help="sizes")
+
+
+def parse(*argv: str, config=Config):
+    return parse_config(config, argv, prog="prog", description="What it does.")
+
+
+def test_defaults():
+    assert parse() == Config()
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["a.png", "b.png"], "images", (Path("a.png"), Path("b.png"))),
+        (["--out", "x"], "out", Path("x")),
+        (["--engine", "trt"], "engine", "trt"),
+        (["--epochs", "3"], "epochs", 3),
+        (["--rate", "0"], "rate", 0.0),
+        (["--rate=1e-3"], "rate", 0.001),
+        (["--seed", "-4"], "seed", -4),
+        (["--teacher", "t.safetensors"], "teacher", Path("t.safetensors")),
+        (["--size", "64"], "size", 64),
+        (["--overwrite"], "overwrite", True),
+        (["--flip"], "flip", True),
+        (["--no-flip"], "flip", False),
+        (["--exclude", "a", "b"], "exclude", ("a", "b")),
+        (["--exclude"], "exclude", ()),
+        (["--batch", "4"], "batch", (4,)),
+        (["--lambda", "2"], "lambda_", 2.0),
+    ],
+)
+def test_option_reaches_its_field(argv, field, value):
+    config = parse(*argv)
+    assert getattr(config, field) == value
+    assert dataclasses.replace(config, **{field: getattr(Config(), field)}) == Config()
+
+
+def test_required_and_optional_positionals():
+    assert parse("a", "--out", "b", config=Required) == Required(Path("a"), Path("b"))
+    assert parse("a", "c", "--out", "b", config=Required).other == Path("c")
+    assert parse("a", "--out", "b", "--sizes", "2", "1", config=Required).sizes == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--engine", "tflite"], "'onnx', 'trt'"),
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--epochs", "1.5"], "invalid int"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--out"], "expected one argument"),
+        (["--batch", "1", "x"], "invalid int"),
+    ],
+)
+def test_bad_argument_is_one_line_and_exit_2(argv, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert hint.replace("'", "") in err.replace("'", "")
+    assert err.startswith("prog: error: ") and err.endswith("see prog --help\n")
+    assert err.count("\n") == 1
+
+
+def test_missing_required_arguments(capsys):
+    with pytest.raises(SystemExit):
+        parse(config=Required)
+    assert "source, --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--rate", "-0.1"], "--rate"),
+        (["--rate", "nan"], "--rate"),
+        (["--rate", "inf"], "--rate"),
+        (["--lambda", "nan"], "--lambda"),
+        (["--size", "31"], "--size"),
+        (["--batch", "8", "0"], "--batch"),
+    ],
+)
+def test_number_that_cannot_be_meant(argv, name):
+    with pytest.raises(ConfigError, match=f"^{name}: "):
+        parse(*argv)
+
+
+def test_help_shows_defaults_and_percent_signs(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for shown in (
+        "100 % of the data (default: 1)",
+        "seed (default: 0)",
+        "engine (default: onnx)",
+        "folder (default: runs)",
+        "--size N",
+        "--no-flip",
+        "What it does.",
+    ):
+        assert shown in text
+    assert "None" not in text
+
+
+# ---- the end of a command
+
+
+def finish(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("\n") <= 1
+    return caught.value.code, err
+
+
+def failing(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("value", "code"), [(None, 0), (0, 0), (1, 1), (2, 2)])
+def test_returned_code(value, code, capsys):
+    assert finish(lambda: value, capsys) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ImageError("a", expected="b", found="c\nd", fix="e"), 2, "a: expected b, found c d; e"),
+        (VerificationError("a", expected="b", found="c", fix="e"), 1, "a: expected b"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "/out/x"), 2, "No space left on device: '/out/x'"),
+        (PermissionError(), 2, "PermissionError"),
+    ],
+)
+def test_error_is_one_line_and_its_code(error, code, text, capsys):
+    got, err = finish(failing(error), capsys)
+    assert got == code
+    assert err.startswith("error: ") and text in err
+
+
+def test_bug_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+def test_argparse_exit_passes():
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: parse("--epochs", "x"))
+    assert caught.value.code == 2
+
+
+BROKEN_PIPE = """
+import os, sys
+from efficientface_deploy.command import run_command
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+def main():
+    print("x" * int(sys.argv[1]))
+    return 1
+run_command(main)
+"""
+
+
+# Less than a buffer: the command ends, with its own code. More: it ends at the print.
+@pytest.mark.parametrize(("size", "code"), [("10", 1), ("1000000", 0)])
+def test_reader_that_went_away_is_no_error(size, code, run_python):
+    result = run_python(BROKEN_PIPE, size)
+    assert (result.returncode, result.stderr) == (code, "")

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from efficientface_deploy import errors
+from efficientface_deploy.errors import ArtifactError, EfficientFaceError, VerificationError
+
+CLASSES = [
+    value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, EfficientFaceError)
+]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_message_says_expected_found_and_fix_and_survives_pickling(kind):
+    error = kind("model.onnx", expected="a model", found="a cat", fix="feed it")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "model.onnx: expected a model, found a cat; feed it"
+    assert type(copy) is kind
+    assert (copy.subject, copy.expected, copy.found, copy.fix) == (
+        "model.onnx",
+        "a model",
+        "a cat",
+        "feed it",
+    )
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_only_a_failed_verification_exits_1(kind):
+    assert kind.exit_code == (1 if kind is VerificationError else 2)
+
+
+@pytest.mark.parametrize("hostile", ["a\nb", "a\r\nb", "\x1b[2J", "\ud800", "\u2028", "\x00"])
+def test_message_is_one_printable_line(hostile):
+    message = str(ArtifactError(hostile, expected=hostile, found=hostile, fix=hostile))
+    assert message.isprintable()
+    assert message.encode()
+
+
+def test_long_findings_are_cut():
+    error = ArtifactError("x", expected="y", found="z" * 100_000, fix="w")
+    assert len(str(error)) < 500
+    assert str(error).endswith("...; w")
