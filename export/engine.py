@@ -20,6 +20,7 @@ from efficientface_deploy.artifact import atomic_path, file_hash, sidecar_path, 
 from efficientface_deploy.backends.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt import (
     LIBRARIES,
+    is_echo,
     load_library,
     make_logger,
     rebuild_command,
@@ -320,11 +321,12 @@ class _Build:
         """
         parser = self.module.OnnxParser(self._network, self.logger)
         if not parser.parse_from_file(str(path)):
-            reason = parser.get_error(0).desc() if parser.num_errors else ""
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            reason = _parser_reason(errors[0]) if errors else self.logger.first_error()
             raise ExportError(
                 path,
                 expected=f"a graph that the ONNX parser of {self.module.__name__} takes",
-                found=" ".join((reason or self.logger.first_error()).split()),
+                found=reason or "no reason given",
                 fix="export the ONNX file again with this version, or keep to --engine onnx",
             )
 
@@ -374,12 +376,19 @@ class _Build:
             raise ExportError(
                 path,
                 expected=f"a graph that {self.module.__name__} {version_of(self.module)} builds",
-                found=" ".join(reason.split()),
+                found=reason,
                 fix="build for sm75 with --precision fp16, or leave sm75 out"
                 if turing
                 else "try another --precision or --workspace, or keep to --engine onnx",
             )
         return bytes(plan)
+
+
+def _parser_reason(error: Any) -> str:
+    """The node that the parser stumbled over, and why, in one line."""
+    lines = [line for line in error.desc().splitlines() if not is_echo(line)]
+    node = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
+    return f"{node} node: {' '.join(lines)}" if node else " ".join(lines)
 
 
 def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
