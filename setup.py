@@ -50,7 +50,8 @@ setup(
         "torch": TORCH,
         "trt": ["tensorrt>=10.3", "cuda-python>=12.4"],
         "pycuda": ["pycuda>=2024.1"],
-        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4"],
+        # A CUDA 12 driver refuses cuda-python 13.
+        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4,<13"],
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2", "rich>=13.7"],
@@ -70,6 +71,8 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.6",
             "scikit-image>=0.22",
+            "setuptools>=68",
+            "wheel",
         ],
     },
     entry_points={

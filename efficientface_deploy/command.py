@@ -64,7 +64,7 @@ def parse_config(
     Returns:
         An instance of ``config_class``.
     """
-    parser = _OneLineParser(prog=prog, description=description)
+    parser = OneLineParser(prog=prog, description=description)
     add_options(parser, config_class)
     return config_from(config_class, parser.parse_args(argv))
 
@@ -158,7 +158,7 @@ def _element_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
     return hint, False
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line: what is wrong and where to look."""
 
     def error(self, message: str) -> typing.NoReturn:

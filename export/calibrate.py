@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from efficientface_deploy.errors import DatasetError
 from efficientface_deploy.preprocess import UInt8Array
 from efficientface_deploy.spec import ModelSpec
 
-logger = logging.getLogger(__name__)
+FEW = 100  # too few for stable ranges
 
-DEFAULT_COUNT = 500
-FEW = 100
+_HELD_OUT = ("test", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +40,7 @@ class Calibration:
     warnings: tuple[str, ...]
 
 
-def load_calibration(
-    root: Path, spec: ModelSpec, count: int = DEFAULT_COUNT, seed: int = 0
-) -> Calibration:
+def load_calibration(root: Path, spec: ModelSpec, count: int, seed: int = 0) -> Calibration:
     """Read a seeded choice of training images.
 
     Args:
@@ -64,14 +60,12 @@ def load_calibration(
     images = np.concatenate([batch for batch, _ in iterate_batches(chosen, spec, 100)])
 
     notes = []
-    if len(chosen) < min(count, FEW):
+    if len(chosen) < FEW:
         notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
-    if split == "test":
-        notes.append(f"calibrated on a test split ({root}); its accuracy is then not unseen")
-    for note in notes:
-        logger.warning("%s", note)
+    if split in _HELD_OUT:
+        notes.append(f"calibrated on a {split} split ({root}); its accuracy is then not unseen")
     record = {
-        "dataset": root.name,
+        "dataset": root.resolve().name,
         "split": split,
         "count": len(chosen),
         "seed": seed,
@@ -85,7 +79,11 @@ def _find_images(root: Path) -> tuple[list[Sample], str]:
     if (root / DESCRIPTION).is_file():
         return list(read_dataset(root).split("train")), "train"
     folder = root / "train" if (root / "train").is_dir() else root
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
     if not paths:
         found = "no images in it" if root.is_dir() else "no such folder"
         raise DatasetError(
@@ -94,7 +92,17 @@ def _find_images(root: Path) -> tuple[list[Sample], str]:
             found=found,
             fix="give the training images, e.g. --calib RAF-DB",
         )
-    if folder != root:
-        return [Sample(path, 0) for path in paths], "train"
-    in_test = "test" in {part.lower() for part in root.resolve().parts}
-    return [Sample(path, 0) for path in paths], "test" if in_test else "unknown"
+    split = "train" if folder != root else _split_of(root)
+    return [Sample(path, 0) for path in paths], split
+
+
+def _split_of(root: Path) -> str:
+    """The split that a folder, given by itself, is or lies in: ``RAF-DB/test``, ``RAF-DB/test/3``.
+
+    A folder named test is a split where there is a train folder beside it.
+    """
+    for folder in (root.resolve(), *root.resolve().parents):
+        if folder.name in ("train", *_HELD_OUT) and (folder.parent / "train").is_dir():
+            return folder.name
+    inside = [name for name in _HELD_OUT if (root / name).is_dir()]
+    return inside[0] if inside else "unknown"

@@ -6,12 +6,14 @@ nothing by itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import logging
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,17 @@ from onnx import TensorProto
 from efficientface_deploy.errors import ExportError
 from efficientface_deploy.preprocess import UInt8Array
 
+from .packages import require_package
+from .ranges import activation_limits
+
 FP16_MAX = 65_504.0
 # A range measured on some hundred faces will be exceeded by others.
 FP16_MARGIN = 4.0
 
-PRECISIONS = ("fp32", "fp16", "int8")
 QUANTISED_OPERATORS = ("Conv", "Gemm")
-CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 LUMA = "luma"
 
-# ONNX Runtime's default of 128 bins leaves Entropy nothing to choose: it then equals MinMax.
-_HISTOGRAM_BINS = 2048
-_PERCENTILE = 99.99
-
-_TYPE_NAMES = {
+_TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",
@@ -53,13 +52,15 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
         A new graph; only the conversion of the picture, the logits' cast back and the softmax
         touch other types.
     """
+    require_package("onnxconverter_common")
     from onnxconverter_common import float16
 
     with warnings.catch_warnings():
         # Weights below FP16's smallest number become that number; their effect is below rounding.
         warnings.simplefilter("ignore", UserWarning)
+        # By default weights above 1e4 would be clipped; what FP16 cannot hold was refused before.
         converted: onnx.ModelProto = float16.convert_float_to_float16(
-            _copy(graph), keep_io_types=True
+            _copy(graph), keep_io_types=True, max_finite_val=FP16_MAX
         )
     for node in converted.graph.node:
         if node.op_type == "Cast" and node.input[0] == graph.graph.input[0].name:
@@ -92,58 +93,108 @@ def quantise(
         A new graph, FP32 with Q/DQ pairs.
 
     Raises:
-        ExportError: ``exclude`` names a node that is not there.
+        BackendError: onnxruntime is not installed.
+        ExportError: ``exclude`` names something that is not a convolution or linear layer.
+    """
+    require_package("onnxruntime")
+    _check_excluded(graph, exclude)
+    left_out = [*dict.fromkeys(exclude), *_preprocessing_nodes(graph)]
+    activations = dict.fromkeys(
+        node.input[0]
+        for node in graph.graph.node
+        if node.op_type in QUANTISED_OPERATORS and node.name not in left_out
+    )
+    limits = activation_limits(graph, list(activations), images, method)
+    quantised = _insert_pairs(graph, limits, left_out, images[:1])
+    del quantised.metadata_props[:]
+    return quantised
+
+
+def _check_excluded(graph: onnx.ModelProto, exclude: Sequence[str]) -> None:
+    preprocessing = _preprocessing_nodes(graph)
+    layers = [
+        node.name
+        for node in graph.graph.node
+        if node.op_type in QUANTISED_OPERATORS and node.name not in preprocessing
+    ]
+    if unknown := [name for name in exclude if name not in layers]:
+        near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
+        raise ExportError(
+            "--exclude",
+            expected="names of convolutions or linear layers, such as " + ", ".join(near),
+            found=", ".join(unknown),
+            fix="look them up in the FP32 ONNX file, e.g. with Netron",
+        )
+
+
+def _insert_pairs(
+    graph: onnx.ModelProto,
+    limits: Mapping[str, float],
+    left_out: Sequence[str],
+    example: np.ndarray[Any, Any],
+) -> onnx.ModelProto:
+    """Let ONNX Runtime insert the Q/DQ pairs, with ranges of ours.
+
+    Args:
+        graph: FP32.
+        limits: Largest magnitude of each activation.
+        left_out: Names of nodes that stay as they are.
+        example: An image; ONNX Runtime insists on a calibration of its own, which the ranges then
+            override.
     """
     from onnxruntime import quantization
 
-    names = {node.name for node in graph.graph.node}
-    if unknown := [name for name in exclude if name not in names]:
-        convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-        raise ExportError(
-            "--exclude",
-            expected="names of nodes, such as " + ", ".join(convolutions[:3]),
-            found=", ".join(unknown),
-            fix='list the nodes with: python -c "import onnx; print(*(n.name for n in '
-            "onnx.load('model.onnx').graph.node), sep='\\n')\"",
-        )
-    methods = {
-        "minmax": quantization.CalibrationMethod.MinMax,
-        "entropy": quantization.CalibrationMethod.Entropy,
-        "percentile": quantization.CalibrationMethod.Percentile,
+    overrides = {
+        name: [{"rmin": np.float32(-limit), "rmax": np.float32(limit)}]
+        for name, limit in limits.items()
     }
-    options: dict[str, Any] = {
-        "ActivationSymmetric": True,
-        "WeightSymmetric": True,
-        "QuantizeBias": False,
-        "OpTypesToExcludeOutputQuantization": list(QUANTISED_OPERATORS),
-    }
-    if method != "minmax":
-        options |= {"CalibrationNumBins": _HISTOGRAM_BINS, "num_bins": _HISTOGRAM_BINS}
-    if method == "entropy":
-        options |= {"num_quantized_bins": 128}
-    if method == "percentile":
-        options |= {"CalibPercentile": _PERCENTILE, "percentile": _PERCENTILE}
-
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
-    with tempfile.TemporaryDirectory() as folder:
+    source_graph = _copy(graph)
+    # Without this mark the quantiser asks, twice, for a preprocessing that changes nothing here.
+    onnx.helper.set_model_props(source_graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    with tempfile.TemporaryDirectory() as folder, _root_logger_kept():
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
-        source.write_bytes(graph.SerializeToString())
+        source.write_bytes(source_graph.SerializeToString())
         quantization.quantize_static(
             source,
             target,
-            _Reader(graph.graph.input[0].name, images),
+            _OneBatch({graph.graph.input[0].name: example}),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED_OPERATORS),
-            nodes_to_exclude=[*exclude, *_preprocessing_nodes(graph)],
+            nodes_to_exclude=list(left_out),
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8,
-            calibrate_method=methods[method],
-            extra_options=options,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": list(QUANTISED_OPERATORS),
+                "TensorQuantOverrides": overrides,
+            },
         )
-        quantised = onnx.load(target)
-    del quantised.metadata_props[:]
-    return quantised
+        return onnx.load(target)
+
+
+class _OneBatch:
+    """The calibration data that ONNX Runtime's quantiser asks for."""
+
+    def __init__(self, batch: dict[str, np.ndarray[Any, Any]]) -> None:
+        self._batches = iter([batch])
+
+    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        return next(self._batches, None)
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo what ``logging.info()``, as the quantiser calls it, does: it sets up the root logger."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    root.addHandler(logging.NullHandler())
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,69 +244,33 @@ def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:
     return PrecisionSummary(dict(counts["Conv"]), dict(counts["Gemm"]))
 
 
-def require_precision(
-    graph: onnx.ModelProto, precision: str, excluded: int | None, path: object
-) -> str:
+def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, path: object) -> str:
     """Make sure that the graph is what its name says.
 
     Args:
         graph: The finished graph.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        excluded: Number of nodes that were left out of INT8 on purpose; None when unknown.
+        excluded: Number of layers that were left out of INT8 on purpose.
         path: The file, for the error.
 
     Returns:
         The summary as text.
 
     Raises:
-        ExportError: A convolution runs in another precision.
+        ExportError: A convolution or linear layer runs in another precision.
     """
     summary = summarise_precision(graph)
     counts = Counter(summary.convolutions) + Counter(summary.linear)
-    others = sum(counts.values()) - counts[precision]
-    allowed = others if excluded is None else excluded
-    if counts[precision] == 0 or others > (allowed if precision == "int8" else 0):
+    others = counts.total() - counts[precision]
+    if counts[precision] == 0 or others > (excluded if precision == "int8" else 0):
+        but = f" but {excluded} that were excluded" if precision == "int8" and excluded else ""
         raise ExportError(
             path,
-            expected=f"all convolutions and linear layers in {precision}",
+            expected=f"all convolutions and linear layers in {precision}{but}",
             found=str(summary),
-            fix="report this; the file was not written",
+            fix="export it again; if this file was just made, report it as a bug",
         )
     return str(summary)
-
-
-def tensor_ranges(graph: onnx.ModelProto, images: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Largest magnitude of every floating-point tensor of an FP32 graph on real input.
-
-    Args:
-        graph: FP32.
-        images: A batch as the graph takes it.
-
-    Returns:
-        Tensor name to max |x|.
-    """
-    import onnxruntime
-
-    probe = onnx.shape_inference.infer_shapes(_copy(graph))
-    known = {value.name for value in probe.graph.output}
-    floats = [
-        value
-        for value in probe.graph.value_info
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name not in known
-    ]
-    probe.graph.output.extend(floats)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
-    ranges = dict.fromkeys(names, 0.0)
-    for start in range(0, len(images), 16):
-        batch = {graph.graph.input[0].name: images[start : start + 16]}
-        for name, value in zip(names, session.run(names, batch), strict=True):
-            ranges[name] = max(ranges[name], float(np.abs(value).max()))
-    return ranges
 
 
 def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, float]:
@@ -276,18 +291,6 @@ def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, flo
             fix="export with --precision fp32",
         )
     return name, ranges[name]
-
-
-class _Reader:
-    """Hands the calibration images to ONNX Runtime's quantiser in batches."""
-
-    def __init__(self, name: str, images: np.ndarray[Any, Any], batch_size: int = 25) -> None:
-        self._batches = iter(
-            {name: images[at : at + batch_size]} for at in range(0, len(images), batch_size)
-        )
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return next(self._batches, None)
 
 
 def _preprocessing_nodes(graph: onnx.ModelProto) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ class Row:
     """One artifact.
 
     Attributes:
-        file: Its name.
+        file: Its path, relative to the report.
         bytes: Its size.
         precision: ``fp32``, ``fp16`` or ``int8``.
         arithmetic: How many convolutions and linear layers run in which precision.
-        verification: See :class:`Verification`, as a dictionary.
+        verification: How it compares with the reference.
         notes: Warnings, and what an engine was built with and for.
     """
 
@@ -34,48 +35,85 @@ class Row:
     bytes: int
     precision: str
     arithmetic: str
-    verification: dict[str, Any]
+    verification: Verification
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        folder: Path,
+        precision: str,
+        arithmetic: str,
+        verification: Verification,
+        notes: Sequence[str] = (),
+    ) -> Row:
+        """The row of the artifact at ``path`` in the report in ``folder``."""
+        name = Path(os.path.relpath(path, folder)).as_posix()
+        return cls(name, path.stat().st_size, precision, arithmetic, verification, tuple(notes))
 
-def make_row(
-    path: Path,
-    precision: str,
-    arithmetic: str,
-    verification: Verification,
-    notes: Sequence[str] = (),
-) -> Row:
-    """The row of an artifact that lies at ``path``."""
-    size = path.stat().st_size
-    return Row(path.name, size, precision, arithmetic, verification.as_dict(), tuple(notes))
+    def describe(self) -> str:
+        """A line for the terminal, and one for each note."""
+        result = self.verification
+        mark = "--" if result.not_run else "FAILED" if result.problems else "ok"
+        parts = [f"{self.bytes / 1e6:.2f} MB", self.arithmetic, result.describe()]
+        line = f"[{mark}] {self.file}: " + "; ".join(part for part in parts if part)
+        return "\n".join([line, *(f"     {note}" for note in self.notes)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``report.json``."""
+        return {**dataclasses.asdict(self), "verification": self.verification.as_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Row:
+        """Read back what :meth:`as_dict` made.
+
+        Raises:
+            TypeError: It is something else.
+            KeyError: The same.
+        """
+        verification = Verification.from_dict(fields["verification"])
+        notes = tuple(map(str, fields["notes"]))
+        row = cls(**{**fields, "verification": verification, "notes": notes})
+        if not isinstance(row.file, str) or not isinstance(row.bytes, int):
+            raise TypeError("file and bytes of a row")
+        return row
 
 
-def write_report(folder: Path, rows: Sequence[Row], header: dict[str, Any]) -> None:
-    """Write both reports; rows of earlier exports stay while their files are there.
+def write_report(folder: Path, rows: Sequence[Row], header: Mapping[str, Any]) -> None:
+    """Write both reports.
+
+    Rows of earlier exports of the same weights stay while their files are there.
 
     Args:
         folder: Where the artifacts are.
         rows: Of this export.
         header: What was exported, and with which versions.
     """
-    merged = {row["file"]: row for row in _earlier_rows(folder)}
-    merged |= {row.file: dataclasses.asdict(row) for row in rows}
+    merged = {row.file: row for row in _earlier_rows(folder, header["weights_sha256"])}
+    merged |= {row.file: row for row in rows}
     present = [row for name, row in sorted(merged.items()) if (folder / name).is_file()]
-    content = {"schema": SCHEMA_VERSION, **header, "artifacts": present}
+    content = {
+        "schema": SCHEMA_VERSION,
+        **header,
+        "artifacts": [row.as_dict() for row in present],
+    }
     write_text(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
     write_text(folder / MARKDOWN_FILE, _markdown(header, present))
 
 
-def _earlier_rows(folder: Path) -> list[dict[str, Any]]:
+def _earlier_rows(folder: Path, weights_sha256: str) -> list[Row]:
+    """Rows of the report that is there; none when it is of other weights, damaged or foreign."""
     try:
         content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] = content["artifacts"] if content["schema"] == 1 else []
-    except (OSError, ValueError, KeyError, TypeError):
+        if (content["schema"], content["weights_sha256"]) != (SCHEMA_VERSION, weights_sha256):
+            return []
+        return [Row.from_dict(fields) for fields in content["artifacts"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    return rows
 
 
-def _markdown(header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
     lines = [
         f"# Export of {header['weights']}",
         "",
@@ -87,31 +125,29 @@ def _markdown(header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(row) for row in rows]
-    notes = [f"- {row['file']}: {note}" for row in rows for note in row["notes"]]
-    sources = sorted({row["verification"]["source"] for row in rows})
+    notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
+    sources = sorted({row.verification.source for row in rows})
     lines += ["", *(f"Images: {source}." for source in sources if source)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def _markdown_row(row: dict[str, Any]) -> str:
-    result = row["verification"]
+def _markdown_row(row: Row) -> str:
+    result = row.verification
 
-    def number(key: str, form: str) -> str:
-        return "" if result[key] is None else format(result[key], form)
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
 
-    status = result["status"]
-    if detail := result["not_run"] or "; ".join(result["problems"]):
-        status += f" ({detail})"
+    status = result.status + (f" ({result.reason})" if result.reason else "")
     cells = [
-        row["file"],
-        f"{row['bytes'] / 1e6:.2f}",
-        row["arithmetic"],
-        str(result["images"] or ""),
-        number("max_difference", ".2g"),
-        number("agreement", ".4f"),
-        number("kl", ".2g"),
-        number("accuracy", ".4f"),
-        number("macro_f1", ".4f"),
+        row.file,
+        f"{row.bytes / 1e6:.2f}",
+        row.arithmetic,
+        str(result.images or ""),
+        number(result.max_difference, ".2g"),
+        number(result.agreement, ".4f"),
+        number(result.kl, ".2g"),
+        number(result.accuracy, ".4f"),
+        number(result.macro_f1, ".4f"),
         status,
     ]
     return "| " + " | ".join(cells) + " |"

@@ -5,20 +5,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 import efficientface_deploy as ef
-from efficientface_deploy.artifact import file_hash, read_safetensors_metadata, spec_from_metadata
+from efficientface_deploy.artifact import (
+    SPEC_KEY,
+    file_hash,
+    read_safetensors_metadata,
+    spec_from_metadata,
+)
 from efficientface_deploy.backends import missing_reason
-from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError
-from efficientface_deploy.predictor import BUNDLED_WEIGHTS
-from efficientface_deploy.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    EfficientFaceError,
+)
+from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.spec import PRESETS, ModelSpec
 
 from .graph import read_onnx
-from .verify import TestSet, read_reference, run_in_batches
+from .packages import require_package
+from .provenance import Provenance
+from .verify import (
+    REFERENCE_FILE,
+    Infer,
+    TestSet,
+    Verification,
+    load_test_set,
+    read_reference,
+    run_in_batches,
+    verify_artifact,
+)
 
 RUNS = Path("runs")
 
@@ -31,53 +51,109 @@ class Source:
         path: The file.
         spec: Its spec.
         sha256: Of the file.
-        weights: File name and SHA-256 of the checkpoint that it descends from.
-        precision: ``fp32``, or what an ONNX file was exported as.
-        target: ``cpu`` or ``gpu`` for an ONNX file, empty for a checkpoint.
+        provenance: What an ONNX file says of its making; empty for a checkpoint.
         trace: Makes the graph; takes whether the input is float.
-        reference: Makes the logits that artifacts are compared with: float32 (N, C) of images
-            uint8 (N, S, S, 3); None when nothing here can run the network.
+        infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
+            nothing here can run the network.
     """
 
     path: Path
     spec: ModelSpec
     sha256: str
-    weights: dict[str, str]
-    precision: str
-    target: str
+    provenance: Provenance
     trace: Callable[[bool], onnx.ModelProto]
-    reference: Callable[[UInt8Array], Float32Array] | None
+    infer: Infer | None
 
-    def reference_on(self, test_set: TestSet) -> tuple[TestSet, Float32Array]:
-        """The test set and the reference's logits on it.
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it is an ONNX file rather than a checkpoint."""
+        return self.path.suffix == ".onnx"
 
-        Where nothing can run the network (on a device without ONNX Runtime), the images and
-        logits that were stored beside an ONNX file take the place of the test set.
+    @property
+    def precision(self) -> str:
+        """``fp32``, or what an ONNX file was exported as."""
+        return self.provenance.precision
+
+    @property
+    def target(self) -> str:
+        """``cpu`` or ``gpu`` for an ONNX file, empty for a checkpoint."""
+        return self.provenance.target
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """File name and SHA-256 of the checkpoint that it is or descends from."""
+        return self.provenance.weights or {"file": self.path.name, "sha256": self.sha256}
+
+    def is_onnx_in(self, precision: str) -> bool:
+        """Whether it is an ONNX file of this precision, which is then taken as it is."""
+        return self.is_onnx and self.precision == precision
+
+    def reference(self, val: Path | None, preset: str | None) -> tuple[TestSet, Float32Array]:
+        """Images, and the logits on them that artifacts are compared with.
+
+        They come from the FP32 network where it can be run. For an ONNX file of lower precision,
+        and on a device without ONNX Runtime, those stored beside it take their place.
+
+        Args:
+            val: A labelled data set, or None.
+            preset: What its numbered folders mean.
+
+        Raises:
+            ConfigError: ``val`` is given where nothing can run the FP32 network.
         """
-        if self.reference is not None:
-            return test_set, self.reference(test_set.images)
-        return read_reference(self.path.parent, self.weights["sha256"])
+        if self.precision != "fp32" or self.infer is None:
+            if val is not None:
+                raise ConfigError(
+                    "--val",
+                    expected="a checkpoint or an FP32 ONNX file, and a runtime that runs it",
+                    found=f"{self.path.name} ({self.precision})",
+                    fix=f"leave --val out; score it with --verify {self.path} --val {val}",
+                )
+            if self.infer is None or (self.path.parent / REFERENCE_FILE).is_file():
+                return read_reference(self.path.parent, self.spec, self.weights["sha256"])
+        test_set = load_test_set(val, self.spec, preset)
+        return test_set, self.infer(test_set.images)
+
+    def verify(self) -> Verification:
+        """Compare an ONNX file, which is taken as it is, with what is stored beside it."""
+        folder = self.path.parent
+        if not (folder / REFERENCE_FILE).is_file():
+            return Verification(not_run=f"no {REFERENCE_FILE} beside it")
+        test_set, logits = read_reference(folder, self.spec, self.weights["sha256"])
+        return verify_artifact(self.path, logits, test_set, self.precision)
 
 
-def open_source(weights: Path | None, preset: str | None) -> Source:
+def open_source(
+    weights: Path | None, preset: str | None = None, input_size: int | None = None
+) -> Source:
     """Find and open what is to be exported.
 
     Args:
         weights: ``*.safetensors``, ``*.pth.tar`` or ``*.onnx``; None takes the newest student
-            under ``runs/``, else the bundled weights.
+            under ``runs/``, else the bundled model.
         preset: What a published checkpoint was trained on.
+        input_size: Side of the input for a checkpoint; None for what it was trained at.
 
     Raises:
         EfficientFaceError: The file is unusable, or it is a checkpoint and torch is missing.
     """
     path = weights if weights is not None else default_weights()
-    return _open_onnx(path) if path.suffix == ".onnx" else _open_checkpoint(path, preset)
+    return (
+        _open_onnx(path) if path.suffix == ".onnx" else _open_checkpoint(path, preset, input_size)
+    )
 
 
-def default_weights(runs: Path = RUNS) -> Path:
-    """The newest student under ``runs/``, by the architecture in its spec; else the bundled one."""
-    students = [path for path in runs.rglob("*.safetensors") if _is_student(path)]
-    return max(students, key=lambda path: path.stat().st_mtime_ns, default=BUNDLED_WEIGHTS)
+def default_weights(runs: Path | None = None) -> Path:
+    """The newest student under ``runs/``, by the architecture in its spec; else the bundled model.
+
+    Without torch the bundled ONNX file takes the place of the bundled checkpoint.
+    """
+    found = (RUNS if runs is None else runs).rglob("*.safetensors")
+    # A hidden one is half-written: a training run may be going on.
+    students = [path for path in found if not path.name.startswith(".") and _is_student(path)]
+    if students:
+        return max(students, key=lambda path: path.stat().st_mtime_ns)
+    return BUNDLED_ONNX if missing_reason("torch") else BUNDLED_WEIGHTS
 
 
 def _is_student(path: Path) -> bool:
@@ -88,7 +164,7 @@ def _is_student(path: Path) -> bool:
     return spec.architecture == "efficientface"
 
 
-def _open_checkpoint(path: Path, preset: str | None) -> Source:
+def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> Source:
     if reason := missing_reason("torch"):
         raise BackendError(
             path,
@@ -97,66 +173,57 @@ def _open_checkpoint(path: Path, preset: str | None) -> Source:
             fix="pip install 'efficientface-deploy[export,cpu]', or give an ONNX file of ours as "
             "--weights",
         )
+    require_package("onnxscript")
     import torch
 
     from efficientface_deploy.models import load_checkpoint
-    from efficientface_deploy.preprocess import normalise
 
     from .trace import trace
 
-    if path.suffix != ".safetensors" and path.is_file() and preset is None:
+    if preset is None and path.is_file() and not _carries_spec(path):
         raise ArtifactError(
             path,
-            expected="--preset, since a published checkpoint does not say what its outputs mean",
+            expected="--preset, since this checkpoint does not say what its outputs mean",
             found="none",
-            fix="add --preset rafdb, affectnet7, affectnet8, caers or ferplus",
+            fix="add --preset " + ", ".join(PRESETS),
         )
     model, spec = load_checkpoint(path, preset)
+    if input_size is not None:
+        spec = spec.replace(input_size=input_size)
 
-    def reference(images: UInt8Array) -> Float32Array:
-        def infer(batch: UInt8Array) -> Float32Array:
-            with torch.inference_mode():
-                logits: Float32Array = model(torch.from_numpy(normalise(batch, spec))).numpy()
-            return logits
+    def infer_batch(batch: UInt8Array) -> Float32Array:
+        with torch.inference_mode():
+            logits: Float32Array = model(torch.from_numpy(normalise(batch, spec))).numpy()
+        return logits
 
-        return run_in_batches(infer, images)
-
-    sha256 = file_hash(path)
     return Source(
         path=path,
         spec=spec,
-        sha256=sha256,
-        weights={"file": path.name, "sha256": sha256},
-        precision="fp32",
-        target="",
+        sha256=file_hash(path),
+        provenance=Provenance({}, path),
         trace=lambda float_input: trace(model, spec, float_input=float_input),
-        reference=reference,
+        infer=lambda images: run_in_batches(infer_batch, images),
     )
+
+
+def _carries_spec(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    return SPEC_KEY in read_safetensors_metadata(path)
 
 
 def _open_onnx(path: Path) -> Source:
     graph, spec, provenance = read_onnx(path)
-    sha256 = file_hash(path)
 
-    def reference(images: UInt8Array) -> Float32Array:
+    def infer(images: UInt8Array) -> Float32Array:
         with ef.load(path) as predictor:
             return run_in_batches(lambda batch: predictor.infer(batch)[0], images)
 
     return Source(
         path=path,
         spec=spec,
-        sha256=sha256,
-        weights=_recorded_weights(provenance, path, sha256),
-        precision=str(provenance.get("precision", "fp32")),
-        target=str(provenance.get("target", "")),
+        sha256=file_hash(path),
+        provenance=Provenance(provenance, path),
         trace=lambda float_input: graph,
-        reference=reference if missing_reason("onnx") is None else None,
+        infer=infer if missing_reason("onnx") is None else None,
     )
-
-
-def _recorded_weights(provenance: dict[str, Any], path: Path, sha256: str) -> dict[str, str]:
-    """The checkpoint that an ONNX file names as its ancestor, else the file itself."""
-    recorded = provenance.get("weights")
-    if isinstance(recorded, dict) and isinstance(recorded.get("sha256"), str):
-        return {"file": str(recorded.get("file", "")), "sha256": recorded["sha256"]}
-    return {"file": path.name, "sha256": sha256}

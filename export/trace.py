@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class UInt8Model(nn.Module):
         network: EfficientFace or an LDG, in evaluation mode.
         spec: Gives colour, mean and standard deviation.
     """
+
+    scale: Tensor  # (1, 3, 1, 1), as the other two
+    offset: Tensor
+    luma: Tensor
 
     def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
@@ -103,8 +107,7 @@ def trace(model: nn.Module, spec: ModelSpec, *, float_input: bool = False) -> on
         example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
         name = UINT8_INPUT
     batch = torch.export.Dim("N", min=1, max=65_535)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes about torch's own internals
+    with _exporter_quiet():
         program = torch.onnx.export(
             wrapper.eval(),
             (example,),
@@ -116,9 +119,7 @@ def trace(model: nn.Module, spec: ModelSpec, *, float_input: bool = False) -> on
             verbose=False,
         )
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    graph = onnx.load_from_string(buffer.getvalue())
+    graph = program.model_proto
     graph.ir_version = IR_VERSION
     _drop_exporter_notes(graph)
     return graph
@@ -138,4 +139,15 @@ def _drop_exporter_notes(graph: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+@contextlib.contextmanager
+def _exporter_quiet() -> Iterator[None]:
+    """Keep the exporter's notes about its own internals from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

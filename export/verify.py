@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 import efficientface_deploy as ef
 from efficientface_deploy.artifact import atomic_path
 from efficientface_deploy.dataset import iterate_batches, read_dataset
-from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.errors import ArtifactError, DatasetError
 from efficientface_deploy.metrics import (
     accuracy,
     macro_f1,
@@ -81,6 +81,14 @@ class TestSet:
     __test__ = False  # the name begins like a test's
 
 
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float | None": (float, int, type(None)),
+    "tuple[str, ...]": (list, tuple),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Verification:
     """One artifact compared with the reference.
@@ -116,9 +124,43 @@ class Verification:
             return "built, not verified here"
         return "FAILED" if self.problems else "verified"
 
+    @property
+    def reason(self) -> str:
+        """What is wrong, or why it was not run; empty when it is verified."""
+        return self.not_run or "; ".join(self.problems)
+
+    def describe(self) -> str:
+        """A line for the terminal."""
+        line = self.status
+        if self.runner:
+            line += f" on {self.source} by {self.runner}"
+        figures = (
+            ("largest difference", self.max_difference, ".2g"),
+            ("agreement", self.agreement, ".4f"),
+            ("KL", self.kl, ".2g"),
+            ("accuracy", self.accuracy, ".4f"),
+            ("macro-F1", self.macro_f1, ".4f"),
+        )
+        measured = [f"{name} {value:{form}}" for name, value, form in figures if value is not None]
+        line += ": " + ", ".join(measured) if measured else ""
+        return line + (f" ({self.reason})" if self.reason else "")
+
     def as_dict(self) -> dict[str, Any]:
         """For reports and provenance."""
         return {"status": self.status, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Verification:
+        """Read back what :meth:`as_dict` made.
+
+        Raises:
+            TypeError: It is something else.
+        """
+        values = {name: value for name, value in fields.items() if name != "status"}
+        for field in dataclasses.fields(cls):
+            if not isinstance(values.get(field.name), _FIELD_TYPES[str(field.type)]):
+                raise TypeError(field.name)
+        return cls(**{**values, "problems": tuple(map(str, values["problems"]))})
 
 
 def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None) -> TestSet:
@@ -136,7 +178,7 @@ def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None)
         return TestSet(_bundled_faces(spec), None, "16 synthetic faces")
     dataset = read_dataset(root, preset)
     if dataset.labels != spec.labels:
-        raise ArtifactError(
+        raise DatasetError(
             root,
             expected="the model's labels: " + ", ".join(spec.labels),
             found=", ".join(dataset.labels),
@@ -205,13 +247,7 @@ def compare(
     if enough and not agreement >= threshold.min_agreement:
         problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
 
-    scores: dict[str, float] = {}
-    if test_set.labels is not None:
-        predicted = probabilities.argmax(axis=1)
-        classes = probabilities.shape[1]
-        scores["accuracy"] = accuracy(test_set.labels, predicted)
-        scores["macro_f1"] = macro_f1(test_set.labels, predicted, classes)
-    return Verification(
+    verification = Verification(
         runner=runner,
         images=len(reference),
         source=test_set.source,
@@ -219,7 +255,12 @@ def compare(
         agreement=agreement,
         kl=kl,
         problems=tuple(problems),
-        **scores,
+    )
+    if test_set.labels is None:
+        return verification
+    scores = _scores(probabilities, test_set.labels)
+    return dataclasses.replace(
+        verification, accuracy=scores["accuracy"], macro_f1=scores["macro_f1"]
     )
 
 
@@ -242,8 +283,39 @@ def verify_artifact(
     except ef.BackendError as error:
         return Verification(not_run=f"{error.subject}: {error.found}", source=test_set.source)
     with predictor:
-        probabilities = run_in_batches(lambda batch: predictor.infer(batch)[1], test_set.images)
+        try:
+            probabilities = _probabilities(predictor, test_set)
+        except ef.BackendError as error:  # NaN, above all
+            return Verification(
+                runner=predictor.backend,
+                images=len(test_set.images),
+                source=test_set.source,
+                problems=(f"{error.found} instead of {error.expected}",),
+            )
         return compare(probabilities, reference_logits, test_set, precision, predictor.backend)
+
+
+def score_artifact(path: Path, test_set: TestSet) -> dict[str, float]:
+    """``accuracy`` and ``macro_f1`` of an artifact on a labelled test set.
+
+    Raises:
+        BackendError: Nothing here can run it.
+    """
+    assert test_set.labels is not None
+    with ef.load(path) as predictor:
+        return _scores(_probabilities(predictor, test_set), test_set.labels)
+
+
+def _probabilities(predictor: ef.Predictor, test_set: TestSet) -> Float32Array:
+    return run_in_batches(lambda batch: predictor.infer(batch)[1], test_set.images)
+
+
+def _scores(probabilities: Float32Array, labels: npt.NDArray[np.int64]) -> dict[str, float]:
+    predicted = probabilities.argmax(axis=1)
+    return {
+        "accuracy": accuracy(labels, predicted),
+        "macro_f1": macro_f1(labels, predicted, probabilities.shape[1]),
+    }
 
 
 def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, parent: str) -> None:
@@ -251,53 +323,89 @@ def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, paren
 
     Args:
         folder: Where the artifacts are.
-        test_set: Its first images are kept.
+        test_set: Some of its images, evenly spread, are kept.
         logits: float32 (N, C), PyTorch's.
         parent: SHA-256 of the weights that made the logits.
     """
+    count, total = min(STORED_IMAGES, len(logits)), len(logits)
+    kept = np.linspace(0, total - 1, count).round().astype(int)  # sets are sorted by class
+    source = test_set.source if count == total else f"{count} of {test_set.source}"
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        images=test_set.images[:STORED_IMAGES],
-        logits=logits[:STORED_IMAGES],
-        source=np.array(test_set.source),
+        images=test_set.images[kept],
+        logits=logits[kept],
+        source=np.array(source),
         parent=np.array(parent),
     )
     with atomic_path(folder / REFERENCE_FILE) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
-def read_reference(folder: Path, parent: str | None) -> tuple[TestSet, Float32Array]:
+def stored_parent(folder: Path) -> str | None:
+    """SHA-256 of the weights that ``verify.npz`` is of; None when there is no usable one."""
+    try:
+        return _read_archive(folder / REFERENCE_FILE)[1]
+    except ArtifactError:
+        return None
+
+
+def read_reference(
+    folder: Path, spec: ModelSpec, parent: str | None
+) -> tuple[TestSet, Float32Array]:
     """Read ``verify.npz``.
 
     Args:
         folder: Where the artifact is.
+        spec: The artifact's.
         parent: SHA-256 of the weights that the artifact descends from, if it says so.
 
     Raises:
-        ArtifactError: The file is missing, damaged, or of other weights.
+        ArtifactError: The file is missing, damaged, or of another model.
     """
     path = folder / REFERENCE_FILE
-    fix = "copy the verify.npz that was exported with it"
-    if not path.is_file():
-        raise ArtifactError(path, expected="reference outputs", found="no such file", fix=fix)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, logits = file["images"], file["logits"]
-            source, own_parent = str(file["source"]), str(file["parent"])
-        valid = (
-            images.dtype == np.uint8 and images.ndim == 4 and logits.shape[:1] == images.shape[:1]
-        )
-    except Exception:  # noqa: BLE001 - numpy fails on damaged archives in many ways
-        valid = False
-    if not valid:
-        raise ArtifactError(path, expected="reference outputs", found="a damaged file", fix=fix)
+    arrays, own_parent = _read_archive(path)
     if parent is not None and parent != own_parent:
         raise ArtifactError(
             path,
             expected=f"reference outputs of the weights {parent[:12]}...",
             found=f"those of {own_parent[:12]}...",
-            fix=fix,
+            fix=_COPY_REFERENCE,
         )
-    stored = TestSet(images, None, f"{len(images)} images of {source}, stored")
-    return stored, logits.astype(np.float32)
+    wanted = (spec.input_size, spec.input_size, 3), spec.num_classes
+    found = arrays["images"].shape[1:], arrays["logits"].shape[1]
+    if found != wanted:
+        raise ArtifactError(
+            path,
+            expected=f"images of shape {wanted[0]} and {wanted[1]} logits",
+            found=f"images of shape {found[0]} and {found[1]} logits",
+            fix=_COPY_REFERENCE,
+        )
+    test_set = TestSet(arrays["images"], None, str(arrays["source"]))
+    return test_set, arrays["logits"].astype(np.float32)
+
+
+_COPY_REFERENCE = f"copy the {REFERENCE_FILE} that was exported with it"
+
+
+def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
+    """The arrays of ``verify.npz``, and the hash of the weights that it is of."""
+    expected = "reference outputs"
+    if not path.is_file():
+        raise ArtifactError(path, expected=expected, found="no such file", fix=_COPY_REFERENCE)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "logits", "source", "parent")}
+        images, logits = arrays["images"], arrays["logits"]
+        valid = (
+            images.dtype == np.uint8
+            and images.ndim == 4
+            and logits.ndim == 2
+            and logits.dtype.kind == "f"
+            and len(logits) == len(images) > 0
+        )
+    except Exception:  # noqa: BLE001 - numpy fails on damaged archives in many ways
+        valid = False
+    if not valid:
+        raise ArtifactError(path, expected=expected, found="a damaged file", fix=_COPY_REFERENCE)
+    return arrays, str(arrays["parent"])

@@ -26,19 +26,20 @@ _EPOCH_STRIDE, _INDEX_STRIDE = 1_000_003, 7_919
 
 def published_augmentation(spec: ModelSpec) -> Augmentation:
     """The published recipe's: random resized crop at torchvision's default scale, and flip."""
-    return transforms.Compose(
+    augmentation: Augmentation = transforms.Compose(
         [
             transforms.RandomResizedCrop(spec.input_size),
             transforms.RandomHorizontalFlip(),
         ]
     )
+    return augmentation
 
 
 def default_augmentation(spec: ModelSpec) -> Augmentation:
     """Milder: the whole face stays in the picture; small turns, shifts, sizes and light."""
     fill = [round(255 * mean) for mean in spec.mean]
     side = (spec.input_size, spec.input_size)
-    return transforms.Compose(
+    augmentation: Augmentation = transforms.Compose(
         [
             transforms.Resize(side),
             transforms.RandomHorizontalFlip(),
@@ -52,6 +53,7 @@ def default_augmentation(spec: ModelSpec) -> Augmentation:
             transforms.ColorJitter(brightness=0.3, contrast=0.3),
         ]
     )
+    return augmentation
 
 
 AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
@@ -154,7 +156,7 @@ def training_loader(
     loader: DataLoader[Batch] = DataLoader(
         images,  # type: ignore[arg-type]  # items are named by (epoch, index)
         batch_size=batch_size,
-        sampler=sampler,  # type: ignore[arg-type]
+        sampler=sampler,
         num_workers=workers,
         collate_fn=images.collate,
         drop_last=True,
@@ -172,7 +174,7 @@ def hold_out(
     Args:
         samples: The train split.
         seed: Of the choice.
-        fraction: Part of every class that is held out, at least one image.
+        fraction: Part of every class that is held out: at least one image, never all.
 
     Returns:
         The rest and the held-out images, in the order given.
@@ -182,7 +184,7 @@ def hold_out(
     held = np.zeros(len(samples), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(members)))
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held[generator.choice(members, count, replace=False)] = True
     rest = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return rest, [sample for sample, out in zip(samples, held, strict=True) if out]

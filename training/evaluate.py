@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from efficientface_deploy.artifact import write_text
 from efficientface_deploy.command import option, parse_config, run_command
@@ -32,6 +31,7 @@ from efficientface_deploy.metrics import (
 )
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.preprocess import Float32Array
+from training.progress import track
 
 BATCH = 64
 
@@ -82,10 +82,7 @@ def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32A
     """Probabilities float32 (N, C) of the samples, in order."""
     batches = iterate_batches(samples, predictor.spec, BATCH)
     total = (len(samples) + BATCH - 1) // BATCH
-    parts = [
-        predictor.infer(images)[1]
-        for images, _ in track(batches, "evaluating", total=total, transient=True)
-    ]
+    parts = [predictor.infer(images)[1] for images, _ in track(batches, "evaluating", total)]
     return np.concatenate(parts)
 
 

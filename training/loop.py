@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +17,14 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import efficientface_deploy
 from efficientface_deploy.artifact import atomic_path, write_text
+from efficientface_deploy.command import option
 from efficientface_deploy.dataset import Dataset, Sample, iterate_batches
-from efficientface_deploy.errors import CheckpointError, ConfigError
+from efficientface_deploy.errors import CheckpointError, ConfigError, EfficientFaceError
 from efficientface_deploy.metrics import accuracy, macro_f1
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.preprocess import normalise
@@ -43,12 +38,27 @@ from training.data import (
     training_loader,
 )
 from training.losses import LOSSES
+from training.progress import TrainingProgress, duration
 
 SELECTIONS = ("holdout", "validation", "test", "last")
-STATE = "last.pt"
+CONFIG = "config.json"
+
+# What may change when a run goes on.
+_FREE_OPTIONS = ("out", "workers", "device", "resume")
 
 # Gives the target distribution of a batch: (images (N, 3, S, S), targets (N, C)) -> (N, C).
 Teach = Callable[[Tensor, Tensor], Tensor]
+
+
+def labels_as_targets(images: Tensor, targets: Tensor) -> Tensor:
+    """The data set's own targets, (N, C), unchanged."""
+    return targets
+
+
+class InterruptError(EfficientFaceError):
+    """The user stopped a training."""
+
+    exit_code = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,27 +107,52 @@ class Recipe:
         position = progress / self.epochs
         if position < 0.2:
             return self.learning_rate * (0.04 + 0.96 * position / 0.2)
-        angle = torch.pi * (position - 0.2) / 0.8
-        return float(self.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(angle))))
+        angle = math.pi * (position - 0.2) / 0.8
+        return self.learning_rate * 0.5 * (1 + math.cos(angle))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Options that teacher and student share."""
+
+    data: Path = option(help="a prepared data set")
+    out: Path = option(help="folder of the run")
+    init: Path | None = option(None, help="start from this checkpoint; a foreign head is left")
+    preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
+    input_size: int | None = option(None, help="side of the input; default: the preset's")
+    epochs: int | None = option(None, minimum=1, help="passes; default: the recipe's")
+    batch_size: int | None = option(None, minimum=2, help="images of a step; default: the recipe's")
+    learning_rate: float | None = option(None, minimum=0, help="largest; default: the recipe's")
+    select: str = option("holdout", choices=SELECTIONS, help="what chooses the epoch to keep")
+    seed: int = option(0, minimum=0, help="of weights, order and augmentation")
+    workers: int = option(1, minimum=0, help="processes that load images")
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    resume: bool = option(False, help="go on with the run in --out")
+
+    def change(self, recipe: Recipe) -> Recipe:
+        """The recipe with what the command line says otherwise."""
+        names = ("epochs", "batch_size", "learning_rate")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(recipe, **given)
+
+    def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
+        """The spec of the network that is trained on this data set."""
+        size = dataset.spec.input_size if self.input_size is None else self.input_size
+        return dataset.spec.replace(architecture=architecture, input_size=size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained, on what, and where the results go.
+    """What is trained, on what, and how.
 
     Attributes:
         kind: File stem of the result: ``student`` or ``teacher``.
         spec: The network's spec.
         recipe: How it is trained.
         dataset: The prepared data set.
-        select: Which epoch is kept: best on ``holdout`` (a seeded tenth of train, then not trained
-            on), ``validation`` or ``test`` (as published), or the ``last`` one.
-        out: Folder of the run.
-        seed: Of weights, order, augmentation and hold-out.
-        resume: Go on from the folder's last epoch.
-        workers: Processes that load images.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        config: The command's options, saved with the result.
+        config: The command's options. Its ``select`` says which epoch is kept: best on ``holdout``
+            (a seeded tenth of train, then not trained on), ``validation`` or ``test`` (as
+            published), or the ``last`` one.
         votes: Train from the votes of the data set.
     """
 
@@ -125,21 +160,40 @@ class Job:
     spec: ModelSpec
     recipe: Recipe
     dataset: Dataset
-    select: str
-    out: Path
-    seed: int
-    resume: bool
-    workers: int
-    device: str
-    config: dict[str, Any]
+    config: TrainConfig
     votes: bool = False
+
+    @property
+    def result(self) -> Path:
+        """The checkpoint of the chosen epoch."""
+        return self.config.out / f"{self.kind}.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """What ``--resume`` goes on from."""
+        return self.config.out / "last.pt"
+
+    def settings(self) -> dict[str, Any]:
+        """The command's options, with the values that stood for those left out."""
+        return {
+            **dataclasses.asdict(self.config),
+            **dataclasses.asdict(self.recipe),
+            "preset": self.dataset.preset,
+            "input_size": self.spec.input_size,
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What must stay the same for a run to go on, by name."""
+        settings = self.settings()
+        fixed = {name: str(value) for name, value in settings.items() if name not in _FREE_OPTIONS}
+        return {**fixed, "spec": self.spec.to_json()}
 
 
 def train(job: Job, model: nn.Module, teach: Teach, device: torch.device) -> Path:
     """Train a network and keep its best epoch.
 
     Args:
-        job: What, how and where.
+        job: What, on what and how.
         model: The network, on ``device``.
         teach: Gives the target distribution of a batch.
         device: Where to compute.
@@ -147,54 +201,58 @@ def train(job: Job, model: nn.Module, teach: Teach, device: torch.device) -> Pat
     Returns:
         The checkpoint of the chosen epoch, ``{kind}.safetensors``.
     """
+    recipe, seed = job.recipe, job.config.seed
     train_samples, selection_samples = choose_samples(job)
-    recipe = job.recipe
-    images = TrainingImages(
-        train_samples,
-        job.spec,
-        AUGMENTATIONS[recipe.augmentation](job.spec),
-        job.seed,
-        votes=job.votes,
-    )
-    loader, sampler = training_loader(images, recipe.batch_size, job.seed, job.workers)
+    augmentation = AUGMENTATIONS[recipe.augmentation](job.spec)
+    images = TrainingImages(train_samples, job.spec, augmentation, seed, votes=job.votes)
+    loader, sampler = training_loader(images, recipe.batch_size, seed, job.config.workers)
 
     model = model.to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer(model)
     history = _start(job, model, optimizer, device)
-    result = job.out / f"{job.kind}.safetensors"
     _announce(job, train_samples, selection_samples, device)
 
-    for epoch in range(len(history), recipe.epochs):
-        started = time.perf_counter()
-        loss = _train_epoch(job, model, optimizer, teach, loader, sampler, epoch, device)
-        seconds = time.perf_counter() - started
-        row: dict[str, float] = {
-            "epoch": epoch + 1,
-            "loss": loss,
-            "learning_rate": recipe.learning_rate_at(epoch + 1),
-            "images_per_second": len(loader) * recipe.batch_size / seconds,
-        }
-        if selection_samples:
-            predicted, labels = predict(model, selection_samples, job.spec, device)
-            row["accuracy"] = accuracy(labels, predicted)
-            row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
-        history.append(row)
-        if _is_best(history):
-            save_checkpoint(result, model, job.spec, _provenance(job, history))
-        _save_state(job, model, optimizer, history)
-        _write_curves(job, history)
-        _print_row(row, seconds)
-    return result
+    try:
+        for epoch in range(len(history), recipe.epochs):
+            started = time.perf_counter()
+            loss = _train_epoch(job, model, optimizer, teach, loader, sampler, epoch, device)
+            seconds = time.perf_counter() - started
+            row: dict[str, float] = {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "learning_rate": optimizer.param_groups[0]["lr"],  # the last step's
+                "images_per_second": len(loader) * recipe.batch_size / seconds,
+            }
+            if selection_samples:
+                predicted, labels = predict(model, selection_samples, job.spec, device)
+                row["accuracy"] = accuracy(labels, predicted)
+                row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
+            history.append(row)
+            if _is_best(history):
+                save_checkpoint(job.result, model, job.spec, _provenance(job, history))
+            _save_state(job, model, optimizer, history)
+            _write_curves(job, history)
+            _print_row(job, row, seconds)
+    except KeyboardInterrupt:
+        raise InterruptError(
+            job.config.out,
+            expected=f"{recipe.epochs} epochs",
+            found="an interrupt",
+            fix="add --resume to go on from the last whole epoch"
+            if job.state.exists()
+            else "no epoch was finished: start again",
+        ) from None
+    return job.result
 
 
 def choose_samples(job: Job) -> tuple[list[Sample], list[Sample]]:
     """The images to train on, and those that choose the epoch (none for ``last``)."""
     samples = list(job.dataset.split("train"))
-    if job.select == "holdout":
-        return hold_out(samples, job.seed)
-    if job.select == "last":
+    if job.config.select == "holdout":
+        return hold_out(samples, job.config.seed)
+    if job.config.select == "last":
         return samples, []
-    return samples, list(job.dataset.split(job.select))
+    return samples, list(job.dataset.split(job.config.select))
 
 
 def choose_device(name: str) -> torch.device:
@@ -243,88 +301,73 @@ def _train_epoch(
     sampler.epoch = epoch
     model.train()
     total = torch.zeros((), device=device)
-    with _progress() as progress:
-        task = progress.add_task(f"epoch {epoch + 1}/{recipe.epochs}", total=len(loader), loss=0.0)
+    with TrainingProgress(epoch, recipe.epochs, len(loader), recipe.batch_size) as progress:
         for step, (images, targets) in enumerate(loader):
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             targets = targets.to(device, non_blocking=True)  # (N, C)
             distribution = teach(images, targets)  # (N, C)
             loss = loss_function(model(images), distribution)
             if not torch.isfinite(loss):
-                raise CheckpointError(
-                    f"epoch {epoch + 1} step {step + 1}",
+                raise ConfigError(
+                    f"learning rate {recipe.learning_rate:g}",
                     expected="a finite loss",
-                    found=str(loss.item()),
-                    fix="lower --learning-rate and go on with --resume",
+                    found=f"{loss.item()} in epoch {epoch + 1} step {step + 1}",
+                    fix="give a lower --learning-rate and a new --out",
                 )
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(epoch + step / len(loader))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach()
-            progress.update(task, advance=1, loss=float(total) / (step + 1))
+            progress.update(step + 1, float(total) / (step + 1))
     return float(total) / len(loader)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-        transient=True,
-    )
 
 
 def _start(
     job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> list[dict[str, float]]:
     """Make the run's folder, or go on where it stopped; returns the history so far."""
-    state_path = job.out / STATE
-    if job.resume:
-        return _restore(job, model, optimizer, state_path, device)
-    if state_path.exists() or (job.out / f"{job.kind}.safetensors").exists():
+    if job.config.resume:
+        return _restore(job, model, optimizer, device)
+    out = job.config.out
+    if job.state.exists() or job.result.exists():
         raise ConfigError(
-            job.out,
+            out,
             expected="a new folder",
             found="another run",
-            fix="choose another --out, or add --resume to go on with it",
+            fix="choose another --out, or "
+            + ("add --resume to go on with it" if job.state.exists() else "remove it"),
         )
-    job.out.mkdir(parents=True, exist_ok=True)
-    write_text(job.out / "config.json", json.dumps(job.config, indent=2, default=str) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / CONFIG, json.dumps(job.settings(), indent=2, default=str) + "\n")
     return []
 
 
 def _restore(
-    job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    path: Path,
-    device: torch.device,
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> list[dict[str, float]]:
-    if not path.is_file():
+    if not job.state.is_file():
         raise CheckpointError(
-            path, expected="a run to go on with", found="none", fix="leave --resume out"
+            job.state, expected="a run to go on with", found="none", fix="leave --resume out"
         )
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        same = state["recipe"] == dataclasses.asdict(job.recipe)
-        same = same and state["spec"] == job.spec.to_json() and state["seed"] == job.seed
+        state = torch.load(job.state, map_location=device, weights_only=True)
+        started_with: dict[str, str] = state["identity"]
     except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
         raise CheckpointError(
-            path,
+            job.state,
             expected="the state of a run",
             found=f"a damaged file ({type(error).__name__})",
             fix="start again in a new folder",
         ) from None
-    if not same:
-        raise CheckpointError(
-            path,
-            expected="the recipe, network and seed that it was started with",
-            found="others",
-            fix=f"repeat the options in {job.out / 'config.json'}, or choose another --out",
+    now = job.identity()
+    if changed := [name for name in now if now[name] != started_with.get(name)]:
+        raise ConfigError(
+            job.config.out,
+            expected="the options that the run was started with",
+            found="others for " + ", ".join(changed),
+            fix=f"repeat those in {job.config.out / CONFIG}, or choose another --out",
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -340,11 +383,9 @@ def _save_state(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": history,
-        "recipe": dataclasses.asdict(job.recipe),
-        "spec": job.spec.to_json(),
-        "seed": job.seed,
+        "identity": job.identity(),
     }
-    with atomic_path(job.out / STATE) as temporary:
+    with atomic_path(job.state) as temporary:
         torch.save(state, temporary)
 
 
@@ -360,13 +401,13 @@ def _provenance(job: Job, history: list[dict[str, float]]) -> str:
         {
             "kind": job.kind,
             "dataset": job.dataset.name,
-            "select": job.select,
+            "select": job.config.select,
             "epoch": len(history),
             "epochs": job.recipe.epochs,
             "metrics": history[-1],
             "recipe": dataclasses.asdict(job.recipe),
-            "config": job.config,
-            "seed": job.seed,
+            "config": dataclasses.asdict(job.config),
+            "seed": job.config.seed,
             "versions": {
                 "efficientface_deploy": efficientface_deploy.__version__,
                 "torch": torch.__version__,
@@ -383,7 +424,7 @@ def _write_curves(job: Job, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_text(job.out / "metrics.csv", table.getvalue())
+    write_text(job.config.out / "metrics.csv", table.getvalue())
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -393,33 +434,34 @@ def _write_curves(job: Job, history: list[dict[str, float]]) -> None:
     if "accuracy" in history[0]:
         right = axes.twinx()
         for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
-            label = f"{key} on {job.select}"
+            label = f"{key} on {job.config.select}"
             right.plot(epochs, [row[key] for row in history], ".-", color=colour, label=label)
         right.set(ylabel="score", ylim=(0, 1))
         right.legend(loc="lower right")
     axes.legend(loc="upper right")
-    with atomic_path(job.out / "curves.png") as temporary:
+    with atomic_path(job.config.out / "curves.png") as temporary:
         figure.savefig(temporary, dpi=120)
 
 
 def _announce(
     job: Job, train_samples: list[Sample], selection: list[Sample], device: torch.device
 ) -> None:
-    chosen = f"epoch chosen by {len(selection):,} images of {job.select}"
+    chosen = f"epoch chosen by {len(selection):,} images of {job.config.select}"
     print(
         f"{job.kind}: {job.spec.architecture} at {job.spec.input_size}x{job.spec.input_size} on "
         f"{len(train_samples):,} images of {job.dataset.name}, {device}; "
-        + (chosen if selection else "the last epoch is kept")
+        + (chosen if selection else "the last epoch is kept"),
+        flush=True,
     )
 
 
-def _print_row(row: dict[str, float], seconds: float) -> None:
+def _print_row(job: Job, row: dict[str, float], seconds: float) -> None:
     scores = ""
     if "accuracy" in row:
         scores = f", accuracy {row['accuracy']:.4f}, macro-F1 {row['macro_f1']:.4f}"
     print(
-        f"epoch {row['epoch']}: loss {row['loss']:.4f}{scores}, "
-        f"{row['images_per_second']:.0f} images/s, {seconds:.0f} s",
+        f"epoch {row['epoch']}/{job.recipe.epochs}: loss {row['loss']:.4f}{scores}, "
+        f"{row['images_per_second']:.0f} images/s, {duration(seconds)}",
         flush=True,
     )
 
@@ -427,4 +469,4 @@ def _print_row(row: dict[str, float], seconds: float) -> None:
 def start_logging() -> None:
     """Show what the package logs, such as which head was made anew, on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    matplotlib.set_loglevel("warning")
+    matplotlib.set_loglevel("WARNING")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import io
@@ -14,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,13 +21,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
-from efficientface_deploy.command import add_options, config_from, option, run_command
-from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX
+from efficientface_deploy.command import (
+    OneLineParser,
+    add_options,
+    config_from,
+    option,
+    run_command,
+)
+from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX, read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.preprocess import load_image
 from efficientface_deploy.spec import preset
+from training.progress import track
 from training.synthetic import LABELS as SYNTHETIC_LABELS
 from training.synthetic import render_face
 
@@ -57,8 +63,11 @@ FERPLUS_COUNTS = {
     ("train", "probability"): 27_947,
     ("validation", "probability"): 3_508,
 }
+LABEL_FILE = "label.csv"
 _SHOWN = 20  # damaged images that are named one by one
 PROTOCOLS = ("majority", "probability")
+
+Box = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +105,8 @@ class Face:
         split: train, validation or test.
         label: Index into the labels.
         votes: Mass of each class, or None.
-        encoded: The image file's bytes.
+        encoded: The image file's bytes; none when the source has no such file.
+        box: Part of the image that shows the face, (left, top, right, bottom), or None for all.
     """
 
     name: str
@@ -104,6 +114,7 @@ class Face:
     label: int
     votes: Sequence[float] | None
     encoded: bytes
+    box: Box | None = None
 
 
 def prepare_ferplus(config: FerPlusConfig) -> None:
@@ -123,14 +134,16 @@ def prepare_ferplus(config: FerPlusConfig) -> None:
         "prepared_with": {"protocol": config.protocol},
     }
 
+    protocols = {"train": config.protocol, "validation": "majority", "test": "majority"}
+
     def faces() -> Iterator[Face]:
         with open_source(config.source) as source:
             for split, folder in FERPLUS_FOLDERS.items():
-                if source.has(f"{folder}/label.csv"):
-                    yield from _ferplus_split(source, split, folder, config.protocol)
+                if source.has(f"{folder}/{LABEL_FILE}"):
+                    yield from _ferplus_split(source, split, folder, protocols[split])
 
     counts = write_dataset(config.out, description, faces, overwrite=config.overwrite)
-    _compare_with_published(counts, config.protocol)
+    _compare_with_published(counts, protocols)
 
 
 def prepare_synthetic(config: SyntheticConfig) -> None:
@@ -148,7 +161,7 @@ def prepare_synthetic(config: SyntheticConfig) -> None:
 
     def faces() -> Iterator[Face]:
         total = config.train + config.test
-        for index in track(range(total), "rendering", transient=True):
+        for index in track(range(total), "rendering", total):
             face = render_face(config.seed, index, config.size)
             split = "train" if index < config.train else "test"
             buffer = io.BytesIO()
@@ -237,7 +250,7 @@ def write_dataset(
         found = _description_of(out)
         if found == description:
             print(f"{out} is there already and was prepared in the same way; nothing to do")
-            return _count_manifest(out)
+            return _count(out)
         replaceable = found is not None and overwrite
         if not replaceable and (not out.is_dir() or any(out.iterdir())):
             raise DatasetError(
@@ -250,6 +263,10 @@ def write_dataset(
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         counts = _write_files(work, description, faces())
+        if not counts:
+            raise DatasetError(
+                out, expected="images", found="none that can be used", fix="check --source"
+            )
         work.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
@@ -271,7 +288,7 @@ def _write_files(
         writer.writerow(["path", "split", "label", *(VOTES_PREFIX + label for label in labels)])
         for face in faces:
             try:
-                load_image(face.encoded)
+                encoded = _cut_face(face)
             except ImageError as error:
                 left_out += 1
                 if left_out <= _SHOWN:
@@ -279,21 +296,37 @@ def _write_files(
                 continue
             relative = Path(face.split, str(face.label), face.name)
             (root / relative).parent.mkdir(parents=True, exist_ok=True)
-            (root / relative).write_bytes(face.encoded)
+            (root / relative).write_bytes(encoded)
             votes = [f"{vote:g}" for vote in face.votes] if face.votes is not None else []
             writer.writerow([relative.as_posix(), face.split, face.label, *votes])
             counts[face.split, face.label] += 1
-    if left_out > _SHOWN:
+    if left_out:
         print(f"left out {left_out:,} images in all", file=sys.stderr)
-    if not counts:
-        raise DatasetError(
-            root.name.strip(".").rpartition(".")[0],
-            expected="images",
-            found="none that can be used",
-            fix="check --source",
-        )
     (root / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return counts
+
+
+def _cut_face(face: Face) -> bytes:
+    """The image file of the face alone; one that shows nothing else is kept byte for byte.
+
+    Raises:
+        ImageError: The image is missing or damaged, or the box is not inside it.
+    """
+    fix = "check --source"
+    if not face.encoded:
+        raise ImageError(face.name, expected="an image", found="a missing or empty file", fix=fix)
+    image = load_image(face.encoded)
+    if face.box is None or face.box == (0, 0, *image.size):
+        return face.encoded
+    left, top, right, bottom = face.box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        size = f"{image.width}x{image.height}"
+        raise ImageError(
+            face.name, expected=f"a box inside {size}", found=f"box {face.box} in {size}", fix=fix
+        )
+    buffer = io.BytesIO()
+    image.crop(face.box).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _description_of(root: Path) -> dict[str, Any] | None:
@@ -304,9 +337,9 @@ def _description_of(root: Path) -> dict[str, Any] | None:
     return description
 
 
-def _count_manifest(root: Path) -> Counter[tuple[str, int]]:
-    with (root / MANIFEST).open(encoding="utf-8", newline="") as file:
-        return Counter((row["split"], int(row["label"])) for row in csv.DictReader(file))
+def _count(root: Path) -> Counter[tuple[str, int]]:
+    splits = read_dataset(root).samples.items()
+    return Counter((split, sample.label) for split, samples in splits for sample in samples)
 
 
 def _print_counts(out: Path, labels: Sequence[str], counts: Counter[tuple[str, int]]) -> None:
@@ -318,9 +351,8 @@ def _print_counts(out: Path, labels: Sequence[str], counts: Counter[tuple[str, i
             print(f"  {split}: {sum(per_class):,} ({named})")
 
 
-def _compare_with_published(counts: Counter[tuple[str, int]], train_protocol: str) -> None:
-    for split in SPLITS:
-        protocol = train_protocol if split == "train" else "majority"
+def _compare_with_published(counts: Counter[tuple[str, int]], protocols: dict[str, str]) -> None:
+    for split, protocol in protocols.items():
         expected = FERPLUS_COUNTS.get((split, protocol))
         found = sum(n for (name, _), n in counts.items() if name == split)
         if found and expected:
@@ -328,20 +360,17 @@ def _compare_with_published(counts: Counter[tuple[str, int]], train_protocol: st
             print(f"  {split}, {protocol} protocol: {found:,} images, {verdict}")
 
 
-def _ferplus_split(source: Source, split: str, folder: str, train_protocol: str) -> Iterator[Face]:
+def _ferplus_split(source: Source, split: str, folder: str, protocol: str) -> Iterator[Face]:
     labels = preset("ferplus").labels
     order = [FERPLUS_COLUMNS.index(label) for label in labels]  # by name, never by position
-    protocol = train_protocol if split == "train" else "majority"
-    rows = list(csv.reader(io.StringIO(source.read(f"{folder}/label.csv").decode())))
-    for row in track(rows, split, transient=True):
-        name, box, votes = _parse_row(row, f"{folder}/label.csv")
+    rows = _read_rows(source.read(f"{folder}/{LABEL_FILE}"), f"{folder}/{LABEL_FILE}")
+    for name, box, votes in track(rows, split, len(rows)):
         kept = _kept_votes(votes, protocol)
         if kept is None:
             continue
         class_votes = [kept[column] for column in order]
         label = int(np.argmax(class_votes))
-        encoded = _crop(source.read(f"{folder}/{name}"), box)
-        yield Face(name, split, label, class_votes, encoded)
+        yield Face(name, split, label, class_votes, source.read(f"{folder}/{name}"), box)
 
 
 def _kept_votes(votes: list[int], protocol: str) -> list[int] | None:
@@ -353,33 +382,32 @@ def _kept_votes(votes: list[int], protocol: str) -> list[int] | None:
     return kept
 
 
-def _parse_row(row: list[str], where: str) -> tuple[str, tuple[int, ...], list[int]]:
+def _read_rows(content: bytes, where: str) -> list[tuple[str, Box, list[int]]]:
+    """Name, box and ten votes of every row of a label.csv."""
     try:
-        box = tuple(int(number) for number in row[1].strip("() ").split(","))
-        votes = [int(value) for value in row[2:12]]
-        if len(box) != 4 or len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
+        return [_parse_row(row, where) for row in csv.reader(io.StringIO(content.decode()))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _bad_rows(where, f"something else ({error})") from None
+
+
+def _parse_row(row: list[str], where: str) -> tuple[str, Box, list[int]]:
+    try:
+        left, top, right, bottom = (int(number) for number in row[1].strip("() ").split(","))
+        votes = [int(value) for value in row[2:]]
+        if len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
             raise ValueError
     except (ValueError, IndexError):
-        raise DatasetError(
-            where,
-            expected='rows of: name, "(left, top, right, bottom)", ten vote counts',
-            found=",".join(row)[:80] or "an empty row",
-            fix="take label.csv from FER+ unchanged",
-        ) from None
-    return Path(row[0]).name, box, votes
+        raise _bad_rows(where, ",".join(row)[:80] or "an empty row") from None
+    return Path(row[0]).name, (left, top, right, bottom), votes
 
 
-def _crop(encoded: bytes, box: tuple[int, ...]) -> bytes:
-    """Cut the annotated box out; a file that is all box is kept byte for byte."""
-    try:
-        image = load_image(encoded)
-    except ImageError:
-        return encoded  # reported and left out when it is written
-    if box == (0, 0, *image.size):
-        return encoded
-    buffer = io.BytesIO()
-    image.crop(box).save(buffer, "PNG")
-    return buffer.getvalue()
+def _bad_rows(where: str, found: str) -> DatasetError:
+    return DatasetError(
+        where,
+        expected='rows of: name, "(left, top, right, bottom)", ten vote counts',
+        found=found,
+        fix="take label.csv from FER+ unchanged",
+    )
 
 
 class Source:
@@ -404,13 +432,16 @@ class Source:
         return name in self._names
 
     def read(self, name: str) -> bytes:
-        """Content of a file; empty when it is missing, so that it is reported and left out."""
+        """Content of a file; empty when it is missing or damaged in the archive."""
         if not self.has(name):
             return b""
         if self._folder is not None:
             return (self._folder / name).read_bytes()
         assert self._zip is not None
-        return self._zip.read(self._names[name])
+        try:
+            return self._zip.read(self._names[name])
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            return b""
 
     def __enter__(self) -> Source:
         return self
@@ -432,10 +463,10 @@ def open_source(path: Path) -> Source:
         raise DatasetError(
             path,
             expected="a folder or a zip archive",
-            found=f"{type(error).__name__}",
+            found=(getattr(error, "strerror", None) or "something else").lower(),
             fix="check --source",
         ) from None
-    if not source.has("FER2013Train/label.csv"):
+    if not source.has(f"FER2013Train/{LABEL_FILE}"):
         raise DatasetError(
             path,
             expected="FER2013Train/label.csv and its images",
@@ -453,7 +484,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.prepare``."""
-    parser = argparse.ArgumentParser("python -m training.prepare", description=__doc__)
+    parser = OneLineParser("python -m training.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="dataset", required=True)
     for name, (config_class, _, description) in COMMANDS.items():
         add_options(commands.add_parser(name, help=description), config_class)

@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transform
 
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Dataset, read_dataset
+from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import EfficientFace, load_backbone, load_checkpoint
 from efficientface_deploy.spec import ModelSpec
-from training.loop import SELECTIONS, Job, Recipe, Teach, choose_device, start_logging, train
-from training.teacher import labels_as_targets
+from training.loop import (
+    Job,
+    Recipe,
+    Teach,
+    TrainConfig,
+    choose_device,
+    labels_as_targets,
+    start_logging,
+    train,
+)
 
 TARGETS = ("ldg", "onehot", "votes")
 
@@ -46,26 +54,13 @@ DEFAULT = Recipe(
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(TrainConfig):
     """Options of ``training.student``."""
 
-    data: Path = option(help="a prepared data set")
-    out: Path = option(help="folder of the run")
     targets: str = option("ldg", choices=TARGETS, help="what the student learns from")
     teacher: Path | None = option(None, help="the LDG's checkpoint, for --targets ldg")
     recipe: str = option("default", choices=("default", "published"), help="how it is trained")
-    init: Path | None = option(None, help="start from this checkpoint; a foreign head is left")
-    preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
-    input_size: int | None = option(None, help="side of the input; default: the preset's")
-    epochs: int | None = option(None, minimum=1, help="passes; default: the recipe's")
-    batch_size: int | None = option(None, minimum=2, help="images of a step; default: the recipe's")
-    learning_rate: float | None = option(None, minimum=0, help="largest; default: the recipe's")
-    select: str = option("holdout", choices=SELECTIONS, help="what chooses the epoch to keep")
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
-    seed: int = option(0, minimum=0, help="of weights, order and augmentation")
-    workers: int = option(1, minimum=0, help="processes that load images")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    resume: bool = option(False, help="go on with the run in --out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     start_logging()
     dataset = read_dataset(config.data, config.preset)
-    spec = dataset.spec.replace(architecture="efficientface", preliminary=config.preliminary)
-    if config.input_size is not None:
-        spec = spec.replace(input_size=config.input_size)
+    spec = config.model_spec(dataset, "efficientface").replace(preliminary=config.preliminary)
     device = choose_device(config.device)
     teach = choose_targets(config, spec, device)
 
@@ -85,47 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = EfficientFace(spec.num_classes)
     if config.init is not None:
         load_backbone(model, spec, config.init)
-    job = Job(
-        kind="student",
-        spec=spec,
-        recipe=choose_recipe(config, dataset),
-        dataset=dataset,
-        select=config.select,
-        out=config.out,
-        seed=config.seed,
-        resume=config.resume,
-        workers=config.workers,
-        device=config.device,
-        config=dataclasses.asdict(config),
-        votes=config.targets == "votes",
-    )
+    recipe = published_recipe(dataset.preset) if config.recipe == "published" else DEFAULT
+    votes = config.targets == "votes"
+    job = Job("student", spec, config.change(recipe), dataset, config, votes)
     result = train(job, model.to(device), teach, device)
     print(f"student: {result}")
     return 0
 
 
-def choose_recipe(config: StudentConfig, dataset: Dataset) -> Recipe:
-    """The named recipe with the command's changes."""
-    recipe = DEFAULT
-    if config.recipe == "published":
-        epochs, step, decay = PUBLISHED_SCHEDULES.get(dataset.preset, PUBLISHED_SCHEDULES["rafdb"])
-        recipe = Recipe(
-            epochs=epochs,
-            batch_size=128,
-            learning_rate=0.1,
-            weight_decay=1e-4,
-            schedule="step",
-            loss="published",
-            augmentation="published",
-            step_epochs=step,
-            decay=decay,
-        )
-    changes = {
-        name: value
-        for name in ("epochs", "batch_size", "learning_rate")
-        if (value := getattr(config, name)) is not None
-    }
-    return dataclasses.replace(recipe, **changes)
+def published_recipe(preset: str) -> Recipe:
+    """The public code's recipe for a data set; RAF-DB's for one that it does not know."""
+    epochs, step_epochs, decay = PUBLISHED_SCHEDULES.get(preset, PUBLISHED_SCHEDULES["rafdb"])
+    return Recipe(
+        epochs=epochs,
+        batch_size=128,
+        learning_rate=0.1,
+        weight_decay=1e-4,
+        schedule="step",
+        loss="published",
+        augmentation="published",
+        step_epochs=step_epochs,
+        decay=decay,
+    )
 
 
 def choose_targets(config: StudentConfig, spec: ModelSpec, device: torch.device) -> Teach:
@@ -179,7 +153,8 @@ class Teacher:
                     path,
                     expected=f"{what} {ours}, as the data set has",
                     found=f"{theirs}",
-                    fix="train a teacher on this data set with python -m training.teacher",
+                    fix="train a teacher on this data set with python -m training.teacher; for a "
+                    "published checkpoint say with --preset what it was trained on",
                 )
         if own.architecture == "efficientface":
             raise CheckpointError(
@@ -188,7 +163,7 @@ class Teacher:
                 found="an EfficientFace",
                 fix="give the teacher's checkpoint",
             )
-        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.side = [own.input_size, own.input_size]
         # From the student's normalisation to the LDG's: x * scale + offset.
         student_mean, student_std = _channels(spec.mean, device), _channels(spec.std, device)

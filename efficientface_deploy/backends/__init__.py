@@ -59,7 +59,7 @@ REGISTRY: dict[str, Entry] = {
     "torch": Entry(
         "torch",
         "TorchBackend",
-        (".safetensors", ".pth.tar", ".pth", ".pt"),
+        (".safetensors", ".pth.tar", ".tar", ".pth", ".pt"),
         ("torch",),
         "torch",
         ("cpu", "cuda"),

@@ -23,6 +23,8 @@ from efficientface_export.engine import (
     parse_layers,
     write_engine,
 )
+from efficientface_export.graph import read_onnx, write_onnx
+from efficientface_export.precision import to_fp16
 from onnx import TensorProto, helper, numpy_helper
 
 from efficientface_deploy import load
@@ -152,7 +154,7 @@ def test_engine_has_the_graphs_precision(
     assert engine.size == len(engine.plan) > 1000
     assert (engine.library, engine.version) == ("tensorrt_rtx", rtx.__version__)
     assert engine.compute_capabilities == ("sm89",)
-    assert 0 < engine.build_seconds < 60
+    assert engine.build_seconds > 0
     assert len(repr(engine)) < 500, "megabytes of plan stay out of messages"
 
 
@@ -211,9 +213,9 @@ def test_mixed_types_are_refused_rather_than_cast(
     assert "catchCudaError" not in str(caught.value), "the cause, not its echo"
 
 
-def test_fp32_matrix_product_on_turing(
-    rtx: types.ModuleType, tmp_path: Path, spec: ModelSpec
-) -> None:
+@pytest.fixture
+def gemm_file(tmp_path: Path, spec: ModelSpec) -> Path:
+    """FP32 with a matrix product, which the compiler cannot do on SM75."""
     model = make_graph(spec)
     weight = numpy_helper.from_array(np.eye(7, 7, dtype=np.float32) + 1, "fc")
     model.graph.initializer.append(weight)
@@ -221,10 +223,28 @@ def test_fp32_matrix_product_on_turing(
     flatten.output[0] = "before"
     index = list(model.graph.node).index(flatten) + 1
     model.graph.node.insert(index, helper.make_node("Gemm", ["before", "fc"], ["flat"]))
-    path = save(model, tmp_path / "gemm.onnx", spec)
+    return save(model, tmp_path / "gemm.onnx", spec)
+
+
+def test_fp32_matrix_product_on_turing(rtx: types.ModuleType, gemm_file: Path) -> None:
     options = EngineOptions(compute_capabilities=("sm75",))
     with pytest.raises(ExportError, match=r"SM75.*--precision fp16, or leave sm75 out"):
-        build_engine(path, "trt-rtx", options)
+        build_engine(gemm_file, "trt-rtx", options)
+
+
+def test_failed_build_does_not_change_the_next(
+    rtx: types.ModuleType, model_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Left alone, the compiler builds the next engine for SM75, whatever was asked."""
+    fp32, fp16 = model_files["onnx"], tmp_path / "fp16.onnx"
+    graph, spec, provenance = read_onnx(fp32)
+    write_onnx(to_fp16(graph), fp16, spec, provenance)
+    before = build_engine(fp16, "trt-rtx", SM89)
+    with pytest.raises(ExportError, match="SM75"):
+        build_engine(fp32, "trt-rtx", EngineOptions(compute_capabilities=("sm75",)))
+    after = build_engine(fp16, "trt-rtx", SM89)
+    assert after.kernels == before.kernels
+    assert after.precisions == before.precisions
 
 
 def test_fixed_batch_is_refused(rtx: types.ModuleType, onnx_file: Callable[..., Path]) -> None:

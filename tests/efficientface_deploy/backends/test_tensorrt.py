@@ -631,7 +631,7 @@ USED = {
         "add_optimization_profile",
     ],
     "IOptimizationProfile": ["set_shape"],
-    "INetworkDefinition": ["get_input"],
+    "INetworkDefinition": ["get_input", "add_input", "add_identity", "mark_output"],
     "OnnxParser": ["parse_from_file", "num_errors", "get_error"],
     "ParserError": ["desc", "node_operator", "node_name"],
     "Runtime": ["deserialize_cuda_engine"],

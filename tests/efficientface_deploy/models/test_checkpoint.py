@@ -72,8 +72,9 @@ def refused(path: Path, **options) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-1.6"])
-@pytest.mark.parametrize("suffix", [".pth.tar", ".tar", ".pth", ".pt"])
+@pytest.mark.parametrize(
+    ("suffix", "legacy"), [(".pth.tar", False), (".tar", True), (".pth", False), (".pt", True)]
+)
 def test_published_checkpoint(tmp_path, model, state, prefix, legacy, suffix):
     path = upstream(tmp_path / f"model{suffix}", state, prefix, legacy)
     loaded, spec = load_checkpoint(str(path), preset="affectnet7")

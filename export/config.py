@@ -1,0 +1,69 @@
+"""What ``efficientface-export`` takes; imports nothing that might not be installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from efficientface_deploy.command import option
+from efficientface_deploy.spec import PRESETS
+
+ENGINES = ("onnx", "trt", "trt-rtx", "auto")
+PRECISIONS = ("fp32", "fp16", "int8")
+TARGETS = ("cpu", "gpu")
+CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Options of ``efficientface-export``."""
+
+    engine: str = option("auto", choices=ENGINES, help="what to make")
+    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours")
+    preset: str | None = option(
+        None, choices=tuple(PRESETS), help="what a published checkpoint was trained on"
+    )
+    precision: str | None = option(
+        None, choices=(*PRECISIONS, "all"), help="default: fp32 for onnx, fp16 for engines"
+    )
+    target: str | None = option(
+        None,
+        choices=TARGETS,
+        help="with int8 the rest is fp32 for cpu, fp16 for gpu; default: cpu for onnx",
+    )
+    input_size: int | None = option(
+        None, minimum=32, help="side of the input, pixels; default: what the model was trained at"
+    )
+    float_input: bool = option(
+        False, help="input float32 (N, 3, S, S), normalised, for toolchains without uint8"
+    )
+    calib: Path | None = option(None, help="training images, required for int8")
+    calib_method: str = option(
+        "minmax", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
+    )
+    calib_images: int = option(500, minimum=1, help="how many calibration images")
+    exclude: tuple[str, ...] = option(
+        (), help="nodes that int8 leaves in higher precision", metavar="NODE"
+    )
+    val: Path | None = option(None, help="labelled data set to verify on and score accuracy")
+    compute_capability: str = option(
+        "", help="GPUs that an RTX engine is for, e.g. sm86,sm89", metavar="SM"
+    )
+    max_batch: int = option(32, minimum=1, help="largest batch of an engine")
+    workspace: int | None = option(
+        None, minimum=1, help="memory for building an engine", metavar="MIB"
+    )
+    out: Path = option(Path("artifacts"), help="folder of the artifacts")
+    overwrite: bool = option(False, help="replace files that are there")
+    require_verified: bool = option(
+        False, help="fail when something cannot be verified on this machine"
+    )
+    seed: int = option(0, minimum=0, help="of the choice of calibration images")
+    verify: Path | None = option(
+        None, help="verify this artifact by the verify.npz beside it, and make nothing"
+    )
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """``sm86,sm89`` as a tuple; empty for the library's default."""
+        return tuple(filter(None, self.compute_capability.split(",")))

@@ -1,0 +1,92 @@
+"""How an artifact was made: written into it, and read back with care, since files get edited."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import efficientface_deploy
+from efficientface_deploy.errors import ArtifactError
+
+from .config import PRECISIONS
+
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxconverter-common")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What an artifact says of its making; empty for a checkpoint.
+
+    Attributes:
+        record: The JSON object in the artifact.
+        path: The artifact, for errors.
+
+    Raises:
+        ArtifactError: The precision is not one that we make.
+    """
+
+    record: Mapping[str, Any]
+    path: Path
+
+    def __post_init__(self) -> None:
+        """Refuse a precision for which there is no way to judge the artifact."""
+        if self.precision not in PRECISIONS:
+            raise ArtifactError(
+                self.path,
+                expected="precision " + ", ".join(PRECISIONS),
+                found=self.precision,
+                fix="export it again with efficientface-export",
+            )
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16`` or ``int8``."""
+        return str(self.record.get("precision", "fp32"))
+
+    @property
+    def target(self) -> str:
+        """``cpu`` or ``gpu``; empty when it does not say."""
+        return str(self.record.get("target", ""))
+
+    @property
+    def arithmetic(self) -> str:
+        """How many layers run in which precision, as text."""
+        return str(self.record.get("arithmetic", ""))
+
+    @property
+    def excluded(self) -> int:
+        """Number of layers that were left out of INT8 on purpose."""
+        excluded = self.record.get("excluded", [])
+        return len(excluded) if isinstance(excluded, list) else 0
+
+    @property
+    def weights(self) -> dict[str, str] | None:
+        """File name and SHA-256 of the checkpoint that it descends from; None if unknown."""
+        weights = self.record.get("weights")
+        if not isinstance(weights, dict) or not isinstance(weights.get("sha256"), str):
+            return None
+        return {"file": str(weights.get("file", "")), "sha256": weights["sha256"]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes an artifact, as far as it is installed."""
+    found = {
+        "efficientface_deploy": efficientface_deploy.__version__,
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time in UTC, to the minute."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,525 @@
+"""What every backend has to do alike: the same answers, and the same errors."""
+
+from __future__ import annotations
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientface_deploy import Predictor, load
+from efficientface_deploy.backends import BackendOptions, create_backend, resolve_backend
+from efficientface_deploy.backends.base import Backend, Output
+from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError, ImageError
+from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.spec import PRESETS
+
+SPEC = PRESETS["rafdb"].replace(input_size=64)
+TOLERANCE = 1e-4  # of a probability, in float32
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """uint8 (64, 64, 64, 3): smooth pictures, noise, black, white."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
+    smooth = [np.asarray(Image.fromarray(x).resize((64, 64), 2)) for x in coarse]
+    noise = list(rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8))
+    return np.stack([*smooth, *noise, np.zeros_like(noise[0]), np.full_like(noise[0], 255)])
+
+
+@pytest.fixture(scope="module")
+def reference(model_files, images) -> tuple[np.ndarray, np.ndarray]:
+    with load(model_files["torch"]) as torch_predictor:
+        return torch_predictor.infer(images)
+
+
+def test_reference_is_worth_comparing_with(reference):
+    probabilities = reference[1]
+    assert len(set(probabilities.argmax(axis=1))) >= 5
+    assert np.median(probabilities.max(axis=1)) < 0.99  # not saturated
+
+
+def test_same_logits_probabilities_and_labels(predictor, images, reference):
+    logits, probabilities = predictor.infer(images)
+    assert logits.dtype == probabilities.dtype == np.float32
+    assert logits.shape == probabilities.shape == (64, 7)
+    np.testing.assert_allclose(probabilities, reference[1], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits, reference[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(logits.argmax(axis=1), reference[0].argmax(axis=1))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_grey_spec(images, tmp_path):
+    """The graph's luminance is that of ``normalise``."""
+    torch = pytest.importorskip("torch")
+    from efficientface_export.trace import export_onnx
+
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 7, 16, stride=16)
+    network = torch.nn.Sequential(
+        convolution, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    ).eval()
+    grey = SPEC.replace(colour="grey")
+    with load(export_onnx(network, grey, tmp_path / "grey.onnx")) as predictor:
+        logits, _ = predictor.infer(images)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(normalise(images, grey))).numpy()
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 17, 64])
+def test_any_batch(predictor, images, reference, batch):
+    probabilities = predictor.infer(images[:batch])[1]
+    np.testing.assert_allclose(probabilities, reference[1][:batch], rtol=0, atol=TOLERANCE)
+
+
+def test_empty_batch(predictor, images):
+    logits, probabilities = predictor.infer(images[:0])
+    assert logits.shape == probabilities.shape == (0, 7)
+    assert logits.dtype == probabilities.dtype == np.float32
+    assert predictor.predict_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[::-1],
+        lambda x: x[::2],
+        lambda x: x[:, :, ::-1],
+        lambda x: x[..., ::-1],
+        lambda x: x.transpose(0, 2, 1, 3),
+        lambda x: np.asfortranarray(x),
+        lambda x: np.broadcast_to(x[:1], x.shape),
+    ],
+)
+def test_strides_do_not_matter(predictor, images, view):
+    array = view(images[:6])
+    expected = predictor.infer(np.array(array, order="C"))[1]
+    np.testing.assert_allclose(predictor.infer(array)[1], expected, atol=1e-6)
+
+
+def test_input_and_output_belong_to_the_caller(predictor, images):
+    given = images[:4].copy()
+    given.flags.writeable = False
+    first = predictor.infer(given)[1]
+    kept = first.copy()
+    predictor.infer(images[4:8])
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(given, images[:4])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 64, 64, 3), np.float32),
+        np.zeros((2, 64, 64, 3), np.int8),
+        np.zeros((2, 3, 64, 64), np.uint8),
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((2, 64, 64, 4), np.uint8),
+        np.zeros((2, 96, 96, 3), np.uint8),
+        np.zeros((0, 96, 96, 3), np.uint8),
+        np.zeros(0, np.uint8),
+        [[1, 2]],
+        None,
+        "face.jpg",
+    ],
+)
+def test_bad_batch_is_the_same_error_everywhere(predictor, array):
+    with pytest.raises(ImageError) as caught:
+        predictor.infer(array)
+    found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "unknown"
+    assert str(caught.value).startswith("batch: expected uint8 array of shape (N, 64, 64, 3), found")
+    assert found in str(caught.value)
+
+
+def test_bad_image_is_the_same_error_everywhere(predictor, tmp_path):
+    with pytest.raises(ImageError, match="no such file"):
+        predictor(tmp_path / "missing.jpg")
+    with pytest.raises(ImageError, match="none of these"):
+        predictor.predict_batch([np.zeros((8, 8, 3), np.uint8), b"text"])
+
+
+def test_spec_provenance_and_names(predictor, backend, model_files):
+    assert predictor.spec == SPEC.replace(name="test")
+    assert predictor.provenance == {"epoch": 3}
+    assert predictor.backend == backend.partition("-")[0] + ":cpu"
+    assert predictor.path == model_files[backend]
+    expected = f"Predictor('{predictor.path.name}', backend='{predictor.backend}', test, 7 classes, 64x64)"
+    assert repr(predictor) == expected
+
+
+def test_eight_threads_answer_as_one(predictor, images, reference):
+    starts = [(index * 7) % 48 for index in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda at: predictor.infer(images[at : at + 5])[1], starts))
+    for at, probabilities in zip(starts, results, strict=True):
+        np.testing.assert_allclose(probabilities, reference[1][at : at + 5], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_number_of_threads(backend, model_files, images, reference, threads):
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    try:
+        with load(model_files[backend], threads=threads) as predictor:
+            probabilities = predictor.infer(images[:8])[1]
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(probabilities, reference[1][:8], rtol=0, atol=TOLERANCE)
+
+
+def test_use_after_close(backend, model_files, images):
+    with load(model_files[backend]) as predictor:
+        predictor.infer(images[:1])
+    predictor.close()  # a second time does nothing
+    for use in (
+        lambda: predictor.infer(images[:1]),
+        lambda: predictor.infer(images[:0]),
+        lambda: predictor(images[0]),
+        lambda: predictor.predict_batch(list(images[:2])),
+    ):
+        with pytest.raises(BackendError, match="an open backend, found a closed one"):
+            use()
+    assert "64x64" in repr(predictor)
+
+
+def test_close_waits_for_what_is_running(backend, model_files, images):
+    for _ in range(5):
+        predictor = load(model_files[backend])
+        outcomes: list[object] = []
+
+        def work(predictor: Predictor = predictor, outcomes: list[object] = outcomes) -> None:
+            try:
+                while True:
+                    outcomes.append(predictor.infer(images[:2])[1].shape)
+            except Exception as error:  # noqa: BLE001 - any is recorded and judged below
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while len(outcomes) < 4:
+            pass
+        predictor.close()
+        for thread in threads:
+            thread.join()
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        assert len(errors) == 4
+        assert all(isinstance(error, BackendError) for error in errors)
+
+
+def test_opening_twice_and_again_after_close(backend, model_files, images, reference):
+    path = model_files[backend]
+    opened = create_backend(resolve_backend(path)[0], path, BackendOptions())
+    for _ in range(2):
+        with opened:
+            opened.open()
+            probabilities = opened.infer(images[:3]).probabilities
+        np.testing.assert_allclose(probabilities, reference[1][:3], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", "truncated", "folder"])
+def test_unusable_file_is_one_line(backend, model_files, tmp_path, content):
+    source = model_files[backend]
+    path = tmp_path / source.name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        data = source.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if content == "truncated" else content)
+    with pytest.raises(EfficientFaceError) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path)) and str(caught.value).isprintable()
+
+
+# ---- the base class alone, with a model that counts
+
+
+class Counting(Backend):
+    """Answers with the mean of each image; remembers the batches that it was given."""
+
+    def _open(self) -> None:
+        self.spec = PRESETS["rafdb"].replace(input_size=32)
+        self.batches: list[int] = []
+        self.closed = 0
+
+    def _infer(self, images: np.ndarray) -> Output:
+        assert images.flags.c_contiguous and 0 < len(images) <= (self.max_batch or 10**9)
+        self.batches.append(len(images))
+        logits = np.repeat(images.mean(axis=(1, 2, 3), dtype=np.float32)[:, None], 7, axis=1)
+        return Output(logits, np.full_like(logits, 1 / 7))
+
+    def _close(self) -> None:
+        self.closed += 1
+
+
+def counting(max_batch: int | None = None) -> Counting:
+    backend = Counting(Path("counting.x"), BackendOptions())
+    backend.max_batch = max_batch
+    backend.open()
+    return backend
+
+
+def levels(count: int) -> np.ndarray:
+    """Images (N, 32, 32, 3) whose mean is their number."""
+    return np.repeat(np.arange(count, dtype=np.uint8), 32 * 32 * 3).reshape(count, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "count", "batches"),
+    [
+        (None, 50, [50]),
+        (8, 8, [8]),
+        (8, 9, [8, 1]),
+        (8, 20, [8, 8, 4]),
+        (1, 3, [1, 1, 1]),
+        (8, 0, []),
+    ],
+)
+def test_large_batches_are_split_and_put_together_in_order(max_batch, count, batches):
+    backend = counting(max_batch)
+    output = backend.infer(levels(count))
+    assert backend.batches == batches
+    assert output.logits[:, 0].tolist() == list(range(count))
+    assert output.probabilities.shape == (count, 7)
+
+
+def test_close_happens_once():
+    backend = counting()
+    backend.close()
+    backend.close()
+    assert backend.closed == 1
+
+
+def test_failed_open_stays_closed(monkeypatch):
+    backend = Counting(Path("a.x"), BackendOptions())
+    monkeypatch.setattr(backend, "_open", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.open()
+    with pytest.raises(BackendError, match="closed"):
+        backend.infer(levels(1))
+
+
+@pytest.mark.parametrize(
+    ("logits", "probabilities", "hint"),
+    [
+        (np.nan, 0.1, "NaN"),
+        (0.1, np.inf, "NaN"),
+        (np.zeros((2, 8)), np.zeros((2, 8)), r"\(2, 7\), found \(2, 8\)"),
+        (np.zeros((3, 7)), np.zeros((2, 7)), r"\(3, 7\)"),
+    ],
+)
+def test_output_that_cannot_be_right(monkeypatch, logits, probabilities, hint):
+    backend = counting()
+
+    def infer(images: np.ndarray) -> Output:
+        parts = [
+            np.full((2, 7), part, np.float32) if np.isscalar(part) else part
+            for part in (logits, probabilities)
+        ]
+        return Output(*parts)
+
+    monkeypatch.setattr(backend, "_infer", infer)
+    with pytest.raises(BackendError, match=hint):
+        backend.infer(levels(2))
+
+
+def test_error_in_one_call_does_not_block_close(monkeypatch):
+    backend = counting()
+    monkeypatch.setattr(backend, "_infer", lambda images: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.infer(levels(1))
+    backend.close()
+
+
+# ---- ONNX files of others
+
+
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def graph(model_files):
+    return onnx.load(model_files["onnx"])
+
+
+@pytest.fixture
+def open_graph(tmp_path):
+    def open_(graph) -> str:
+        """The error's line for a changed graph."""
+        path = tmp_path / "changed.onnx"
+        onnx.save(graph, path)
+        with pytest.raises(EfficientFaceError) as caught:
+            load(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and message.isprintable() and len(message) < 800
+        return message
+
+    return open_
+
+
+def set_metadata(graph, **values: str | None) -> None:
+    metadata = {item.key: item.value for item in graph.metadata_props}
+    for key, value in values.items():
+        metadata["efficientface." + key] = value
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        (None, "efficientface-export, which writes it"),
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("{}", "no architecture"),
+        (SPEC.replace(labels=("a", "b")).to_json(), "to 2 logits"),
+        (SPEC.replace(labels=(*SPEC.labels, "Contempt")).to_json(), "to 8 logits"),
+        (SPEC.replace(input_size=96).to_json(), "(N, 96, 96, 3)"),
+        (SPEC.to_json().replace('"rgb"', '"bgr"'), "ModelSpec.colour"),
+        (SPEC.to_json().replace('"schema": 1', '"schema": 2'), "ModelSpec.schema"),
+        (SPEC.to_json().replace(', "Anger"', ""), "to 6 logits"),
+        (SPEC.to_json().replace("{", r'{"\u001b[2J\n": 1, ', 1), "unknown key"),
+    ],
+)
+def test_tampered_onnx_spec(graph, open_graph, spec, hint):
+    set_metadata(graph, spec=spec)
+    assert hint in open_graph(graph)
+
+
+@pytest.mark.parametrize("provenance", ["", "[]", "{", "3"])
+def test_tampered_onnx_provenance(graph, open_graph, provenance):
+    set_metadata(graph, provenance=provenance)
+    assert "efficientface.provenance" in open_graph(graph)
+
+
+def test_onnx_without_provenance(graph, tmp_path):
+    set_metadata(graph, provenance=None)
+    onnx.save(graph, tmp_path / "a.onnx")
+    with load(tmp_path / "a.onnx") as predictor:
+        assert predictor.provenance == {}
+
+
+def small_graph(inputs, outputs, nodes):
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid("", 19)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    set_metadata(model, spec=SPEC.to_json())
+    return model
+
+
+def tensor(name: str, kind: int, *shape: int | str):
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+FLOAT, UINT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        (FLOAT, "image", ("N", 64, 64, 3)),
+        (UINT8, "pixels", ("N", 64, 64, 3)),
+        (UINT8, "image", ("N", 3, 64, 64)),
+        (UINT8, "image", (1, 64, 64, 3)),
+        (UINT8, "image", ("N", "H", "W", 3)),
+        (UINT8, "image", (64,)),
+    ],
+)
+def test_onnx_with_other_inputs(open_graph, kind, name, shape):
+    zeros = onnx.helper.make_node("Cast", ["shape"], ["count"], to=FLOAT)
+    nodes = [
+        onnx.helper.make_node("Shape", [name], ["shape"]),
+        zeros,
+        onnx.helper.make_node("Identity", ["count"], ["logits"]),
+        onnx.helper.make_node("Identity", ["count"], ["probabilities"]),
+    ]
+    outputs = [tensor("logits", FLOAT, "n"), tensor("probabilities", FLOAT, "n")]
+    message = open_graph(small_graph([tensor(name, kind, *shape)], outputs, nodes))
+    assert "as its spec says" in message and f"found {name} tensor" in message
+
+
+@pytest.mark.parametrize("change", ["input", "outputs", "order", "type"])
+def test_onnx_with_another_signature(graph, open_graph, change):
+    if change == "input":
+        graph.graph.input.append(tensor("extra", FLOAT, 1))
+    elif change == "outputs":
+        del graph.graph.output[1]
+    elif change == "order":
+        outputs = list(graph.graph.output)[::-1]
+        del graph.graph.output[:]
+        graph.graph.output.extend(outputs)
+    else:
+        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    assert "as its spec says" in open_graph(graph)
+
+
+def test_onnx_that_fails_while_it_runs(tmp_path):
+    """The declared shape is a promise that a graph may break."""
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["five"], value_ints=[5, 7]),
+        onnx.helper.make_node("Cast", ["image"], ["float"], to=FLOAT),
+        onnx.helper.make_node("Reshape", ["float", "five"], ["logits"]),
+        onnx.helper.make_node("Softmax", ["logits"], ["probabilities"]),
+    ]
+    outputs = [tensor("logits", FLOAT, "N", 7), tensor("probabilities", FLOAT, "N", 7)]
+    model = small_graph([tensor("image", UINT8, "N", 64, 64, 3)], outputs, nodes)
+    onnx.save(model, tmp_path / "broken.onnx")
+    with load(tmp_path / "broken.onnx") as predictor, pytest.raises(BackendError) as caught:
+        predictor.infer(np.zeros((2, 64, 64, 3), np.uint8))
+    assert "broken.onnx" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_onnx_with_nan_weights(graph, tmp_path):
+    for initializer in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(initializer)
+        if values.dtype == np.float32 and values.size == 7 * 1024:
+            initializer.CopyFrom(
+                onnx.numpy_helper.from_array(np.full_like(values, np.nan), initializer.name)
+            )
+    onnx.save(graph, tmp_path / "nan.onnx")
+    with (
+        load(tmp_path / "nan.onnx") as predictor,
+        pytest.raises(BackendError, match="finite outputs, found NaN"),
+    ):
+        predictor.infer(np.zeros((2, 64, 64, 3), np.uint8))
+
+
+def test_onnx_with_an_unknown_operator(graph, open_graph):
+    graph.graph.node[0].op_type = "Teleport"
+    assert "an ONNX model that this onnxruntime can load" in open_graph(graph)
+
+
+def test_truncated_onnx_never_loads(model_files, tmp_path):
+    data = model_files["onnx"].read_bytes()
+    path = tmp_path / "a.onnx"
+    for end in np.linspace(1, len(data) - 1, 12).astype(int):
+        path.write_bytes(data[:end])
+        with pytest.raises(ArtifactError):
+            load(path)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "openvino"])
+def test_provider_that_is_not_here(model_files, device):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if any(device in name.lower() for name in onnxruntime.get_available_providers()):
+        pytest.skip(f"this onnxruntime has {device}")
+    with pytest.raises(BackendError, match=f"onnx:{device}.*choose onnx:cpu"):
+        load(model_files["onnx"], backend=f"onnx:{device}")
+
+
+def test_pictures_of_all_kinds_give_one_answer(predictor, photo, tmp_path):
+    path = tmp_path / "face.png"
+    Image.fromarray(photo).save(path)
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "PNG")
+    sources = [photo, path, str(path), buffer.getvalue(), Image.fromarray(photo), Image.open(path)]
+    first, *others = predictor.predict_batch(sources)
+    assert all(other.label == first.label for other in others)
+    assert predictor(photo).confidence == pytest.approx(first.confidence, abs=1e-5)

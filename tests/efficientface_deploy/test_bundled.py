@@ -1,0 +1,49 @@
+"""The model that ships with the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import efficientface_deploy as ef
+from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def bundled() -> ef.Predictor:
+    with ef.load() as predictor:
+        yield predictor
+
+
+def test_files_are_there_and_small():
+    for path in (BUNDLED_ONNX, BUNDLED_WEIGHTS):
+        assert path.is_file()
+        assert path.stat().st_size < 10_000_000
+
+
+def test_smile_is_happiness(bundled, photo):
+    prediction = bundled(photo)
+    assert prediction.label == "Happiness"
+    assert prediction.confidence > 0.5
+    assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_spec(bundled):
+    preset = ef.PRESETS["ferplus"]
+    assert bundled.spec.labels == preset.labels
+    assert (bundled.spec.architecture, bundled.spec.colour) == ("efficientface", "grey")
+    assert (bundled.spec.mean, bundled.spec.std) == (preset.mean, preset.std)
+    assert bundled.spec.face_crop == preset.face_crop
+
+
+def test_weights_and_onnx_are_the_same_network(bundled, photo):
+    faces = [photo, photo[:, ::-1], photo[20:, 10:], 255 - photo, photo // 3]
+    inputs = np.stack([bundled.preprocess(face) for face in faces])
+    with ef.load(backend="torch") as weights:
+        assert weights.spec == bundled.spec
+        expected = weights.infer(inputs)[1]
+    np.testing.assert_allclose(bundled.infer(inputs)[1], expected, rtol=0, atol=2e-5)
+
+
+def test_mirrored_smile_is_a_smile(bundled, photo):
+    assert bundled(photo[:, ::-1]).label == "Happiness"

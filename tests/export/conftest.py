@@ -1,0 +1,190 @@
+"""Fixtures of the export's tests: small networks, faces, and one whole export."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from efficientface_export.cli import main
+
+from efficientface_deploy.command import run_command
+from efficientface_deploy.dataset import iterate_batches, read_dataset
+from efficientface_deploy.spec import ModelSpec, preset
+from training.prepare import SyntheticConfig, majority_label, prepare_synthetic
+
+if TYPE_CHECKING:
+    from efficientface_deploy.models import EfficientFace
+
+SIDE = 64
+FERPLUS_TRAIN, FERPLUS_VALIDATION = 120, 300
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def small_spec() -> ModelSpec:
+    """Seven labels, colour, 64 pixels."""
+    return preset("rafdb").replace(input_size=SIDE, name="test")
+
+
+@pytest.fixture(scope="session")
+def network(make_network: Callable[..., EfficientFace]) -> EfficientFace:
+    return make_network(side=SIDE)
+
+
+@pytest.fixture(scope="session")
+def student(
+    network: EfficientFace, small_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A checkpoint of ours, ``student.safetensors``."""
+    from efficientface_deploy.models import save_checkpoint
+
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    save_checkpoint(path, network, small_spec)
+    return path
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of synthetic faces: 105 to train, 14 to test."""
+    out = tmp_path_factory.mktemp("data") / "faces"
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_synthetic(SyntheticConfig(out=out, train=105, test=14, size=SIDE))
+    return out
+
+
+@pytest.fixture(scope="session")
+def images(faces: Path, small_spec: ModelSpec) -> np.ndarray:
+    """Forty of these faces as the model takes them: uint8 (40, 64, 64, 3)."""
+    samples = read_dataset(faces).split("train")[:40]
+    return next(iter(iterate_batches(samples, small_spec, 40)))[0]
+
+
+@pytest.fixture(scope="session")
+def exported(student: Path, faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one export: all precisions for a CPU. Copy it to change it."""
+    out = tmp_path_factory.mktemp("export") / "artifacts"
+    command = ["--engine", "onnx", "--weights", student, "--precision", "all", "--calib", faces]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main([*map(str, command), "--out", str(out)]) == 0
+    (out / "stdout.txt").write_text(output.getvalue())
+    return out
+
+
+@pytest.fixture
+def artifacts(exported: Path, tmp_path: Path) -> Path:
+    """A copy of :func:`exported` that a test may change."""
+    return Path(shutil.copytree(exported, tmp_path / "artifacts"))
+
+
+@pytest.fixture(scope="session")
+def graph(exported: Path) -> onnx.ModelProto:
+    """The FP32 graph of :func:`student`."""
+    return onnx.load(exported / "efficientface-fp32-cpu.onnx")
+
+
+@pytest.fixture(scope="session")
+def prototype(shared: Path) -> Path:
+    """Real weights, trained on FER+ at 96 pixels, in the published form."""
+    return shared / "reference" / "ferplus_prototype_96.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def ferplus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of FER+ in the published layout: 120 images to train, 300 to validate."""
+    root = tmp_path_factory.mktemp("ferplus")
+    parts = (("train", "FER2013Train", FERPLUS_TRAIN), ("validation", "FER2013Valid", 300))
+    with zipfile.ZipFile(shared / "data" / "ferplus.zip") as archive:
+        for split, folder, count in parts:
+            for name, label in _majority_labels(archive, folder)[:count]:
+                target = root / split / str(label) / Path(name).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(name))
+    return root
+
+
+def _majority_labels(archive: zipfile.ZipFile, folder: str) -> list[tuple[str, int]]:
+    listing = next(name for name in archive.namelist() if name.endswith(f"{folder}/label.csv"))
+    rows = csv.reader(io.StringIO(archive.read(listing).decode()))
+    labelled = [(row[0], majority_label([int(float(votes)) for votes in row[2:]])) for row in rows]
+    parent = listing.removesuffix("label.csv")
+    return [(parent + name, label) for name, label in labelled if label is not None]
+
+
+@pytest.fixture
+def exit_code(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run ``efficientface-export`` to its exit code; gives it, stdout and stderr."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: main([str(argument) for argument in arguments]))
+        output = capsys.readouterr()
+        return int(str(stop.value.code)), output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def run_without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``efficientface-export`` in a process where some packages are not installed."""
+
+    def run(missing: tuple[str, ...], *arguments: Any) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import sys\n"
+            f"sys.modules.update(dict.fromkeys({missing!r}))\n"
+            "from efficientface_export.cli import entry_point\n"
+            "entry_point()\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def infer() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Run a graph, as it is or as a path, in ONNX Runtime: logits and probabilities."""
+
+    def run(
+        model: onnx.ModelProto | Path, images: np.ndarray, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        content = model.read_bytes() if isinstance(model, Path) else model.SerializeToString()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        settings.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            content, settings, providers=["CPUExecutionProvider"], **options
+        )
+        logits, probabilities = session.run(None, {session.get_inputs()[0].name: images})
+        return logits, probabilities
+
+    return run
+
+
+@pytest.fixture
+def unchanged_root_logger() -> Iterator[None]:
+    """Fail if a test leaves the root logger changed."""
+    import logging
+
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    yield
+    assert (root.level, list(root.handlers)) == before

@@ -1,0 +1,104 @@
+"""A wheel of this tree in an environment that holds numpy and Pillow and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNTIME_PACKAGES = ("numpy", "numpy.libs", "PIL", "pillow.libs")
+NOT_PACKAGED = (".git", ".venv", "demo", "runs", "data", "artifacts", "build", "dist", "tests")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Built from a copy: setuptools leaves build folders in the source tree.
+    source = tmp_path_factory.mktemp("source") / "tree"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_PACKAGED, "*.egg-info"))
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(out), str(source)]
+    subprocess.run(command, check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, numpy and Pillow."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / version / "site-packages"
+    for name in RUNTIME_PACKAGES:
+        installed = Path(sysconfig.get_path("platlib"), name)
+        if installed.exists():
+            (site / name).symlink_to(installed)
+    command = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    command += ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True)
+    return folder / "bin"
+
+
+def run(
+    program: Path, *arguments: str, cwd: Path, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(program), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(params=["elsewhere", "clone"])
+def cwd(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return ROOT if request.param == "clone" else tmp_path
+
+
+def test_wheel_holds_both_packages_and_no_top_level_export(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert top_level == {"efficientface_deploy", "efficientface_export"}
+    for name in ("efficientface_deploy/py.typed", "efficientface_export/reference_faces.png"):
+        assert name in names
+
+
+def test_wheel_holds_the_bundled_model(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    for suffix in ("onnx", "safetensors"):
+        assert f"efficientface_deploy/weights/efficientface-ferplus.{suffix}" in names
+
+
+@pytest.mark.parametrize("command", ["efficientface-export", "efficientface-predict"])
+def test_help_needs_no_extra(fresh: Path, cwd: Path, command: str):
+    assert command in run(fresh / command, "--help", cwd=cwd).stdout
+
+
+@pytest.mark.parametrize("module", ["efficientface_deploy", "efficientface_export"])
+def test_import_needs_no_extra(fresh: Path, cwd: Path, module: str):
+    code = f"import {module}; print({module}.__file__)"
+    shown = run(fresh / "python", "-c", code, cwd=cwd).stdout
+    # `python -c` puts the working directory first: in the clone that is the clone's runtime.
+    assert module in shown
+
+
+def test_missing_backend_names_the_extra(fresh: Path, tmp_path: Path):
+    done = run(fresh / "efficientface-predict", "face.jpg", cwd=tmp_path, code=2)
+    assert "efficientface-deploy[cpu]" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_exporter_names_the_extra(fresh: Path, tmp_path: Path):
+    done = run(fresh / "efficientface-export", "--engine", "onnx", cwd=tmp_path, code=2)
+    assert "efficientface-deploy[" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from efficientface_deploy.dataset import Sample, read_dataset
+from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.preprocess import normalise, to_model_input
+from efficientface_deploy.spec import ModelSpec
+from training.data import (
+    AUGMENTATIONS,
+    EpochSampler,
+    TrainingImages,
+    hold_out,
+    training_loader,
+)
+
+BATCH = 8
+
+
+@pytest.fixture
+def dataset(face_set):
+    return read_dataset(face_set)
+
+
+@pytest.fixture
+def spec(dataset) -> ModelSpec:
+    return dataset.spec.replace(input_size=32)
+
+
+@pytest.fixture(params=sorted(AUGMENTATIONS))
+def images(request, dataset, spec) -> TrainingImages:
+    return make_images(dataset, spec, request.param)
+
+
+def make_images(dataset, spec, name: str = "default", seed: int = 3, **options) -> TrainingImages:
+    return TrainingImages(dataset.split("train"), spec, AUGMENTATIONS[name](spec), seed, **options)
+
+
+# ---- TrainingImages ------------------------------------------------------------------------------
+
+
+def test_item_depends_on_epoch_index_and_seed_alone(images, dataset, spec, request):
+    name = request.node.callspec.params["images"]
+    keys = [(0, 0), (0, 5), (1, 5), (7, 0)]
+    first = {key: images[key][0] for key in keys}
+    other = make_images(dataset, spec, name)
+    for number, key in enumerate(reversed(keys)):  # another object, order and global state
+        torch.manual_seed(number)
+        np.testing.assert_array_equal(other[key][0], first[key])
+    reseeded = make_images(dataset, spec, name, seed=4)
+    assert not np.array_equal(reseeded[0, 0][0], first[0, 0])
+
+
+def test_every_view_is_another_picture(images, spec):
+    views = [images[epoch, 2][0] for epoch in range(6)]
+    plain = to_model_input(images.samples[2].path, spec)
+    assert len({view.tobytes() for view in [*views, plain]}) == 7
+    assert all(view.shape == (32, 32, 3) and view.dtype == np.uint8 for view in views)
+    # Changed, but the same face: no view is nearer to noise than to the picture or its mirror.
+    for view in views:
+        centred = view.astype(float) - view.mean()
+        likeness = [np.corrcoef(centred.ravel(), p.ravel())[0, 1] for p in (plain, plain[:, ::-1])]
+        assert max(likeness) > 0.2
+
+
+def test_published_augmentation_is_torchvisions_default_crop_and_flip(spec):
+    crop, flip = AUGMENTATIONS["published"](spec).transforms
+    assert (crop.scale, crop.ratio, crop.size) == ((0.08, 1.0), (3 / 4, 4 / 3), (32, 32))
+    assert type(flip).__name__ == "RandomHorizontalFlip" and flip.p == 0.5
+
+
+def test_global_random_numbers_are_left_alone(images):
+    torch.manual_seed(11)
+    np.random.seed(11)
+    random.seed(11)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    images[2, 3]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_targets_are_labels_or_votes(dataset, spec):
+    index, sample = next(
+        (i, sample) for i, sample in enumerate(dataset.split("train")) if max(sample.votes) < 0.9
+    )
+    one_hot = make_images(dataset, spec)[0, index][1]
+    np.testing.assert_array_equal(one_hot, np.eye(7, dtype=np.float32)[sample.label])
+    votes = make_images(dataset, spec, votes=True)[0, index][1]
+    np.testing.assert_allclose(votes, np.array(sample.votes) / sum(sample.votes), atol=1e-6)
+    assert votes.dtype == np.float32
+
+
+def test_votes_without_votes_are_refused(dataset, spec):
+    plain = [Sample(sample.path, sample.label) for sample in dataset.split("train")]
+    with pytest.raises(DatasetError, match="column of votes"):
+        TrainingImages(plain, spec, AUGMENTATIONS["default"](spec), 0, votes=True)
+
+
+@pytest.mark.parametrize("colour", ["rgb", "grey"])
+def test_batch_is_normalised_as_the_runtime_does(colour, dataset, spec):
+    images = make_images(dataset, spec.replace(colour=colour))
+    items = [images[0, index] for index in range(4)]
+    batch, targets = images.collate(items)
+    expected = normalise(np.stack([image for image, _ in items]), images.spec)
+    np.testing.assert_array_equal(batch.numpy(), expected)
+    assert batch.shape == (4, 3, 32, 32) and batch.dtype == torch.float32
+    assert targets.shape == (4, 7) and torch.equal(targets.sum(dim=1), torch.ones(4))
+
+
+# ---- Order and batches ---------------------------------------------------------------------------
+
+
+def test_sampler_gives_each_epoch_its_own_permutation():
+    sampler = EpochSampler(20, seed=1)
+    orders = []
+    for epoch in (0, 1):
+        sampler.epoch = epoch
+        keys = list(sampler)
+        assert {key[0] for key in keys} == {epoch}
+        orders.append([index for _, index in keys])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20)) == list(range(len(sampler)))
+    assert orders[0] != orders[1] != sorted(orders[1])
+    again, other = EpochSampler(20, seed=1), EpochSampler(20, seed=2)
+    again.epoch = other.epoch = 1
+    assert [index for _, index in again] == orders[1] != [index for _, index in other]
+
+
+def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[tuple[torch.Tensor, ...]]:
+    loader, sampler = training_loader(images, BATCH, 5, workers)
+    sampler.epoch = epoch
+    return [tuple(part.clone() for part in batch) for batch in loader]
+
+
+def test_workers_give_the_same_bits(dataset, spec):
+    images = make_images(dataset, spec)
+    runs = [epoch_of(images, 1, workers) for workers in (0, 2)]
+    assert len(runs[0]) == len(images) // BATCH
+    for ours, theirs in zip(*runs, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_worker_follows_the_epoch(dataset, spec):
+    loader, sampler = training_loader(make_images(dataset, spec), BATCH, 5, workers=1)
+    for epoch in (0, 1):  # the worker lives on between them
+        sampler.epoch = epoch
+        expected = epoch_of(make_images(dataset, spec), epoch, workers=0)
+        for ours, theirs in zip(loader, expected, strict=True):
+            assert torch.equal(ours[0], theirs[0])
+
+
+def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
+    loader, _ = training_loader(make_images(dataset, spec), 15, 0, workers=0)
+    assert [len(batch) for batch, _ in loader] == [15, 15, 15]  # of 56
+
+
+def test_too_few_images_for_one_batch(dataset, spec):
+    with pytest.raises(DatasetError, match="batch of 57 images, found 56"):
+        training_loader(make_images(dataset, spec), 57, 0, workers=0)
+
+
+# ---- Hold-out ------------------------------------------------------------------------------------
+
+
+def crowd(counts: dict[int, int], root) -> list[Sample]:
+    return [
+        Sample(root / f"{label}_{number}.png", label)
+        for label, count in counts.items()
+        for number in range(count)
+    ]
+
+
+def count_labels(samples: list[Sample]) -> dict[int, int]:
+    labels = [sample.label for sample in samples]
+    return {label: labels.count(label) for label in sorted(set(labels))}
+
+
+def test_hold_out_takes_a_tenth_of_every_class(tmp_path):
+    samples = crowd({0: 100, 1: 43, 2: 6, 3: 2}, tmp_path)
+    rest, held = hold_out(samples, seed=0)
+    assert count_labels(held) == {0: 10, 1: 4, 2: 1, 3: 1}
+    assert not set(rest) & set(held) and set(rest) | set(held) == set(samples)
+    assert rest == [sample for sample in samples if sample in set(rest)]  # the order given
+    assert held == [sample for sample in samples if sample in set(held)]
+
+
+def test_hold_out_is_seeded(tmp_path):
+    samples = crowd({0: 50, 1: 50}, tmp_path)
+    assert hold_out(samples, 1) == hold_out(samples, 1)
+    assert hold_out(samples, 1)[1] != hold_out(samples, 2)[1]
+
+
+def test_hold_out_leaves_a_class_something_to_learn_from(tmp_path):
+    rest, held = hold_out(crowd({0: 20, 1: 1}, tmp_path), seed=0)
+    assert count_labels(rest) == {0: 18, 1: 1}
+    assert count_labels(held) == {0: 2}
