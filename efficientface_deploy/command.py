@@ -162,6 +162,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line: what is wrong and where to look."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Print one line and exit 2."""
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Source:
         spec: Its spec.
         sha256: Of the file.
         provenance: What an ONNX file says of its making; empty for a checkpoint.
-        trace: Makes the graph; takes whether the input is float.
+        trace: The graph, not to be changed; takes whether the input is float.
         infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
             nothing here can run the network.
     """
@@ -196,12 +197,16 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
             logits: Float32Array = model(torch.from_numpy(normalise(batch, spec))).numpy()
         return logits
 
+    @functools.cache  # half a minute on a small machine, and the same for every precision
+    def graph(float_input: bool) -> onnx.ModelProto:
+        return trace(model, spec, float_input=float_input)
+
     return Source(
         path=path,
         spec=spec,
         sha256=file_hash(path),
         provenance=Provenance({}, path),
-        trace=lambda float_input: trace(model, spec, float_input=float_input),
+        trace=graph,
         infer=lambda images: run_in_batches(infer_batch, images),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     from efficientface_deploy.models import EfficientFace
 
 ROOT = Path(__file__).resolve().parent.parent
+
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    # A busy machine is no defect of the code.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("suite")
 
 # What runs everywhere, so that a backend that cannot run is a failure rather than a skip.
 CPU_BACKENDS = ("onnx", "onnx-float", "torch")

@@ -37,7 +37,7 @@ class TrainingProgress:
         self.steps = steps
         self.batch_size = batch_size
         self._bar = Progress(
-            BarColumn(20),
+            BarColumn(10),
             TextColumn("{task.description}"),
             transient=True,
             disable=not sys.stdout.isatty(),

@@ -113,7 +113,9 @@ def test_attributes(predictor):
     assert predictor.spec is SPEC
     assert (predictor.backend, predictor.path.name) == ("fake:cpu", "fake.x")
     assert predictor.provenance == {"precision": "fp32"}
-    assert repr(predictor) == "Predictor('fake.x', backend='fake:cpu', brightness, 3 classes, 32x32)"
+    assert (
+        repr(predictor) == "Predictor('fake.x', backend='fake:cpu', brightness, 3 classes, 32x32)"
+    )
 
 
 def test_repr_says_preliminary(predictor):

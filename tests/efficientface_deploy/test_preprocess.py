@@ -154,8 +154,13 @@ def test_image_of_the_right_size_is_not_resampled():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})]
-    + [("TIFF", {"compression": "tiff_lzw"})],
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
 )
 def test_lossless_files_give_their_pixels(pixels, kind, options, tmp_path):
     data = encode(pixels, kind, **options)
@@ -296,6 +301,23 @@ def test_damaged_exif_does_not_spoil_a_good_picture(pixels):
         assert as_array(bytes(damaged)).size == pixels.size
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    ("kind", "count", "value"),
+    [
+        (2, 4, b"top\0"),
+        (3, 1, b"\0\0\0\0"),
+        (3, 1, b"\0\x09\0\0"),
+        (7, 4, b"\6\6\6\6"),
+        (9, 1, b"\xff\xff\xff\xff"),
+    ],
+)
+def test_orientation_that_is_none(pixels, kind, count, value):
+    entry = struct.pack(">HHI", 0x0112, kind, count) + value
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+    np.testing.assert_array_equal(as_array(encode(pixels, "PNG", exif=exif)), pixels)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("exif", [b"", b"\0", b"II*\0\xff\xff\xff\xff", b"MM\0*" + b"\xff" * 60])
 def test_nonsense_exif(pixels, exif):
@@ -333,7 +355,7 @@ def test_read_only_arrays_are_taken_and_nothing_is_written(pixels):
     np.testing.assert_array_equal(np.asarray(image), array)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=50)))
 def test_any_grey_array(array):
     assert to_model_input(array, SMALL).shape == (32, 32, 3)
@@ -342,7 +364,7 @@ def test_any_grey_array(array):
 # ---- refused sources
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     hnp.arrays(
         st.sampled_from([np.uint8, np.float32, np.int64, np.bool_, np.complex64, "U2", "M8[s]"]),
@@ -505,6 +527,7 @@ def test_pil_image_over_the_limit():
     assert "million pixels" in refused(image)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_file_is_refused_wherever_it_ends(pixels, kind):
     data = encode(pixels, kind)
@@ -534,7 +557,7 @@ def test_damaged_file_gives_an_image_or_an_image_error(pixels, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*"])
     | st.just(b""),

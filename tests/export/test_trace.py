@@ -42,7 +42,7 @@ def test_colour(
     reference = expected(network, images[:batch], small_spec)
     np.testing.assert_allclose(probabilities, reference, atol=TOLERANCE)
     np.testing.assert_allclose(torch.tensor(logits).softmax(1), probabilities, atol=1e-6)
-    assert reference.max() - reference.min() > 0.5  # a network that says something
+    assert len(set(reference.argmax(axis=1))) > batch // 3  # a network that says something
 
 
 @pytest.mark.parametrize("size", [96, pytest.param(224, marks=pytest.mark.slow)])
@@ -84,9 +84,7 @@ def test_float_input(
 
 def test_published_weights_at_224(shared: Path, infer: Any) -> None:
     """The reference network's own checkpoint, and the logits that its own code gave."""
-    model, spec = load_checkpoint(
-        shared / "reference" / "efficientface_reference.pth.tar", "rafdb"
-    )
+    model, spec = load_checkpoint(shared / "reference" / "efficientface_reference.pth.tar", "rafdb")
     stored = np.load(shared / "reference" / "efficientface_reference.npz")
     graph = trace(model, spec, float_input=True)
     logits, _ = infer(graph, stored["input"])
@@ -134,9 +132,7 @@ def test_metadata_and_nothing_of_this_machine(
     assert not re.search(rb"/[a-z_]+/[a-z_]+/", content)
 
 
-def test_trace_is_reproducible(
-    graph: onnx.ModelProto, network: Any, small_spec: ModelSpec
-) -> None:
+def test_trace_is_reproducible(graph: onnx.ModelProto, network: Any, small_spec: ModelSpec) -> None:
     again = trace(network, small_spec)
     assert again.graph.SerializeToString(deterministic=True) == graph.graph.SerializeToString(
         deterministic=True
@@ -175,5 +171,3 @@ def test_invalid_graph_is_not_written(
     with pytest.raises(ExportError, match="a valid ONNX graph"):
         write_onnx(broken, tmp_path / "model.onnx", small_spec, {})
     assert list(tmp_path.iterdir()) == []
-
-

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from efficientface_deploy.dataset import read_dataset
-from efficientface_deploy.models import EfficientFace
+from efficientface_deploy.models import EfficientFace, save_checkpoint
 from training import prepare
 from training.loop import Job, Recipe, Teach, TrainConfig, labels_as_targets, train
 
 RECIPE = Recipe(
     epochs=3,
-    batch_size=8,
-    learning_rate=0.05,
+    batch_size=16,
+    learning_rate=0.02,
     weight_decay=5e-4,
     schedule="one-cycle",
     loss="cross-entropy",
@@ -34,6 +34,18 @@ def face_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["synthetic", "--train", "56", "--test", "28", "--size", "48", "--out", str(out)]
     assert prepare.main(arguments) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def student_file(
+    face_set: Path,
+    make_network: Callable[..., EfficientFace],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Checkpoint of a lively network for the data set."""
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    save_checkpoint(path, make_network(), read_dataset(face_set).spec.replace(input_size=64))
+    return path
 
 
 @pytest.fixture

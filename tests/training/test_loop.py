@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,10 +23,10 @@ from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.models.checkpoint import read_weights
 from efficientface_deploy.preprocess import normalise, to_model_input
 from training import loop
-from training.loop import InterruptError, Recipe, choose_device, labels_as_targets, predict
+from training.loop import InterruptError, Job, Recipe, choose_device, labels_as_targets, predict
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 6  # 56 images, 7 held out, batches of 8
+STEPS = 3  # 56 images, 7 held out, batches of 16
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +34,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert list(ours) == list(theirs)
+    assert set(ours) == set(theirs)
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 
@@ -65,12 +66,15 @@ class Stopping:
 # ---- Learning ------------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_learns(make_job, fit):
-    job = make_job(epochs=12, input_size=64, select="test", learning_rate=0.1)
-    fit(job)
-    rows = history(job.config.out)
-    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
-    assert max(row["accuracy"] for row in rows) > 2 / 7  # twice what guessing gives
+def test_training_tells_two_expressions_apart(make_job, fit):
+    """Sixteen faces that show Surprise or Disgust; guessing among the two costs log 2."""
+    job = make_job(epochs=20, batch_size=8, input_size=64, select="last")
+    two = [sample for sample in job.dataset.split("train") if sample.label in (3, 5)]
+    dataset = dataclasses.replace(job.dataset, samples={"train": tuple(two)})
+    fit(dataclasses.replace(job, dataset=dataset))
+    losses = [row["loss"] for row in history(job.config.out)]
+    assert losses[0] > 1.5
+    assert losses[-1] < math.log(2) - 0.2
 
 
 def test_same_seed_same_bits_and_another_seed_others(make_job, fit, tmp_path):
@@ -82,16 +86,17 @@ def test_same_seed_same_bits_and_another_seed_others(make_job, fit, tmp_path):
     assert not torch.equal(runs[0]["fc.weight"], runs[2]["fc.weight"])
 
 
-def test_every_step_sees_a_whole_batch_with_its_targets(make_job, fit):
+def test_every_step_sees_a_whole_batch_of_fresh_views(make_job, fit):
     seen = []
 
     def teach(images, targets):
-        seen.append((tuple(images.shape), tuple(targets.shape)))
         assert images.is_contiguous(memory_format=torch.channels_last)
+        assert images.shape == (16, 3, 32, 32) and targets.shape == (16, 7)
+        seen.extend(image.numpy().tobytes() for image in images)
         return targets
 
     fit(make_job(epochs=2), teach)
-    assert seen == [((8, 3, 32, 32), (8, 7))] * (2 * STEPS)
+    assert len(seen) == len(set(seen)) == 2 * STEPS * 16  # no picture twice in two epochs
 
 
 def test_votes_reach_the_loss(make_job, fit):
@@ -205,14 +210,28 @@ def test_selection_decides_what_is_trained_on(make_job):
 # ---- Interrupts and --resume ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [STEPS, STEPS + 2, 2 * STEPS + 5])
-def test_resumed_run_has_the_bits_of_an_uninterrupted_one(stop_at, make_job, fit, tmp_path):
-    whole, broken = make_job(out=tmp_path / "whole"), make_job(out=tmp_path / "broken")
-    fit(whole)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Folder for one uninterrupted run that several tests look at; made by the first."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def whole(make_job, fit, finished) -> Job:
+    """A finished job of three epochs."""
+    job = make_job(out=finished)
+    if not finished.exists():
+        fit(job)
+    return job
+
+
+@pytest.mark.parametrize("stop_at", [STEPS, STEPS + 2, 2 * STEPS + 1])
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(stop_at, make_job, fit, whole):
+    broken = make_job()
     with pytest.raises(InterruptError, match="expected 3 epochs, found an interrupt; add --resume"):
         fit(broken, Stopping(stop_at))
     assert len(history(broken.config.out)) == stop_at // STEPS
-    fit(make_job(out=tmp_path / "broken", resume=True))
+    fit(make_job(resume=True))
 
     assert_same_bits(weights(broken.result), weights(whole.result))
     ours, theirs = (torch.load(job.state, weights_only=True) for job in (broken, whole))
@@ -231,9 +250,8 @@ def test_interrupt_before_the_first_epoch_is_over(make_job, fit):
     fit(make_job(epochs=1))  # in the same folder
 
 
-def test_kill_between_weights_and_state_costs_one_epoch(make_job, fit, monkeypatch, tmp_path):
-    whole, broken = make_job(out=tmp_path / "whole"), make_job(out=tmp_path / "broken")
-    fit(whole)
+def test_kill_between_weights_and_state_costs_one_epoch(make_job, fit, monkeypatch, whole):
+    broken = make_job()
     save, saved = loop._save_state, []
 
     def killed_at_the_second(*arguments):
@@ -245,7 +263,7 @@ def test_kill_between_weights_and_state_costs_one_epoch(make_job, fit, monkeypat
     with pytest.raises(SystemExit):
         fit(broken)
     monkeypatch.undo()
-    fit(make_job(out=tmp_path / "broken", resume=True))
+    fit(make_job(resume=True))
     assert_same_bits(weights(broken.result), weights(whole.result))
 
 
@@ -273,12 +291,6 @@ def test_resume_without_a_run(make_job, fit):
     assert not job.config.out.exists()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folder for one run that several tests look at; made by the first."""
-    return tmp_path_factory.mktemp("finished") / "run"
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -291,26 +303,20 @@ def finished(tmp_path_factory):
         ({"init": Path("other.pth.tar")}, "init"),
     ],
 )
-def test_resume_with_other_options_is_refused(change, named, make_job, fit, finished):
-    if not finished.exists():
-        fit(make_job(epochs=1, out=finished))
+def test_resume_with_other_options_is_refused(change, named, make_job, fit, whole):
     with pytest.raises(ConfigError, match=f"others for {named}; repeat those in .*config.json"):
-        fit(make_job(**{"epochs": 1, "out": finished, "resume": True} | change))
+        fit(make_job(**{"out": whole.config.out, "resume": True} | change))
 
 
-def test_run_may_move_and_change_its_workers(make_job, fit, finished, tmp_path):
-    if not finished.exists():
-        fit(make_job(epochs=1, out=finished))
-    shutil.copytree(finished, tmp_path / "moved")
-    fit(make_job(epochs=1, out=tmp_path / "moved", resume=True, workers=1, device="cpu"))
+def test_run_may_move_and_change_its_workers(make_job, fit, whole, tmp_path):
+    shutil.copytree(whole.config.out, tmp_path / "moved")
+    fit(make_job(out=tmp_path / "moved", resume=True, workers=1, device="cpu"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other"])
-def test_damaged_state_is_reported(damage, make_job, fit, finished, tmp_path):
-    if not finished.exists():
-        fit(make_job(epochs=1, out=finished))
-    job = make_job(epochs=1, resume=True, out=tmp_path / "run")
-    shutil.copytree(finished, job.config.out)
+def test_damaged_state_is_reported(damage, make_job, fit, whole):
+    job = make_job(resume=True)
+    shutil.copytree(whole.config.out, job.config.out)
     data = {"truncated": job.state.read_bytes()[:5000], "text": b"weights", "empty": b""}
     if damage == "other":
         torch.save({"weights": torch.zeros(2)}, job.state)
@@ -375,10 +381,9 @@ def test_one_cycle():
     assert one_cycle.learning_rate_at(2) == pytest.approx(0.2)  # a fifth of ten epochs
     assert one_cycle.learning_rate_at(6) == pytest.approx(0.1)  # half of the cosine
     assert one_cycle.learning_rate_at(10) == pytest.approx(0, abs=1e-12)
-    rates = [one_cycle.learning_rate_at(step / 50) for step in range(501)]
-    assert all(a < b for a, b in zip(rates[:100], rates[1:101], strict=True))
-    assert all(a > b for a, b in zip(rates[100:-1], rates[101:], strict=True))
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.003  # no jump
+    slopes = np.diff([one_cycle.learning_rate_at(step / 50) for step in range(501)])
+    assert (slopes[:100] > 0).all() and (slopes[100:] < 0).all()
+    assert abs(slopes).max() < 0.003  # no jump
 
 
 def test_steps():
@@ -408,7 +413,8 @@ def test_schedule_reaches_the_optimizer(make_job, fit, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
     job = make_job(epochs=2, select="last")
     fit(job)
-    assert rates == [job.recipe.learning_rate_at(number / 7) for number in range(14)]
+    expected = [job.recipe.learning_rate_at(step / STEPS) for step in range(2 * STEPS)]
+    assert rates == pytest.approx(expected)
 
 
 def test_options_change_the_recipe(make_job):

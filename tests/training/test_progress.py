@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from training import progress
 from training.progress import TrainingProgress, duration, track
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -28,16 +38,34 @@ def test_log_gets_a_plain_line_now_and_then(clock, capsys):
     assert lines[2].endswith("step 90/100: loss 0.0222, 8 images/s, 4 min left")  # 210 s
 
 
-def test_terminal_gets_one_live_line(clock, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    with TrainingProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
-        clock.now += 2
-        shown.update(10, loss=1.5)
-        shown._bar.refresh()
-    out = capsys.readouterr().out
-    assert "epoch 1/1, step 10/50: loss 1.5000, 40 images/s, 8 s left" in out
+ON_A_TERMINAL = """
+import time
+from training.progress import TrainingProgress
+with TrainingProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
+    time.sleep(0.05)
+    shown.update(10, loss=1.5)
+    time.sleep(0.3)
+print("done")
+"""
+
+
+def test_terminal_gets_one_live_line():
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", ON_A_TERMINAL]
+    process = subprocess.Popen(command, stdout=slave, cwd=ROOT, env=environment)
+    os.close(slave)
+    with open(master, "rb", buffering=0) as terminal:
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while chunk := terminal.read(4096):
+                seen += chunk
+    assert process.wait(timeout=60) == 0
+    text = seen.decode()
+    line = r" epoch 1/1, step 10/50: loss 1\.5000, \d+ images/s, \d+ s left"
+    assert re.search(line, text)
+    shown, _, after = text.rpartition("\x1b[2K")  # erased before what follows
+    assert re.search(line, shown) and after.strip().endswith("done") and "epoch" not in after
 
 
 def test_track_gives_everything_and_is_silent_in_a_log(capsys):

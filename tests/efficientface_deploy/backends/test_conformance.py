@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientface_deploy import Predictor, load
+from efficientface_deploy import load
 from efficientface_deploy.backends import BackendOptions, create_backend, resolve_backend
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError, ImageError
@@ -134,7 +134,9 @@ def test_bad_batch_is_the_same_error_everywhere(predictor, array):
     with pytest.raises(ImageError) as caught:
         predictor.infer(array)
     found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "unknown"
-    assert str(caught.value).startswith("batch: expected uint8 array of shape (N, 64, 64, 3), found")
+    assert str(caught.value).startswith(
+        "batch: expected uint8 array of shape (N, 64, 64, 3), found"
+    )
     assert found in str(caught.value)
 
 
@@ -150,7 +152,9 @@ def test_spec_provenance_and_names(predictor, backend, model_files):
     assert predictor.provenance == {"epoch": 3}
     assert predictor.backend == backend.partition("-")[0] + ":cpu"
     assert predictor.path == model_files[backend]
-    expected = f"Predictor('{predictor.path.name}', backend='{predictor.backend}', test, 7 classes, 64x64)"
+    expected = (
+        f"Predictor('{predictor.path.name}', backend='{predictor.backend}', test, 7 classes, 64x64)"
+    )
     assert repr(predictor) == expected
 
 
@@ -189,29 +193,26 @@ def test_use_after_close(backend, model_files, images):
     assert "64x64" in repr(predictor)
 
 
-def test_close_waits_for_what_is_running(backend, model_files, images):
-    for _ in range(5):
-        predictor = load(model_files[backend])
-        outcomes: list[object] = []
+@pytest.mark.parametrize("attempt", range(3))
+def test_close_waits_for_what_is_running(backend, model_files, images, attempt):
+    predictor = load(model_files[backend])
+    started = threading.Semaphore(0)
 
-        def work(predictor: Predictor = predictor, outcomes: list[object] = outcomes) -> None:
-            try:
-                while True:
-                    outcomes.append(predictor.infer(images[:2])[1].shape)
-            except Exception as error:  # noqa: BLE001 - any is recorded and judged below
-                outcomes.append(error)
+    def work() -> Exception:
+        try:
+            while True:
+                predictor.infer(images[:2])
+                started.release()
+        except Exception as error:  # noqa: BLE001 - any is judged below
+            return error
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        while len(outcomes) < 4:
-            pass
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(work) for _ in range(4)]
+        for _ in range(4):
+            started.acquire()
         predictor.close()
-        for thread in threads:
-            thread.join()
-        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        assert len(errors) == 4
-        assert all(isinstance(error, BackendError) for error in errors)
+        errors = [future.result() for future in futures]
+    assert [type(error) for error in errors] == [BackendError] * 4
 
 
 def test_opening_twice_and_again_after_close(backend, model_files, images, reference):

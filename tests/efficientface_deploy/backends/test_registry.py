@@ -36,8 +36,13 @@ def test_suffix_chooses_the_backend(name, backend):
 
 @pytest.mark.parametrize(
     ("requested", "device"),
-    [("onnx", ""), ("onnx:cpu", "cpu"), ("onnx:cuda", "cuda"), ("onnx:tensorrt", "tensorrt")]
-    + [("onnx:openvino", "openvino")],
+    [
+        ("onnx", ""),
+        ("onnx:cpu", "cpu"),
+        ("onnx:cuda", "cuda"),
+        ("onnx:tensorrt", "tensorrt"),
+        ("onnx:openvino", "openvino"),
+    ],
 )
 def test_device_of_onnx(requested, device):
     assert resolve_backend(Path("a.onnx"), requested) == ("onnx", device)
@@ -76,7 +81,7 @@ def test_missing_package_names_what_to_install(monkeypatch):
 
 def test_package_that_cannot_be_imported_is_no_traceback(monkeypatch):
     monkeypatch.setitem(REGISTRY, "none", Entry("no_module", "X", (".x",), ("json",), "cpu"))
-    with pytest.raises(BackendError, match="No module named .*no_module.*pip install"):
+    with pytest.raises(BackendError, match=r"No module named .*no_module.*pip install"):
         create_backend("none", Path("a.x"), BackendOptions())
 
 

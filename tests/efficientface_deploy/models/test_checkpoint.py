@@ -48,7 +48,9 @@ def state(model) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def upstream(path: Path, state: dict, prefix: str = "module.", legacy: bool = False, **more) -> Path:
+def upstream(
+    path: Path, state: dict, prefix: str = "module.", legacy: bool = False, **more
+) -> Path:
     """Save as the published training script does."""
     content = {"state_dict": OrderedDict((prefix + key, value) for key, value in state.items())}
     torch.save({**content, **more}, path, _use_new_zipfile_serialization=not legacy)
@@ -130,7 +132,9 @@ def test_parameters_with_gradients(tmp_path, model, state):
 # ---- safetensors
 
 
-@pytest.mark.parametrize("spec", [SPEC, SPEC.replace(colour="grey", name="\u00e4\n", preliminary=True)])
+@pytest.mark.parametrize(
+    "spec", [SPEC, SPEC.replace(colour="grey", name="\u00e4\n", preliminary=True)]
+)
 def test_safetensors_round_trip(tmp_path, model, spec):
     path = tmp_path / "new" / "student.safetensors"
     save_checkpoint(path, model, spec, json.dumps({"epoch": 3}))
@@ -155,7 +159,9 @@ def rewrite(path: Path, change, tensors: bytes | None = None) -> Path:
     header = json.loads(data[8:end])
     change(header)
     raw = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + (data[end:] if tensors is None else tensors))
+    path.write_bytes(
+        struct.pack("<Q", len(raw)) + raw + (data[end:] if tensors is None else tensors)
+    )
     return path
 
 
@@ -381,8 +387,17 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, state, marker, name, plac
 @pytest.mark.parametrize("suffix", [".pth.tar", ".pt", ".safetensors"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"x", b"just text\n" * 50, b"\0" * 4096, b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18]
-    + [b"\x80\x02}q\x00.", b"\x80\x04\x95", b"<html>Google Drive - Quota exceeded</html>"],
+    [
+        b"",
+        b"x",
+        b"just text\n" * 50,
+        b"\x00" * 4096,
+        b"PK\x03\x04",
+        b"PK\x05\x06" + b"\x00" * 18,
+        b"\x80\x02}q\x00.",
+        b"\x80\x04\x95",
+        b"<html>Google Drive - Quota exceeded</html>",
+    ],
 )
 def test_file_of_another_kind(tmp_path, content, suffix):
     path = tmp_path / f"model{suffix}"
@@ -551,7 +566,9 @@ def test_pretrained_ldg(tmp_path):
 
 def test_another_architecture(student):
     spec = SPEC.replace(architecture="resnet18")
-    with pytest.raises(CheckpointError, match="weights of resnet18, found weights of efficientface"):
+    with pytest.raises(
+        CheckpointError, match="weights of resnet18, found weights of efficientface"
+    ):
         load_backbone(build_model("resnet18", 7), spec, student)
 
 

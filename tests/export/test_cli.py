@@ -1,0 +1,632 @@
+"""``efficientface-export`` as its user runs it: what it makes, says, refuses and exits with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from efficientface_export import engine as engines
+from efficientface_export import make, verify
+from efficientface_export import source as source_module
+from efficientface_export import trace as trace_module
+from efficientface_export.graph import read_onnx, write_onnx
+
+from efficientface_deploy import load
+from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path
+from efficientface_deploy.dataset import image_list_hash, read_dataset
+
+Run = Callable[..., tuple[int, str, str]]
+FP32, FP16, INT8 = (f"efficientface-{name}-cpu.onnx" for name in ("fp32", "fp16", "int8"))
+
+
+def names(folder: Path) -> set[str]:
+    """Everything in a folder, hidden files too."""
+    return {path.name for path in folder.iterdir()}
+
+
+def report(folder: Path) -> dict[str, dict[str, Any]]:
+    content = json.loads((folder / "report.json").read_text())
+    return {row["file"]: row for row in content["artifacts"]}
+
+
+def one_line(error: str) -> str:
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture
+def quick_trace(monkeypatch: pytest.MonkeyPatch, graph: onnx.ModelProto) -> None:
+    """Tracing takes long; the fixtures' network was traced already."""
+    monkeypatch.setattr(trace_module, "trace", lambda *_, **__: graph)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without TensorRT, whatever this one has; TensorRT for RTX stays."""
+    available = engines.available
+    missing = "tensorrt is not installed"
+    monkeypatch.setattr(
+        engines, "available", lambda kind: missing if kind == "trt" else available(kind)
+    )
+
+
+class TestOneExport:
+    """``--engine onnx --precision all --calib faces`` from a checkpoint."""
+
+    def test_files(self, exported: Path) -> None:
+        made = {FP32, FP16, INT8, "verify.npz", "report.md", "report.json"}
+        assert names(exported) - {"stdout.txt"} == made
+        sizes = [(exported / name).stat().st_size for name in (FP32, FP16, INT8)]
+        assert sizes[0] > 1.9 * sizes[1] > 1.6 * 1.9 * sizes[2]
+
+    def test_output(self, exported: Path, student: Path) -> None:
+        lines = (exported / "stdout.txt").read_text().splitlines()
+        assert lines[0] == f"weights: {student} (test, 64x64)"
+        assert lines[1] == "calibration: 105 images of faces (train)"
+        for line, name in zip(lines[2:5], (FP32, FP16, INT8), strict=True):
+            assert line.startswith(f"[ok] {name}: ")
+            assert "verified on 16 synthetic faces by onnx:cpu: largest difference" in line
+        assert lines[5:] == [f"report: {exported / 'report.md'}"]
+
+    def test_report(self, exported: Path) -> None:
+        rows = report(exported)
+        assert set(rows) == {FP32, FP16, INT8}
+        for name, row in rows.items():
+            assert row["bytes"] == (exported / name).stat().st_size
+            assert row["verification"]["status"] == "verified"
+            assert f"| {name} |" in (exported / "report.md").read_text()
+
+    def test_provenance(self, exported: Path, student: Path, faces: Path) -> None:
+        sha = file_hash(student)
+        records = {name: read_onnx(exported / name)[2] for name in (FP32, FP16, INT8)}
+        for name, record in records.items():
+            assert record["precision"] == name.split("-")[1]
+            assert record["target"] == "cpu"
+            assert record["input"] == "uint8 NHWC RGB"
+            assert record["weights"] == {"file": "student.safetensors", "sha256": sha}
+            assert record["parent"] == {"file": "student.safetensors", "sha256": sha}
+            assert record["verification"] == report(exported)[name]["verification"]
+            assert record["arithmetic"] == report(exported)[name]["arithmetic"]
+            assert {"torch", "onnx", "onnxruntime", "python"} <= set(record["versions"])
+            assert str(student.parent) not in json.dumps(record)
+        assert "calibration" not in records[FP16]
+        assert records[FP16]["largest_fp32_value"]["magnitude"] >= 255
+        train = read_dataset(faces).split("train")
+        assert records[INT8]["calibration"] == {
+            "dataset": "faces",
+            "split": "train",
+            "count": 105,
+            "seed": 0,
+            "method": "minmax",
+            "images_sha256": image_list_hash(train, faces),
+        }
+        assert records[INT8]["excluded"] == []
+
+    def test_they_run(self, exported: Path, images: np.ndarray) -> None:
+        answers = []
+        for name in (FP32, FP16, INT8):
+            with load(exported / name, threads=1) as predictor:
+                answers.append([prediction.label for prediction in predictor.predict_batch(images)])
+        assert answers[0] == answers[1]
+        assert np.mean(np.array(answers[0]) == np.array(answers[2])) > 0.8
+
+
+class TestWeights:
+    def test_newest_student_is_taken_and_named(
+        self,
+        student: Path,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        quick_trace: None,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "a").mkdir(parents=True)
+        shutil.copy(student, tmp_path / "runs" / "a" / "student.safetensors")
+        code, output, _ = exit_code("--engine", "onnx")
+        assert code == 0
+        assert "weights: runs/a/student.safetensors (test, 64x64)" in output
+        assert (tmp_path / "artifacts" / FP32).is_file()
+
+    def test_bundled_model_is_the_last_resort(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(source_module, "BUNDLED_WEIGHTS", artifacts / FP32)
+        code, output, _ = exit_code("--engine", "onnx", "--precision", "fp16", "--out", "new")
+        assert code == 0
+        assert f"weights: {artifacts / FP32}" in output
+        assert read_onnx(tmp_path / "new" / FP16)[2]["parent"]["sha256"] == file_hash(
+            artifacts / FP32
+        )
+
+    def test_published_checkpoint_needs_a_preset(
+        self, shared: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        weights = shared / "reference" / "efficientface_reference.pth.tar"
+        code, _, error = exit_code("--engine", "onnx", "--weights", weights, "--out", tmp_path)
+        assert code == 2
+        assert "expected --preset" in one_line(error)
+        assert names(tmp_path) == set()
+
+    def test_foreign_checkpoint(self, tmp_path: Path, exit_code: Run) -> None:
+        import torch
+
+        path = tmp_path / "other.pth.tar"
+        torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, path)
+        code, _, error = exit_code("--engine", "onnx", "--weights", path, "--preset", "rafdb")
+        assert code == 2
+        assert "weights of EfficientFace, ResNet-18 or ResNet-50, found another" in one_line(error)
+
+    def test_input_size(
+        self, student: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = []
+
+        def trace(model: Any, spec: Any, **_: Any) -> None:
+            seen.append(spec.input_size)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trace_module, "trace", trace)
+        exit_code("--engine", "onnx", "--weights", student, "--input-size", 96, "--out", tmp_path)
+        assert seen == [96]
+
+
+class TestOptions:
+    def test_int8_without_calibration(self, artifacts: Path, exit_code: Run) -> None:
+        command = ("--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8")
+        code, _, error = exit_code(*command)
+        assert code == 2
+        assert "--calib: expected a folder of training images for INT8" in one_line(error)
+
+    def test_earlier_export(self, artifacts: Path, exit_code: Run) -> None:
+        before = file_hash(artifacts / FP16)
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        code, _, error = exit_code(*command, "--out", artifacts)
+        assert code == 2
+        assert "an earlier export; add --overwrite" in one_line(error)
+        assert file_hash(artifacts / FP16) == before
+        code, _, _ = exit_code(*command, "--out", artifacts, "--overwrite")
+        assert code == 0
+        assert file_hash(artifacts / FP16) != before
+        assert set(report(artifacts)) == {FP32, FP16, INT8}
+
+    def test_out_is_a_file(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
+        (tmp_path / "file").write_text("x")
+        command = ("--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16")
+        code, _, error = exit_code(*command, "--out", tmp_path / "file")
+        assert code == 2
+        assert "expected a folder, found a file" in one_line(error)
+
+    def test_float_input(
+        self, student: Path, network: Any, small_spec: Any, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ("--engine", "onnx", "--weights", student, "--precision", "fp16")
+        code, output, _ = exit_code(*command, "--float-input", "--out", tmp_path)
+        assert code == 0
+        assert "[ok]" in output
+        graph, _, record = read_onnx(tmp_path / FP16)
+        assert record["input"] == "float32 NCHW normalised"
+        assert [value.name for value in graph.graph.input] == ["input"]
+
+    def test_excluded_layers_are_recorded(
+        self, artifacts: Path, faces: Path, graph: onnx.ModelProto, exit_code: Run
+    ) -> None:
+        layer = next(node.name for node in graph.graph.node if node.op_type == "Conv")
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
+        command += ["--calib", faces, "--calib-images", 20, "--out", artifacts, "--overwrite"]
+        code, output, _ = exit_code(*command, "--exclude", layer, "--calib-method", "percentile")
+        assert code == 0
+        assert "1 fp32 + 67 int8 convolutions" in output
+        assert "only 20 calibration images" in output
+        record = read_onnx(artifacts / INT8)[2]
+        assert record["excluded"] == [layer]
+        assert record["calibration"]["method"] == "percentile"
+        assert exit_code("--verify", artifacts / INT8)[0] == 0
+
+    def test_accuracy(self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run) -> None:
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        code, output, _ = exit_code(*command, "--val", faces, "--out", tmp_path / "out")
+        assert code == 0
+        assert "verified on synthetic faces, test, 14 images by onnx:cpu" in output
+        row = report(tmp_path / "out")[FP16]["verification"]
+        assert f"accuracy {row['accuracy']:.4f}" in output
+
+    def test_labels_of_another_model(
+        self, artifacts: Path, ferplus: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        command += ["--val", ferplus, "--preset", "ferplus", "--out", tmp_path / "out"]
+        code, _, error = exit_code(*command)
+        assert code == 2
+        assert "the model's labels: Neutral" in one_line(error)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--engine", "tensorrt"),
+            ("--precision", "bf16"),
+            ("--max-batch", "0"),
+            ("--calib-images", "0"),
+            ("--input-size", "16"),
+            ("--surprise",),
+        ],
+    )
+    def test_bad_values(self, exit_code: Run, arguments: tuple[str, ...]) -> None:
+        code, _, error = exit_code(*arguments)
+        assert code == 2
+        assert error.count("\n") == 1 and "error: " in error
+
+
+class TestFailedVerification:
+    @pytest.fixture(autouse=True)
+    def strict(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nothing = verify.Threshold(0, 1, 0)
+        monkeypatch.setattr(verify, "THRESHOLDS", dict.fromkeys(verify.THRESHOLDS, nothing))
+
+    def test_it_is_kept_under_another_name(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        command = ("--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16")
+        code, output, error = exit_code(*command, "--out", out)
+        assert code == 1
+        failed = "efficientface-fp16-cpu.failed.onnx"
+        assert names(out) == {failed, "verify.npz", "report.md", "report.json"}
+        assert f"[FAILED] {failed}: " in output and "(difference " in output
+        assert f"{failed}: expected outputs like the reference" in one_line(error)
+        assert report(out)[failed]["verification"]["status"] == "FAILED"
+        assert read_onnx(out / failed)[2]["verification"]["status"] == "FAILED"
+
+        monkeypatch.undo()  # mended: the failed one goes
+        assert exit_code(*command, "--out", out)[0] == 0
+        assert names(out) == {FP16, "verify.npz", "report.md", "report.json"}
+
+    def test_no_engine_is_built_of_it(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engines, "available", lambda kind: None)
+        monkeypatch.setattr(engines, "write_engine", lambda *_: pytest.fail("an engine was built"))
+        out = tmp_path / "out"
+        code, _, _ = exit_code("--weights", artifacts / FP32, "--engine", "trt", "--out", out)
+        assert code == 1
+        assert {path.suffix for path in out.iterdir()} == {".onnx", ".npz", ".md", ".json"}
+
+    def test_the_others_are_still_made(
+        self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ["--weights", artifacts / FP32, "--engine", "onnx", "--precision", "all"]
+        command += ["--calib", faces, "--calib-images", 8]
+        code, _, error = exit_code(*command, "--out", tmp_path / "out")
+        assert code == 1
+        for precision in ("fp16", "int8"):
+            assert f"efficientface-{precision}-cpu.failed.onnx" in names(tmp_path / "out")
+            assert f"efficientface-{precision}-cpu.failed.onnx" in error
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("where", ["verify_artifact", "require_precision", "write_onnx"])
+    def test_nothing_is_left(
+        self,
+        artifacts: Path,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        where: str,
+    ) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(make, where, interrupt)
+        command = ("--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16")
+        code, _, error = exit_code(*command, "--out", tmp_path / "out")
+        assert code == 130
+        assert "interrupted" in one_line(error)
+        assert names(tmp_path / "out") == set()
+
+    def test_earlier_files_stay(
+        self, artifacts: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second write of the file is cut short: it is the old one still."""
+        before = {path.name: path.read_bytes() for path in artifacts.iterdir()}
+        calls = []
+
+        def interrupt_the_second(*arguments: Any) -> None:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            write_onnx(*arguments)
+
+        monkeypatch.setattr(make, "write_onnx", interrupt_the_second)
+        command = ("--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16")
+        code, _, _ = exit_code(*command, "--out", artifacts, "--overwrite")
+        assert code == 130
+        assert {path.name: path.read_bytes() for path in artifacts.iterdir()} == before
+
+
+@pytest.mark.usefixtures("no_gpu")
+class TestEngines:
+    def test_tensorrt_is_missing(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
+        out = tmp_path / "out"
+        command = ("--engine", "trt", "--weights", artifacts / FP32, "--max-batch", 8)
+        code, output, error = exit_code(*command, "--out", out)
+        assert code == 2
+        made = out / "efficientface-fp16-gpu.onnx"
+        assert "[ok] efficientface-fp16-gpu.onnx" in output
+        assert read_onnx(made)[2]["verification"]["status"] == "verified"
+        assert "--engine trt cannot be made here: tensorrt is not installed" in output
+        commands = [line.strip() for line in output.splitlines() if "efficientface-export" in line]
+        assert commands == [
+            f"efficientface-export --weights {made.name} --engine trt --max-batch 8",
+            f"efficientface-export --weights {made} --engine trt-rtx --max-batch 8",
+        ]
+        assert f"found the ONNX file only: {made}" in one_line(error)
+
+    def test_printed_commands_keep_the_precision(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        """An FP32 file would become an FP16 engine."""
+        command = ("--engine", "trt", "--weights", artifacts / FP32, "--precision", "fp32")
+        code, output, error = exit_code(*command, "--out", tmp_path / "out")
+        assert code == 2
+        commands = [line for line in output.splitlines() if "  efficientface-export" in line]
+        assert len(commands) == 2
+        assert all(line.endswith("--precision fp32") for line in commands)
+        # The file was there already: the commands name it where it lies.
+        assert str(artifacts / FP32) in commands[1] and str(artifacts / FP32) in error
+        assert set(report(tmp_path / "out")) == {"../artifacts/" + FP32}
+
+    def test_printed_command_works(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        command = ("--engine", "trt", "--weights", artifacts / FP32, "--out", tmp_path / "out")
+        _, output, _ = exit_code(*command)
+        (line,) = [line for line in output.splitlines() if "--engine trt-rtx" in line]
+        monkeypatch.chdir(tmp_path)
+        code, output, error = exit_code(*line.split()[1:], "--out", "out")
+        assert (code, error) == (0, "")
+        assert (tmp_path / "out" / "efficientface-fp16-gpu.rtx.engine").is_file()
+
+    def test_rtx(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        out = tmp_path / "out"
+        command = ["--engine", "trt-rtx", "--weights", artifacts / FP32, "--out", out]
+        command += ["--compute-capability", "sm89", "--max-batch", 4]
+        code, output, _ = exit_code(*command)
+        assert code == 0
+        engine = out / "efficientface-fp16-gpu.rtx.engine"
+        assert names(out) == {
+            "efficientface-fp16-gpu.onnx",
+            engine.name,
+            sidecar_path(engine).name,
+            "verify.npz",
+            "report.md",
+            "report.json",
+        }
+        assert f"[--] {engine.name}: " in output
+        assert "built, not verified here" in output
+        assert "for sm89, " in output and " kernels, built in " in output
+
+        spec, record = read_sidecar(engine)
+        assert spec.name == "test"
+        assert record["precision"] == "fp16"
+        assert record["engine"]["max_batch"] == 4
+        assert record["engine"]["parent_sha256"] == file_hash(out / "efficientface-fp16-gpu.onnx")
+        assert record["parent"]["sha256"] == file_hash(artifacts / FP32)
+        # Its own verification, not that of the ONNX file.
+        assert record["verification"]["status"] == "built, not verified here"
+        assert report(out)[engine.name]["verification"] == record["verification"]
+
+        code, _, error = exit_code("--verify", engine)
+        assert code == 2
+        assert "expected a backend that can run it" in one_line(error)
+
+        code, _, error = exit_code(*command, "--overwrite", "--require-verified")
+        assert code == 2
+        assert f"{engine.name}: expected verification" in one_line(error)
+
+    def test_from_an_fp16_file(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
+        """On a device: no FP32 file, no conversion; the reference is the stored one."""
+        pytest.importorskip("tensorrt_rtx")
+        out = tmp_path / "out"
+        command = ("--engine", "trt-rtx", "--weights", artifacts / FP16, "--out", out)
+        code, output, _ = exit_code(*command)
+        assert code == 0
+        assert "efficientface-fp16-cpu.rtx.engine" in names(out)
+        assert not [name for name in names(out) if name.endswith(".onnx")]
+        assert f"[ok] ../artifacts/{FP16}: " in output
+        stored = report(out)[f"../artifacts/{FP16}"]["verification"]
+        assert stored["max_difference"] == pytest.approx(
+            report(artifacts)[FP16]["verification"]["max_difference"], rel=0.2
+        )
+        assert (
+            read_sidecar(out / "efficientface-fp16-cpu.rtx.engine")[1]["engine"]["parent"] == FP16
+        )
+
+    def test_engine_that_computes_something_else(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As it would be on a GPU: kept under another name, with its sidecar; exit 1."""
+        pytest.importorskip("tensorrt_rtx")
+        right = make.verify_artifact
+
+        def verdict(path: Path, *rest: Any) -> verify.Verification:
+            if path.suffix == ".onnx":
+                return right(path, *rest)
+            return verify.Verification("trt-rtx", 16, "faces", 0.9, problems=("difference 0.9",))
+
+        monkeypatch.setattr(make, "verify_artifact", verdict)
+        out = tmp_path / "out"
+        command = ("--engine", "trt-rtx", "--weights", artifacts / FP16, "--out", out)
+        code, _, error = exit_code(*command)
+        assert code == 1
+        failed = "efficientface-fp16-cpu.failed.rtx.engine"
+        assert names(out) == {failed, failed + ".json", "verify.npz", "report.md", "report.json"}
+        assert read_sidecar(out / failed)[1]["verification"]["status"] == "FAILED"
+        assert failed in one_line(error)
+
+    def test_building_fails(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was made before stays, is reported, and can be verified."""
+        from efficientface_deploy.errors import ExportError
+
+        def fail(*_: Any) -> None:
+            raise ExportError("x", expected="a", found="b", fix="c")
+
+        monkeypatch.setattr(engines, "available", lambda kind: None)
+        monkeypatch.setattr(engines, "write_engine", fail)
+        out = tmp_path / "out"
+        code, _, _ = exit_code("--engine", "trt", "--weights", artifacts / FP32, "--out", out)
+        assert code == 2
+        onnx_file = "efficientface-fp16-gpu.onnx"
+        assert names(out) == {onnx_file, "verify.npz", "report.md", "report.json"}
+        assert exit_code("--verify", out / onnx_file)[0] == 0
+
+    def test_auto(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engines, "available", lambda kind: "nothing here")
+        command = ("--weights", artifacts / FP32, "--precision", "fp16")
+        code, output, _ = exit_code(*command, "--out", tmp_path / "out")
+        assert code == 0
+        assert "engine: onnx, the best that this machine can make" in output
+        assert FP16 in names(tmp_path / "out")
+
+
+class TestVerifyAgain:
+    @pytest.mark.parametrize("name", [FP32, FP16, INT8])
+    def test_good(self, artifacts: Path, exit_code: Run, name: str) -> None:
+        before = names(artifacts)
+        code, output, _ = exit_code("--verify", artifacts / name)
+        assert code == 0
+        assert output.startswith(f"[ok] {name}: ")
+        assert "verified on 16 synthetic faces by onnx:cpu" in output
+        assert names(artifacts) == before
+
+    def test_accuracy(self, artifacts: Path, faces: Path, exit_code: Run) -> None:
+        code, output, _ = exit_code("--verify", artifacts / INT8, "--val", faces)
+        assert code == 0
+        assert "     synthetic faces, test, 14 images: accuracy " in output
+
+    def test_other_outputs(self, artifacts: Path, exit_code: Run) -> None:
+        path = artifacts / FP32
+        graph, spec, record = read_onnx(path)
+        (bias,) = [w for w in graph.graph.initializer if w.name.endswith("fc.bias")]
+        values = onnx.numpy_helper.to_array(bias).copy()
+        values[3] += 0.1
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        write_onnx(graph, path, spec, record)
+        code, output, error = exit_code("--verify", path)
+        assert code == 1
+        assert output.startswith(f"[FAILED] {FP32}: ")
+        assert "expected outputs like the reference" in one_line(error)
+
+    def test_other_precision_than_it_says(self, artifacts: Path, exit_code: Run) -> None:
+        graph, spec, record = read_onnx(artifacts / FP32)
+        write_onnx(graph, artifacts / INT8, spec, {**record, "precision": "int8"})
+        code, _, error = exit_code("--verify", artifacts / INT8)
+        assert code == 2
+        assert "in int8, found 68 fp32 convolutions" in one_line(error)
+
+    def test_without_its_reference(self, artifacts: Path, exit_code: Run) -> None:
+        (artifacts / "verify.npz").unlink()
+        code, _, error = exit_code("--verify", artifacts / FP32)
+        assert code == 2
+        assert "copy the verify.npz that was exported with it" in one_line(error)
+
+    @pytest.mark.parametrize("name", ["x.onnx", "x.engine", "x.rtx.engine", "x", "."])
+    def test_no_artifact(self, tmp_path: Path, exit_code: Run, name: str) -> None:
+        code, _, error = exit_code("--verify", tmp_path / name)
+        assert code == 2
+        one_line(error)
+
+
+class TestPackagesMissing:
+    """In processes of their own, where the packages cannot be imported."""
+
+    def test_no_torch(self, artifacts: Path, faces: Path, tmp_path: Path, run_without: Any) -> None:
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
+        command += ["--calib", faces, "--calib-images", 8, "--target", "gpu"]
+        result = run_without(("torch", "torchvision"), *command, "--out", tmp_path / "out")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "68 int8 convolutions" in result.stdout
+
+    def test_neither_torch_nor_onnxruntime(
+        self, artifacts: Path, tmp_path: Path, run_without: Any
+    ) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        missing = ("torch", "torchvision", "onnxruntime")
+        command = ["--engine", "trt-rtx", "--weights", artifacts / FP16, "--out", tmp_path / "out"]
+        result = run_without(missing, *command)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.count("built, not verified here") == 2
+        assert (tmp_path / "out" / "efficientface-fp16-cpu.rtx.engine").is_file()
+
+    @pytest.mark.parametrize(
+        ("missing", "arguments", "extra"),
+        [
+            (("onnx",), ("--precision", "fp16"), "[engine]"),
+            (("onnxruntime",), ("--precision", "fp16"), "[cpu]"),
+            (("onnxconverter_common",), ("--precision", "fp16"), "[engine]"),
+        ],
+    )
+    def test_one_line_names_the_extra(
+        self,
+        artifacts: Path,
+        tmp_path: Path,
+        run_without: Any,
+        missing: tuple[str, ...],
+        arguments: tuple[str, ...],
+        extra: str,
+    ) -> None:
+        command = ("--engine", "onnx", "--weights", artifacts / FP32, *arguments)
+        result = run_without(missing, *command, "--out", tmp_path / "out")
+        assert result.returncode == 2
+        assert f"pip install 'efficientface-deploy{extra}'" in one_line(result.stderr)
+        assert missing[0].replace("_", "-") in result.stderr
+
+    def test_checkpoint_without_torch(self, student: Path, run_without: Any) -> None:
+        result = run_without(("torch",), "--engine", "onnx", "--weights", student)
+        assert result.returncode == 2
+        assert "[export,cpu]" in one_line(result.stderr)
+
+    def test_help_needs_nothing(self, run_without: Any) -> None:
+        result = run_without(("torch", "onnx", "onnxruntime", "tensorrt_rtx"), "--help")
+        assert result.returncode == 0
+        assert "--engine {onnx,trt,trt-rtx,auto}" in result.stdout
+
+
+def test_console_script(artifacts: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "efficientface_export.cli", "--verify", artifacts / FP32],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_real_weights(prototype: Path, ferplus: Path, tmp_path: Path, exit_code: Run) -> None:
+    """Published weights in the published layout: accuracy holds in every precision."""
+    command = ["--engine", "onnx", "--weights", prototype, "--preset", "ferplus"]
+    command += ["--precision", "all", "--calib", ferplus, "--val", ferplus, "--out", tmp_path]
+    code, _, _ = exit_code(*command)
+    assert code == 0
+    rows = {name: row["verification"] for name, row in report(tmp_path).items()}
+    assert {row["images"] for row in rows.values()} == {300}
+    assert rows[FP32]["accuracy"] > 0.8
+    assert rows[FP16]["agreement"] >= 0.995
+    assert rows[INT8]["agreement"] >= 0.97
+    assert abs(rows[INT8]["accuracy"] - rows[FP32]["accuracy"]) < 0.015

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
+from efficientface_deploy.errors import CheckpointError, ConfigError
+from efficientface_deploy.models import (
+    EfficientFace,
+    LabelDistributionGenerator,
+    load_checkpoint,
+    save_checkpoint,
+)
+from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.spec import ModelSpec, preset
+from training import student
+from training.student import DEFAULT, Teacher, published_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ldg() -> LabelDistributionGenerator:
+    """A ResNet-18 that tells its inputs apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LabelDistributionGenerator(7, "resnet18")
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.randn(8, 3, 48, 48))
+            model.backbone.fc.weight.mul_(10)
+    return model.eval()
+
+
+@pytest.fixture
+def save_ldg(ldg, tmp_path):
+    """Write the LDG with a changed spec."""
+
+    def save(**changes) -> Path:
+        spec = preset("rafdb").replace(architecture="resnet18", input_size=64, **changes)
+        save_checkpoint(tmp_path / "teacher.safetensors", ldg, spec)
+        return tmp_path / "teacher.safetensors"
+
+    return save
+
+
+@pytest.fixture
+def train_student(face_set: Path, tmp_path: Path):
+    """Run the command for one epoch at the smallest size."""
+
+    def run(*options: str) -> Path:
+        arguments = ["--data", str(face_set), "--input-size", "32", "--epochs", "1"]
+        arguments += ["--batch-size", "16", "--workers", "0", "--select", "last"]
+        assert student.main([*arguments, "--out", str(tmp_path / "run"), *options]) == 0
+        return tmp_path / "run/student.safetensors"
+
+    return run
+
+
+# ---- The teacher's distributions -----------------------------------------------------------------
+
+
+@pytest.fixture
+def photos() -> np.ndarray:
+    """uint8 (4, 64, 64, 3)"""
+    return np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+
+
+def as_batch(images: np.ndarray, spec: ModelSpec) -> torch.Tensor:
+    return torch.from_numpy(normalise(images, spec))
+
+
+def test_same_size_and_normalisation_is_the_network_itself(save_ldg, ldg, spec, photos):
+    teach = Teacher(save_ldg(), None, spec, CPU)
+    batch = as_batch(photos, spec)
+    with torch.no_grad():
+        expected = ldg(batch).softmax(dim=1)
+    found = teach(batch, torch.zeros(4, 7))
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad and not teach.model.training
+    assert found.std(dim=0).max() > 0.01  # the images are told apart
+
+
+@pytest.mark.parametrize("size", [64, 96, 48])
+def test_other_size_and_normalisation_are_converted(size, save_ldg, ldg, spec, photos):
+    own = {"mean": (0.3, 0.4, 0.5), "std": (0.2, 0.25, 0.3), "input_size": size}
+    teach = Teacher(save_ldg_at(save_ldg, **own), None, spec, CPU)
+    found = teach(as_batch(photos, spec), torch.zeros(4, 7))
+
+    mean, std = (torch.tensor(own[name])[:, None, None] for name in ("mean", "std"))
+    pixels = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
+    if size != 64:
+        pixels = torch.nn.functional.interpolate(
+            pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
+        )
+    with torch.no_grad():
+        expected = ldg((pixels - mean) / std).softmax(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def save_ldg_at(save_ldg, input_size: int, **changes) -> Path:
+    path = save_ldg(**changes)
+    model, spec = load_checkpoint(path)
+    save_checkpoint(path, model, spec.replace(input_size=input_size))
+    return path
+
+
+def test_teacher_of_other_labels(save_ldg, spec):
+    labels = preset("rafdb").labels
+    path = save_ldg(labels=(labels[1], labels[0], *labels[2:]))
+    with pytest.raises(CheckpointError, match=r"expected labels .*'Neutral', 'Happiness'"):
+        Teacher(path, None, spec, CPU)
+
+
+def test_teacher_of_another_colour(save_ldg, spec):
+    with pytest.raises(
+        CheckpointError, match="expected colour rgb, as the data set has, found grey"
+    ):
+        Teacher(save_ldg(colour="grey"), None, spec, CPU)
+
+
+def test_student_as_teacher(student_file, spec):
+    with pytest.raises(CheckpointError, match=r"expected an LDG .* found an EfficientFace"):
+        Teacher(student_file, None, spec, CPU)
+
+
+def test_published_ldg_needs_a_preset(ldg, spec, tmp_path):
+    path = tmp_path / "ldg.pth.tar"
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in ldg.backbone.state_dict().items()}}, path
+    )
+    with pytest.raises(CheckpointError, match="say with --preset what it was trained on"):
+        Teacher(path, None, spec, CPU)
+    assert Teacher(path, "rafdb", spec, CPU).side == [224, 224]
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def test_student_learns_from_the_teacher_alone(train_student, save_ldg, monkeypatch):
+    """With --targets ldg the labels do not reach the loss."""
+    seen = []
+    published = student.Teacher.__call__
+
+    def spy(self, images, targets):
+        seen.append(published(self, images, targets))
+        return seen[-1]
+
+    monkeypatch.setattr(student.Teacher, "__call__", spy)
+    path = train_student("--teacher", str(save_ldg()), "--preliminary")
+    assert len(seen) == 3  # 56 images in batches of 16
+    assert torch.allclose(torch.cat(seen).sum(dim=1), torch.ones(48))
+    model, spec = load_checkpoint(path)
+    assert isinstance(model, EfficientFace) and spec.preliminary
+    assert (spec.architecture, spec.input_size) == ("efficientface", 32)
+    record = json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
+    assert record["config"]["teacher"].endswith("teacher.safetensors")
+
+
+@pytest.mark.parametrize(("targets", "votes"), [("onehot", False), ("votes", True)])
+def test_targets_of_the_data_set(targets, votes, train_student, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(student, "train", lambda job, *_: jobs.append(job))
+    train_student("--targets", targets)
+    assert jobs[0].votes is votes and jobs[0].kind == "student"
+
+
+def test_ldg_without_a_teacher(train_student):
+    with pytest.raises(ConfigError, match=r"--teacher: expected an LDG's checkpoint .* found none"):
+        train_student()
+
+
+@pytest.mark.parametrize("targets", ["onehot", "votes"])
+def test_teacher_that_would_not_be_asked(targets, train_student, save_ldg):
+    with pytest.raises(ConfigError, match=f"--teacher: expected none with --targets {targets}"):
+        train_student("--targets", targets, "--teacher", str(save_ldg()))
+
+
+def test_missing_teacher(train_student, tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors.*no such file"):
+        train_student("--teacher", str(tmp_path / "none.safetensors"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_takes_the_backbone_of_a_face_recognition_network(train_student, tmp_path, caplog):
+    torch.manual_seed(5)
+    pretrained = EfficientFace(12_666).state_dict()
+    checkpoint = tmp_path / "ms1m.pth.tar"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in pretrained.items()}}, checkpoint)
+    options = ["--targets", "onehot", "--init", str(checkpoint), "--learning-rate", "0"]
+    with caplog.at_level(logging.INFO):
+        path = train_student(*options)
+    assert "took the backbone; the head starts anew" in caplog.text
+    trained = load_checkpoint(path)[0].state_dict()
+    assert trained["fc.weight"].shape == (7, 1024)
+    assert torch.equal(trained["conv5.0.weight"], pretrained["conv5.0.weight"])
+
+
+def test_init_takes_the_head_of_the_same_labels(train_student, student_file, face_set, caplog):
+    options = ["--targets", "onehot", "--init", str(student_file), "--learning-rate", "0"]
+    with caplog.at_level(logging.INFO):
+        path = train_student(*options)
+    assert "took backbone and head" in caplog.text
+    before, after = (load_checkpoint(file)[0] for file in (student_file, path))
+    assert torch.equal(before.fc.weight, after.fc.weight)
+
+
+# ---- The published recipe (facts.md) -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "rates"),
+    [
+        ("rafdb", 100, {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 0.001, 90: 0.0001}),
+        ("affectnet7", 20, {0: 0.1, 4: 0.1, 5: 0.01, 10: 0.001, 19: 0.0001}),
+        ("caers", 400, {0: 0.1, 49: 0.1, 50: 0.05, 100: 0.025, 399: 0.1 / 2**7}),
+    ],
+)
+def test_published_schedule(name, epochs, rates):
+    recipe = published_recipe(name)
+    assert recipe.epochs == epochs
+    assert {epoch: recipe.learning_rate_at(epoch) for epoch in rates} == pytest.approx(rates)
+
+
+def test_published_recipe():
+    recipe = published_recipe("rafdb")
+    assert (recipe.batch_size, recipe.loss, recipe.augmentation) == (128, "published", "published")
+    group = recipe.optimizer(EfficientFace(7)).param_groups[0]
+    settings = [group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")]
+    assert settings == [0.1, 0.9, 1e-4, False]
+    assert published_recipe("ferplus") == recipe  # not published: RAF-DB's
+
+
+def test_recipe_is_chosen_by_name(train_student, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(student, "train", lambda job, *_: jobs.append(job))
+    for options in ((), ("--recipe", "published"), ("--learning-rate", "0.3")):
+        train_student("--targets", "onehot", *options)
+    losses = [job.recipe.loss for job in jobs]
+    assert losses == ["cross-entropy", "published", "cross-entropy"]
+    assert [job.recipe.epochs for job in jobs] == [1, 1, 1]
+    assert [job.recipe.learning_rate for job in jobs] == [DEFAULT.learning_rate, 0.1, 0.3]
+
+
+# ---- Errors as the user sees them ----------------------------------------------------------------
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("training.student", ("--data", "{data}", "--out", "{out}"), "--teacher: expected an LDG"),
+        (
+            "training.teacher",
+            ("--data", "{data}", "--out", "{out}"),
+            "one batch of 64 images, found",
+        ),
+        ("training.prepare", ("ferplus", "--source", "{out}", "--out", "{out}"), "no such file"),
+        ("training.evaluate", ("--data", "{data}", "--weights", "{out}"), "{out}"),
+    ],
+)
+def test_error_is_one_line_and_exit_2(module, arguments, said, face_set, tmp_path):
+    places = {"data": str(face_set), "out": str(tmp_path / "none")}
+    result = run_module(module, *(argument.format(**places) for argument in arguments))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and said.format(**places) in result.stderr
+    assert result.stdout == "" and not (tmp_path / "none").exists()
