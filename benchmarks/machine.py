@@ -50,6 +50,8 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
     Returns:
         A JSON object; the measurement adds its own keys.
     """
+    options = dataclasses.asdict(config)
+    options.pop("out", None)  # where it was written says nothing about what was measured
     return {
         "schema": SCHEMA_VERSION,
         "kind": kind,
@@ -57,7 +59,7 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
         "machine": describe_machine(),
         "software": describe_software(),
         "git": describe_commit(),
-        "config": dataclasses.asdict(config),
+        "config": options,
     }
 
 

@@ -41,11 +41,13 @@ def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, A
     """
     path = require_file(path, "an ONNX model")
     try:
-        # Weights of ours are inside the file; a path to others is not followed.
+        # A path to weights elsewhere, which a foreign file may hold, is not followed.
         graph = onnx.load(path, load_external_data=False)
         metadata = {prop.key: prop.value for prop in graph.metadata_props}
         if not graph.graph.node:
             raise DecodeError("no nodes")
+        if any(map(onnx.external_data_helper.uses_external_data, graph.graph.initializer)):
+            raise DecodeError("its weights are in other files")
     except (DecodeError, ValueError, OSError) as error:
         raise ArtifactError(
             path,
@@ -62,7 +64,7 @@ def write_onnx(
     """Check a graph and write it, atomically, with spec and provenance in its metadata.
 
     Args:
-        graph: The graph; its metadata is replaced.
+        graph: The graph; metadata that it has is left out.
         path: Target.
         spec: The model's spec.
         provenance: How it was made, values that JSON holds.
@@ -70,11 +72,13 @@ def write_onnx(
     Raises:
         ExportError: The graph is not valid ONNX.
     """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
     onnx.helper.set_model_props(
-        graph, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
+        model, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
     )
     try:
-        onnx.checker.check_model(graph, full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
             path,
@@ -83,4 +87,4 @@ def write_onnx(
             fix="report this with the versions of torch and onnx",
         ) from None
     with atomic_path(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
+        temporary.write_bytes(model.SerializeToString())

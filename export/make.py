@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy.typing as npt
 import onnx
@@ -78,8 +78,7 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
     _failed(path).unlink(missing_ok=True)
     path = _failed(path) if verification.problems else path
     write_onnx(graph, path, source.spec, provenance)
-    quantised = precision == "int8" and job.calibration is not None
-    notes = job.calibration.warnings if quantised and job.calibration else ()
+    notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
     return path, Row.of(path, out, precision, details["arithmetic"], verification, notes)
 
 
@@ -99,7 +98,7 @@ def make_engine(job: Job, parent: Path, precision: str) -> Row:
         workspace_mib=config.workspace,
         compute_capabilities=config.compute_capabilities,
     )
-    kind: engines.Kind = "trt" if plan.engine == "trt" else "trt-rtx"
+    kind = cast(engines.Kind, plan.engine)
     with tempfile.TemporaryDirectory(dir=plan.out, prefix=".verifying-") as folder:
         candidate = engines.write_engine(parent, Path(folder, path.name), kind, options)
         spec, provenance = read_sidecar(candidate)

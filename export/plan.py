@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 from efficientface_deploy.errors import ConfigError
 
@@ -64,7 +65,7 @@ def _choose_engine(config: ExportConfig) -> tuple[str, str]:
     engine = config.engine
     if engine == "auto":
         kinds = engines.SUFFIXES if config.target != "cpu" else ()
-        engine = next((kind for kind in kinds if not _reason_against(kind)), "onnx")
+        engine = next((kind for kind in kinds if not _why_not(kind)), "onnx")
         print(f"engine: {engine}, the best that this machine can make")
         return engine, ""
     if engine == "onnx":
@@ -76,12 +77,13 @@ def _choose_engine(config: ExportConfig) -> tuple[str, str]:
             found="cpu",
             fix="leave --target out, or use --engine onnx",
         )
-    reason = _reason_against(engine)
+    reason = _why_not(engine)
     return engine, f"--engine {engine} cannot be made here: {reason}" if reason else ""
 
 
-def _reason_against(engine: str) -> str | None:
-    return engines.available("trt" if engine == "trt" else "trt-rtx")
+def _why_not(engine: str) -> str | None:
+    """Why an engine cannot be made here; None when it can."""
+    return engines.available(cast(engines.Kind, engine))
 
 
 def _choose_target(config: ExportConfig, source: Source, engine: str) -> str:

@@ -68,7 +68,7 @@ def network(
         targets = torch.nn.functional.one_hot(torch.from_numpy(labels), 7).float()
         kernel = centred @ centred.T + 3 * torch.eye(len(samples))  # ridge regression
         weight = torch.linalg.solve(kernel, targets - targets.mean(dim=0)).T @ centred  # (7, 1024)
-        weight *= 0.6 / (centred @ weight.T).std()
+        weight *= 0.4 / (centred @ weight.T).std()
         model.fc.weight.copy_(weight)
         model.fc.bias.copy_(-weight @ mean)
     return model
@@ -98,8 +98,9 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def images(faces: Path, small_spec: ModelSpec) -> np.ndarray:
     """Forty of these faces as the model takes them: uint8 (40, 64, 64, 3)."""
-    samples = read_dataset(faces).split("train")[:40]
-    return next(iter(iterate_batches(samples, small_spec, 40)))[0]
+    samples = read_dataset(faces).split("train")  # sorted by class
+    chosen = [samples[index] for index in np.linspace(0, len(samples) - 1, 40).astype(int)]
+    return next(iter(iterate_batches(chosen, small_spec, 40)))[0]
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +124,22 @@ def artifacts(exported: Path, tmp_path: Path) -> Path:
 def graph(exported: Path) -> onnx.ModelProto:
     """The FP32 graph of :func:`student`."""
     return onnx.load(exported / "efficientface-fp32-cpu.onnx")
+
+
+@pytest.fixture(scope="session")
+def grey_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
+    """The same network for a grey spec."""
+    from efficientface_export.trace import trace
+
+    return trace(network, small_spec.replace(colour="grey"))
+
+
+@pytest.fixture(scope="session")
+def float_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
+    """The same network with ``--float-input``."""
+    from efficientface_export.trace import trace
+
+    return trace(network, small_spec, float_input=True)
 
 
 @pytest.fixture(scope="session")

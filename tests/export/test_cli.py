@@ -207,8 +207,14 @@ class TestOptions:
         assert "expected a folder, found a file" in one_line(error)
 
     def test_float_input(
-        self, student: Path, network: Any, small_spec: Any, tmp_path: Path, exit_code: Run
+        self,
+        student: Path,
+        float_graph: onnx.ModelProto,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(trace_module, "trace", lambda *_, float_input: float_graph)
         command = ("--engine", "onnx", "--weights", student, "--precision", "fp16")
         code, output, _ = exit_code(*command, "--float-input", "--out", tmp_path)
         assert code == 0

@@ -50,8 +50,7 @@ def test_every_tensor_of_the_network_is_measured(
     convolutions = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
     for node in convolutions:
         assert {node.output[0], *node.input} <= set(found)
-    assert max(found, key=lambda name: found[name] if "_to_copy" in name else 0.0)
-    assert 255.0 in found.values()  # the picture after its cast
+    assert images[:4].max() in found.values()  # the picture after its cast
 
 
 def test_minmax_takes_the_largest_magnitude() -> None:

@@ -161,6 +161,7 @@ class TestArtifact:
         for precision in THRESHOLDS:
             path = exported / f"efficientface-{precision}-cpu.onnx"
             found = verify_artifact(path, logits, test_set, precision)
+            assert found.problems == ()
             assert found.status == "verified"
             assert (found.runner, found.images) == ("onnx:cpu", 40)
             assert found.accuracy == score_artifact(path, test_set)["accuracy"]

@@ -40,7 +40,9 @@ def test_log_gets_a_plain_line_now_and_then(clock, capsys):
 
 ON_A_TERMINAL = """
 import time
+from training import progress
 from training.progress import TrainingProgress
+progress.LOG_SECONDS = 0
 with TrainingProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
     time.sleep(0.05)
     shown.update(10, loss=1.5)
@@ -64,6 +66,7 @@ def test_terminal_gets_one_live_line():
     text = seen.decode()
     line = r" epoch 1/1, step 10/50: loss 1\.5000, \d+ images/s, \d+ s left"
     assert re.search(line, text)
+    assert not re.search(r"[^ ]epoch 1/1, step", text)  # no plain line, which has no bar before it
     shown, _, after = text.rpartition("\x1b[2K")  # erased before what follows
     assert re.search(line, shown) and after.strip().endswith("done") and "epoch" not in after
 

@@ -291,6 +291,11 @@ def test_large_batches_are_split_and_put_together_in_order(max_batch, count, bat
     assert output.probabilities.shape == (count, 7)
 
 
+def test_a_library_is_given_contiguous_images():
+    output = counting(max_batch=2).infer(levels(8)[::-2, :, ::-1])
+    assert output.logits[:, 0].tolist() == [7, 5, 3, 1]
+
+
 def test_close_happens_once():
     backend = counting()
     backend.close()
