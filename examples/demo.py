@@ -24,7 +24,7 @@ COMMANDS = {
         f"python -m training.prepare synthetic --train 2000 --test 350 --out {FACES}",
     ],
     "a teacher (LDG) and a student (EfficientFace) on it": [
-        f"python -m training.teacher --data {FACES} --arch resnet18 --input-size 64 --epochs 4 "
+        f"python -m training.teacher --data {FACES} --arch resnet18 --input-size 64 --epochs 3 "
         f"--batch-size 32 --learning-rate 0.02 --select last --out {LDG}",
         f"python -m training.student --data {FACES} --teacher {LDG}/teacher.safetensors "
         f"--input-size 64 --epochs 6 --batch-size 16 --learning-rate 0.05 "
