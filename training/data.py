@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -38,10 +39,9 @@ def published_augmentation(spec: ModelSpec) -> Augmentation:
 def default_augmentation(spec: ModelSpec) -> Augmentation:
     """Milder: the whole face stays in the picture; small turns, shifts, sizes and light."""
     fill = [round(255 * mean) for mean in spec.mean]
-    side = (spec.input_size, spec.input_size)
     augmentation: Augmentation = transforms.Compose(
         [
-            transforms.Resize(side),
+            functools.partial(_at_model_size, spec=spec),
             transforms.RandomHorizontalFlip(),
             transforms.RandomAffine(
                 degrees=15,
@@ -54,6 +54,11 @@ def default_augmentation(spec: ModelSpec) -> Augmentation:
         ]
     )
     return augmentation
+
+
+def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
+    """The runtime's own resize, so that turning and shifting see the model's pixels."""
+    return Image.fromarray(resize(image, spec))
 
 
 AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
