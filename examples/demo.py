@@ -46,7 +46,7 @@ COMMANDS = {
     "latency of what was made": [
         f"python benchmarks/latency.py {ARTIFACTS}/efficientface-fp32-cpu.onnx "
         f"{ARTIFACTS}/efficientface-int8-cpu.onnx {STUDENT}/student.safetensors "
-        f"--batch 1 --out {BENCHMARK}",
+        f"--batch 1 --seconds 1 --out {BENCHMARK}",
     ],
 }
 
