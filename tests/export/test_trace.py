@@ -123,7 +123,10 @@ def test_batch_norms_are_folded(graph: onnx.ModelProto) -> None:
 
 
 def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
-    content = (exported / "efficientface-fp32-cpu.onnx").read_bytes()
+    model = onnx.load(exported / "efficientface-fp32-cpu.onnx")
+    for weights in model.graph.initializer:
+        weights.ClearField("raw_data")  # five million arbitrary bytes hold any short text
+    content = model.SerializeToString()
     for secret in (str(Path.home()), str(Path(torch.__file__).parent), str(Path.cwd()), ".py"):
         assert secret.encode() not in content
     assert not re.search(rb"/[a-z_]+/[a-z_]+/", content)
