@@ -83,6 +83,7 @@ class TestThresholds:
         assert found.agreement is not None and found.agreement < 0.5
         assert found.problems == ()
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinity divided by infinity
     @pytest.mark.parametrize("precision", THRESHOLDS)
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_not_finite(self, precision: str, bad: float) -> None:
