@@ -161,9 +161,9 @@ def _conclude(config: ExportConfig, plan: Plan, rows: Sequence[Row], made: Seque
 def _finish(kind: str, weights: Path, config: ExportConfig, precision: str) -> str:
     """The command that makes the engine of an ONNX file that is there."""
     targets = config.compute_capabilities if kind == "trt-rtx" else ()
-    command = rebuild_command(kind, weights, config.max_batch, compute_capabilities=targets)
-    # An engine is FP16 unless it is said, or its ONNX file says otherwise.
-    return command + (" --precision fp32" if precision == "fp32" else "")
+    return rebuild_command(
+        kind, weights, config.max_batch, precision=precision, compute_capabilities=targets
+    )
 
 
 def _wrong_outputs(names: Sequence[str], fix: str) -> VerificationError:

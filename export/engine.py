@@ -252,7 +252,8 @@ def write_engine(
     engine = build_engine(onnx_path, kind, options)
     with atomic_path(out_path) as temporary:
         temporary.write_bytes(engine.plan)
-        record = _record(engine, onnx_path, kind, options, file_hash(temporary))
+        precision = str(provenance.get("precision", "fp32"))
+        record = _record(engine, onnx_path, kind, precision, options, file_hash(temporary))
         content = {**provenance, **(extra_provenance or {}), "engine": record}
         # Before the engine takes its name: a pair of different builds is refused by its hash.
         write_sidecar(out_path, spec, content)
@@ -479,13 +480,19 @@ def _check_target(path: Path, kind: str, overwrite: bool) -> None:
 
 
 def _record(
-    engine: BuiltEngine, parent: Path, kind: str, options: EngineOptions, sha256: str
+    engine: BuiltEngine,
+    parent: Path,
+    kind: str,
+    precision: str,
+    options: EngineOptions,
+    sha256: str,
 ) -> dict[str, Any]:
     """What the sidecar says of the engine."""
     rebuild = rebuild_command(
         kind,
         Path(parent.name),
         options.max_batch,
+        precision=precision,
         compute_capabilities=options.compute_capabilities,
     )
     return {

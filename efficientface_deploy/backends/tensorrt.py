@@ -152,6 +152,7 @@ def rebuild_command(
     weights: Path,
     max_batch: int,
     *,
+    precision: str,
     compute_capabilities: Sequence[str] = (),
     out: Path | None = None,
 ) -> str:
@@ -161,11 +162,15 @@ def rebuild_command(
         kind: ``trt`` or ``trt-rtx``.
         weights: The ONNX file that it was built from.
         max_batch: Largest batch.
+        precision: The engine's.
         compute_capabilities: Targets, for ``trt-rtx``; empty for its default.
         out: Folder of an engine that the new one is to replace.
     """
     words = ["efficientface-export", "--weights", str(weights), "--engine", kind]
     words += ["--max-batch", str(max_batch)]
+    if precision == "fp32":
+        # An engine of an FP32 file is FP16 unless it is said; other files say it themselves.
+        words += ["--precision", precision]
     if compute_capabilities:
         words += ["--compute-capability", ",".join(compute_capabilities)]
     if out is not None:
@@ -250,10 +255,12 @@ class TensorRTBackend(Backend):
         super().__init__(path, options)
         self._turn = threading.Lock()
         self._session: _Session | None = None
+        self._precision = ""
 
     def _open(self) -> None:
         spec, provenance = read_sidecar(self.path)
         record = EngineRecord.from_provenance(provenance, self.path)
+        self._precision = str(provenance.get("precision", ""))
         self._check_kind(record)
         module = load_library(self.kind)
         self._check_version(record, version_of(module))
@@ -309,6 +316,7 @@ class TensorRTBackend(Backend):
             self.kind,
             weights,
             record.max_batch,
+            precision=self._precision,
             compute_capabilities=targets,
             out=self.path.parent,
         )

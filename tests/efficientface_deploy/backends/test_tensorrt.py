@@ -567,8 +567,14 @@ def test_covers(built: tuple[str, ...], here: str, covered: bool) -> None:
     assert EngineRecord("tensorrt", "10.3", built, "m.onnx", 1).covers(here) is covered
 
 
+@pytest.mark.parametrize(("precision", "said"), [("fp32", True), ("fp16", False), ("int8", False)])
+def test_rebuild_command_keeps_the_precision(precision: str, said: bool) -> None:
+    command = rebuild_command("trt", Path("model.onnx"), 8, precision=precision)
+    assert ("--precision fp32" in command) == said
+
+
 def test_rebuild_command_is_quoted() -> None:
-    command = rebuild_command("trt", Path("my model.onnx"), 8, out=Path("a b"))
+    command = rebuild_command("trt", Path("my model.onnx"), 8, precision="fp16", out=Path("a b"))
     assert command == (
         "efficientface-export --weights 'my model.onnx' --engine trt --max-batch 8 "
         "--out 'a b' --overwrite"
