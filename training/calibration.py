@@ -58,7 +58,7 @@ def fold_temperature(model: nn.Module, temperature: float) -> None:
         model: A network whose last layer is ``fc``, changed in place.
         temperature: From :func:`fit_temperature`.
     """
-    head = model.get_submodule("fc")
+    head = next(m for name, m in model.named_modules() if name.split(".")[-1] == "fc")
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
         head.weight.div_(temperature)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -75,7 +75,7 @@ def train(
         InterruptError: The user stopped it; the state is saved.
         ConfigError: The loss is not finite.
     """
-    trainer = _Trainer(job, model, images, teach, ranks)
+    trainer = Trainer(job, model, images, teach, ranks)
     progress = trainer.start()
     data_hash = image_list_hash(images.samples, job.dataset.root)
     if ranks.is_first:
@@ -148,7 +148,7 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
     )
 
 
-class _Trainer:
+class Trainer:
     """The network and what changes with it in every step."""
 
     def __init__(
@@ -168,11 +168,12 @@ class _Trainer:
 
         if config.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self.model: nn.Module = model.to(memory_format=torch.channels_last).to(ranks.device)
+        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model: nn.Module = model.to(memory_format=self.format).to(ranks.device)
         self.optimizer = recipe.optimizer(self.model)
         self.average = None
         if recipe.ema:
-            average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+            average = _moving_average(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.amp = _AMP_TYPES.get(config.amp)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
@@ -238,7 +239,7 @@ class _Trainer:
         recipe, device = self.job.recipe, self.ranks.device
         dtype = next(self.model.parameters()).dtype
         images = images.to(
-            device, dtype, non_blocking=True, memory_format=torch.channels_last
+            device, dtype, non_blocking=True, memory_format=self.format
         )  # (N, 3, S, S)
         targets = targets.to(device, dtype, non_blocking=True)  # (N, C)
         distribution = self.teach(images, targets)  # (N, C)
@@ -266,6 +267,20 @@ class _Trainer:
         return np.concatenate([part[0] for part in parts]), np.concatenate(
             [part[1] for part in parts]
         )
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An average that forgets faster at first, so that the first weights soon have no share.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage.
+    """
+
+    def update(averages: Any, weights: Any, steps: Any) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
+
+    return update
 
 
 def predict(

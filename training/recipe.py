@@ -35,7 +35,8 @@ class Recipe:
         step_epochs: Epochs between two steps.
         decay: Factor of a step.
         ema: Decay per step of the moving average of the weights, which is then what is judged and
-            kept; 0 keeps the weights themselves.
+            kept; smaller at first, so that short runs do not keep their first weights; 0 keeps
+            the weights themselves.
         temperature: The teacher's distributions are softened by it; 1 as published.
         ldg_share: Weight of the LDG in ``--targets ldg+onehot`` and ``ldg+votes``, 0 to 1.
         views: Augmented views of every image for which the teacher is asked once, before the

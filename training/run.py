@@ -64,6 +64,7 @@ class TrainConfig:
     workers: int = option(1, minimum=0, help="processes that load images, per rank")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     amp: str = option("off", choices=("off", "bf16", "fp16"), help="mixed precision")
+    channels_last: bool = option(True, help="memory format of images and weights")
     compile: bool = option(False, help="torch.compile the network")
     sync_batch_norm: bool = option(False, help="batch norm over all GPUs of a torchrun")
     save_minutes: float = option(5.0, minimum=0, help="time between two saved states")

@@ -84,6 +84,7 @@ class Teacher:
                 found="an EfficientFace",
                 fix="give the teacher's checkpoint",
             )
+        self.path = path
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device
         self.side = [own.input_size, own.input_size]
