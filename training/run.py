@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import platform
 import subprocess
@@ -210,8 +211,10 @@ def save_state(job: Job, parts: dict[str, Any], progress: Progress) -> None:
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"identity": job.identity(), "progress": dataclasses.asdict(progress)}
+    encoded = io.BytesIO()  # torch reports a full disk as an error of its own, not as OSError
+    torch.save(state, encoded)
     with atomic_path(job.state) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def restore_state(job: Job, parts: dict[str, Any], device: torch.device) -> Progress:

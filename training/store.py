@@ -131,8 +131,9 @@ def _write_store(
         "distributions": np.stack(done),  # (views, N, C)
         "seeds": np.array(seeds, dtype=np.int64),  # (views, N)
     }
+    encoded = safetensors.numpy.save(content, {BINDING_KEY: json.dumps(binding)})
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(content, temporary, {BINDING_KEY: json.dumps(binding)})
+        temporary.write_bytes(encoded)
 
 
 def _read_store(path: Path, images: TrainingImages, binding: Mapping[str, str]) -> list[np.ndarray]:

@@ -126,8 +126,9 @@ def save_checkpoint(
         for key, value in model.state_dict().items()
     }
     metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: provenance}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=metadata)
+    encoded = safetensors.torch.save(state, metadata)
+    with atomic_path(path) as temporary:  # a full disk is an OSError here, which commands report
+        temporary.write_bytes(encoded)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
