@@ -29,6 +29,7 @@ from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.preprocess import load_image
 from training.sources.ferplus import FerPlusConfig, prepare_ferplus
 from training.sources.preparation import Face, Preparation, Published, check_every_class
+from training.sources.rafdb import RafDbConfig, prepare_rafdb
 from training.sources.synthetic import SyntheticConfig, prepare_synthetic
 
 Counts = Counter[tuple[str, int]]
@@ -38,6 +39,7 @@ _SHOWN = 20  # damaged images that are named one by one
 _JPEG_START = b"\xff\xd8\xff"
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Preparation], str]] = {
+    "rafdb": (RafDbConfig, prepare_rafdb, "RAF-DB (basic), from its official files"),
     "ferplus": (FerPlusConfig, prepare_ferplus, "FER+, from its native layout"),
     "synthetic": (SyntheticConfig, prepare_synthetic, "the embedded synthetic faces"),
 }
