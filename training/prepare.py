@@ -27,6 +27,7 @@ from efficientface_deploy.command import (
 from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX, read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.preprocess import load_image
+from training.sources.affectnet import AffectNetConfig, prepare_affectnet
 from training.sources.ferplus import FerPlusConfig, prepare_ferplus
 from training.sources.preparation import Face, Preparation, Published, check_every_class
 from training.sources.rafdb import RafDbConfig, prepare_rafdb
@@ -41,6 +42,7 @@ _JPEG_START = b"\xff\xd8\xff"
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Preparation], str]] = {
     "rafdb": (RafDbConfig, prepare_rafdb, "RAF-DB (basic), from its official files"),
     "ferplus": (FerPlusConfig, prepare_ferplus, "FER+, from its native layout"),
+    "affectnet": (AffectNetConfig, prepare_affectnet, "AffectNet, either release"),
     "synthetic": (SyntheticConfig, prepare_synthetic, "the embedded synthetic faces"),
 }
 
