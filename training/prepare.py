@@ -28,7 +28,9 @@ from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PR
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.preprocess import load_image
 from training.sources.affectnet import AffectNetConfig, prepare_affectnet
+from training.sources.caers import CaersConfig, prepare_caers
 from training.sources.ferplus import FerPlusConfig, prepare_ferplus
+from training.sources.folders import FoldersConfig, prepare_folders
 from training.sources.preparation import Face, Preparation, Published, check_every_class
 from training.sources.rafdb import RafDbConfig, prepare_rafdb
 from training.sources.synthetic import SyntheticConfig, prepare_synthetic
@@ -43,6 +45,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Preparation], str]] = {
     "rafdb": (RafDbConfig, prepare_rafdb, "RAF-DB (basic), from its official files"),
     "ferplus": (FerPlusConfig, prepare_ferplus, "FER+, from its native layout"),
     "affectnet": (AffectNetConfig, prepare_affectnet, "AffectNet, either release"),
+    "caers": (CaersConfig, prepare_caers, "CAER-S, from its class folders"),
+    "folders": (FoldersConfig, prepare_folders, "your own images, a folder for each class"),
     "synthetic": (SyntheticConfig, prepare_synthetic, "the embedded synthetic faces"),
 }
 
