@@ -222,7 +222,7 @@ def test_incomplete_sources(first_release, newer_release, as_folder, refusal, tm
 
     few = {name: data for name, data in newer_release.items() if "/4_exp" not in name}
     error = refusal("affectnet", as_folder(tmp_path / "few", few))
-    assert "expected images of each class in train, found none of Fear; " in error
+    assert f"{tmp_path}/few: expected images of each class in train, found none of Fear; " in error
 
     error = refusal("affectnet", as_folder(tmp_path / "other", {"train/0/a.jpg": b"x"}))
     assert "expected training.csv with Manually_Annotated_Images, or train_set" in error
@@ -242,6 +242,18 @@ def test_newer_release(classes, newer_release, lay_out, prepared, labelled, caps
     for sample in dataset.split("train"):
         assert sample.path.read_bytes() == newer_release[f"train_set/images/{sample.path.name}"]
     assert capsys.readouterr().err == ""
+
+
+def test_numbers_are_mapped_by_name(
+    newer_release, as_folder, prepared, labelled, monkeypatch, tmp_path
+):
+    spec = preset("affectnet8")
+    turned = spec.replace(labels=spec.labels[::-1])
+    monkeypatch.setattr(affectnet_source, "preset", lambda name: turned)
+    dataset = prepared("affectnet", as_folder(tmp_path / "source", newer_release), "--classes", "8")
+    assert dataset.labels[0] == "Contempt"
+    train = {f"{number}.jpg": number for number in OFFICIAL}
+    assert labelled(dataset, "train") == expected(train, 8)
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.float32(3), "3", b"3", ["3"]])

@@ -147,7 +147,9 @@ def test_class_without_an_image(native, as_folder, refusal, tmp_path):
     kept = [line for line in native[LIST].decode().splitlines() if "test_0003" not in line]
     native[LIST] = "\n".join(kept).encode()
     error = refusal("rafdb", as_folder(tmp_path / "basic", native))
-    assert "expected images of each class in test, found none of Sadness; " in error
+    # Of the list, that is: before any image is read.
+    said = "list_patition_label.txt: expected images of each class in test, found none of Sadness; "
+    assert said in error
 
 
 def test_class_without_a_sound_image(native, as_folder, refusal, tmp_path):
