@@ -53,6 +53,7 @@ def test_preset_gives_the_normalisation(native, as_folder, prepared, tmp_path):
     source = as_folder(tmp_path / "mine", native)
     dataset = prepared("folders", source, "--preset", "caers")
     assert dataset.spec.mean == preset("caers").mean and dataset.spec.labels == CLASSES
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["face_crop"] == "as-is"
     for name in PRESETS:
         assert prepared("folders", source, "--preset", name, "--overwrite").preset == name
 
