@@ -14,7 +14,14 @@ VERSION = re.search(
 
 CPU = ["onnxruntime>=1.18"]
 TORCH = ["torch>=2.6", "torchvision>=0.21", "safetensors>=0.4"]
-TRAIN = [*TORCH, "torchmetrics>=1.4", "tensorboard>=2.16", "matplotlib>=3.8", "rich>=13.7"]
+TRAIN = [
+    *TORCH,
+    "captum>=0.9",
+    "matplotlib>=3.8",
+    "rich>=13.7",
+    "tensorboard>=2.16",
+    "torchmetrics>=1.4",
+]
 EXPORT = ["onnx>=1.16", "onnxconverter-common>=1.14"]
 TRT_RTX = [
     "tensorrt-rtx-cu12-libs>=1.2",

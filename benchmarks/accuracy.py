@@ -51,7 +51,10 @@ class AccuracyConfig:
         help="model files or folders (default: the bundled models and those under artifacts/)",
     )
     preset: str | None = option(
-        None, metavar="NAME", help="what numbered folders mean, without dataset.json"
+        None,
+        metavar="NAME",
+        help="what numbered folders mean, without dataset.json, and what published checkpoints "
+        "were trained on",
     )
     split: str | None = option(
         None, metavar="NAME", help="default: validation where there is one, else test"
@@ -93,7 +96,8 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
     split = config.split or dataset.evaluation_split()
     samples = dataset.split(split)
     result = new_result("accuracy", config)
-    with open_contenders(find_models(config.models), backends) as (opened, absent):
+    models = find_models(config.models)
+    with open_contenders(models, backends, preset=config.preset) as (opened, absent):
         contenders, strangers = with_labels_of(dataset, opened)
         absent += strangers
         require_contenders(contenders, absent)

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT
 from efficientface_deploy.artifact import (
+    carries_spec,
     file_hash,
     read_safetensors_metadata,
     spec_from_metadata,
@@ -157,7 +158,10 @@ def find_models(given: Sequence[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def open_contenders(
-    paths: Sequence[Path], backends: Sequence[str], threads: Sequence[int | None] = (None,)
+    paths: Sequence[Path],
+    backends: Sequence[str],
+    threads: Sequence[int | None] = (None,),
+    preset: str | None = None,
 ) -> Iterator[tuple[list[Contender], list[Absent]]]:
     """Open every model on every backend that runs it here; close them all at the end.
 
@@ -165,6 +169,7 @@ def open_contenders(
         paths: Model files.
         backends: From :func:`choose_backends`.
         threads: Numbers of CPU threads; a model on a CPU is opened once for each.
+        preset: What published checkpoints were trained on, which they do not say themselves.
 
     Yields:
         What opened, in the order of ``paths``, and what did not.
@@ -177,6 +182,7 @@ def open_contenders(
         for path in paths:
             try:
                 family = resolve_backend(path)[0]
+                meaning = None if carries_spec(path) else preset
             except EfficientFaceError as error:
                 absent.append(Absent("", names[path], one_line(error)))
                 continue
@@ -185,7 +191,8 @@ def open_contenders(
                     continue
                 try:
                     for count in threads if backend in _CPU_BACKENDS else (None,):
-                        predictor = stack.enter_context(load(path, backend=backend, threads=count))
+                        opened = load(path, backend=backend, threads=count, preset=meaning)
+                        predictor = stack.enter_context(opened)
                         contenders.append(Contender(names[path], predictor, count))
                 except CANNOT_RUN as error:
                     absent.append(Absent(backend, names[path], one_line(error)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.spec import PRESETS, ModelSpec
 
 SPEC_KEY = "efficientface.spec"
 PROVENANCE_KEY = "efficientface.provenance"
@@ -21,6 +21,9 @@ PROVENANCE_KEY = "efficientface.provenance"
 UINT8_INPUT = "image"  # uint8 (N, S, S, 3), RGB
 FLOAT_INPUT = "input"  # float32 (N, 3, S, S), normalised
 OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
+
+# Published checkpoints; none of them says what its outputs mean.
+TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
 
@@ -96,6 +99,33 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
             found="something else or a truncated one",
             fix="copy it again, or train it again with python -m training.student",
         ) from None
+
+
+def carries_spec(path: str | Path) -> bool:
+    """Whether a model file says itself what its outputs mean; published checkpoints do not.
+
+    Raises:
+        ArtifactError: A ``*.safetensors`` file is missing or damaged.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return SPEC_KEY in read_safetensors_metadata(path)
+    return path.suffix not in TORCH_SUFFIXES
+
+
+def require_preset(path: str | Path, preset_name: str | None) -> None:
+    """Ask for a preset where a model file does not say what its outputs mean.
+
+    Raises:
+        ArtifactError: It does not, and no preset is given; or as :func:`carries_spec`.
+    """
+    if preset_name is None and Path(path).is_file() and not carries_spec(path):
+        raise ArtifactError(
+            path,
+            expected="--preset, since this checkpoint does not say what its outputs mean",
+            found="none",
+            fix="add --preset " + ", ".join(PRESETS),
+        )
 
 
 def spec_from_metadata(metadata: Mapping[str, str], path: str | Path) -> ModelSpec:

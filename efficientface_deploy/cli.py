@@ -30,6 +30,7 @@ class PredictConfig:
     )
     model: Path | None = option(None, help="model file; default: the bundled model")
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
+    preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
     json: bool = option(False, help="print one JSON object a line")
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         PredictConfig, argv, prog="efficientface-predict", description=__doc__ or ""
     )
     unreadable = 0
-    with load(config.model, backend=config.backend, threads=config.threads) as predictor:
+    with load(
+        config.model, backend=config.backend, threads=config.threads, preset=config.preset
+    ) as predictor:
         if not config.json:
             print(predictor, file=sys.stderr)
         for name in find_images(config.images):

@@ -6,6 +6,7 @@ probabilities are rows that sum to one. Sums are taken in float64, whatever come
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,41 @@ def per_class_recall(
     return _ratio(np.diagonal(counts), counts.sum(axis=1))
 
 
+def per_class_precision(
+    labels: IndexArray, predictions: IndexArray, num_classes: int
+) -> npt.NDArray[np.float64]:
+    """Share of the images predicted as each class that are of it.
+
+    Args:
+        labels: Integers (N,), 0 to C - 1.
+        predictions: Integers (N,), 0 to C - 1.
+        num_classes: C.
+
+    Returns:
+        float64 (C,), 0 to 1; NaN for a class that is never predicted.
+    """
+    counts = confusion_matrix(labels, predictions, num_classes)
+    return _ratio(np.diagonal(counts), counts.sum(axis=0))
+
+
+def per_class_f1(
+    labels: IndexArray, predictions: IndexArray, num_classes: int
+) -> npt.NDArray[np.float64]:
+    """F1 = 2 TP / (2 TP + FP + FN) of each class.
+
+    Args:
+        labels: Integers (N,), 0 to C - 1.
+        predictions: Integers (N,), 0 to C - 1.
+        num_classes: C.
+
+    Returns:
+        float64 (C,), 0 to 1; NaN for a class that is neither labelled nor predicted anywhere.
+    """
+    return _f1(confusion_matrix(labels, predictions, num_classes))
+
+
 def macro_f1(labels: IndexArray, predictions: IndexArray, num_classes: int) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), every class weighing the same.
+    """Mean over classes of F1, every class weighing the same.
 
     A class that is neither labelled nor predicted anywhere is left out of the mean, as torchmetrics
     and scikit-learn do; one that is labelled but never predicted, or the other way, counts as 0.
@@ -82,10 +116,95 @@ def macro_f1(labels: IndexArray, predictions: IndexArray, num_classes: int) -> f
     Returns:
         0 to 1.
     """
+    return float(np.nanmean(per_class_f1(labels, predictions, num_classes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BootstrapIntervals:
+    """What accuracy and macro-F1 might have been on another sample of as many images.
+
+    Attributes:
+        accuracy: Lower and upper end.
+        macro_f1: Lower and upper end.
+    """
+
+    accuracy: tuple[float, float]
+    macro_f1: tuple[float, float]
+
+
+def bootstrap_intervals(
+    labels: IndexArray,
+    predictions: IndexArray,
+    num_classes: int,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> BootstrapIntervals:
+    """Percentile bootstrap intervals over images (Efron 1979).
+
+    Both figures depend on the confusion matrix alone, and drawing N images with replacement draws
+    its cells from a multinomial distribution: that is what is drawn.
+
+    Args:
+        labels: Integers (N,), 0 to C - 1.
+        predictions: Integers (N,), 0 to C - 1.
+        num_classes: C.
+        resamples: How many samples of N images are drawn.
+        level: Share of the resamples that the interval holds.
+        seed: Of the draws.
+    """
     counts = confusion_matrix(labels, predictions, num_classes)
-    # Row sum = TP + FN, column sum = TP + FP.
-    f1 = _ratio(2 * np.diagonal(counts), counts.sum(axis=1) + counts.sum(axis=0))
-    return float(np.nanmean(f1))
+    generator = np.random.default_rng(seed)
+    images = int(counts.sum())
+    drawn = generator.multinomial(images, counts.ravel() / images, size=resamples)
+    drawn = drawn.reshape(resamples, num_classes, num_classes)
+    accuracies = np.trace(drawn, axis1=1, axis2=2) / images  # (resamples,)
+    f1 = np.nanmean(_f1(drawn), axis=1)  # (resamples,)
+    ends = (0.5 - level / 2, 0.5 + level / 2)
+    low, high = np.quantile(np.stack((accuracies, f1)), ends, axis=1)  # (2,) each
+    return BootstrapIntervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReliabilityBins:
+    """Confidence beside accuracy, in B bins of equal width from 0 to 1.
+
+    Attributes:
+        confidence: Mean probability of the predicted class, float64 (B,); NaN in an empty bin.
+        accuracy: Share of right predictions, float64 (B,); NaN in an empty bin.
+        count: Images, int64 (B,).
+    """
+
+    confidence: npt.NDArray[np.float64]
+    accuracy: npt.NDArray[np.float64]
+    count: npt.NDArray[np.int64]
+
+
+def reliability_bins(
+    probabilities: FloatArray, labels: IndexArray, bins: int = 15
+) -> ReliabilityBins:
+    """Sort the images by the probability of the predicted class into ((b - 1) / B, b / B].
+
+    Args:
+        probabilities: Floats (N, C).
+        labels: Integers (N,), 0 to C - 1.
+        bins: Number of bins B.
+    """
+    _check_probabilities(probabilities)
+    predictions = probabilities.argmax(axis=1)
+    _check_indices(labels, predictions, probabilities.shape[1])
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
+    # NaN is sorted behind all numbers: it falls into the last bin and stays NaN there.
+    bin_of = np.searchsorted(inner_edges, confidence, side="left")  # (N,)
+    count = np.bincount(bin_of, minlength=bins).astype(np.int64)
+    right = np.bincount(bin_of, weights=predictions == labels, minlength=bins)
+    return ReliabilityBins(
+        confidence=_ratio(np.bincount(bin_of, weights=confidence, minlength=bins), count),
+        accuracy=_ratio(right, count),
+        count=count,
+    )
 
 
 def expected_calibration_error(
@@ -93,9 +212,7 @@ def expected_calibration_error(
 ) -> float:
     """How far a network's confidence is from its accuracy (ECE; Guo et al. 2017, equation 3).
 
-    The images are sorted into bins of equal width by the probability of the predicted class,
-    ((b - 1) / bins, b / bins]; ECE is the mean over images of |accuracy - mean confidence| of
-    their bin.
+    The mean over images of |accuracy - mean confidence| of their bin.
 
     Args:
         probabilities: Floats (N, C).
@@ -105,17 +222,10 @@ def expected_calibration_error(
     Returns:
         0 (calibrated) to 1.
     """
-    _check_probabilities(probabilities)
-    predictions = probabilities.argmax(axis=1)
-    _check_indices(labels, predictions, probabilities.shape[1])
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
-    # In a bin of n images, n * |accuracy - confidence| is the size of the summed difference.
-    gap = np.bincount(
-        np.searchsorted(inner_edges, confidence, side="left"),
-        weights=(predictions == labels) - confidence,
-    )
-    return float(np.abs(gap).sum() / len(labels))
+    found = reliability_bins(probabilities, labels, bins)
+    filled = found.count > 0
+    gap = np.abs(found.accuracy - found.confidence)[filled]
+    return float(np.average(gap, weights=found.count[filled]))
 
 
 def mean_kl(reference: FloatArray, other: FloatArray) -> float:
@@ -170,11 +280,18 @@ def _clipped(probabilities: FloatArray) -> npt.NDArray[np.float64]:
     return np.asarray(clipped / clipped.sum(axis=1, keepdims=True))
 
 
+def _f1(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """F1 of each class, (..., C), from confusion matrices (..., C, C)."""
+    true_positives = np.diagonal(counts, axis1=-2, axis2=-1)
+    # Row sum = TP + FN, column sum = TP + FP.
+    return _ratio(2 * true_positives, counts.sum(axis=-1) + counts.sum(axis=-2))
+
+
 def _ratio(
-    numerator: npt.NDArray[np.int64], denominator: npt.NDArray[np.int64]
+    numerator: npt.NDArray[np.number[Any]], denominator: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     """Quotient, NaN where there is nothing to divide by."""
-    result = np.full(len(denominator), np.nan)
+    result = np.full(denominator.shape, np.nan)
     np.divide(numerator, denominator, out=result, where=denominator > 0)
     return result
 

@@ -161,7 +161,11 @@ def _check_several(images: object) -> None:
 
 
 def load(
-    model: str | Path | None = None, *, backend: str = "auto", threads: int | None = None
+    model: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    preset: str | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -171,9 +175,12 @@ def load(
         backend: ``auto`` (by the file), or ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``,
             ``torch``, ...; what is asked for is what runs, or it is an error.
         threads: CPU threads for one inference; None leaves the choice to the library.
+        preset: What a published checkpoint was trained on, which it does not say itself: labels,
+            normalisation and input size. Every other file carries its own; the labels must agree.
 
     Raises:
-        EfficientFaceError: The file is unusable, or the backend is not available here.
+        EfficientFaceError: The file is unusable or contradicts the preset, or the backend is not
+            available here.
     """
     if threads is not None and threads < 1:
         raise BackendError(
@@ -181,7 +188,7 @@ def load(
         )
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)
-    opened = create_backend(name, path, BackendOptions(device, threads))
+    opened = create_backend(name, path, BackendOptions(device, threads, preset))
     opened.open()
     return Predictor(opened)
 

@@ -11,21 +11,16 @@ import onnx
 
 import efficientface_deploy as ef
 from efficientface_deploy.artifact import (
-    SPEC_KEY,
     file_hash,
     read_safetensors_metadata,
+    require_preset,
     spec_from_metadata,
 )
 from efficientface_deploy.backends import missing_reason
-from efficientface_deploy.errors import (
-    ArtifactError,
-    BackendError,
-    ConfigError,
-    EfficientFaceError,
-)
+from efficientface_deploy.errors import BackendError, ConfigError, EfficientFaceError
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
-from efficientface_deploy.spec import PRESETS, ModelSpec
+from efficientface_deploy.spec import ModelSpec
 
 from .graph import read_onnx
 from .packages import require_package
@@ -181,13 +176,7 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
 
     from .trace import trace
 
-    if preset is None and path.is_file() and not _carries_spec(path):
-        raise ArtifactError(
-            path,
-            expected="--preset, since this checkpoint does not say what its outputs mean",
-            found="none",
-            fix="add --preset " + ", ".join(PRESETS),
-        )
+    require_preset(path, preset)
     model, spec = load_checkpoint(path, preset)
     if input_size is not None:
         spec = spec.replace(input_size=input_size)
@@ -209,12 +198,6 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
         trace=graph,
         infer=lambda images: run_in_batches(infer_batch, images),
     )
-
-
-def _carries_spec(path: Path) -> bool:
-    if path.suffix != ".safetensors":
-        return False
-    return SPEC_KEY in read_safetensors_metadata(path)
 
 
 def _open_onnx(path: Path) -> Source:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from efficientface_deploy.dataset import Sample, label_distributions
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.preprocess import load_image, normalise, resize
 from efficientface_deploy.spec import ModelSpec
 
@@ -22,7 +24,7 @@ Augmentation = Callable[[Image.Image], Image.Image]
 Batch = tuple[Tensor, Tensor]
 
 # View 17 of image 5 must be the same picture in every run: three primes keep the seeds apart.
-_EPOCH_STRIDE, _INDEX_STRIDE = 1_000_003, 7_919
+_VIEW_STRIDE, _INDEX_STRIDE = 1_000_003, 7_919
 
 
 def published_augmentation(spec: ModelSpec) -> Augmentation:
@@ -36,9 +38,8 @@ def published_augmentation(spec: ModelSpec) -> Augmentation:
     return augmentation
 
 
-def default_augmentation(spec: ModelSpec) -> Augmentation:
-    """Milder: the whole face stays in the picture; small turns, shifts, sizes and light."""
-    fill = [round(255 * mean) for mean in spec.mean]
+def mild_augmentation(spec: ModelSpec) -> Augmentation:
+    """The whole face stays in the picture; small turns, shifts, sizes and light."""
     augmentation: Augmentation = transforms.Compose(
         [
             functools.partial(_at_model_size, spec=spec),
@@ -48,12 +49,51 @@ def default_augmentation(spec: ModelSpec) -> Augmentation:
                 translate=(0.08, 0.08),
                 scale=(0.85, 1.15),
                 interpolation=transforms.InterpolationMode.BILINEAR,
-                fill=fill,
+                fill=_mean_colour(spec),
             ),
             transforms.ColorJitter(brightness=0.3, contrast=0.3),
         ]
     )
     return augmentation
+
+
+def strong_augmentation(spec: ModelSpec) -> Augmentation:
+    """Wider turns, shifts, sizes and light, and in half of the pictures a part is covered."""
+    augmentation: Augmentation = transforms.Compose(
+        [
+            functools.partial(_at_model_size, spec=spec),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomAffine(
+                degrees=20,
+                translate=(0.1, 0.1),
+                scale=(0.75, 1.25),
+                shear=8,
+                interpolation=transforms.InterpolationMode.BILINEAR,
+                fill=_mean_colour(spec),
+            ),
+            transforms.ColorJitter(brightness=0.4, contrast=0.4),
+            functools.partial(_cover_a_part, colour=_mean_colour(spec)),
+        ]
+    )
+    return augmentation
+
+
+def _mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * mean) for mean in spec.mean)
+    return red, green, blue
+
+
+def _cover_a_part(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Random erasing (Zhong et al. 2020): in half of the pictures a rectangle of 2 to 25 %."""
+    chance, area, ratio, left, top = torch.rand(5).tolist()
+    if chance < 0.5:
+        return image
+    area, ratio = 0.02 + 0.23 * area, math.exp(math.log(3) * (2 * ratio - 1))
+    width = min(round(image.width * math.sqrt(area * ratio)), image.width)
+    height = min(round(image.height * math.sqrt(area / ratio)), image.height)
+    corner = round(left * (image.width - width)), round(top * (image.height - height))
+    image.paste(colour, (*corner, corner[0] + width, corner[1] + height))
+    return image
 
 
 def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
@@ -63,19 +103,22 @@ def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
 
 AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
     "published": published_augmentation,
-    "default": default_augmentation,
+    "mild": mild_augmentation,
+    "strong": strong_augmentation,
 }
 
 
 class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
-    """Augmented images; an item is named by (epoch, index) and depends on nothing else.
+    """Augmented images; an item is named by (view, index) and depends on nothing else.
 
     Args:
-        samples: The images.
+        samples: N images.
         spec: The network's.
         augmentation: Random change of a PIL image.
         seed: Of the augmentation.
         votes: Take the votes as targets instead of the label.
+        targets: float32 (views, N, C), targets of each view that were computed before; the
+            labels and votes are then not looked at.
     """
 
     def __init__(
@@ -86,32 +129,28 @@ class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
         seed: int,
         *,
         votes: bool = False,
+        targets: np.ndarray | None = None,
     ) -> None:
-        if votes and any(sample.votes is None for sample in samples):
-            raise DatasetError(
-                "--targets votes",
-                expected="a data set with a column of votes for each class",
-                found="one without",
-                fix="choose --targets ldg or onehot",
-            )
         self.samples = samples
         self.spec = spec
         self.augmentation = augmentation
         self.seed = seed
-        plain = samples if votes else [Sample(sample.path, sample.label) for sample in samples]
-        self.targets = label_distributions(plain, spec.num_classes)  # (N, C)
+        if targets is None:
+            targets = own_distributions(samples, spec.num_classes, votes=votes)[None]
+        self.targets = targets  # (1 or views, N, C)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (S, S, 3) and target float32 (C,) of one view."""
-        epoch, index = key
+        view, index = key
         image = load_image(self.samples[index].path)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + _EPOCH_STRIDE * epoch + _INDEX_STRIDE * index)
+            # torch.manual_seed also visits the devices, which takes longer than the augmentation.
+            torch.default_generator.manual_seed(view_seed(self.seed, view, index))
             image = self.augmentation(image)
-        return resize(image, self.spec), self.targets[index]
+        return resize(image, self.spec), self.targets[view % len(self.targets), index]
 
     def collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         """Stack items into a normalised batch (N, 3, S, S) and targets (N, C)."""
@@ -120,55 +159,112 @@ class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
         return torch.from_numpy(normalise(images, self.spec)), torch.from_numpy(targets)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """A fresh permutation for each epoch, known from the seed and the epoch alone.
+def view_seed(seed: int, view: int, index: int) -> int:
+    """Seed of the augmentation of one view of one image."""
+    return seed + _VIEW_STRIDE * view + _INDEX_STRIDE * index
+
+
+def own_distributions(samples: Sequence[Sample], classes: int, *, votes: bool) -> np.ndarray:
+    """The data set's own targets, float32 (N, C): the votes, or one-hot labels.
+
+    Raises:
+        DatasetError: Votes are asked for and there are none.
+    """
+    if votes and any(sample.votes is None for sample in samples):
+        raise DatasetError(
+            "--targets votes",
+            expected="a data set with a column of votes for each class",
+            found="one without",
+            fix="choose --targets ldg or onehot",
+        )
+    plain = samples if votes else [Sample(sample.path, sample.label) for sample in samples]
+    return label_distributions(plain, classes)
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """One process's part of every batch of an epoch, known from the seed and the epoch alone.
+
+    Every epoch has its own permutation. Of each batch, rank r of n takes every n-th image from
+    the r-th on: the ranks' parts are disjoint and together are the batch of a single process.
+
+    A last batch that is not full is left out: batch norm on two images would disturb the
+    statistics. Every image comes in some epoch.
 
     Args:
         length: Number of images.
+        batch_size: Images of one batch of all ranks together; a multiple of their number.
         seed: Of the permutations.
+        views: Views of each image that are used in turn, one per epoch; 0 for a new one always.
+        rank: This process.
+        ranks: How many there are.
+
+    Attributes:
+        epoch: Whose batches come next, set by the training loop.
+        start: Batches of it that were done before, by a run that goes on.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        views: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if batch_size % ranks:
+            raise ConfigError(
+                "--batch-size",
+                expected=f"a multiple of the {ranks} processes",
+                found=str(batch_size),
+                fix="change one of them",
+            )
+        if length < batch_size:
+            raise DatasetError(
+                "training split",
+                expected=f"at least one batch of {batch_size} images",
+                found=f"{length} images",
+                fix="give a smaller --batch-size or more images",
+            )
+        self.length, self.batch_size, self.seed, self.views = length, batch_size, seed, views
+        self.rank, self.ranks = rank, ranks
         self.epoch = 0
+        self.start = 0
+
+    @property
+    def steps(self) -> int:
+        """Batches of a whole epoch."""
+        return self.length // self.batch_size
 
     def __len__(self) -> int:
-        return self.length
+        return self.steps - self.start
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed + _EPOCH_STRIDE * self.epoch)
-        for index in torch.randperm(self.length, generator=generator).tolist():
-            yield self.epoch, index
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed + _VIEW_STRIDE * self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        view = self.epoch % self.views if self.views else self.epoch
+        for step in range(self.start, self.steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(view, index) for index in batch[self.rank :: self.ranks]]
 
 
-def training_loader(
-    images: TrainingImages, batch_size: int, seed: int, workers: int
-) -> tuple[DataLoader[Batch], EpochSampler]:
-    """A loader over whole batches, and the sampler whose ``epoch`` the loop sets.
-
-    A last batch that is not full is left out: batch norm on two images would disturb the
-    statistics. Every image comes in some epoch, since each epoch has its own order.
-    """
-    if len(images) < batch_size:
-        raise DatasetError(
-            "training split",
-            expected=f"at least one batch of {batch_size} images",
-            found=f"{len(images)} images",
-            fix="give a smaller --batch-size or more images",
-        )
-    sampler = EpochSampler(len(images), seed)
-    loader: DataLoader[Batch] = DataLoader(
-        images,  # type: ignore[arg-type]  # items are named by (epoch, index)
-        batch_size=batch_size,
-        sampler=sampler,
+def training_loader(images: TrainingImages, order: BatchOrder, workers: int) -> DataLoader[Batch]:
+    """A loader over the batches of ``order``."""
+    return DataLoader(
+        images,  # type: ignore[arg-type]  # items are named by (view, index)
+        batch_sampler=order,
         num_workers=workers,
         collate_fn=images.collate,
-        drop_last=True,
+        worker_init_fn=_leave_interrupts,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-    return loader, sampler
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all, to the training, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def hold_out(

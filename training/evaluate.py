@@ -1,39 +1,55 @@
 """Score a model on a prepared data set: accuracy, macro-F1, calibration, and every class.
 
-``python -m training.evaluate --weights runs/student/student.safetensors --data data/ferplus``
+``python -m training.evaluate --weights runs/student/student.safetensors --data data/ferplus
+--out runs/evaluation``
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.artifact import write_text
+from efficientface_deploy.artifact import file_hash, require_preset, write_text
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import (
+    DESCRIPTION,
+    Dataset,
     Sample,
     iterate_batches,
     label_distributions,
     read_dataset,
 )
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.metrics import (
     accuracy,
+    bootstrap_intervals,
     confusion_matrix,
     expected_calibration_error,
     macro_f1,
     mean_kl,
+    per_class_f1,
+    per_class_precision,
     per_class_recall,
+    reliability_bins,
 )
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.preprocess import Float32Array
+from training.evaluation_plots import plot_confusion, plot_reliability
 from training.progress import track
 
 BATCH = 64
+BINS = 15
+RESAMPLES = 2000
+LEVEL = 0.95
+SEED = 0
+
+Figures = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +63,16 @@ class EvaluateConfig:
         choices=("train", "validation", "test"),
         help="default: validation where there is one, else test",
     )
-    preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
-    json: Path | None = option(None, help="also write the figures to this file")
+    preset: str | None = option(
+        None,
+        help="what a published checkpoint was trained on, and what numbered folders mean, without "
+        "dataset.json",
+    )
+    out: Path | None = option(
+        None,
+        metavar="DIR",
+        help="write evaluation.json, evaluation.md, confusion.png and reliability.png there",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         EvaluateConfig, argv, prog="python -m training.evaluate", description=__doc__ or ""
     )
-    dataset = read_dataset(config.data, config.preset)
+    _check_out(config.out)
+    require_preset(config.weights, config.preset)
+    dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
     samples = dataset.split(split)
-    with load(config.weights) as predictor:
+    with load(config.weights, preset=config.preset) as predictor:
         if predictor.spec.labels != dataset.labels:
             raise DatasetError(
                 config.data,
@@ -69,12 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         probabilities = predict_samples(predictor, samples)
         described = repr(predictor)
-    figures = score(probabilities, samples, dataset.labels)
-    print(f"{described}\n{dataset.name}, {split}, {len(samples):,} images")
+    figures = {
+        "weights": str(config.weights),
+        "weights_sha256": file_hash(config.weights),
+        "model": described,
+        "dataset": dataset.name,
+        "split": split,
+        **score(probabilities, samples, dataset.labels),
+    }
     print(as_text(figures))
-    if config.json is not None:
-        record = {"weights": str(config.weights), "dataset": dataset.name, "split": split}
-        write_text(config.json, json.dumps({**record, **figures}, indent=2) + "\n")
+    if config.out is not None:
+        write_evaluation(config.out, figures)
+        print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
     return 0
 
 
@@ -86,10 +118,8 @@ def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32A
     return np.concatenate(parts)
 
 
-def score(
-    probabilities: Float32Array, samples: Sequence[Sample], labels: Sequence[str]
-) -> dict[str, object]:
-    """All figures of one evaluation, ready for JSON.
+def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequence[str]) -> Figures:
+    """All figures of one evaluation, ready for JSON: what is not defined is None.
 
     Args:
         probabilities: float32 (N, C).
@@ -99,18 +129,43 @@ def score(
     truth = np.array([sample.label for sample in samples])
     predicted = probabilities.argmax(axis=1)
     classes = len(labels)
-    recall = per_class_recall(truth, predicted, classes)
-    figures: dict[str, object] = {
+    intervals = bootstrap_intervals(
+        truth, predicted, classes, resamples=RESAMPLES, level=LEVEL, seed=SEED
+    )
+    images = np.bincount(truth, minlength=classes)
+    per_class = zip(
+        labels,
+        images.tolist(),
+        _without_nan(per_class_precision(truth, predicted, classes)),
+        _without_nan(per_class_recall(truth, predicted, classes)),
+        _without_nan(per_class_f1(truth, predicted, classes)),
+        strict=True,
+    )
+    bins = reliability_bins(probabilities, truth, BINS)
+    figures: Figures = {
         "images": len(samples),
         "accuracy": accuracy(truth, predicted),
+        "accuracy_interval": list(intervals.accuracy),
         "macro_f1": macro_f1(truth, predicted, classes),
-        "expected_calibration_error": expected_calibration_error(probabilities, truth),
-        "largest_class": float(np.bincount(truth).max() / len(truth)),
-        "recall": {
-            label: None if np.isnan(value) else float(value)
-            for label, value in zip(labels, recall, strict=True)
+        "macro_f1_interval": list(intervals.macro_f1),
+        "interval": {
+            "method": "percentile bootstrap over images",
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+            "seed": SEED,
         },
+        "largest_class": float(images.max() / len(truth)),
+        "expected_calibration_error": expected_calibration_error(probabilities, truth, BINS),
+        "classes": [
+            {"label": label, "images": count, "precision": precision, "recall": recall, "f1": f1}
+            for label, count, precision, recall, f1 in per_class
+        ],
         "confusion_matrix": confusion_matrix(truth, predicted, classes).tolist(),
+        "reliability": {
+            "confidence": _without_nan(bins.confidence),
+            "accuracy": _without_nan(bins.accuracy),
+            "count": bins.count.tolist(),
+        },
     }
     if samples[0].votes is not None:
         votes = label_distributions(samples, classes)
@@ -118,23 +173,114 @@ def score(
     return figures
 
 
-def as_text(figures: dict[str, object]) -> str:
+def as_text(figures: Figures) -> str:
     """The figures for a terminal."""
-    recall = figures["recall"]
-    assert isinstance(recall, dict)
+    width = max(len(row["label"]) for row in figures["classes"])
     lines = [
-        f"  accuracy          {figures['accuracy']:.4f}"
+        figures["model"],
+        _described_data(figures),
+        f"  accuracy          {figures['accuracy']:.4f}   {_interval(figures, 'accuracy')}"
         f"   (always the largest class: {figures['largest_class']:.4f})",
-        f"  macro-F1          {figures['macro_f1']:.4f}",
-        f"  calibration error {figures['expected_calibration_error']:.4f}   (ECE, 15 bins)",
+        f"  macro-F1          {figures['macro_f1']:.4f}   {_interval(figures, 'macro_f1')}",
+        f"  calibration error {figures['expected_calibration_error']:.4f}   (ECE, {BINS} bins)",
     ]
     if "mean_kl_from_votes" in figures:
         lines.append(f"  KL from the votes {figures['mean_kl_from_votes']:.4f}   (nats, mean)")
+    lines.append(f"  {'class':<{width}}  images  precision  recall      F1")
     lines += [
-        f"  recall {label:<10} {'none here' if value is None else format(value, '.4f')}"
-        for label, value in recall.items()
+        f"  {row['label']:<{width}}  {row['images']:6d}  {_share(row['precision']):>9}  "
+        f"{_share(row['recall']):>6}  {_share(row['f1']):>6}"
+        for row in figures["classes"]
     ]
     return "\n".join(lines)
+
+
+def as_markdown(figures: Figures) -> str:
+    """The figures as a page, with the plots that lie beside it."""
+    rows = [
+        ("accuracy", f"{figures['accuracy']:.4f}", _interval(figures, "accuracy")),
+        ("macro-F1", f"{figures['macro_f1']:.4f}", _interval(figures, "macro_f1")),
+        (f"ECE, {BINS} bins", f"{figures['expected_calibration_error']:.4f}", ""),
+    ]
+    if "mean_kl_from_votes" in figures:
+        rows.append(("KL from the votes, nats", f"{figures['mean_kl_from_votes']:.4f}", ""))
+    classes = [
+        (row["label"], row["images"], *(_share(row[key]) for key in ("precision", "recall", "f1")))
+        for row in figures["classes"]
+    ]
+    percent = round(100 * LEVEL)
+    return "\n\n".join(
+        (
+            f"# Evaluation of {_escaped(Path(figures['weights']).name)}",
+            f"{_escaped(figures['model'])}, sha256 `{figures['weights_sha256'][:12]}`, on "
+            f"{_escaped(_described_data(figures))}. Always the largest class: "
+            f"{figures['largest_class']:.4f}.",
+            _table(("", "value", f"{percent} % interval"), rows),
+            f"Intervals: percentile bootstrap over images, {RESAMPLES} resamples, seed {SEED}.",
+            _table(("class", "images", "precision", "recall", "F1"), classes),
+            "`-`: not defined, since the class is never predicted (precision) or has no images "
+            "(recall).",
+            "![Confusion matrix](confusion.png)",
+            "![Reliability](reliability.png)\n",
+        )
+    )
+
+
+def write_evaluation(folder: Path, figures: Figures) -> None:
+    """Write ``evaluation.json``, ``evaluation.md``, ``confusion.png`` and ``reliability.png``."""
+    labels = [row["label"] for row in figures["classes"]]
+    plot_confusion(folder / "confusion.png", figures["confusion_matrix"], labels)
+    plot_reliability(
+        folder / "reliability.png",
+        figures["reliability"],
+        figures["expected_calibration_error"],
+    )
+    write_text(folder / "evaluation.md", as_markdown(figures))
+    text = json.dumps(figures, indent=2, allow_nan=False)
+    write_text(folder / "evaluation.json", text + "\n")
+
+
+def _check_out(out: Path | None) -> None:
+    """Complain before the evaluation rather than after it."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(out, expected="a folder", found="a file", fix="choose another --out")
+
+
+def _read_dataset(config: EvaluateConfig) -> Dataset:
+    """The data set; where it says itself what its classes are, the preset is the checkpoint's."""
+    described = (config.data / DESCRIPTION).is_file()
+    return read_dataset(config.data, None if described else config.preset)
+
+
+def _without_nan(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _described_data(figures: Figures) -> str:
+    return f"{figures['dataset']}, {figures['split']}, {figures['images']:,} images"
+
+
+def _interval(figures: Figures, name: str) -> str:
+    low, high = figures[f"{name}_interval"]
+    return f"{low:.4f} to {high:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(
+        "| " + " | ".join(_escaped(str(cell)) for cell in line) + " |" for line in lines
+    )
+
+
+def _escaped(text: str) -> str:
+    """Text in which Markdown finds no table cell, emphasis, link or tag."""
+    for char in "\\`*_[]<>|":
+        text = text.replace(char, "\\" + char)
+    return text
 
 
 if __name__ == "__main__":

@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
+import contextlib
 import logging
-import math
-import platform
+import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-import efficientface_deploy
-from efficientface_deploy.artifact import atomic_path, write_text
-from efficientface_deploy.command import option
-from efficientface_deploy.dataset import Dataset, Sample, iterate_batches
-from efficientface_deploy.errors import CheckpointError, ConfigError, EfficientFaceError
-from efficientface_deploy.metrics import accuracy, macro_f1
-from efficientface_deploy.models import save_checkpoint
-from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
+from efficientface_deploy.dataset import Dataset, Sample, image_list_hash, iterate_batches
+from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.metrics import IndexArray, accuracy, macro_f1
+from efficientface_deploy.models import load_checkpoint
+from efficientface_deploy.preprocess import Float32Array, normalise
 from efficientface_deploy.spec import ModelSpec
-from training.data import (
-    AUGMENTATIONS,
-    Batch,
-    EpochSampler,
-    TrainingImages,
-    hold_out,
-    training_loader,
-)
+from training.calibration import calibration_errors, fit_temperature, fold_temperature
+from training.data import Batch, BatchOrder, TrainingImages, hold_out, training_loader
 from training.losses import LOSSES
+from training.parallel import Ranks
 from training.progress import TrainingProgress, duration
+from training.record import EventWriter, write_curves
+from training.run import (
+    Job,
+    Progress,
+    check_classes,
+    provenance,
+    restore_state,
+    save_result,
+    save_state,
+    start_run,
+)
+from training.targets import Teach
 
-SELECTIONS = ("holdout", "validation", "test", "last")
-CONFIG = "config.json"
-
-# What may change when a run goes on.
-_FREE_OPTIONS = ("out", "workers", "device", "resume")
-
-# Gives the target distribution of a batch: (images (N, 3, S, S), targets (N, C)) -> (N, C).
-Teach = Callable[[Tensor, Tensor], Tensor]
-
-
-def labels_as_targets(images: Tensor, targets: Tensor) -> Tensor:
-    """The data set's own targets, (N, C), unchanged."""
-    return targets
+_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class InterruptError(EfficientFaceError):
@@ -61,332 +50,328 @@ class InterruptError(EfficientFaceError):
     exit_code = 130
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is trained.
-
-    Attributes:
-        epochs: Passes over the images.
-        batch_size: Images of one step.
-        learning_rate: Largest learning rate of SGD with momentum 0.9.
-        weight_decay: L2 penalty on all weights.
-        schedule: ``step`` (multiplied by ``decay`` every ``step_epochs``) or ``one-cycle``.
-        loss: Name in :data:`training.losses.LOSSES`.
-        augmentation: Name in :data:`training.data.AUGMENTATIONS`.
-        nesterov: Nesterov's momentum.
-        step_epochs: Epochs between two steps.
-        decay: Factor of a step.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    schedule: str
-    loss: str
-    augmentation: str
-    nesterov: bool = False
-    step_epochs: int = 30
-    decay: float = 0.1
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD over all parameters."""
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=self.learning_rate,
-            momentum=0.9,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
-
-    def learning_rate_at(self, progress: float) -> float:
-        """Learning rate at ``progress`` epochs (a fraction within an epoch counts)."""
-        if self.schedule == "step":
-            return float(self.learning_rate * self.decay ** int(progress // self.step_epochs))
-        # One cycle (Smith 2018): up linearly over the first fifth, then down a cosine to zero.
-        position = progress / self.epochs
-        if position < 0.2:
-            return self.learning_rate * (0.04 + 0.96 * position / 0.2)
-        angle = math.pi * (position - 0.2) / 0.8
-        return self.learning_rate * 0.5 * (1 + math.cos(angle))
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Options that teacher and student share."""
-
-    data: Path = option(help="a prepared data set")
-    out: Path = option(help="folder of the run")
-    init: Path | None = option(None, help="start from this checkpoint; a foreign head is left")
-    preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
-    input_size: int | None = option(None, help="side of the input; default: the preset's")
-    epochs: int | None = option(None, minimum=1, help="passes; default: the recipe's")
-    batch_size: int | None = option(None, minimum=2, help="images of a step; default: the recipe's")
-    learning_rate: float | None = option(None, minimum=0, help="largest; default: the recipe's")
-    select: str = option("holdout", choices=SELECTIONS, help="what chooses the epoch to keep")
-    seed: int = option(0, minimum=0, help="of weights, order and augmentation")
-    workers: int = option(1, minimum=0, help="processes that load images")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    resume: bool = option(False, help="go on with the run in --out")
-
-    def change(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the command line says otherwise."""
-        names = ("epochs", "batch_size", "learning_rate")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(recipe, **given)
-
-    def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
-        """The spec of the network that is trained on this data set."""
-        size = dataset.spec.input_size if self.input_size is None else self.input_size
-        return dataset.spec.replace(architecture=architecture, input_size=size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is trained, on what, and how.
-
-    Attributes:
-        kind: File stem of the result: ``student`` or ``teacher``.
-        spec: The network's spec.
-        recipe: How it is trained.
-        dataset: The prepared data set.
-        config: The command's options. Its ``select`` says which epoch is kept: best on ``holdout``
-            (a seeded tenth of train, then not trained on), ``validation`` or ``test`` (as
-            published), or the ``last`` one.
-        votes: Train from the votes of the data set.
-    """
-
-    kind: str
-    spec: ModelSpec
-    recipe: Recipe
-    dataset: Dataset
-    config: TrainConfig
-    votes: bool = False
-
-    @property
-    def result(self) -> Path:
-        """The checkpoint of the chosen epoch."""
-        return self.config.out / f"{self.kind}.safetensors"
-
-    @property
-    def state(self) -> Path:
-        """What ``--resume`` goes on from."""
-        return self.config.out / "last.pt"
-
-    def settings(self) -> dict[str, Any]:
-        """The command's options, with the values that stood for those left out."""
-        return {
-            **dataclasses.asdict(self.config),
-            **dataclasses.asdict(self.recipe),
-            "preset": self.dataset.preset,
-            "input_size": self.spec.input_size,
-        }
-
-    def identity(self) -> dict[str, str]:
-        """What must stay the same for a run to go on, by name."""
-        settings = self.settings()
-        fixed = {name: str(value) for name, value in settings.items() if name not in _FREE_OPTIONS}
-        return {**fixed, "spec": self.spec.to_json()}
-
-
-def train(job: Job, model: nn.Module, teach: Teach, device: torch.device) -> Path:
-    """Train a network and keep its best epoch.
+def train(
+    job: Job,
+    model: nn.Module,
+    images: TrainingImages,
+    selection: Sequence[Sample],
+    teach: Teach,
+    ranks: Ranks,
+) -> Progress:
+    """Train a network and keep its best epoch in ``{kind}.safetensors``.
 
     Args:
         job: What, on what and how.
-        model: The network, on ``device``.
+        model: The network, with its first weights.
+        images: What it is trained on, with targets.
+        selection: What chooses the epoch; none keeps the last one.
         teach: Gives the target distribution of a batch.
-        device: Where to compute.
+        ranks: The processes that train together.
 
     Returns:
-        The checkpoint of the chosen epoch, ``{kind}.safetensors``.
-    """
-    recipe, seed = job.recipe, job.config.seed
-    train_samples, selection_samples = choose_samples(job)
-    augmentation = AUGMENTATIONS[recipe.augmentation](job.spec)
-    images = TrainingImages(train_samples, job.spec, augmentation, seed, votes=job.votes)
-    loader, sampler = training_loader(images, recipe.batch_size, seed, job.config.workers)
-
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = recipe.optimizer(model)
-    history = _start(job, model, optimizer, device)
-    _announce(job, train_samples, selection_samples, device)
-
-    try:
-        for epoch in range(len(history), recipe.epochs):
-            started = time.perf_counter()
-            loss = _train_epoch(job, model, optimizer, teach, loader, sampler, epoch, device)
-            seconds = time.perf_counter() - started
-            row: dict[str, float] = {
-                "epoch": epoch + 1,
-                "loss": loss,
-                "learning_rate": optimizer.param_groups[0]["lr"],  # the last step's
-                "images_per_second": len(loader) * recipe.batch_size / seconds,
-            }
-            if selection_samples:
-                predicted, labels = predict(model, selection_samples, job.spec, device)
-                row["accuracy"] = accuracy(labels, predicted)
-                row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
-            history.append(row)
-            if _is_best(history):
-                save_checkpoint(job.result, model, job.spec, _provenance(job, history))
-            _save_state(job, model, optimizer, history)
-            _write_curves(job, history)
-            _print_row(job, row, seconds)
-    except KeyboardInterrupt:
-        raise InterruptError(
-            job.config.out,
-            expected=f"{recipe.epochs} epochs",
-            found="an interrupt",
-            fix="add --resume to go on from the last whole epoch"
-            if job.state.exists()
-            else "no epoch was finished: start again",
-        ) from None
-    return job.result
-
-
-def choose_samples(job: Job) -> tuple[list[Sample], list[Sample]]:
-    """The images to train on, and those that choose the epoch (none for ``last``)."""
-    samples = list(job.dataset.split("train"))
-    if job.config.select == "holdout":
-        return hold_out(samples, job.config.seed)
-    if job.config.select == "last":
-        return samples, []
-    return samples, list(job.dataset.split(job.config.select))
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+        What was reached.
 
     Raises:
-        ConfigError: ``cuda`` was asked for and there is none.
+        InterruptError: The user stopped it; the state is saved.
+        ConfigError: The loss is not finite.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device cuda", expected="a CUDA device", found="none", fix="leave --device out"
+    trainer = Trainer(job, model, images, teach, ranks)
+    progress = trainer.start()
+    data_hash = image_list_hash(images.samples, job.dataset.root)
+    if ranks.is_first:
+        _announce(job, images, selection, ranks)
+    events = EventWriter(job.config.out) if job.config.tensorboard and ranks.is_first else None
+
+    with _StopRequest() as stop, contextlib.closing(events) if events else contextlib.nullcontext():
+        while progress.epoch < job.recipe.epochs:
+            started = time.perf_counter()
+            first_step = progress.step
+            trainer.train_epoch(progress, stop, events)
+            seconds = time.perf_counter() - started
+            steps = trainer.order.steps
+            row: dict[str, float] = {
+                "epoch": progress.epoch + 1,
+                "loss": sum(ranks.gather(progress.total_loss)) / ranks.size / steps,
+                "learning_rate": trainer.optimizer.param_groups[0]["lr"],  # the last step's
+                "images_per_second": (steps - first_step) * job.recipe.batch_size / seconds,
+            }
+            if selection:
+                logits, labels = trainer.judge(selection)
+                predicted = logits.argmax(axis=1)
+                row["accuracy"] = accuracy(labels, predicted)
+                row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
+            progress = Progress(history=[*progress.history, row])
+            if ranks.is_first:
+                if _is_best(progress.history):
+                    save_result(job, trainer.kept, provenance(job, progress, data_hash))
+                trainer.save(progress)
+                title = f"{job.kind}, {job.dataset.name}"
+                write_curves(job.config.out, progress.history, title, job.recipe.select)
+                if events:
+                    events.add_row(row)
+                _print_row(job, row, seconds)
+    if ranks.is_first and job.recipe.calibrate and job.recipe.select in ("holdout", "validation"):
+        calibrate(job, selection, ranks.device)
+    ranks.wait()
+    return progress
+
+
+def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> None:
+    """Fit the kept network's temperature on the images that chose it, and write it down.
+
+    A student's logits are divided by it, in the weights that are kept. A teacher's are not: the
+    published recipe takes its distributions at temperature 1.
+    """
+    record = provenance_from_metadata(read_safetensors_metadata(job.result), job.result)
+    if "calibration" in record:  # the run was whole before it went on
+        return
+    model, _ = load_checkpoint(job.result)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    logits, labels = predict(model, selection, job.spec, device)
+    temperature = fit_temperature(logits, labels)
+    before, after = calibration_errors(logits, labels, temperature)
+    folded = job.kind == "student"
+    if folded:
+        fold_temperature(model, temperature)
+    record["calibration"] = {
+        "temperature": temperature,
+        "images": len(selection),
+        "ece_before": before,
+        "ece_after": after,
+        "folded": folded,
+    }
+    save_result(job, model, record)
+    print(
+        f"calibration error on {len(selection):,} images of {job.recipe.select}: {before:.4f}, "
+        f"{after:.4f} at temperature {temperature:.3f}"
+        + (", which is now in the weights" if folded else ", which is left out of the weights")
+    )
+
+
+class Trainer:
+    """The network and what changes with it in every step."""
+
+    def __init__(
+        self, job: Job, model: nn.Module, images: TrainingImages, teach: Teach, ranks: Ranks
+    ) -> None:
+        recipe, config = job.recipe, job.config
+        self.job, self.ranks, self.teach = job, ranks, teach
+        self.order = BatchOrder(
+            len(images),
+            recipe.batch_size,
+            config.seed,
+            views=recipe.views,
+            rank=ranks.rank,
+            ranks=ranks.size,
         )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        self.loader: DataLoader[Batch] = training_loader(images, self.order, config.workers)
+
+        if config.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model: nn.Module = model.to(memory_format=self.format).to(ranks.device)
+        self.optimizer = recipe.optimizer(self.model)
+        self.average = None
+        if recipe.ema:
+            average = _moving_average(recipe.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.amp = _AMP_TYPES.get(config.amp)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+        self.forward = ranks.wrap(self.model)
+        if config.compile:
+            self.forward.compile()
+        self.saved_at = time.monotonic()
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is judged and kept: the moving average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a state holds, by name."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts if self.average is None else {**parts, "average": self.average}
+
+    def start(self) -> Progress:
+        """Make the run's folder, or go on where it stopped."""
+        if self.job.config.resume:
+            progress = restore_state(self.job, self.parts, self.ranks.device)
+            if self.ranks.is_first:
+                print(f"going on after epoch {progress.epoch}, step {progress.step}")
+            return progress
+        self.ranks.wait()  # nobody makes the folder before all have started
+        if self.ranks.is_first:
+            start_run(self.job)
+        self.ranks.wait()
+        return Progress()
+
+    def save(self, progress: Progress) -> None:
+        """Write the state that ``--resume`` goes on from; the first rank alone does."""
+        if self.ranks.is_first:
+            save_state(self.job, self.parts, progress)
+        self.saved_at = time.monotonic()
+
+    def train_epoch(
+        self, progress: Progress, stop: _StopRequest, events: EventWriter | None
+    ) -> None:
+        """The rest of an epoch's steps; keeps ``progress`` up to date."""
+        recipe, steps = self.job.recipe, self.order.steps
+        self.order.epoch, self.order.start = progress.epoch, progress.step
+        self.forward.train()
+        with TrainingProgress(
+            progress.epoch, recipe.epochs, steps, recipe.batch_size, progress.step, self.ranks.rank
+        ) as shown:
+            for images, targets in self.loader:
+                if events and progress.epoch == progress.step == 0:
+                    events.add_views(images, self.job.spec)
+                progress.total_loss += self.train_step(images, targets, progress)
+                progress.step += 1
+                shown.update(progress.step, progress.total_loss / progress.step)
+                if self.ranks.any(stop.requested):
+                    self.save(progress)
+                    raise _interrupted(self.job, progress)
+                if time.monotonic() - self.saved_at > 60 * self.job.config.save_minutes:
+                    self.save(progress)
+
+    def train_step(self, images: Tensor, targets: Tensor, progress: Progress) -> float:
+        """One step of the optimiser on images (N, 3, S, S) with targets (N, C); the loss."""
+        recipe, device = self.job.recipe, self.ranks.device
+        dtype = next(self.model.parameters()).dtype
+        images = images.to(
+            device, dtype, non_blocking=True, memory_format=self.format
+        )  # (N, 3, S, S)
+        targets = targets.to(device, dtype, non_blocking=True)  # (N, C)
+        distribution = self.teach(images, targets)  # (N, C)
+        with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
+            logits = self.forward(images)  # (N, C)
+        loss = LOSSES[recipe.loss](logits.to(dtype), distribution)
+        if not torch.isfinite(loss):
+            raise _diverged(self.job, loss.item(), progress)
+        rate = recipe.learning_rate_at(progress.epoch + progress.step / self.order.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return float(loss.detach())
+
+    def judge(self, samples: Sequence[Sample]) -> tuple[Float32Array, IndexArray]:
+        """Logits (N, C) and labels (N,) of the kept network; every rank does its share."""
+        self.ranks.share_buffers(self.kept)
+        own = samples[self.ranks.rank :: self.ranks.size]
+        parts = self.ranks.gather(predict(self.kept, own, self.job.spec, self.ranks.device))
+        return np.concatenate([part[0] for part in parts]), np.concatenate(
+            [part[1] for part in parts]
+        )
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An average that forgets faster at first, so that the first weights soon have no share.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage.
+    """
+
+    def update(averages: Any, weights: Any, steps: Any) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
+
+    return update
 
 
 def predict(
     model: nn.Module, samples: Sequence[Sample], spec: ModelSpec, device: torch.device
-) -> tuple[Any, Any]:
-    """Predicted classes and labels, int (N,) each, by the runtime's own preprocessing."""
+) -> tuple[Float32Array, IndexArray]:
+    """Logits float32 (N, C) and labels (N,), by the runtime's own preprocessing."""
     model.eval()
-    predicted, labels = [], []
+    logits, labels = [np.empty((0, spec.num_classes), np.float32)], [np.empty(0, np.int64)]
     with torch.inference_mode():
-        for images, batch_labels in iterate_batches(samples, spec, 128):
-            batch = torch.from_numpy(normalise(images, spec)).to(device)  # (N, 3, S, S)
-            batch = batch.to(memory_format=torch.channels_last)
-            predicted.append(model(batch).argmax(dim=1).cpu())
-            labels.append(torch.from_numpy(batch_labels))
-    return torch.cat(predicted).numpy(), torch.cat(labels).numpy()
+        for images, batch_labels in iterate_batches(samples, spec, 64):
+            batch = torch.from_numpy(normalise(images, spec))  # (N, 3, S, S)
+            dtype = next(model.parameters()).dtype
+            batch = batch.to(device, dtype, memory_format=torch.channels_last)
+            logits.append(model(batch).float().cpu().numpy())
+            labels.append(batch_labels)
+    return np.concatenate(logits), np.concatenate(labels)
 
 
-def _train_epoch(
-    job: Job,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    teach: Teach,
-    loader: DataLoader[Batch],
-    sampler: EpochSampler,
-    epoch: int,
-    device: torch.device,
-) -> float:
-    """One pass over the images; returns the mean loss."""
-    recipe = job.recipe
-    loss_function = LOSSES[recipe.loss]
-    sampler.epoch = epoch
-    model.train()
-    total = torch.zeros((), device=device)
-    with TrainingProgress(epoch, recipe.epochs, len(loader), recipe.batch_size) as progress:
-        for step, (images, targets) in enumerate(loader):
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            targets = targets.to(device, non_blocking=True)  # (N, C)
-            distribution = teach(images, targets)  # (N, C)
-            loss = loss_function(model(images), distribution)
-            if not torch.isfinite(loss):
-                raise ConfigError(
-                    f"learning rate {recipe.learning_rate:g}",
-                    expected="a finite loss",
-                    found=f"{loss.item()} in epoch {epoch + 1} step {step + 1}",
-                    fix="give a lower --learning-rate and a new --out",
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(epoch + step / len(loader))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.detach()
-            progress.update(step + 1, float(total) / (step + 1))
-    return float(total) / len(loader)
+def choose_samples(job: Job) -> tuple[list[Sample], list[Sample]]:
+    """The images to train on, and those that choose the epoch (none for ``last``).
+
+    Raises:
+        ConfigError: A class has no image to train on.
+        DatasetError: There is no such split.
+    """
+    samples, selection = _split(job.dataset, job.recipe.select, job.config.seed)
+    check_classes(job.dataset, samples)
+    return samples, selection
 
 
-def _start(
-    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> list[dict[str, float]]:
-    """Make the run's folder, or go on where it stopped; returns the history so far."""
-    if job.config.resume:
-        return _restore(job, model, optimizer, device)
-    out = job.config.out
-    if job.state.exists() or job.result.exists():
+def _split(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample], list[Sample]]:
+    samples = list(dataset.split("train"))
+    if select == "holdout":
+        return hold_out(samples, seed)
+    if select == "last":
+        return samples, []
+    return samples, list(dataset.split(select))
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """Refuse a precision in which this device would not train.
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
         raise ConfigError(
-            out,
-            expected="a new folder",
-            found="another run",
-            fix="choose another --out, or "
-            + ("add --resume to go on with it" if job.state.exists() else "remove it"),
+            "--amp fp16", expected="a CUDA device", found="a CPU", fix="leave --amp out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / CONFIG, json.dumps(job.settings(), indent=2, default=str) + "\n")
-    return []
 
 
-def _restore(
-    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> list[dict[str, float]]:
-    if not job.state.is_file():
-        raise CheckpointError(
-            job.state, expected="a run to go on with", found="none", fix="leave --resume out"
-        )
-    try:
-        state = torch.load(job.state, map_location=device, weights_only=True)
-        started_with: dict[str, str] = state["identity"]
-    except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
-        raise CheckpointError(
-            job.state,
-            expected="the state of a run",
-            found=f"a damaged file ({type(error).__name__})",
-            fix="start again in a new folder",
-        ) from None
-    now = job.identity()
-    if changed := [name for name in now if now[name] != started_with.get(name)]:
-        raise ConfigError(
-            job.config.out,
-            expected="the options that the run was started with",
-            found="others for " + ", ".join(changed),
-            fix=f"repeat those in {job.config.out / CONFIG}, or choose another --out",
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    history: list[dict[str, float]] = state["history"]
-    print(f"going on after epoch {len(history)}")
-    return history
+class _StopRequest:
+    """Ctrl-C or SIGTERM asks for an end after the step; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> _StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
-def _save_state(
-    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "identity": job.identity(),
-    }
-    with atomic_path(job.state) as temporary:
-        torch.save(state, temporary)
+def _interrupted(job: Job, progress: Progress) -> InterruptError:
+    return InterruptError(
+        job.config.out,
+        expected=f"{job.recipe.epochs} epochs",
+        found=f"an interrupt in epoch {progress.epoch + 1} after step {progress.step}",
+        fix="add --resume to go on from there",
+    )
+
+
+def _diverged(job: Job, loss: float, progress: Progress) -> ConfigError:
+    good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
+    return ConfigError(
+        f"learning rate {job.recipe.learning_rate:g}",
+        expected="a finite loss",
+        found=f"{loss} in epoch {progress.epoch + 1} step {progress.step + 1}",
+        fix="give a smaller --learning-rate" + good,
+    )
 
 
 def _is_best(history: list[dict[str, float]]) -> bool:
@@ -396,60 +381,12 @@ def _is_best(history: list[dict[str, float]]) -> bool:
     return all(history[-1]["accuracy"] > row["accuracy"] for row in history[:-1])
 
 
-def _provenance(job: Job, history: list[dict[str, float]]) -> str:
-    return json.dumps(
-        {
-            "kind": job.kind,
-            "dataset": job.dataset.name,
-            "select": job.config.select,
-            "epoch": len(history),
-            "epochs": job.recipe.epochs,
-            "metrics": history[-1],
-            "recipe": dataclasses.asdict(job.recipe),
-            "config": dataclasses.asdict(job.config),
-            "seed": job.config.seed,
-            "versions": {
-                "efficientface_deploy": efficientface_deploy.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        },
-        default=str,
-    )
-
-
-def _write_curves(job: Job, history: list[dict[str, float]]) -> None:
-    """``metrics.csv`` and ``curves.png``."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(job.config.out / "metrics.csv", table.getvalue())
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["loss"] for row in history], marker=".", label="training loss")
-    axes.set(xlabel="epoch", ylabel="loss", title=f"{job.kind}, {job.dataset.name}")
-    if "accuracy" in history[0]:
-        right = axes.twinx()
-        for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
-            label = f"{key} on {job.config.select}"
-            right.plot(epochs, [row[key] for row in history], ".-", color=colour, label=label)
-        right.set(ylabel="score", ylim=(0, 1))
-        right.legend(loc="lower right")
-    axes.legend(loc="upper right")
-    with atomic_path(job.config.out / "curves.png") as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def _announce(
-    job: Job, train_samples: list[Sample], selection: list[Sample], device: torch.device
-) -> None:
-    chosen = f"epoch chosen by {len(selection):,} images of {job.config.select}"
+def _announce(job: Job, images: TrainingImages, selection: Sequence[Sample], ranks: Ranks) -> None:
+    chosen = f"epoch chosen by {len(selection):,} images of {job.recipe.select}"
+    where = f"{ranks.device.type}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     print(
         f"{job.kind}: {job.spec.architecture} at {job.spec.input_size}x{job.spec.input_size} on "
-        f"{len(train_samples):,} images of {job.dataset.name}, {device}; "
+        f"{len(images):,} images of {job.dataset.name}, {where}; "
         + (chosen if selection else "the last epoch is kept"),
         flush=True,
     )
@@ -469,4 +406,3 @@ def _print_row(job: Job, row: dict[str, float], seconds: float) -> None:
 def start_logging() -> None:
     """Show what the package logs, such as which head was made anew, on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    matplotlib.set_loglevel("WARNING")

@@ -29,18 +29,24 @@ class TrainingProgress:
         epochs: Epochs of the whole training.
         steps: Steps of one epoch.
         batch_size: Images of one step.
+        first: Steps that a run which goes on has done before.
+        rank: Of this process; only 0 tells.
     """
 
-    def __init__(self, epoch: int, epochs: int, steps: int, batch_size: int) -> None:
+    def __init__(
+        self, epoch: int, epochs: int, steps: int, batch_size: int, first: int = 0, rank: int = 0
+    ) -> None:
         self.epoch = epoch
         self.epochs = epochs
         self.steps = steps
         self.batch_size = batch_size
+        self.first = first
+        self._silent = rank > 0
         self._bar = Progress(
             BarColumn(10),
             TextColumn("{task.description}"),
             transient=True,
-            disable=not sys.stdout.isatty(),
+            disable=self._silent or not sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(f"epoch {epoch + 1}/{epochs}", total=steps)
         self._started = self._told = time.perf_counter()
@@ -50,16 +56,19 @@ class TrainingProgress:
         now = time.perf_counter()
         line = self._describe(step, loss, now - self._started)
         self._bar.update(self._task, completed=step, description=line)
+        if self._silent:
+            return
         if self._bar.disable and now - self._told >= LOG_SECONDS:
             self._told = now
             print(line, flush=True)
 
     def _describe(self, step: int, loss: float, seconds: float) -> str:
+        done = step - self.first
         steps_left = (self.epochs - self.epoch) * self.steps - step
         return (
             f"epoch {self.epoch + 1}/{self.epochs}, step {step}/{self.steps}: loss {loss:.4f}, "
-            f"{step * self.batch_size / seconds:.0f} images/s, "
-            f"{duration(steps_left * seconds / step)} left"
+            f"{done * self.batch_size / seconds:.0f} images/s, "
+            f"{duration(steps_left * seconds / done)} left"
         )
 
     def __enter__(self) -> TrainingProgress:

@@ -11,46 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transform
 
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import read_dataset
-from efficientface_deploy.errors import CheckpointError, ConfigError
-from efficientface_deploy.models import EfficientFace, load_backbone, load_checkpoint
-from efficientface_deploy.spec import ModelSpec
-from training.loop import (
-    Job,
-    Recipe,
-    Teach,
-    TrainConfig,
-    choose_device,
-    labels_as_targets,
-    start_logging,
-    train,
-)
+from efficientface_deploy.dataset import Sample, image_list_hash, read_dataset
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.models import EfficientFace, load_backbone
+from training.data import AUGMENTATIONS, TrainingImages, own_distributions
+from training.loop import check_amp, choose_samples, start_logging, train
+from training.parallel import Ranks, join_ranks
+from training.recipe import DEFAULT_STUDENT, published_student
+from training.run import Job, TrainConfig, check_folder
+from training.store import check_store_options, store_binding, stored_distributions
+from training.targets import TARGETS, Blend, Teach, Teacher, own_targets
 
-TARGETS = ("ldg", "onehot", "votes")
-
-# The public code's settings: epochs, epochs between steps, factor of a step.
-PUBLISHED_SCHEDULES = {
-    "rafdb": (100, 30, 0.1),
-    "affectnet7": (20, 5, 0.1),
-    "affectnet8": (20, 5, 0.1),
-    "caers": (400, 50, 0.5),
-}
-
-# For networks that start from scratch; a prototype's, to be improved by measurement.
-DEFAULT = Recipe(
-    epochs=14,
-    batch_size=64,
-    learning_rate=0.15,
-    weight_decay=5e-4,
-    schedule="one-cycle",
-    loss="cross-entropy",
-    augmentation="default",
-    nesterov=True,
-)
+STORE = "distributions.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +32,31 @@ class StudentConfig(TrainConfig):
     """Options of ``training.student``."""
 
     targets: str = option("ldg", choices=TARGETS, help="what the student learns from")
-    teacher: Path | None = option(None, help="the LDG's checkpoint, for --targets ldg")
+    teacher: Path | None = option(None, help="the LDG's checkpoint, for --targets ldg...")
     recipe: str = option("default", choices=("default", "published"), help="how it is trained")
+    views: int | None = option(
+        None,
+        minimum=0,
+        help="views of each image for which the LDG is asked once; 0 asks it in every step",
+    )
+    store: Path | None = option(
+        None, help=f"file of the LDG's answers, for several runs; default: OUT/{STORE}"
+    )
+    ldg_share: float | None = option(
+        None, minimum=0, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
+    )
+    temperature: float | None = option(None, minimum=0.01, help="softens the LDG; 1 as published")
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether an LDG takes part."""
+        return self.targets.startswith("ldg")
+
+    @property
+    def votes(self) -> bool:
+        """Whether the data set's own targets are its votes."""
+        return self.targets.endswith("votes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,120 +67,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, "efficientface").replace(preliminary=config.preliminary)
-    device = choose_device(config.device)
-    teach = choose_targets(config, spec, device)
+    published = config.recipe == "published"
+    recipe = config.change(published_student(dataset.preset) if published else DEFAULT_STUDENT)
+    check_targets(config, recipe.views, recipe.ldg_share)
+    if not config.asks_teacher:
+        recipe = dataclasses.replace(recipe, views=0)
+    job = Job("student", spec, recipe, dataset, config, config.votes)
+    with join_ranks(config.device) as ranks:
+        check_amp(config.amp, ranks.device)
+        check_folder(job)
+        samples, selection = choose_samples(job)
+        images, teach = choose_targets(job, config, samples, ranks)
 
-    torch.manual_seed(config.seed)
-    model = EfficientFace(spec.num_classes)
-    if config.init is not None:
-        load_backbone(model, spec, config.init)
-    recipe = published_recipe(dataset.preset) if config.recipe == "published" else DEFAULT
-    votes = config.targets == "votes"
-    job = Job("student", spec, config.change(recipe), dataset, config, votes)
-    result = train(job, model.to(device), teach, device)
-    print(f"student: {result}")
+        torch.manual_seed(config.seed)
+        model = EfficientFace(spec.num_classes)
+        if config.init is not None:
+            load_backbone(model, spec, config.init)
+        train(job, model, images, selection, teach, ranks)
+        if ranks.is_first:
+            print(f"student: {job.result}")
     return 0
 
 
-def published_recipe(preset: str) -> Recipe:
-    """The public code's recipe for a data set; RAF-DB's for one that it does not know."""
-    epochs, step_epochs, decay = PUBLISHED_SCHEDULES.get(preset, PUBLISHED_SCHEDULES["rafdb"])
-    return Recipe(
-        epochs=epochs,
-        batch_size=128,
-        learning_rate=0.1,
-        weight_decay=1e-4,
-        schedule="step",
-        loss="published",
-        augmentation="published",
-        step_epochs=step_epochs,
-        decay=decay,
-    )
-
-
-def choose_targets(config: StudentConfig, spec: ModelSpec, device: torch.device) -> Teach:
-    """What gives the target distributions.
+def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
+    """Refuse options that contradict each other.
 
     Raises:
-        ConfigError: ``ldg`` without a teacher, or a teacher that would not be asked.
+        ConfigError: ``ldg`` without a teacher, a teacher or a store that would not be asked, or a
+            share that is none.
     """
-    if config.targets == "ldg" and config.teacher is None:
+    if config.asks_teacher and config.teacher is None:
         raise ConfigError(
             "--teacher",
-            expected="an LDG's checkpoint for --targets ldg",
+            expected=f"an LDG's checkpoint for --targets {config.targets}",
             found="none",
             fix="train one with python -m training.teacher, or choose --targets onehot or votes",
         )
-    if config.targets != "ldg" and config.teacher is not None:
+    if not config.asks_teacher and config.teacher is not None:
         raise ConfigError(
             "--teacher",
             expected=f"none with --targets {config.targets}",
             found=str(config.teacher),
             fix="leave --teacher out, or choose --targets ldg",
         )
-    if config.teacher is None:
-        return labels_as_targets
-    return Teacher(config.teacher, config.preset, spec, device)
+    if ldg_share > 1:
+        raise ConfigError(
+            "--ldg-share", expected="0 to 1", found=f"{ldg_share:g}", fix="give a share of 1"
+        )
+    check_store_options(config.store, views, config.asks_teacher)
 
 
-class Teacher:
-    """A frozen LDG that sees the student's augmented images (section 3.3 of the paper).
+def choose_targets(
+    job: Job, config: StudentConfig, samples: list[Sample], ranks: Ranks
+) -> tuple[TrainingImages, Teach]:
+    """The images with their own or stored targets, and what else a step asks.
 
     Args:
-        path: The LDG's checkpoint.
-        preset_name: What a published checkpoint was trained on.
-        spec: The student's.
-        device: Where to compute.
-
-    Raises:
-        CheckpointError: The checkpoint is a student, or has other classes or colours.
+        job: The run.
+        config: The command's options, checked.
+        samples: N images to train on.
+        ranks: The processes that train together.
     """
+    recipe, spec = job.recipe, job.spec
+    augmentation = AUGMENTATIONS[recipe.augmentation](spec)
+    images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
+    if config.teacher is None:
+        return images, own_targets
+    teacher = Teacher(config.teacher, config.preset, spec, ranks.device)
+    blend = Blend(recipe.temperature, 1.0 if config.targets == "ldg" else recipe.ldg_share)
+    if recipe.views == 0:
+        return images, lambda batch, own: blend(teacher(batch), own)
 
-    def __init__(
-        self, path: Path, preset_name: str | None, spec: ModelSpec, device: torch.device
-    ) -> None:
-        model, own = load_checkpoint(path, preset_name)
-        for what, theirs, ours in (
-            ("labels", own.labels, spec.labels),
-            ("colour", own.colour, spec.colour),
-        ):
-            if theirs != ours:
-                raise CheckpointError(
-                    path,
-                    expected=f"{what} {ours}, as the data set has",
-                    found=f"{theirs}",
-                    fix="train a teacher on this data set with python -m training.teacher; for a "
-                    "published checkpoint say with --preset what it was trained on",
-                )
-        if own.architecture == "efficientface":
-            raise CheckpointError(
-                path,
-                expected="an LDG (resnet18 or resnet50)",
-                found="an EfficientFace",
-                fix="give the teacher's checkpoint",
-            )
-        self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
-        self.side = [own.input_size, own.input_size]
-        # From the student's normalisation to the LDG's: x * scale + offset.
-        student_mean, student_std = _channels(spec.mean, device), _channels(spec.std, device)
-        own_mean, own_std = _channels(own.mean, device), _channels(own.std, device)
-        self.scale = student_std / own_std  # (1, 3, 1, 1)
-        self.offset = (student_mean - own_mean) / own_std
-        self.same_normalisation = (spec.mean, spec.std) == (own.mean, own.std)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The LDG's distributions (N, C) for images (N, 3, S, S); targets are not looked at."""
-        if not self.same_normalisation:
-            images = images * self.scale + self.offset
-        if list(images.shape[-2:]) != self.side:
-            images = transform.resize(images, self.side, antialias=True)
-        distribution: Tensor = self.model(images).softmax(dim=1)
-        return distribution
-
-
-def _channels(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+    data_hash = image_list_hash(samples, job.dataset.root)
+    binding = store_binding(images, config.teacher, recipe.augmentation, data_hash)
+    path = config.store or config.out / STORE
+    views = min(recipe.views, recipe.epochs)
+    stored = stored_distributions(
+        path, images, teacher, views, binding, ranks, config.workers
+    )  # (views, N, C)
+    own = torch.from_numpy(own_distributions(samples, spec.num_classes, votes=config.votes))
+    targets = blend(torch.from_numpy(stored), own).numpy()
+    return TrainingImages(samples, spec, augmentation, config.seed, targets=targets), own_targets
 
 
 if __name__ == "__main__":

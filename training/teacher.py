@@ -1,4 +1,4 @@
-"""Train a label distribution generator: a ResNet by cross-entropy on the labels.
+"""Train a label distribution generator: a ResNet by cross-entropy on labels or votes.
 
 ``python -m training.teacher --data data/ferplus --arch resnet18 --out runs/ldg``
 """
@@ -13,27 +13,12 @@ import torch
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
-from training.loop import (
-    Job,
-    Recipe,
-    TrainConfig,
-    choose_device,
-    labels_as_targets,
-    start_logging,
-    train,
-)
-
-# Cross-entropy with one cycle; measured starting point for networks trained from scratch.
-RECIPE = Recipe(
-    epochs=14,
-    batch_size=64,
-    learning_rate=0.05,
-    weight_decay=5e-4,
-    schedule="one-cycle",
-    loss="cross-entropy",
-    augmentation="default",
-    nesterov=True,
-)
+from training.data import AUGMENTATIONS, TrainingImages
+from training.loop import check_amp, choose_samples, start_logging, train
+from training.parallel import join_ranks
+from training.recipe import DEFAULT_TEACHER
+from training.run import Job, TrainConfig
+from training.targets import own_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, config.arch)
-    device = choose_device(config.device)
+    recipe = config.change(DEFAULT_TEACHER)
+    job = Job("teacher", spec, recipe, dataset, config, votes=config.votes)
+    with join_ranks(config.device) as ranks:
+        check_amp(config.amp, ranks.device)
+        samples, selection = choose_samples(job)
+        augmentation = AUGMENTATIONS[recipe.augmentation](spec)
+        images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
 
-    torch.manual_seed(config.seed)
-    model = LabelDistributionGenerator(spec.num_classes, config.arch)
-    if config.init is not None:
-        load_backbone(model, spec, config.init)
-    job = Job("teacher", spec, config.change(RECIPE), dataset, config, votes=config.votes)
-    result = train(job, model.to(device), labels_as_targets, device)
-    print(f"teacher: {result}")
+        torch.manual_seed(config.seed)
+        model = LabelDistributionGenerator(spec.num_classes, config.arch)
+        if config.init is not None:
+            load_backbone(model, spec, config.init)
+        train(job, model, images, selection, own_targets, ranks)
+        if ranks.is_first:
+            print(f"teacher: {job.result}")
     return 0
 
 

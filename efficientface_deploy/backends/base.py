@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.errors import BackendError, ImageError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    EfficientFaceError,
+    ImageError,
+)
 from efficientface_deploy.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.spec import ModelSpec, preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +32,13 @@ class BackendOptions:
         device: Part of the backend's name after the colon (``cpu``, ``cuda``, ...), or empty for
             the backend's default.
         threads: CPU threads for one inference; None leaves the choice to the library.
+        preset: What a published checkpoint was trained on; where the file carries its own spec,
+            the labels of the two must agree.
     """
 
     device: str = ""
     threads: int | None = None
+    preset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +101,8 @@ class Backend(abc.ABC):
         """Load the model; a second call does nothing.
 
         Raises:
-            EfficientFaceError: The file or the machine does not allow it.
+            EfficientFaceError: The file or the machine does not allow it, or the preset of the
+                options contradicts the file.
         """
         with self._lifecycle:
             if not self._is_open:
@@ -102,6 +111,11 @@ class Backend(abc.ABC):
                 except ImportError as error:
                     install = "install it again, or choose another backend"
                     raise broken_package(type(self).__name__, error, install) from None
+                try:
+                    self._check_preset()
+                except EfficientFaceError:
+                    self._close()
+                    raise
                 self._is_open = True
 
     def close(self) -> None:
@@ -163,6 +177,16 @@ class Backend(abc.ABC):
             output = Output(logits, probabilities)
         self._check_output(output, len(images))
         return output
+
+    def _check_preset(self) -> None:
+        name = self.options.preset
+        if name is not None and preset(name).labels != self.spec.labels:
+            raise ArtifactError(
+                self.path,
+                expected=f"labels {', '.join(self.spec.labels)}, as its spec says",
+                found=f"preset {name} with {', '.join(preset(name).labels)}",
+                fix="leave the preset out",
+            )
 
     def _check_input(self, images: npt.NDArray[Any]) -> None:
         side = self.spec.input_size

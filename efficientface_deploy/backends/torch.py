@@ -26,7 +26,7 @@ class TorchBackend(Backend):
                 found="none",
                 fix="choose torch:cpu, or install PyTorch for CUDA and its driver",
             )
-        model, self.spec = load_checkpoint(self.path)
+        model, self.spec = load_checkpoint(self.path, self.options.preset)
         if self.path.suffix == ".safetensors":
             metadata = read_safetensors_metadata(self.path)
             self.provenance = provenance_from_metadata(metadata, self.path)

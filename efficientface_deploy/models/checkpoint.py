@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
+    TORCH_SUFFIXES,
     atomic_path,
     require_file,
     spec_from_metadata,
@@ -31,8 +32,6 @@ from efficientface_deploy.models.ldg import LabelDistributionGenerator
 from efficientface_deploy.spec import ModelSpec, preset
 
 logger = logging.getLogger(__name__)
-
-TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _LDG_PREFIX = "backbone."
 _ZIP = b"PK\x03\x04"

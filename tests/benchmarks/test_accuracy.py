@@ -10,6 +10,7 @@ from benchmarks import accuracy as module
 from benchmarks.accuracy import main
 from benchmarks.report import read_result
 from efficientface_deploy.command import run_command
+from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.preprocess import load_image
 from efficientface_deploy.spec import preset
 
@@ -96,6 +97,19 @@ def test_the_reference_is_pytorch_where_there_is_one(
     result = evaluate(make_onnx("a.onnx", precision="fp32"), student)
     assert result["reference"] == "student.safetensors on torch:cpu"
     assert result["rows"][1]["agreement"] == 1.0
+
+
+def test_published_checkpoint_is_read_with_the_preset(
+    make_onnx: Callable[..., Path], student: Path, evaluate: Callable[..., dict], tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    model, _ = load_checkpoint(student)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "published.pth.tar")
+    result = evaluate(tmp_path / "published.pth.tar", make_onnx("a.onnx"))
+    assert [row["model"] for row in result["rows"]] == ["published.pth.tar", "a.onnx"]
+    row = result["rows"][0]
+    assert (row["network"], row["input_size"], row["backend"]) == ("RAF-DB", 224, "torch:cpu")
 
 
 def test_images_are_decoded_once_for_all_models(

@@ -5,12 +5,16 @@ import pytest
 
 from efficientface_deploy.metrics import (
     accuracy,
+    bootstrap_intervals,
     confusion_matrix,
     expected_calibration_error,
     macro_f1,
     max_probability_difference,
     mean_kl,
+    per_class_f1,
+    per_class_precision,
     per_class_recall,
+    reliability_bins,
     top1_agreement,
 )
 
@@ -144,3 +148,70 @@ def test_wrong_shapes_are_refused() -> None:
         mean_kl(np.ones((2, 3)), np.ones((1, 3)))
     with pytest.raises(ValueError, match="N, C"):
         expected_calibration_error(np.ones(3), np.array([0, 1, 2]))
+
+
+# ---- Every class, intervals, reliability ---------------------------------------------------------
+
+
+def test_precision_recall_and_f1_of_each_class_by_hand() -> None:
+    labels, predictions = np.array([0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
+    nan = np.nan
+    np.testing.assert_allclose(per_class_precision(labels, predictions, 4), [1, 1 / 3, nan, nan])
+    np.testing.assert_allclose(per_class_recall(labels, predictions, 4), [2 / 3, 1, 0, nan])
+    f1 = per_class_f1(labels, predictions, 4)
+    np.testing.assert_allclose(f1, [0.8, 0.5, 0, nan])
+    assert macro_f1(labels, predictions, 4) == pytest.approx(np.nanmean(f1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_intervals_are_those_of_drawing_images(seed: int) -> None:
+    """Against the textbook's way: draw images with replacement and score each sample anew."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(4, 300, p=(0.6, 0.25, 0.12, 0.03))
+    predictions = np.where(generator.random(300) < 0.7, labels, generator.integers(0, 4, 300))
+    drawn = generator.integers(0, 300, (4000, 300))
+    scores = [
+        (accuracy(labels[i], predictions[i]), macro_f1(labels[i], predictions[i], 4)) for i in drawn
+    ]
+    low, high = np.quantile(scores, (0.025, 0.975), axis=0)
+    found = bootstrap_intervals(labels, predictions, 4, resamples=20_000, seed=seed)
+    np.testing.assert_allclose(found.accuracy, (low[0], high[0]), atol=0.005)
+    np.testing.assert_allclose(found.macro_f1, (low[1], high[1]), atol=0.012)
+    assert found.accuracy[0] < accuracy(labels, predictions) < found.accuracy[1]
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        labels = np.zeros(400, dtype=int)
+        predictions = (generator.random(400) > 0.8).astype(int)  # right four times in five
+        low, high = bootstrap_intervals(labels, predictions, 2, resamples=500).accuracy
+        hits += low <= 0.8 <= high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_intervals_are_seeded_wider_at_a_higher_level_and_a_point_without_errors() -> None:
+    probabilities, labels = random_case(0)
+    predictions = probabilities.argmax(axis=1)
+    first = bootstrap_intervals(labels, predictions, CLASSES)
+    assert first == bootstrap_intervals(labels, predictions, CLASSES)
+    assert first != bootstrap_intervals(labels, predictions, CLASSES, seed=1)
+    wider = bootstrap_intervals(labels, predictions, CLASSES, level=0.99)
+    assert wider.accuracy[0] < first.accuracy[0] and wider.accuracy[1] > first.accuracy[1]
+    perfect = bootstrap_intervals(labels, labels, CLASSES)
+    assert perfect.accuracy == perfect.macro_f1 == (1.0, 1.0)
+    assert bootstrap_intervals(np.array([1]), np.array([0]), 2).accuracy == (0.0, 0.0)
+
+
+def test_reliability_bins_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.5], [0.4, 0.6], [0.2, 0.8], [0.0, 1.0]])
+    found = reliability_bins(probabilities, np.array([0, 1, 0, 1]), bins=4)
+    nan = np.nan
+    np.testing.assert_array_equal(found.count, [0, 1, 1, 2])  # 0.5 belongs to (0.25, 0.5]
+    np.testing.assert_allclose(found.confidence, [nan, 0.5, 0.6, 0.9])
+    np.testing.assert_allclose(found.accuracy, [nan, 1, 1, 0.5])
+    assert found.count.dtype == np.int64
+    expected = (0.5 + 0.4 + 2 * 0.4) / 4
+    ece = expected_calibration_error(probabilities, np.array([0, 1, 0, 1]), bins=4)
+    assert ece == pytest.approx(expected)

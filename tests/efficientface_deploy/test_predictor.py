@@ -8,7 +8,7 @@ from PIL import Image
 
 import efficientface_deploy as ef
 from efficientface_deploy import predictor as module
-from efficientface_deploy.backends import Backend, BackendOptions
+from efficientface_deploy.backends import Backend, BackendOptions, create_backend
 from efficientface_deploy.backends.base import Output
 from efficientface_deploy.errors import ArtifactError, BackendError, ImageError
 
@@ -138,6 +138,44 @@ def test_context_manager_closes_on_errors_too(predictor):
 def test_threads_below_one(threads):
     with pytest.raises(BackendError, match="at least 1"):
         ef.load("model.onnx", threads=threads)
+
+
+def test_preset_reaches_a_published_checkpoint(make_network, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {f"module.{key}": value for key, value in make_network(8).state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "published.pth.tar")
+    with ef.load(tmp_path / "published.pth.tar", preset="affectnet8") as predictor:
+        assert predictor.spec == ef.PRESETS["affectnet8"]
+        assert predictor(flat(128)).label in ef.PRESETS["affectnet8"].labels
+    with ef.load(tmp_path / "published.pth.tar") as predictor:
+        assert predictor.spec.labels[:2] == ("class 0", "class 1")
+
+
+def test_preset_that_agrees_with_the_files_own_spec(backend, model_files):
+    # The labels are the same; size and normalisation stay those of the file.
+    with ef.load(model_files[backend], preset="affectnet7") as predictor:
+        assert predictor.spec == ef.PRESETS["rafdb"].replace(input_size=64, name="test")
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("ferplus", r"model\.\w+: expected labels Neutral, .*found preset ferplus with Neutral, "),
+        ("nonsense", r"preset: expected one of rafdb.*found 'nonsense'"),
+    ],
+)
+def test_preset_that_contradicts_is_refused_and_nothing_stays_open(
+    backend, model_files, preset, message, monkeypatch
+):
+    closed = []
+    kind = backend.partition("-")[0]
+    backend_class = type(create_backend(kind, model_files[backend], BackendOptions()))
+    close = backend_class._close
+    monkeypatch.setattr(backend_class, "_close", lambda self: (closed.append(self), close(self)))
+    message = message.replace("model", "(model|float)")
+    with pytest.raises(ef.EfficientFaceError, match=message):
+        ef.load(model_files[backend], preset=preset)
+    assert len(closed) == (kind == "onnx")  # PyTorch's checkpoint is refused before it is opened
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "missing.safetensors", "missing.pth.tar"])

@@ -18,7 +18,12 @@ from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.models import EfficientFace, save_checkpoint
 from training import prepare
-from training.loop import Job, Recipe, Teach, TrainConfig, labels_as_targets, train
+from training.data import AUGMENTATIONS, TrainingImages
+from training.loop import choose_samples, train
+from training.parallel import Ranks
+from training.recipe import Recipe
+from training.run import Job, TrainConfig
+from training.targets import Teach, own_targets
 
 RECIPE = Recipe(
     epochs=3,
@@ -27,7 +32,7 @@ RECIPE = Recipe(
     weight_decay=5e-4,
     schedule="one-cycle",
     loss="cross-entropy",
-    augmentation="default",
+    augmentation="mild",
     nesterov=True,
 )
 
@@ -59,10 +64,12 @@ def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
 
     def make(**changes: Any) -> Job:
         changes = {"out": tmp_path / "run", "input_size": 32, "workers": 0} | changes
+        changes = {"tensorboard": False} | changes
         votes = changes.pop("votes", False)
-        of_recipe = {field.name for field in dataclasses.fields(Recipe)} & set(changes)
-        recipe = dataclasses.replace(RECIPE, **{name: changes.pop(name) for name in of_recipe})
+        options = {field.name for field in dataclasses.fields(TrainConfig)}
+        of_recipe = {name: changes.pop(name) for name in set(changes) - options}
         config = TrainConfig(data=face_set, **changes)
+        recipe = config.change(dataclasses.replace(RECIPE, **of_recipe))
         dataset = read_dataset(face_set)
         spec = config.model_spec(dataset, "efficientface")
         return Job("student", spec, recipe, dataset, config, votes)
@@ -74,9 +81,14 @@ def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
 def fit() -> Callable[..., Path]:
     """Do a job with a fresh EfficientFace."""
 
-    def fit(job: Job, teach: Teach = labels_as_targets) -> Path:
+    def fit(job: Job, teach: Teach = own_targets) -> Path:
+        samples, selection = choose_samples(job)
+        augmentation = AUGMENTATIONS[job.recipe.augmentation](job.spec)
+        images = TrainingImages(samples, job.spec, augmentation, job.config.seed, votes=job.votes)
         torch.manual_seed(job.config.seed)
-        return train(job, EfficientFace(job.spec.num_classes), teach, torch.device("cpu"))
+        model = EfficientFace(job.spec.num_classes)
+        train(job, model, images, selection, teach, Ranks(torch.device("cpu")))
+        return job.result
 
     return fit
 

@@ -5,15 +5,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from efficientface_deploy.dataset import Sample, read_dataset
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.preprocess import normalise, to_model_input
 from efficientface_deploy.spec import ModelSpec
 from training.data import (
     AUGMENTATIONS,
-    EpochSampler,
+    BatchOrder,
     TrainingImages,
+    _cover_a_part,
     hold_out,
     training_loader,
 )
@@ -36,7 +38,7 @@ def images(request, dataset, spec) -> TrainingImages:
     return make_images(dataset, spec, request.param)
 
 
-def make_images(dataset, spec, name: str = "default", seed: int = 3, **options) -> TrainingImages:
+def make_images(dataset, spec, name: str = "mild", seed: int = 3, **options) -> TrainingImages:
     return TrainingImages(dataset.split("train"), spec, AUGMENTATIONS[name](spec), seed, **options)
 
 
@@ -98,7 +100,7 @@ def test_targets_are_labels_or_votes(dataset, spec):
 def test_votes_without_votes_are_refused(dataset, spec):
     plain = [Sample(sample.path, sample.label) for sample in dataset.split("train")]
     with pytest.raises(DatasetError, match="column of votes"):
-        TrainingImages(plain, spec, AUGMENTATIONS["default"](spec), 0, votes=True)
+        TrainingImages(plain, spec, AUGMENTATIONS["mild"](spec), 0, votes=True)
 
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
@@ -115,25 +117,56 @@ def test_batch_is_normalised_as_the_runtime_does(colour, dataset, spec):
 # ---- Order and batches ---------------------------------------------------------------------------
 
 
-def test_sampler_gives_each_epoch_its_own_permutation():
-    sampler = EpochSampler(20, seed=1)
-    orders = []
-    for epoch in (0, 1):
-        sampler.epoch = epoch
-        keys = list(sampler)
-        assert {key[0] for key in keys} == {epoch}
-        orders.append([index for _, index in keys])
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20)) == list(range(len(sampler)))
-    assert orders[0] != orders[1] != sorted(orders[1])
-    again, other = EpochSampler(20, seed=1), EpochSampler(20, seed=2)
-    again.epoch = other.epoch = 1
-    assert [index for _, index in again] == orders[1] != [index for _, index in other]
+def keys_of(order: BatchOrder, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
+    order.epoch, order.start = epoch, start
+    return list(order)
+
+
+def test_each_epoch_has_its_own_permutation_and_views():
+    order = BatchOrder(20, 5, seed=1)
+    epochs = [[key for batch in keys_of(order, epoch) for key in batch] for epoch in (0, 1)]
+    for epoch, keys in enumerate(epochs):
+        assert {view for view, _ in keys} == {epoch}
+        assert sorted(index for _, index in keys) == list(range(20))
+    indices = [[index for _, index in keys] for keys in epochs]
+    assert indices[0] != indices[1] != sorted(indices[1])
+    assert keys_of(BatchOrder(20, 5, seed=1), 1) == keys_of(order, 1)
+    assert keys_of(BatchOrder(20, 5, seed=2), 1) != keys_of(order, 1)
+
+
+def test_a_few_views_come_in_turn():
+    order = BatchOrder(8, 8, seed=0, views=3)
+    views = [keys_of(order, epoch)[0][0][0] for epoch in range(7)]
+    assert views == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_rest_of_an_epoch():
+    order = BatchOrder(23, 4, seed=0)
+    whole = keys_of(order, 2)
+    assert len(whole) == order.steps == len(order) == 5  # the last three images wait
+    assert keys_of(order, 2, start=3) == whole[3:]
+    assert len(order) == 2 and order.steps == 5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_have_disjoint_parts_of_the_single_processs_batches(ranks):
+    alone = keys_of(BatchOrder(40, 12, seed=4), 1)
+    shares = [keys_of(BatchOrder(40, 12, seed=4, rank=r, ranks=ranks), 1) for r in range(ranks)]
+    for step, batch in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert [len(part) for part in parts] == [12 // ranks] * ranks
+        assert sorted(key for part in parts for key in part) == sorted(batch)
+
+
+def test_batch_that_the_ranks_cannot_share():
+    with pytest.raises(ConfigError, match="a multiple of the 2 processes, found 5"):
+        BatchOrder(20, 5, seed=0, ranks=2)
 
 
 def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[tuple[torch.Tensor, ...]]:
-    loader, sampler = training_loader(images, BATCH, 5, workers)
-    sampler.epoch = epoch
-    return [tuple(part.clone() for part in batch) for batch in loader]
+    order = BatchOrder(len(images), BATCH, 5)
+    order.epoch = epoch
+    return [tuple(part.clone() for part in b) for b in training_loader(images, order, workers)]
 
 
 def test_workers_give_the_same_bits(dataset, spec):
@@ -145,22 +178,48 @@ def test_workers_give_the_same_bits(dataset, spec):
 
 
 def test_worker_follows_the_epoch(dataset, spec):
-    loader, sampler = training_loader(make_images(dataset, spec), BATCH, 5, workers=1)
+    images = make_images(dataset, spec)
+    order = BatchOrder(len(images), BATCH, 5)
+    loader = training_loader(images, order, workers=1)
     for epoch in (0, 1):  # the worker lives on between them
-        sampler.epoch = epoch
+        order.epoch = epoch
         expected = epoch_of(make_images(dataset, spec), epoch, workers=0)
         for ours, theirs in zip(loader, expected, strict=True):
             assert torch.equal(ours[0], theirs[0])
 
 
 def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
-    loader, _ = training_loader(make_images(dataset, spec), 15, 0, workers=0)
+    images = make_images(dataset, spec)
+    loader = training_loader(images, BatchOrder(len(images), 15, 0), workers=0)
     assert [len(batch) for batch, _ in loader] == [15, 15, 15]  # of 56
 
 
-def test_too_few_images_for_one_batch(dataset, spec):
+def test_too_few_images_for_one_batch():
     with pytest.raises(DatasetError, match="batch of 57 images, found 56"):
-        training_loader(make_images(dataset, spec), 57, 0, workers=0)
+        BatchOrder(56, 57, 0)
+
+
+def test_stored_targets_follow_the_view(dataset, spec):
+    stored = np.random.default_rng(0).random((2, 56, 7), dtype=np.float32)
+    images = make_images(dataset, spec, targets=stored)
+    for view, index in ((0, 0), (1, 0), (1, 55), (2, 3)):
+        np.testing.assert_array_equal(images[view, index][1], stored[view % 2, index])
+
+
+def test_covered_part(spec):
+    """About half of the strong views have a rectangle of the mean colour; the rest is the face."""
+    mean = tuple(round(255 * value) for value in spec.mean)
+    areas = []
+    for number in range(300):
+        torch.manual_seed(number)
+        image = Image.new("RGB", (60, 60), (1, 2, 3))
+        covered = np.all(np.array(_cover_a_part(image, mean)) == mean, axis=2)
+        areas.append(covered.mean())
+        rows, columns = covered.any(axis=1).sum(), covered.any(axis=0).sum()
+        assert covered.sum() == rows * columns  # one rectangle
+    areas = np.array(areas)
+    assert 0.4 < (areas > 0).mean() < 0.6
+    assert 0.015 < areas[areas > 0].min() < 0.05 and 0.2 < areas.max() < 0.27
 
 
 # ---- Hold-out ------------------------------------------------------------------------------------

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional import classification as tm
 
+from efficientface_deploy import PRESETS
+from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import Sample, read_dataset
-from efficientface_deploy.errors import DatasetError
-from efficientface_deploy.models import save_checkpoint
+from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
+from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.preprocess import normalise, to_model_input
-from training import evaluate
-from training.evaluate import as_text, score
+from training import evaluate, evaluation_plots
+from training.evaluate import as_markdown, as_text, score
 
 CLASSES = 7
 
@@ -27,19 +33,14 @@ def probabilities(make_network, face_set) -> torch.Tensor:
         return make_network()(torch.from_numpy(normalise(images, spec))).softmax(dim=1)
 
 
-def evaluate_json(student_file, face_set, tmp_path, *options):
-    path = tmp_path / "figures.json"
-    arguments = [
-        "--weights",
-        str(student_file),
-        "--data",
-        str(face_set),
-        "--json",
-        str(path),
-        *options,
-    ]
-    assert evaluate.main(arguments) == 0
-    return json.loads(path.read_text())
+def run(weights, data, *options) -> int:
+    return evaluate.main(["--weights", str(weights), "--data", str(data), *map(str, options)])
+
+
+def evaluate_json(weights, data, tmp_path, *options):
+    out = tmp_path / "out"
+    assert run(weights, data, "--out", out, *options) == 0
+    return json.loads((out / "evaluation.json").read_text())
 
 
 def test_figures_are_torchmetrics(
@@ -60,9 +61,18 @@ def test_figures_are_torchmetrics(
     assert figures["expected_calibration_error"] == close(
         tm.multiclass_calibration_error(probabilities, truth, CLASSES, n_bins=15)
     )
-    recall = tm.multiclass_recall(probabilities, truth, CLASSES, average="none")
-    assert list(figures["recall"].values()) == pytest.approx(recall.tolist())
-    assert list(figures["recall"]) == list(read_dataset(face_set).labels)
+    assert [row["label"] for row in figures["classes"]] == list(read_dataset(face_set).labels)
+    assert [row["images"] for row in figures["classes"]] == [4] * 7
+    predicted = torch.bincount(probabilities.argmax(dim=1), minlength=CLASSES)
+    for key, function in (
+        ("precision", tm.multiclass_precision),
+        ("recall", tm.multiclass_recall),
+        ("f1", tm.multiclass_f1_score),
+    ):
+        expected = function(probabilities, truth, CLASSES, average="none").tolist()
+        if key == "precision":  # torchmetrics says 0 of a class that is never predicted
+            expected = [x if n else None for x, n in zip(expected, predicted, strict=True)]
+        assert [row[key] for row in figures["classes"]] == pytest.approx(expected)
     matrix = tm.multiclass_confusion_matrix(probabilities, truth, CLASSES)
     assert figures["confusion_matrix"] == matrix.tolist()
 
@@ -91,16 +101,189 @@ def test_other_labels_are_refused(face_set, make_network, tmp_path):
     save_checkpoint(tmp_path / "turned.safetensors", make_network(), spec)
     with pytest.raises(DatasetError, match=r"the model's labels: Anger, .* found Neutral, "):
         evaluate_json(tmp_path / "turned.safetensors", face_set, tmp_path)
-    assert not (tmp_path / "figures.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_class_without_images_and_samples_without_votes(tmp_path):
     samples = [Sample(tmp_path, 0), Sample(tmp_path, 2), Sample(tmp_path, 2)]
     probabilities = np.eye(3, dtype=np.float32)[[0, 2, 0]]
     figures = score(probabilities, samples, ("a", "b", "c"))
-    assert figures["recall"] == {"a": 1.0, "b": None, "c": 0.5}
+    assert figures["classes"] == [
+        {"label": "a", "images": 1, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)},
+        {"label": "b", "images": 0, "precision": None, "recall": None, "f1": None},
+        {"label": "c", "images": 2, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)},
+    ]
     assert "mean_kl_from_votes" not in figures
-    assert json.loads(json.dumps(figures)) == figures
-    text = as_text(figures)
-    assert "recall b          none here" in text and "KL" not in text
-    assert "accuracy          0.6667   (always the largest class: 0.6667)" in text
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    named = {**figures, **NAMES}
+    text = as_text(named)
+    assert re.search(r"^  b +0 +- +- +-$", text, re.MULTILINE) and "KL" not in text
+    assert re.search(r"accuracy          0.6667 .*\(always the largest class: 0.6667\)", text)
+    assert "| b | 0 | - | - | - |" in as_markdown(named)
+
+
+NAMES = {
+    "weights": "runs/a_b*c.onnx",
+    "weights_sha256": "0" * 64,
+    "model": "Predictor('a_b*c.onnx')",
+    "dataset": "some <b>|faces",
+    "split": "test",
+}
+
+
+def test_names_from_files_cannot_break_the_page(tmp_path):
+    samples = [Sample(tmp_path, 0), Sample(tmp_path, 1)]
+    labels = ("a|b", "$\\frac{")  # a table's bar; a formula that matplotlib could not set
+    figures = {**score(np.eye(2, dtype=np.float32), samples, labels), **NAMES}
+    evaluate.write_evaluation(tmp_path / "out", figures)
+    page = (tmp_path / "out/evaluation.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| a\\|b")]
+    assert len(rows) == 1 and len(re.findall(r"(?<!\\)\|", rows[0])) == 6
+    assert r"# Evaluation of a\_b\*c.onnx" in page and r"\<b\>\|faces" in page
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+FILES = {"evaluation.json", "evaluation.md", "confusion.png", "reliability.png"}
+
+
+def test_out_holds_page_and_plots(student_file, face_set, tmp_path, capsys):
+    figures = evaluate_json(student_file, face_set, tmp_path)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == FILES  # no temporary file is left
+    for name in ("confusion.png", "reliability.png"):
+        with Image.open(out / name) as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 400
+    page = (out / "evaluation.md").read_text()
+    low, high = figures["accuracy_interval"]
+    assert f"| accuracy | {figures['accuracy']:.4f} | {low:.4f} to {high:.4f} |" in page
+    assert page.count("\n| ") == 2 + 2 + 4 + 7  # heads, rules, figures, classes
+    assert "(confusion.png)" in page and "(reliability.png)" in page
+    assert f"wrote evaluation.json, evaluation.md and two plots to {out}" in capsys.readouterr().out
+    assert sum(figures["reliability"]["count"]) == 28
+    assert figures["weights_sha256"] == hashlib.sha256(student_file.read_bytes()).hexdigest()
+    # The same figures again, into the same folder.
+    assert evaluate_json(student_file, face_set, tmp_path) == figures
+
+
+def test_nothing_is_written_without_out(student_file, face_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(student_file, face_set) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_confusion_plot_shows_shares_of_rows_and_counts(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation_plots, "_save", lambda figure, path: drawn.append(figure))
+    matrix = [[30, 10, 0], [0, 0, 0], [1, 1, 2]]
+    evaluation_plots.plot_confusion(tmp_path / "c.png", matrix, ("a", "b", "c"))
+    axes = drawn[0].axes[0]
+    expected = [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]]
+    np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(c, r): str(matrix[r][c]) for r in range(3) for c in range(3)}
+    assert axes.get_ylabel() == "labelled" and axes.get_xlabel() == "predicted"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_reliability_plot_leaves_empty_bins_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation_plots, "_save", lambda figure, path: drawn.append(figure))
+    bins = {"confidence": [None, 0.6, 0.9], "accuracy": [None, 0.5, 1.0], "count": [0, 2, 4]}
+    evaluation_plots.plot_reliability(tmp_path / "r.png", bins, 0.1)
+    upper, lower = drawn[0].axes
+    bars = [(bar.get_x(), bar.get_height()) for bar in upper.patches]
+    np.testing.assert_allclose(bars, [(1 / 3, 0.5), (2 / 3, 1.0)])
+    assert [bar.get_height() for bar in lower.patches] == [0, 2, 4]
+    np.testing.assert_array_equal(upper.lines[1].get_xydata(), [(0.6, 0.5), (0.9, 1.0)])
+
+
+# ---- Every kind of model file --------------------------------------------------------------------
+
+
+def test_exported_file_scores_as_its_checkpoint(model_files, face_set, tmp_path):
+    expected = evaluate_json(model_files["torch"], face_set, tmp_path / "torch")
+    onnx = evaluate_json(model_files["onnx"], face_set, tmp_path / "onnx")
+    assert onnx["confusion_matrix"] == expected["confusion_matrix"]
+    assert onnx["mean_kl_from_votes"] == pytest.approx(expected["mean_kl_from_votes"], abs=1e-4)
+    assert "onnx:cpu" in onnx["model"]
+
+
+def test_published_layout_and_checkpoint_by_preset(make_network, face_set, tmp_path):
+    """Without dataset.json and without a spec the preset says everything."""
+    bare = tmp_path / "RAF-DB"
+    shutil.copytree(face_set / "test", bare / "test")
+    model = make_network()
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    published = tmp_path / "published.pth.tar"
+    torch.save({"epoch": 3, "best_acc": torch.tensor(88.0), "state_dict": state}, published)
+
+    figures = evaluate_json(published, bare, tmp_path, "--preset", "rafdb")
+    spec = PRESETS["rafdb"]
+    truth, predicted = [], []
+    for path in sorted((bare / "test").glob("*/*.jpg")):
+        batch = torch.from_numpy(normalise(to_model_input(path, spec)[None], spec))
+        with torch.no_grad():
+            predicted.append(int(model(batch).argmax()))
+        truth.append(int(path.parent.name))
+    expected = np.zeros((7, 7), dtype=int)
+    np.add.at(expected, (truth, predicted), 1)
+    assert figures["confusion_matrix"] == expected.tolist()
+    assert figures["dataset"] == "RAF-DB" and "mean_kl_from_votes" not in figures
+
+    with pytest.raises(ArtifactError, match="--preset, since this checkpoint does not say"):
+        run(published, bare)
+    with pytest.raises(CheckpointError, match="8 classes for preset affectnet8, found 7"):
+        run(published, bare, "--preset", "affectnet8")
+
+
+def test_a_checkpoint_of_another_data_set_with_the_same_labels(make_network, face_set, tmp_path):
+    """Cross-database evaluation: dataset.json names the classes, the preset is the checkpoint's."""
+    published = tmp_path / "affectnet.pth.tar"
+    torch.save({"state_dict": make_network().state_dict()}, published)
+    figures = evaluate_json(published, face_set, tmp_path, "--preset", "affectnet7")
+    assert "AffectNet-7" in figures["model"] and figures["dataset"] == "synthetic faces"
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_ldg_is_scored(architecture, face_set, tmp_path):
+    spec = read_dataset(face_set).spec.replace(architecture=architecture, input_size=32)
+    torch.manual_seed(0)
+    ldg = LabelDistributionGenerator(7, architecture).train()
+    ldg(torch.randn(16, 3, 32, 32))  # batch norms that have seen something
+    save_checkpoint(tmp_path / "teacher.safetensors", ldg.eval(), spec)
+    figures = evaluate_json(tmp_path / "teacher.safetensors", face_set, tmp_path)
+    samples = read_dataset(face_set).split("test")
+    images = np.stack([to_model_input(sample.path, spec) for sample in samples])
+    with torch.no_grad():
+        predicted = ldg(torch.from_numpy(normalise(images, spec))).argmax(dim=1).numpy()
+    truth = np.array([sample.label for sample in samples])
+    assert figures["accuracy"] == np.mean(predicted == truth)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+def test_preset_that_contradicts_the_file(model_files, face_set, tmp_path):
+    for kind, error in (("torch", CheckpointError), ("onnx", ArtifactError)):
+        with pytest.raises(error, match=r"labels Neutral.*found preset ferplus.*leave the preset"):
+            run(model_files[kind], face_set, "--preset", "ferplus", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused_before_the_work(student_file, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(ConfigError, match="expected a folder, found a file"):
+        run(student_file, tmp_path / "no data set", "--out", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_unreadable_image_is_named_and_nothing_is_written(student_file, face_set, tmp_path, capsys):
+    shutil.copytree(face_set, tmp_path / "data")
+    victim = read_dataset(tmp_path / "data").split("test")[3].path
+    victim.write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: run(student_file, tmp_path / "data", "--out", tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and victim.name in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
+import io
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +15,20 @@ import torch
 from PIL import Image
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
-from efficientface_deploy.errors import CheckpointError, ConfigError, DatasetError
-from efficientface_deploy.models import EfficientFace, load_checkpoint
+from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator, load_checkpoint
 from efficientface_deploy.models.checkpoint import read_weights
 from efficientface_deploy.preprocess import normalise, to_model_input
 from training import loop
-from training.loop import InterruptError, Job, Recipe, choose_device, labels_as_targets, predict
+from training.data import AUGMENTATIONS, TrainingImages
+from training.loop import check_amp, choose_samples, predict, train
+from training.losses import LOSSES
+from training.parallel import Ranks
+from training.recipe import published_student
+from training.targets import own_targets
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3  # 56 images, 7 held out, batches of 16
+CPU = Ranks(torch.device("cpu"))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -49,29 +51,16 @@ def history(out: Path) -> list[dict[str, float]]:
     return rows
 
 
-class Stopping:
-    """Targets from the labels until a step at which the user presses Ctrl-C."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.calls = 0
-
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if self.calls > self.at:
-            raise KeyboardInterrupt
-        return labels_as_targets(images, targets)
-
-
 # ---- Learning ------------------------------------------------------------------------------------
 
 
 def test_training_tells_two_expressions_apart(make_job, fit):
     """Sixteen faces that show Surprise or Disgust; guessing among the two costs log 2."""
-    job = make_job(epochs=20, batch_size=8, input_size=64, select="last")
+    job = make_job(epochs=20, batch_size=8, input_size=48, select="last")
     two = [sample for sample in job.dataset.split("train") if sample.label in (3, 5)]
-    dataset = dataclasses.replace(job.dataset, samples={"train": tuple(two)})
-    fit(dataclasses.replace(job, dataset=dataset))
+    images = TrainingImages(two, job.spec, AUGMENTATIONS["mild"](job.spec), 0)
+    torch.manual_seed(0)
+    train(job, EfficientFace(7), images, [], own_targets, CPU)
     losses = [row["loss"] for row in history(job.config.out)]
     assert losses[0] > 1.5
     assert losses[-1] < math.log(2) - 0.2
@@ -99,6 +88,21 @@ def test_every_step_sees_a_whole_batch_of_fresh_views(make_job, fit):
     assert len(seen) == len(set(seen)) == 2 * STEPS * 16  # no picture twice in two epochs
 
 
+def test_schedule_reaches_the_optimizer(make_job, fit, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *arguments, **keywords):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    job = make_job(epochs=2, select="last")
+    fit(job)
+    expected = [job.recipe.learning_rate_at(step / 3) for step in range(2 * 3)]
+    assert rates == pytest.approx(expected)
+
+
 def test_votes_reach_the_loss(make_job, fit):
     seen = []
 
@@ -123,11 +127,11 @@ def test_predict_uses_the_runtimes_preprocessing(make_job, make_network):
     job = make_job(input_size=64)
     model = make_network().train()
     samples = job.dataset.split("test")
-    predicted, labels = predict(model, samples, job.spec, torch.device("cpu"))
+    logits, labels = predict(model, samples, job.spec, torch.device("cpu"))
     images = np.stack([to_model_input(sample.path, job.spec) for sample in samples])
     with torch.no_grad():
-        expected = model.eval()(torch.from_numpy(normalise(images, job.spec))).argmax(dim=1)
-    np.testing.assert_array_equal(predicted, expected.numpy())
+        expected = model.eval()(torch.from_numpy(normalise(images, job.spec)))
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(labels, [sample.label for sample in samples])
 
 
@@ -163,9 +167,12 @@ def test_checkpoint_carries_spec_and_provenance(make_job, fit):
     assert spec == job.spec and isinstance(model, EfficientFace)
     record = provenance(job.result)
     assert (record["kind"], record["dataset"], record["epoch"]) == ("student", "synthetic faces", 1)
-    assert record["recipe"]["augmentation"] == "default"
-    assert record["config"]["select"] == record["select"] == "last"
+    assert record["recipe"]["augmentation"] == "mild"
+    assert record["recipe"]["select"] == record["select"] == "last"
     assert {"torch", "python", "efficientface_deploy"} == set(record["versions"])
+    assert len(record["data_hash"]) == 64 and "calibration" not in record
+    commit = record["git_commit"]
+    assert commit is None or len(commit.rstrip("+")) == 40
 
 
 @pytest.mark.parametrize(
@@ -178,10 +185,11 @@ def test_best_epoch_of_the_selection_is_kept(scores, kept, make_job, fit, monkey
         right = round(10 * scores[len(after_epoch)])
         after_epoch.append({name: value.clone() for name, value in model.state_dict().items()})
         labels = np.arange(10) % 7
-        return np.where(np.arange(10) < right, labels, (labels + 1) % 7), labels
+        predicted = np.where(np.arange(10) < right, labels, (labels + 1) % 7)
+        return np.eye(7, dtype=np.float32)[predicted], labels
 
     monkeypatch.setattr(loop, "predict", scripted)
-    path = fit(make_job())
+    path = fit(make_job(calibrate=False))
     assert provenance(path)["epoch"] == kept
     assert provenance(path)["metrics"]["accuracy"] == pytest.approx(scores[kept - 1])
     saved = weights(path)
@@ -198,238 +206,163 @@ def test_last_epoch_is_kept_without_a_selection(make_job, fit):
 
 def test_selection_decides_what_is_trained_on(make_job):
     train = set(make_job().dataset.split("train"))
-    rest, held = loop.choose_samples(make_job(select="holdout"))
+    rest, held = choose_samples(make_job(select="holdout"))
     assert set(rest) | set(held) == train and len(held) == 7
-    rest, chosen = loop.choose_samples(make_job(select="test"))
+    rest, chosen = choose_samples(make_job(select="test"))
     assert set(rest) == train and chosen == list(make_job().dataset.split("test"))
-    assert loop.choose_samples(make_job(select="last")) == (rest, [])
+    assert choose_samples(make_job(select="last")) == (rest, [])
     with pytest.raises(DatasetError, match="a validation split"):
-        loop.choose_samples(make_job(select="validation"))
+        choose_samples(make_job(select="validation"))
 
 
-# ---- Interrupts and --resume ---------------------------------------------------------------------
+def test_class_without_images_is_named(make_job):
+    job = make_job(select="last")
+    without = tuple(s for s in job.dataset.split("train") if s.label not in (2, 5))
+    dataset = dataclasses.replace(job.dataset, samples={"train": without})
+    with pytest.raises(ConfigError, match="of every class, found none of Sadness, Disgust; add"):
+        choose_samples(dataclasses.replace(job, dataset=dataset))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """Folder for one uninterrupted run that several tests look at; made by the first."""
-    return tmp_path_factory.mktemp("finished") / "run"
+# ---- Moving average, calibration, precision ------------------------------------------------------
 
 
-@pytest.fixture
-def whole(make_job, fit, finished) -> Job:
-    """A finished job of three epochs."""
-    job = make_job(out=finished)
-    if not finished.exists():
-        fit(job)
-    return job
-
-
-@pytest.mark.parametrize("stop_at", [STEPS, STEPS + 2, 2 * STEPS + 1])
-def test_resumed_run_has_the_bits_of_an_uninterrupted_one(stop_at, make_job, fit, whole):
-    broken = make_job()
-    with pytest.raises(InterruptError, match="expected 3 epochs, found an interrupt; add --resume"):
-        fit(broken, Stopping(stop_at))
-    assert len(history(broken.config.out)) == stop_at // STEPS
-    fit(make_job(resume=True))
-
-    assert_same_bits(weights(broken.result), weights(whole.result))
-    ours, theirs = (torch.load(job.state, weights_only=True) for job in (broken, whole))
-    assert_same_bits(ours["model"], theirs["model"])
-    buffers = (state["optimizer"]["state"] for state in (ours, theirs))
-    for one, other in zip(*(buffer.values() for buffer in buffers), strict=True):
-        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
-    for one, other in zip(ours["history"], theirs["history"], strict=True):
-        assert {**one, "images_per_second": 0} == {**other, "images_per_second": 0}
-
-
-def test_interrupt_before_the_first_epoch_is_over(make_job, fit):
-    with pytest.raises(InterruptError, match="no epoch was finished: start again") as caught:
-        fit(make_job(epochs=1), Stopping(2))
-    assert caught.value.exit_code == 130
-    fit(make_job(epochs=1))  # in the same folder
-
-
-def test_kill_between_weights_and_state_costs_one_epoch(make_job, fit, monkeypatch, whole):
-    broken = make_job()
-    save, saved = loop._save_state, []
-
-    def killed_at_the_second(*arguments):
-        if len(saved) == 1:
-            raise SystemExit
-        saved.append(save(*arguments))
-
-    monkeypatch.setattr(loop, "_save_state", killed_at_the_second)
-    with pytest.raises(SystemExit):
-        fit(broken)
-    monkeypatch.undo()
-    fit(make_job(resume=True))
-    assert_same_bits(weights(broken.result), weights(whole.result))
-
-
-def test_finished_run_has_nothing_left_to_do(make_job, fit):
-    job = make_job(epochs=1)
-    before = fit(job).read_bytes()
-    assert fit(make_job(epochs=1, resume=True), Stopping(0)).read_bytes() == before
-
-
-def test_folder_of_another_run_is_refused(make_job, fit):
-    job = make_job(epochs=1)
-    before = fit(job).read_bytes()
-    with pytest.raises(ConfigError, match="another run; choose another --out, or add --resume"):
-        fit(job)
-    job.state.unlink()  # the weights alone are worth as much
-    with pytest.raises(ConfigError, match="another run; choose another --out, or remove it"):
-        fit(job)
-    assert job.result.read_bytes() == before
-
-
-def test_resume_without_a_run(make_job, fit):
-    job = make_job(resume=True)
-    with pytest.raises(CheckpointError, match=r"last\.pt: .* found none; leave --resume out"):
-        fit(job)
-    assert not job.config.out.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"seed": 1}, "seed"),
-        ({"epochs": 2}, "epochs"),
-        ({"learning_rate": 0.2}, "learning_rate"),
-        ({"loss": "published"}, "loss"),
-        ({"select": "last"}, "select"),
-        ({"input_size": 48}, "input_size, spec"),
-        ({"init": Path("other.pth.tar")}, "init"),
-    ],
-)
-def test_resume_with_other_options_is_refused(change, named, make_job, fit, whole):
-    with pytest.raises(ConfigError, match=f"others for {named}; repeat those in .*config.json"):
-        fit(make_job(**{"out": whole.config.out, "resume": True} | change))
-
-
-def test_run_may_move_and_change_its_workers(make_job, fit, whole, tmp_path):
-    shutil.copytree(whole.config.out, tmp_path / "moved")
-    fit(make_job(out=tmp_path / "moved", resume=True, workers=1, device="cpu"))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other"])
-def test_damaged_state_is_reported(damage, make_job, fit, whole):
-    job = make_job(resume=True)
-    shutil.copytree(whole.config.out, job.config.out)
-    data = {"truncated": job.state.read_bytes()[:5000], "text": b"weights", "empty": b""}
-    if damage == "other":
-        torch.save({"weights": torch.zeros(2)}, job.state)
-    else:
-        job.state.write_bytes(data[damage])
-    with pytest.raises(CheckpointError, match=r"last\.pt: .* damaged file .* new folder"):
-        fit(job)
-
-
-def test_ctrl_c_in_a_terminal(face_set, tmp_path):
-    """The signal goes to the whole process group, as a terminal sends it."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "training.student", "--data", str(face_set), "--out", str(out)]
-    command += ["--targets", "onehot", "--input-size", "32", "--batch-size", "8", "--epochs", "500"]
-    command += ["--workers", "0"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while not (out / "last.pt").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=150)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
-    assert stderr.startswith(f"error: {out}: expected 500 epochs, found an interrupt; add --resume")
-    assert stderr.count("\n") == 1 and "Traceback" not in stdout
-    torch.load(out / "last.pt", weights_only=True)
-    load_checkpoint(out / "student.safetensors")
-    assert not [file for file in out.iterdir() if file.name.startswith(".")]
-
-
-# ---- Recipes -------------------------------------------------------------------------------------
-
-
-def recipe(**changes) -> Recipe:
-    return Recipe(
-        **{
-            "epochs": 10,
-            "batch_size": 8,
-            "learning_rate": 0.2,
-            "weight_decay": 1e-4,
-            "schedule": "one-cycle",
-            "loss": "published",
-            "augmentation": "published",
-        }
-        | changes
-    )
-
-
-def test_one_cycle():
-    one_cycle = recipe()
-    assert one_cycle.learning_rate_at(0) == pytest.approx(0.04 * 0.2)
-    assert one_cycle.learning_rate_at(2) == pytest.approx(0.2)  # a fifth of ten epochs
-    assert one_cycle.learning_rate_at(6) == pytest.approx(0.1)  # half of the cosine
-    assert one_cycle.learning_rate_at(10) == pytest.approx(0, abs=1e-12)
-    slopes = np.diff([one_cycle.learning_rate_at(step / 50) for step in range(501)])
-    assert (slopes[:100] > 0).all() and (slopes[100:] < 0).all()
-    assert abs(slopes).max() < 0.003  # no jump
-
-
-def test_steps():
-    steps = recipe(schedule="step", step_epochs=3, decay=0.5)
-    rates = [steps.learning_rate_at(at) for at in (0, 2.99, 3, 5.99, 6, 9.5)]
-    assert rates == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.05, 0.025])
-
-
-def test_optimizer_is_sgd_over_all_parameters():
-    model = EfficientFace(7)
-    optimizer = recipe(nesterov=True).optimizer(model)
-    assert type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1
-    group = optimizer.param_groups[0]
-    settings = [group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")]
-    assert settings == [0.2, 0.9, 1e-4, True]
-    assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in model.parameters())
-
-
-def test_schedule_reaches_the_optimizer(make_job, fit, monkeypatch):
-    rates = []
+def test_moving_average_is_what_is_judged_and_kept(make_job, fit, monkeypatch):
+    """w' = d * w' + (1 - d) * w after every step, where d grows from 2 / 11 to the decay."""
+    seen = []
     step = torch.optim.SGD.step
 
     def spy(self, *arguments, **keywords):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *arguments, **keywords)
+        result = step(self, *arguments, **keywords)
+        seen.append(self.param_groups[0]["params"][0].detach().clone())
+        return result
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    job = make_job(epochs=2, select="last")
+    path = fit(make_job(epochs=2, select="last", ema=0.3, learning_rate=0.05))
+    average = seen[0]
+    for count, weight in enumerate(seen[1:], start=1):
+        decay = min(0.3, (1 + count) / (10 + count))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(weights(path)["conv1.0.weight"], average)
+    assert not torch.allclose(average, seen[-1], rtol=0.01)
+
+
+def test_temperature_ends_up_in_the_weights_of_a_student(make_job, fit):
+    job = make_job(epochs=1, learning_rate=0.1)
+    before = fit(dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, calibrate=False)))
+    plain = weights(before)
+    shutil.rmtree(job.config.out)
+    after = weights(fit(job))
+    record = provenance(job.result)["calibration"]
+    assert record["folded"] and record["images"] == 7 and record["temperature"] != 1
+    assert record["ece_after"] < record["ece_before"]
+    for name in ("fc.weight", "fc.bias"):
+        torch.testing.assert_close(after.pop(name) * record["temperature"], plain.pop(name))
+    assert_same_bits(after, plain)
+
+
+def test_teacher_keeps_temperature_one(make_job, fit):
+    job = dataclasses.replace(make_job(epochs=1), kind="teacher")
     fit(job)
-    expected = [job.recipe.learning_rate_at(step / STEPS) for step in range(2 * STEPS)]
-    assert rates == pytest.approx(expected)
+    record = provenance(job.result)["calibration"]
+    assert not record["folded"] and record["temperature"] > 0
+    assert_same_bits(weights(job.result), torch.load(job.state, weights_only=True)["model"])
 
 
-def test_options_change_the_recipe(make_job):
-    config = make_job().config
-    assert config.change(recipe()) == recipe()
-    given = dataclasses.replace(config, epochs=4, learning_rate=0.0)
-    assert given.change(recipe()) == recipe(epochs=4, learning_rate=0.0)
+def losses_of_an_epoch(make_job, fit, out: Path, **options) -> float:
+    job = make_job(epochs=1, out=out, select="last", **options)
+    assert weights(fit(job))["fc.weight"].dtype == torch.float32
+    return history(out)[0]["loss"]
 
 
-def test_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="--device cuda: expected a CUDA device, found none"):
-        choose_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
-    assert choose_device("cpu") == torch.device("cpu")
+def test_mixed_precision_learns_the_same(make_job, fit, tmp_path):
+    plain = losses_of_an_epoch(make_job, fit, tmp_path / "plain")
+    mixed = losses_of_an_epoch(make_job, fit, tmp_path / "mixed", amp="bf16")
+    assert mixed == pytest.approx(plain, rel=0.02) and mixed != plain
+
+
+def test_fp16_needs_a_gpu():
+    check_amp("fp16", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="--amp fp16: expected a CUDA device, found a CPU"):
+        check_amp("fp16", torch.device("cpu"))
+
+
+@pytest.mark.slow  # a minute and a half of compiling
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++; none is here")
+def test_compiled_network_learns_the_same(make_job, fit, tmp_path):
+    plain = losses_of_an_epoch(make_job, fit, tmp_path / "plain")
+    compiled = losses_of_an_epoch(make_job, fit, tmp_path / "compiled", compile=True)
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+def test_tensorboard_has_scalars_and_the_views(make_job, fit):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = make_job(epochs=2, tensorboard=True)
+    fit(job)
+    events = EventAccumulator(str(job.config.out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= {"loss", "accuracy", "macro_f1", "learning_rate"}
+    written = [event.value for event in events.Scalars("loss")]
+    assert written == pytest.approx([row["loss"] for row in history(job.config.out)])
+    with Image.open(io.BytesIO(events.Images("views")[0].encoded_image_string)) as sheet:
+        assert sheet.width > 8 * 32
+
+
+# ---- The published recipe, step for step ---------------------------------------------------------
+
+
+def test_published_recipe_step_for_step(make_job, monkeypatch):
+    """Twenty steps in float64 against the published formulas, written out here."""
+    torch.manual_seed(1)
+    teacher = LabelDistributionGenerator(7, "resnet18").double().eval()
+    with torch.no_grad():
+        teacher.backbone.fc.weight.mul_(20)
+    # Batch norm over few values would blow rounding up within twenty steps.
+    changes = {"batch_size": 16, "select": "last", "epochs": 7}
+    recipe = dataclasses.replace(published_student("rafdb"), **changes, step_epochs=2)
+    job = dataclasses.replace(make_job(input_size=64), recipe=recipe)
+    samples, _ = choose_samples(job)
+    images = TrainingImages(samples, job.spec, AUGMENTATIONS["published"](job.spec), 0)
+    torch.manual_seed(0)
+    model = EfficientFace(7).double()
+    reference = copy.deepcopy(model)
+
+    losses, batches = [], []
+
+    def teach(batch, own):
+        batches.append(batch)
+        with torch.no_grad():
+            return teacher(batch).softmax(dim=1)
+
+    published = LOSSES["published"]
+
+    def recorded(logits, distribution):
+        losses.append(published(logits, distribution))
+        return losses[-1]
+
+    monkeypatch.setitem(LOSSES, "published", recorded)
+    train(job, model, images, [], teach, CPU)
+    assert len(losses) == 21  # 56 images in batches of 16, seven epochs
+
+    momenta: dict[str, torch.Tensor] = {}
+    expected = []
+    reference.train()
+    for step, batch in enumerate(batches[:20]):
+        with torch.no_grad():
+            target = torch.exp(teacher(batch) - teacher(batch).logsumexp(dim=1, keepdim=True))
+        logits = reference(batch)
+        log_probabilities = logits - logits.logsumexp(dim=1, keepdim=True)
+        loss = -(target * log_probabilities).sum() / (16 * 7)  # the mean over batch and classes
+        expected.append(loss.item())
+        reference.zero_grad()
+        loss.backward()
+        rate = 0.1 * 0.1 ** (step // 6)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                gradient = parameter.grad + 1e-4 * parameter
+                momenta[name] = 0.9 * momenta[name] + gradient if name in momenta else gradient
+                parameter -= rate * momenta[name]
+    found = [loss.item() for loss in losses[:20]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert max(found) - min(found) > 1e-3

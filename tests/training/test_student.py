@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import subprocess
@@ -21,7 +22,9 @@ from efficientface_deploy.models import (
 from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import ModelSpec, preset
 from training import student
-from training.student import DEFAULT, Teacher, published_recipe
+from training.data import TrainingImages
+from training.recipe import DEFAULT_STUDENT
+from training.targets import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -58,7 +61,15 @@ def train_student(face_set: Path, tmp_path: Path):
 
     def run(*options: str) -> Path:
         arguments = ["--data", str(face_set), "--input-size", "32", "--epochs", "1"]
-        arguments += ["--batch-size", "16", "--workers", "0", "--select", "last"]
+        arguments += [
+            "--batch-size",
+            "16",
+            "--workers",
+            "0",
+            "--select",
+            "last",
+            "--no-tensorboard",
+        ]
         assert student.main([*arguments, "--out", str(tmp_path / "run"), *options]) == 0
         return tmp_path / "run/student.safetensors"
 
@@ -83,7 +94,7 @@ def test_same_size_and_normalisation_is_the_network_itself(save_ldg, ldg, spec, 
     batch = as_batch(photos, spec)
     with torch.no_grad():
         expected = ldg(batch).softmax(dim=1)
-    found = teach(batch, torch.zeros(4, 7))
+    found = teach(batch)
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad and not teach.model.training
     assert found.std(dim=0).max() > 0.01  # the images are told apart
@@ -93,7 +104,7 @@ def test_same_size_and_normalisation_is_the_network_itself(save_ldg, ldg, spec, 
 def test_other_size_and_normalisation_are_converted(size, save_ldg, ldg, spec, photos):
     own = {"mean": (0.3, 0.4, 0.5), "std": (0.2, 0.25, 0.3), "input_size": size}
     teach = Teacher(save_ldg_at(save_ldg, **own), None, spec, CPU)
-    found = teach(as_batch(photos, spec), torch.zeros(4, 7))
+    found = teach(as_batch(photos, spec))
 
     mean, std = (torch.tensor(own[name])[:, None, None] for name in ("mean", "std"))
     pixels = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
@@ -145,32 +156,101 @@ def test_published_ldg_needs_a_preset(ldg, spec, tmp_path):
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def test_student_learns_from_the_teacher_alone(train_student, save_ldg, monkeypatch):
-    """With --targets ldg the labels do not reach the loss."""
-    seen = []
-    published = student.Teacher.__call__
+def spy_on_training(monkeypatch) -> list[tuple]:
+    """Calls of train() instead of trainings."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(student, "train", lambda *arguments: calls.append(arguments))
+    return calls
 
-    def spy(self, images, targets):
-        seen.append(published(self, images, targets))
-        return seen[-1]
 
-    monkeypatch.setattr(student.Teacher, "__call__", spy)
+def test_student_of_a_teacher(train_student, save_ldg):
     path = train_student("--teacher", str(save_ldg()), "--preliminary")
-    assert len(seen) == 3  # 56 images in batches of 16
-    assert torch.allclose(torch.cat(seen).sum(dim=1), torch.ones(48))
     model, spec = load_checkpoint(path)
     assert isinstance(model, EfficientFace) and spec.preliminary
     assert (spec.architecture, spec.input_size) == ("efficientface", 32)
     record = json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
     assert record["config"]["teacher"].endswith("teacher.safetensors")
+    assert (path.parent / student.STORE).is_file()
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("targets", ["ldg", "ldg+votes", "ldg+onehot"])
+def test_targets_are_the_teachers_and_the_data_sets(
+    targets, views, train_student, save_ldg, face_set, monkeypatch
+):
+    """Asked in every step or before, the LDG's word and its share are the same."""
+    calls = spy_on_training(monkeypatch)
+    options = ["--targets", targets, "--views", str(views), "--teacher", str(save_ldg())]
+    train_student(*options, "--epochs", "3", "--ldg-share", "0.25", "--temperature", "2")
+    job, _, images, _, teach, _ = calls[0]
+    assert job.recipe.views == views
+
+    keys = [(1, index) for index in range(5)]
+    batch, own = images.collate([images[key] for key in keys])
+    found = teach(batch, own)
+    samples = [images.samples[index] for _, index in keys]
+    plain = TrainingImages(
+        samples, job.spec, images.augmentation, 0, votes=targets.endswith("votes")
+    ).targets[0]
+    ldg = Teacher(save_ldg(), None, job.spec, CPU)
+    softened = (ldg(batch).log() / 2).softmax(dim=1)
+    share = 1.0 if targets == "ldg" else 0.25
+    expected = share * softened + (1 - share) * torch.from_numpy(plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("targets", "votes"), [("onehot", False), ("votes", True)])
 def test_targets_of_the_data_set(targets, votes, train_student, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(student, "train", lambda job, *_: jobs.append(job))
+    calls = spy_on_training(monkeypatch)
     train_student("--targets", targets)
-    assert jobs[0].votes is votes and jobs[0].kind == "student"
+    job, _, images, _, _, _ = calls[0]
+    assert job.votes is votes and job.kind == "student" and job.recipe.views == 0
+    assert (images.targets.max(axis=2) < 1).any() == votes
+
+
+def losses_of(path: Path) -> list[float]:
+    with (path.parent / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_as_many_views_as_epochs_is_the_published_method(train_student, save_ldg, tmp_path):
+    """The losses are those of a teacher that is asked in every step."""
+    options = ["--recipe", "published", "--teacher", str(save_ldg()), "--epochs", "3"]
+    options += ["--select", "last", "--learning-rate", "0.02"]
+    online = losses_of(train_student(*options, "--views", "0"))
+    (tmp_path / "run").rename(tmp_path / "online")
+    stored = losses_of(train_student(*options, "--views", "3"))
+    assert stored == pytest.approx(online, rel=1e-5) and len(stored) == 3
+    (tmp_path / "run").rename(tmp_path / "stored")
+    few = losses_of(train_student(*options, "--views", "1"))
+    assert few[0] == pytest.approx(online[0], rel=1e-5)
+    assert few[2] != pytest.approx(online[2], rel=1e-5)
+
+
+def test_store_serves_several_runs_and_longer_ones(train_student, save_ldg, tmp_path, capsys):
+    store = tmp_path / "store.safetensors"
+    options = ["--teacher", str(save_ldg()), "--store", str(store)]
+    train_student(*options, "--views", "1")
+    assert "asking the teacher about 1 views of 56 images" in capsys.readouterr().out
+    (tmp_path / "run").rename(tmp_path / "first")
+    train_student(*options, "--views", "1", "--learning-rate", "0.01")
+    assert "asking" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / student.STORE).exists()
+
+
+def test_folder_of_another_run_is_refused_before_the_teacher_is_asked(
+    train_student, save_ldg, capsys
+):
+    train_student("--targets", "onehot")
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="another run"):
+        train_student("--teacher", str(save_ldg()))
+    assert "asking" not in capsys.readouterr().out
+
+
+def test_share_above_one(train_student, save_ldg):
+    with pytest.raises(ConfigError, match=r"--ldg-share: expected 0 to 1, found 1\.5"):
+        train_student("--teacher", str(save_ldg()), "--ldg-share", "1.5")
 
 
 def test_ldg_without_a_teacher(train_student):
@@ -213,41 +293,15 @@ def test_init_takes_the_head_of_the_same_labels(train_student, student_file, fac
     assert torch.equal(before.fc.weight, after.fc.weight)
 
 
-# ---- The published recipe (facts.md) -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "epochs", "rates"),
-    [
-        ("rafdb", 100, {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 0.001, 90: 0.0001}),
-        ("affectnet7", 20, {0: 0.1, 4: 0.1, 5: 0.01, 10: 0.001, 19: 0.0001}),
-        ("caers", 400, {0: 0.1, 49: 0.1, 50: 0.05, 100: 0.025, 399: 0.1 / 2**7}),
-    ],
-)
-def test_published_schedule(name, epochs, rates):
-    recipe = published_recipe(name)
-    assert recipe.epochs == epochs
-    assert {epoch: recipe.learning_rate_at(epoch) for epoch in rates} == pytest.approx(rates)
-
-
-def test_published_recipe():
-    recipe = published_recipe("rafdb")
-    assert (recipe.batch_size, recipe.loss, recipe.augmentation) == (128, "published", "published")
-    group = recipe.optimizer(EfficientFace(7)).param_groups[0]
-    settings = [group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")]
-    assert settings == [0.1, 0.9, 1e-4, False]
-    assert published_recipe("ferplus") == recipe  # not published: RAF-DB's
-
-
 def test_recipe_is_chosen_by_name(train_student, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(student, "train", lambda job, *_: jobs.append(job))
+    calls = spy_on_training(monkeypatch)
     for options in ((), ("--recipe", "published"), ("--learning-rate", "0.3")):
         train_student("--targets", "onehot", *options)
-    losses = [job.recipe.loss for job in jobs]
-    assert losses == ["cross-entropy", "published", "cross-entropy"]
-    assert [job.recipe.epochs for job in jobs] == [1, 1, 1]
-    assert [job.recipe.learning_rate for job in jobs] == [DEFAULT.learning_rate, 0.1, 0.3]
+    recipes = [job.recipe for job, *_ in calls]
+    assert [recipe.loss for recipe in recipes] == ["cross-entropy", "published", "cross-entropy"]
+    assert [recipe.epochs for recipe in recipes] == [1, 1, 1]
+    rates = [recipe.learning_rate for recipe in recipes]
+    assert rates == [DEFAULT_STUDENT.learning_rate, 0.1, 0.3]
 
 
 # ---- Errors as the user sees them ----------------------------------------------------------------

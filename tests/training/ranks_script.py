@@ -1,0 +1,81 @@
+"""Trains a few steps and writes down what every rank saw; run by test_parallel.py.
+
+``torchrun --nproc_per_node 2 ranks_script.py DATA OUT DEATH`` or without torchrun. ``DEATH`` is the
+step in which rank 1 kills itself, 0 for never.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from efficientface_deploy.dataset import read_dataset
+from efficientface_deploy.models import EfficientFace
+from training import loop
+from training.data import AUGMENTATIONS, TrainingImages
+from training.parallel import join_ranks
+from training.recipe import DEFAULT_STUDENT
+from training.run import Job, TrainConfig
+from training.targets import own_targets
+
+
+class FixedNorms(EfficientFace):
+    """EfficientFace whose batch norms do not look at the batch, of which a rank has only a part."""
+
+    def train(self, mode: bool = True) -> FixedNorms:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                nn.Module.train(module, False)
+        return self
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    data, out, death = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    options = {"epochs": 2, "batch_size": 12, "learning_rate": 0.05, "augmentation": "mild"}
+    config = TrainConfig(
+        data, out, input_size=32, workers=0, tensorboard=False, save_minutes=0, **options
+    )
+    dataset = read_dataset(data)
+    spec = config.model_spec(dataset, "efficientface")
+    job = Job("student", spec, config.change(DEFAULT_STUDENT), dataset, config)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    with join_ranks("cpu") as ranks:
+        samples, selection = loop.choose_samples(job)
+        images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
+        torch.manual_seed(ranks.rank)  # the first rank's weights must reach the others
+        model = FixedNorms(7).double()
+        judged = []
+        judge = loop.Trainer.judge
+        loop.Trainer.judge = lambda *a: judged.append(judge(*a)) or judged[-1]
+
+        def teach(batch: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+            if len(seen) + 1 == death and ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            seen.append((batch.clone(), weights.clone()))
+            return own_targets(batch, own)
+
+        progress = loop.train(job, model, images, selection, teach, ranks)
+        torch.save(
+            {
+                "batches": [batch for batch, _ in seen],
+                "weights": [weights for _, weights in seen],
+                "labels": [torch.from_numpy(labels) for _, labels in judged],
+                "logits": [torch.from_numpy(logits) for logits, _ in judged],
+                "history": progress.history,
+                "selection": [sample.label for sample in selection],
+            },
+            out.parent / f"{out.name}-rank{ranks.rank}.pt",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Show which parts of a face speak for a class: Grad-CAM over the last stage, as PNG sheets.
+
+``python -m training.explain --weights runs/student/student.safetensors --images faces --out
+runs/explained``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from captum.attr import LayerAttribution, LayerGradCam
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+
+from efficientface_deploy.artifact import atomic_path, require_preset
+from efficientface_deploy.cli import find_images
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import ConfigError, ImageError
+from efficientface_deploy.models import EfficientFace, load_checkpoint
+from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise, to_model_input
+from efficientface_deploy.spec import ModelSpec
+
+SHEETS = "sheet-*.png"
+COLUMNS = 4  # faces beside each other on a sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainConfig:
+    """Options of ``training.explain``."""
+
+    weights: Path = option(help="checkpoint of a student or an LDG")
+    images: tuple[str, ...] = option(help="image files, or folders", metavar="IMAGE|DIR")
+    out: Path = option(help="folder of the sheets", metavar="DIR")
+    class_: str | None = option(
+        None, metavar="NAME", help="explain this class instead of the predicted one"
+    )
+    per_sheet: int = option(12, minimum=1, help="faces on a sheet")
+    preset: str | None = option(None, help="what a published checkpoint was trained on")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a network says about one face, and why.
+
+    Attributes:
+        name: The image's file.
+        image: What the network was given, uint8 (S, S, 3), RGB.
+        heat: How much each place speaks for the explained class, float32 (S, S), 0 to 1; all zero
+            where nothing does.
+        label: The predicted class.
+        confidence: Its probability, 0 to 1.
+        explained: The explained class.
+        explained_probability: Its probability, 0 to 1.
+    """
+
+    name: str
+    image: UInt8Array
+    heat: Float32Array
+    label: str
+    confidence: float
+    explained: str
+    explained_probability: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m training.explain``: exit code 2 when an image was unreadable."""
+    config = parse_config(
+        ExplainConfig, argv, prog="python -m training.explain", description=__doc__ or ""
+    )
+    _check_out(config.out)
+    require_preset(config.weights, config.preset)
+    model, spec = load_checkpoint(config.weights, config.preset)
+    target = None if config.class_ is None else _class_index(config.class_, spec)
+    names = list(find_images(config.images))
+    unreadable: list[ImageError] = []
+    sheets = 0
+    for faces in _sheets_of_faces(names, spec, config.per_sheet, unreadable):
+        sheets += 1
+        explanations = explain(model, spec, faces, target)
+        draw_sheet(config.out / SHEETS.replace("*", f"{sheets:03d}"), explanations)
+    if not sheets:
+        raise _none_readable(config, unreadable)
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    print(f"{len(names) - len(unreadable)} faces on {sheets} sheet(s) in {config.out}")
+    if unreadable:
+        print(f"{len(unreadable)} image(s) could not be read", file=sys.stderr)
+    return 2 if unreadable else 0
+
+
+def explain(
+    model: nn.Module,
+    spec: ModelSpec,
+    faces: Sequence[tuple[str, UInt8Array]],
+    target: int | None = None,
+) -> list[Explanation]:
+    """Explain what a network says about some faces.
+
+    Args:
+        model: EfficientFace or an LDG, in evaluation mode.
+        spec: Its spec.
+        faces: Name and uint8 (S, S, 3) of each.
+        target: Index of the class to explain; None for the predicted one of each face.
+    """
+    images = np.stack([image for _, image in faces])  # (N, S, S, 3)
+    batch = torch.from_numpy(normalise(images, spec))  # (N, 3, S, S)
+    with torch.inference_mode():
+        probabilities = model(batch).softmax(dim=1)  # (N, C)
+    predicted = probabilities.argmax(dim=1)  # (N,)
+    targets = predicted if target is None else torch.full_like(predicted, target)
+    heat = heat_maps(model, batch, targets.clone())  # (N, S, S)
+    return [
+        Explanation(
+            name=name,
+            image=image,
+            heat=heat[row],
+            label=spec.labels[int(predicted[row])],
+            confidence=float(probabilities[row, predicted[row]]),
+            explained=spec.labels[int(targets[row])],
+            explained_probability=float(probabilities[row, targets[row]]),
+        )
+        for row, (name, image) in enumerate(faces)
+    ]
+
+
+def heat_maps(model: nn.Module, batch: torch.Tensor, targets: torch.Tensor) -> Float32Array:
+    """Grad-CAM (Selvaraju et al. 2017) over the last stage, as large as the images.
+
+    Args:
+        model: EfficientFace or an LDG, in evaluation mode.
+        batch: float32 (N, 3, S, S), normalised.
+        targets: Class to explain, int64 (N,).
+
+    Returns:
+        float32 (N, S, S); the largest value of each map is 1, or the map is zero.
+    """
+    coarse = LayerGradCam(model, last_stage(model)).attribute(
+        batch, target=targets, relu_attributions=True
+    )  # (N, 1, S / 32, S / 32)
+    side = (batch.shape[2], batch.shape[3])
+    maps = LayerAttribution.interpolate(coarse.detach(), side, "bilinear")[:, 0]  # (N, S, S)
+    peak = maps.amax(dim=(1, 2), keepdim=True)
+    heat: Float32Array = torch.where(peak > 0, maps / peak, torch.zeros_like(maps)).numpy()
+    return heat
+
+
+def last_stage(model: nn.Module) -> nn.Module:
+    """The layer whose output the head averages: conv5, or a ResNet's layer4."""
+    name = "conv5" if isinstance(model, EfficientFace) else "backbone.layer4"
+    return model.get_submodule(name)
+
+
+def draw_sheet(path: Path, explanations: Sequence[Explanation]) -> None:
+    """Draw faces as PNG, each beside itself under its heat map."""
+    columns = min(COLUMNS, len(explanations))
+    rows = math.ceil(len(explanations) / columns)
+    # A name comes from a file: matplotlib would take its dollar signs for formulas.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(3.4 * columns, 2.3 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, explanation in zip(grid.flat, explanations, strict=False):
+            _draw_face(axes, explanation)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
+
+
+def _draw_face(axes: Axes, explanation: Explanation) -> None:
+    side = len(explanation.image)
+    pair = np.concatenate((explanation.image, explanation.image), axis=1)  # (S, 2 S, 3)
+    axes.imshow(pair)
+    right_half = (side - 0.5, 2 * side - 0.5, side - 0.5, -0.5)  # left, right, bottom, top
+    axes.imshow(explanation.heat, extent=right_half, cmap="jet", vmin=0, vmax=1, alpha=0.45)
+    axes.set(xlim=(-0.5, 2 * side - 0.5), ylim=(side - 0.5, -0.5))
+    axes.set_title(f"{_shortened(Path(explanation.name).name)}\n{caption(explanation)}", fontsize=8)
+
+
+def caption(explanation: Explanation) -> str:
+    """``Happiness 0.93``, and what is explained where it is another class."""
+    text = f"{explanation.label} {explanation.confidence:.2f}"
+    if explanation.explained != explanation.label:
+        text += f"; shown: {explanation.explained} {explanation.explained_probability:.2f}"
+    return text if explanation.heat.any() else text + " (nothing speaks for it)"
+
+
+def _sheets_of_faces(
+    names: Sequence[str], spec: ModelSpec, per_sheet: int, unreadable: list[ImageError]
+) -> Iterator[list[tuple[str, UInt8Array]]]:
+    """The readable faces, a sheet's worth at a time; errors go to ``unreadable``."""
+    faces: list[tuple[str, UInt8Array]] = []
+    for name in names:
+        try:
+            faces.append((name, to_model_input(name, spec)))
+        except ImageError as error:
+            unreadable.append(error)
+        if len(faces) == per_sheet:
+            yield faces
+            faces = []
+    if faces:
+        yield faces
+
+
+def _none_readable(config: ExplainConfig, unreadable: Sequence[ImageError]) -> ImageError:
+    first = unreadable[0]
+    return ImageError(
+        ", ".join(config.images),
+        expected="at least one image that can be read",
+        found=f"none among {len(unreadable)} (the first: {first.subject}, {first.found})",
+        fix="give other images",
+    )
+
+
+def _class_index(name: str, spec: ModelSpec) -> int:
+    if name not in spec.labels:
+        raise ConfigError(
+            "--class",
+            expected="one of " + ", ".join(spec.labels),
+            found=repr(name),
+            fix="choose one of these",
+        )
+    return spec.labels.index(name)
+
+
+def _check_out(out: Path) -> None:
+    """Complain before the work; sheets of an earlier run would mix with those of this one."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(out, expected="a folder", found="a file", fix="choose another --out")
+    if any(out.glob(SHEETS)):
+        raise ConfigError(
+            out,
+            expected="no sheets yet",
+            found="those of an earlier run",
+            fix="choose another --out, or remove them",
+        )
+
+
+def _shortened(name: str, longest: int = 36) -> str:
+    return name if len(name) <= longest else name[: longest - 3] + "..."
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,194 @@
+"""Stored label distributions: the teacher is asked once per view, not in every epoch.
+
+The file holds, for each view of each training image, the seed of its augmentation and the LDG's
+distribution for it. The pixels are not stored: the seed makes the same view again, bit for bit,
+and the file refuses another data set, teacher, augmentation or image library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch.utils.data import DataLoader
+
+from efficientface_deploy.artifact import atomic_path, file_hash, read_safetensors_metadata
+from efficientface_deploy.errors import ArtifactError, ConfigError, DatasetError
+from training.data import TrainingImages, view_seed
+from training.parallel import Ranks
+from training.progress import track
+from training.targets import Teacher
+
+BINDING_KEY = "efficientface.distributions"
+PROBES = 32
+_BATCH = 64
+
+
+def store_binding(
+    images: TrainingImages, teacher: Path, augmentation: str, data_hash: str
+) -> dict[str, str]:
+    """What stored distributions are only good for, by name.
+
+    Args:
+        images: The images whose views are stored.
+        teacher: The LDG's checkpoint.
+        augmentation: Its name.
+        data_hash: Of the images, their order and their labels.
+    """
+    return {
+        "data": data_hash,
+        "teacher": file_hash(teacher),
+        "augmentation": augmentation,
+        "seed": str(images.seed),
+        "spec": images.spec.to_json(),
+        "pixels": _probe(images),
+    }
+
+
+def stored_distributions(
+    path: Path,
+    images: TrainingImages,
+    teacher: Teacher,
+    views: int,
+    binding: Mapping[str, str],
+    ranks: Ranks,
+    workers: int,
+) -> np.ndarray:
+    """Read an LDG's distributions for every view, asking it for those that are not stored yet.
+
+    The file is written after every view, so that an interrupt costs one view at most.
+
+    Args:
+        path: The store, ``*.safetensors``; made, or extended, where views are missing.
+        images: N training images.
+        teacher: The LDG.
+        views: Views of each image.
+        binding: From :func:`store_binding`.
+        ranks: The processes that share the work.
+        workers: Processes that load images.
+
+    Returns:
+        float32 (views, N, C).
+
+    Raises:
+        ArtifactError: The file is something else, or was made for other data, another teacher or
+            another augmentation.
+    """
+    done = _read_store(path, images, binding) if path.exists() else []
+    ranks.wait()  # nobody writes before all have read
+    if ranks.is_first and len(done) < views:
+        print(f"asking the teacher about {views - len(done)} views of {len(images):,} images")
+    for view in range(len(done), views):
+        done.append(_ask(images, teacher, view, views, ranks, workers))
+        if ranks.is_first:
+            _write_store(path, done, images, binding)
+    ranks.wait()
+    return np.stack(done[:views])  # (views, N, C)
+
+
+def _ask(
+    images: TrainingImages, teacher: Teacher, view: int, views: int, ranks: Ranks, workers: int
+) -> np.ndarray:
+    """The distributions of one view of all images, float32 (N, C); each rank asks for its share."""
+    keys = [(view, index) for index in range(ranks.rank, len(images), ranks.size)]
+    batches: list[Sequence[tuple[int, int]]] = [
+        keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)
+    ]
+    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]] = DataLoader(
+        images,  # type: ignore[arg-type]  # items are named by (view, index)
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=images.collate,
+    )
+    steps: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(loader)
+    if ranks.is_first:
+        steps = track(steps, f"view {view + 1} of {views}", len(batches))
+    answers = []
+    for batch, _ in steps:
+        batch = batch.to(teacher.device, memory_format=torch.channels_last)  # (B, 3, S, S)
+        answers.append(teacher(batch).cpu().numpy())  # (B, C)
+    parts = ranks.gather(np.concatenate(answers))
+    whole = np.empty((len(images), parts[0].shape[1]), dtype=np.float32)  # (N, C)
+    for rank, part in enumerate(parts):
+        whole[rank :: ranks.size] = part
+    return whole
+
+
+def _write_store(
+    path: Path, done: list[np.ndarray], images: TrainingImages, binding: Mapping[str, str]
+) -> None:
+    seeds = [
+        [view_seed(images.seed, view, index) for index in range(len(images))]
+        for view in range(len(done))
+    ]
+    content = {
+        "distributions": np.stack(done),  # (views, N, C)
+        "seeds": np.array(seeds, dtype=np.int64),  # (views, N)
+    }
+    with atomic_path(path) as temporary:
+        safetensors.numpy.save_file(content, temporary, {BINDING_KEY: json.dumps(binding)})
+
+
+def _read_store(path: Path, images: TrainingImages, binding: Mapping[str, str]) -> list[np.ndarray]:
+    metadata = read_safetensors_metadata(path)
+    try:
+        made_for = json.loads(metadata[BINDING_KEY])
+        content = safetensors.numpy.load_file(path)
+        distributions = content["distributions"]
+        shape_fits = distributions.shape[1:] == (len(images), images.spec.num_classes)
+    except (KeyError, ValueError, OSError, safetensors.SafetensorError):
+        raise ArtifactError(
+            path,
+            expected="stored label distributions",
+            found="something else or a damaged file",
+            fix="give another --store, or remove it",
+        ) from None
+    if changed := [name for name in binding if made_for.get(name) != binding[name]]:
+        raise ArtifactError(
+            path,
+            expected="label distributions of these images, this teacher and this augmentation",
+            found="others for " + ", ".join(changed),
+            fix="give another --store, or remove it to ask the teacher again",
+        )
+    valid = shape_fits and np.isfinite(distributions).all()
+    if not valid or np.abs(distributions.sum(axis=2) - 1).max() > 1e-3:
+        raise ArtifactError(
+            path,
+            expected=f"distributions of {len(images):,} images that sum to one",
+            found=f"shape {distributions.shape} or other sums",
+            fix="remove it to ask the teacher again",
+        )
+    return list(distributions)
+
+
+def _probe(images: TrainingImages) -> str:
+    """Hash of a few views, which changes when a library renders them otherwise."""
+    digest = hashlib.sha256()
+    for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
+        digest.update(images[number % 4, int(index)][0].tobytes())
+    return digest.hexdigest()
+
+
+def check_store_options(store: Path | None, views: int, asks_teacher: bool) -> None:
+    """Refuse ``--store`` where nothing would be stored.
+
+    Raises:
+        ConfigError: There is no teacher, or it is asked in every step.
+    """
+    if store is not None and not (asks_teacher and views):
+        raise ConfigError(
+            "--store",
+            expected="a teacher and --views of at least 1",
+            found="no teacher" if not asks_teacher else "--views 0, which asks it in every step",
+            fix="leave --store out",
+        )
+    if store is not None and store.suffix != ".safetensors":
+        raise DatasetError(
+            store, expected="a .safetensors file", found=store.suffix or "no suffix", fix="rename"
+        )
