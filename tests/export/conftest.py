@@ -23,7 +23,8 @@ from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import iterate_batches, read_dataset
 from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import ModelSpec, preset
-from training.prepare import SyntheticConfig, majority_label, prepare_synthetic
+from training import prepare
+from training.sources.ferplus import majority_label
 
 if TYPE_CHECKING:
     from efficientface_deploy.models import EfficientFace
@@ -91,7 +92,8 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of synthetic faces: 105 to train, 14 to test."""
     out = tmp_path_factory.mktemp("data") / "faces"
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare_synthetic(SyntheticConfig(out=out, train=105, test=14, size=SIDE))
+        arguments = ["synthetic", "--train", "105", "--test", "14", "--size", str(SIDE)]
+        assert prepare.main([*arguments, "--out", str(out)]) == 0
     return out
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from efficientface_deploy.dataset import read_dataset
+from efficientface_deploy.command import run_command
+from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.models import EfficientFace, save_checkpoint
 from training import prepare
 from training.data import AUGMENTATIONS, TrainingImages
@@ -86,3 +91,126 @@ def fit() -> Callable[..., Path]:
         return job.result
 
     return fit
+
+
+# ---- Data sets in their native layouts
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """An image file of noise; each seed gives another."""
+
+    def encode(seed: int, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
+        random = np.random.default_rng(seed)
+        # Coarse, so that JPEG keeps what a test compares.
+        coarse = random.integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse.repeat(10, axis=0).repeat(10, axis=1)).save(buffer, kind)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def as_folder() -> Callable[[Path, dict[str, bytes]], Path]:
+    """Write files, relative path to content, into a folder."""
+
+    def write(root: Path, files: dict[str, bytes]) -> Path:
+        for name, data in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def as_zip() -> Callable[[Path, dict[str, bytes]], Path]:
+    """Write files, relative path to content, into a zip archive."""
+
+    def write(path: Path, files: dict[str, bytes]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+
+    return write
+
+
+@pytest.fixture(params=["folder", "wrapped folder", "zip", "wrapped zip"])
+def lay_out(
+    request: pytest.FixtureRequest,
+    as_folder: Callable[[Path, dict[str, bytes]], Path],
+    as_zip: Callable[[Path, dict[str, bytes]], Path],
+    tmp_path: Path,
+) -> Callable[[dict[str, bytes]], Path]:
+    """Write a source in each way in which people have it."""
+
+    def write(files: dict[str, bytes]) -> Path:
+        if "wrapped" in request.param:
+            files = {f"download/set/{name}": data for name, data in files.items()}
+            files["__MACOSX/download/set/._x"] = b"what macOS adds"
+        if "folder" in request.param:
+            return as_folder(tmp_path / "source", files)
+        return as_zip(tmp_path / "source.zip", files)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def content() -> Callable[[Path], dict[str, bytes]]:
+    """All files of a folder: relative path to content."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(root).as_posix(): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file()
+        }
+
+    return read
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Callable[..., Dataset]:
+    """Run ``training.prepare`` into ``tmp_path/out`` and read what it made."""
+
+    def run(command: str, source: Path, *options: str) -> Dataset:
+        out = tmp_path / "out"
+        arguments = [command, "--source", str(source), "--out", str(out), *options]
+        assert prepare.main(arguments) == 0
+        return read_dataset(out)
+
+    return run
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run ``training.prepare`` as a user does; the one line that it refuses with, exit code 2."""
+
+    def run(command: str, source: Path, *options: str) -> str:
+        before = sorted(tmp_path.iterdir())
+        arguments = [command, "--source", str(source), "--out", str(tmp_path / "out"), *options]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run_command(lambda: prepare.main(arguments))
+        assert caught.value.code == 2
+        assert sorted(tmp_path.iterdir()) == before  # nothing half-written
+        *reports, error = capsys.readouterr().err.splitlines()
+        assert all(report.startswith("left out ") for report in reports)
+        assert error.startswith("error: ")
+        return error
+
+    return run
+
+
+@pytest.fixture
+def labelled() -> Callable[[Dataset, str], dict[str, str]]:
+    """File name to label's name, of every image of a split."""
+
+    def read(dataset: Dataset, split: str) -> dict[str, str]:
+        samples = dataset.samples[split]
+        return {sample.path.name: dataset.labels[sample.label] for sample in samples}
+
+    return read

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from efficientface_deploy.spec import PRESETS, preset
+
+CLASSES = ("bored", "delighted", "very tired")
+
+
+@pytest.fixture
+def native(picture):
+    """Three splits of three classes, two images each, in whatever format."""
+    files = {}
+    for split in ("train", "validation", "test"):
+        for index, name in enumerate(CLASSES):
+            seed = 10 * index + len(split)
+            files[f"{split}/{name}/a.jpg"] = picture(seed)
+            files[f"{split}/{name}/b.PNG"] = picture(seed + 1, "PNG")
+    return files
+
+
+def test_labels_are_the_folders_sorted_by_name(native, lay_out, prepared, capsys):
+    dataset = prepared("folders", lay_out(native))
+    assert dataset.labels == CLASSES and dataset.preset == "rafdb"
+    for split in ("train", "validation", "test"):
+        found = {
+            (dataset.labels[sample.label], sample.path.name): sample.path.read_bytes()
+            for sample in dataset.split(split)
+        }
+        assert found == {
+            (name, file): native[f"{split}/{name}/{file}"]  # byte for byte
+            for name in CLASSES
+            for file in ("a.jpg", "b.PNG")
+        }
+        assert all(sample.votes is None for sample in dataset.split(split))
+    output = capsys.readouterr()
+    assert "train: 6 (bored 2, delighted 2, very tired 2)" in output.out
+    assert "published" not in output.out and output.err == ""
+
+
+def test_classes_give_the_order(native, as_folder, prepared, tmp_path):
+    order = ("very tired", "bored", "delighted")
+    dataset = prepared("folders", as_folder(tmp_path / "mine", native), "--classes", *order)
+    assert dataset.labels == order and dataset.name == "mine"
+    (sample, _) = [sample for sample in dataset.split("test") if sample.label == 1]
+    assert sample.path.read_bytes() == native["test/bored/a.jpg"]
+
+
+def test_preset_gives_the_normalisation(native, as_folder, prepared, tmp_path):
+    source = as_folder(tmp_path / "mine", native)
+    dataset = prepared("folders", source, "--preset", "caers")
+    assert dataset.spec.mean == preset("caers").mean and dataset.spec.labels == CLASSES
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["face_crop"] == "as-is"
+    for name in PRESETS:
+        assert prepared("folders", source, "--preset", name, "--overwrite").preset == name
+
+
+def test_train_alone_is_enough(native, as_folder, prepared, tmp_path):
+    files = {name: data for name, data in native.items() if name.startswith("train")}
+    dataset = prepared("folders", as_folder(tmp_path / "mine", files))
+    assert len(dataset.split("train")) == 6 and not dataset.samples["test"]
+
+
+def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
+    native["train/bored/a.jpg"] = native["train/bored/a.jpg"][:100]
+    native["train/bored/notes.txt"] = b"no image"
+    assert len(prepared("folders", lay_out(native)).split("train")) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("left out a.jpg: a damaged one (")
+    assert lines[1:] == [
+        "left out notes.txt: a file that is none of these",
+        "left out 2 images in all",
+    ]
+
+
+def test_name_that_no_text_can_hold(native, as_folder, prepared, capsys, tmp_path):
+    source = as_folder(tmp_path / "mine", native)
+    (source / "train/bored" / os.fsdecode(b"\xff.jpg")).write_bytes(native["train/bored/a.jpg"])
+    (source / "train/bored/two\nlines.jpg").write_bytes(native["train/bored/a.jpg"])
+    assert len(prepared("folders", source).split("train")) == 6
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "left out 'two\\nlines.jpg': a name that cannot be printed",
+        "left out '\\udcff.jpg': a name that cannot be printed",
+        "left out 2 images in all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("test/bored/", "test/Bored/", "test: expected class folders bored, delighted, very tired"),
+        ("test/bored/", "test/Bored/", "found no bored; also Bored; mend the folders"),
+        ("train/", "train_set/", "expected a folder train, with a folder of images for each class"),
+        ("validation/", "val/", "expected no folders but train, validation, test, found val; ren"),
+        ("train/bored/", "train/", "found also bored"),
+        ("train/bored/", "train/bored/deep/", "bored: expected images alone, found folder deep"),
+        ("train/bored/", "train/bored/.", "bored: expected images, found an empty folder"),
+        ("/very tired/", "/very\ttired/", "expected two or more classes with printable names"),
+    ],
+)
+def test_folders_in_another_layout(old, new, said, native, as_folder, refusal, tmp_path):
+    files = {name.replace(old, new): data for name, data in native.items()}
+    assert said in refusal("folders", as_folder(tmp_path / "mine", files))
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (CLASSES[:2], "train: expected class folders bored, delighted, found also very tired; "),
+        ((*CLASSES, "sly"), "found no sly; "),
+        ((*CLASSES, "bored"), "--classes: expected each class once, found bored delighted very"),
+        (("bored",), "expected two or more classes"),
+    ],
+)
+def test_classes_that_are_not_the_folders(classes, said, native, as_folder, refusal, tmp_path):
+    source = as_folder(tmp_path / "mine", native)
+    assert said in refusal("folders", source, "--classes", *classes)
+
+
+def test_no_class_at_all(as_folder, refusal, tmp_path, picture):
+    flat = as_folder(tmp_path / "flat", {"train/a.jpg": picture(1), "train/b.jpg": picture(2)})
+    assert "expected two or more classes with printable names, found none" in refusal(
+        "folders", flat
+    )
+    assert "no such file" in refusal("folders", tmp_path / "none")
+
+
+def test_class_without_a_sound_image(native, as_folder, refusal, tmp_path):
+    for name in ("a.jpg", "b.PNG"):
+        native[f"test/bored/{name}"] = b""
+    error = refusal("folders", as_folder(tmp_path / "mine", native))
+    assert "expected images of each class in test, found none of bored; " in error
+
+
+def test_changed_images_are_noticed(native, as_folder, prepared, refusal, tmp_path, capsys):
+    source = as_folder(tmp_path / "mine", native)
+    prepared("folders", source)
+    prepared("folders", source)
+    assert "nothing to do" in capsys.readouterr().out
+    (source / "train/bored/a.jpg").rename(source / "train/delighted/c.jpg")
+    assert "another data set; choose another --out or add --overwrite" in refusal("folders", source)
+    dataset = prepared("folders", source, "--overwrite")
+    assert [sample.label for sample in dataset.split("train")].count(1) == 3
+
+
+def test_description(native, as_folder, prepared, tmp_path):
+    prepared("folders", as_folder(tmp_path / "my.faces", native))
+    description = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert description["name"] == "my.faces" and description["labels"] == list(CLASSES)
+    assert {"preset", "face_crop", "source", "licence"} <= set(description)

@@ -1,0 +1,1 @@
+"""Where prepared data sets come from: one module for each data set's own layout."""

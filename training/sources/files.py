@@ -1,0 +1,164 @@
+"""A data set's original files, in a folder or in a zip archive, read in the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Union
+
+from efficientface_deploy.errors import DatasetError
+
+Place = Union[Path, zipfile.Path]
+"""A file or a folder, on disk or inside an archive."""
+
+_WRAPPINGS = 2  # folders that people and archives put around a data set
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+# A path that leads nowhere. The archives' own errors have no number.
+_NO_FILE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+@contextlib.contextmanager
+def open_source(path: Path, markers: Sequence[str], *, expected: str, fix: str) -> Iterator[Place]:
+    """Open the folder or zip that ``--source`` names, at the data set's own top.
+
+    Args:
+        path: A folder or a zip archive; the data set may lie in a folder or two inside it.
+        markers: Relative paths, one of which every such data set has.
+        expected: What the markers stand for, for the error.
+        fix: How to come by such a data set, for the error.
+
+    Yields:
+        The folder that holds a marker.
+
+    Raises:
+        DatasetError: ``path`` cannot be read, holds no marker, or holds several data sets.
+    """
+    with open_place(path) as place:
+        tops = _find_tops(place, markers)
+        if not tops:
+            raise DatasetError(path, expected=expected, found=describe_content(place), fix=fix)
+        if len(tops) > 1:
+            raise DatasetError(
+                path,
+                expected="one data set",
+                found=f"{len(tops)}: " + ", ".join(top.name for top in tops),
+                fix="give one of them as --source",
+            )
+        yield tops[0]
+
+
+@contextlib.contextmanager
+def open_place(path: Path) -> Iterator[Place]:
+    """Open a folder or a zip archive.
+
+    Raises:
+        DatasetError: It is neither, or an archive that needs a password or another program.
+    """
+    if path.is_dir():
+        yield path
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DatasetError(
+            path,
+            expected="a folder or a zip archive",
+            found=(getattr(error, "strerror", None) or "something else").lower(),
+            fix="check --source",
+        ) from None
+    with archive:
+        members = archive.infolist()
+        encrypted = any(member.flag_bits & 0x1 for member in members)
+        if encrypted or any(member.compress_type not in _METHODS for member in members):
+            raise DatasetError(
+                path,
+                expected="a zip archive without a password, packed in a usual way",
+                found="a password" if encrypted else "another way of packing",
+                fix="unpack it and give the folder",
+            )
+        yield zipfile.Path(archive)
+
+
+def read(place: Place) -> bytes:
+    """Content of a file; empty when it is missing, or damaged in its archive."""
+    try:
+        return place.read_bytes()
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError):
+        pass
+    return b""
+
+
+@contextlib.contextmanager
+def open_text(place: Place) -> Iterator[IO[str]]:
+    """Open a text file to be read line by line, with or without a byte-order mark.
+
+    Raises:
+        DatasetError: While it is read: it is damaged, or no UTF-8.
+    """
+    try:
+        with place.open("r", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise DatasetError(
+            place,
+            expected="text in UTF-8",
+            found=f"something else ({error})",
+            fix="take it from the data set unchanged",
+        ) from None
+
+
+def children(folder: Place) -> list[Place]:
+    """What a folder holds, by name, without what macOS and Jupyter leave there."""
+    visible = (child for child in folder.iterdir() if not child.name.startswith((".", "__MACOSX")))
+    return sorted(visible, key=lambda child: child.name)
+
+
+def folders(folder: Place) -> list[Place]:
+    """The folders inside a folder, by name."""
+    return [child for child in children(folder) if child.is_dir()]
+
+
+def first_with(candidates: Iterable[Place], names: Sequence[str]) -> Place | None:
+    """The first folder that holds any of the files, or None."""
+    for folder in candidates:
+        if folder.is_dir() and any((folder / name).is_file() for name in names):
+            return folder
+    return None
+
+
+def describe_content(folder: Place) -> str:
+    """What a folder holds instead of what was expected, for an error."""
+    names = [child.name for child in children(folder)]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return shown or "an empty folder"
+
+
+def _find_tops(place: Place, markers: Sequence[str]) -> list[Place]:
+    """The outermost folders that hold a marker."""
+    level = [place]
+    for wrapping in range(_WRAPPINGS + 1):
+        if wrapping:
+            level = [child for folder in level for child in _readable_folders(folder)]
+        if tops := [folder for folder in level if _holds(folder, markers)]:
+            return tops
+    return []
+
+
+def _holds(folder: Place, markers: Sequence[str]) -> bool:
+    with contextlib.suppress(PermissionError):  # such as lost+found, beside the data set
+        return any((folder / marker).exists() for marker in markers)
+    return False
+
+
+def _readable_folders(folder: Place) -> list[Place]:
+    with contextlib.suppress(PermissionError):
+        return folders(folder)
+    return []
