@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from efficientface_deploy.artifact import file_hash, require_preset, write_text
 from efficientface_deploy.command import option, parse_config, run_command
@@ -40,14 +41,17 @@ from efficientface_deploy.metrics import (
 )
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.preprocess import Float32Array
+from training.data import hold_out
 from training.evaluation_plots import plot_confusion, plot_reliability
 from training.progress import track
+from training.targets import Blend
 
 BATCH = 64
 BINS = 15
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
+HOLDOUT = "holdout"
 
 Figures = dict[str, Any]
 
@@ -60,9 +64,11 @@ class EvaluateConfig:
     data: Path = option(help="a prepared data set")
     split: str | None = option(
         None,
-        choices=("train", "validation", "test"),
-        help="default: validation where there is one, else test",
+        choices=("train", "validation", "test", HOLDOUT),
+        help="default: validation where there is one, else test; holdout is the tenth of train "
+        "that chose the epochs of a training with --seed",
     )
+    seed: int = option(0, minimum=0, help="of the training, for --split holdout")
     preset: str | None = option(
         None,
         help="what a published checkpoint was trained on, and what numbered folders mean, without "
@@ -84,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_preset(config.weights, config.preset)
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
-    samples = dataset.split(split)
+    samples = (
+        hold_out(dataset.split("train"), config.seed)[1]
+        if split == HOLDOUT
+        else dataset.split(split)
+    )
     with load(config.weights, preset=config.preset) as predictor:
         if predictor.spec.labels != dataset.labels:
             raise DatasetError(
@@ -95,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         probabilities = predict_samples(predictor, samples)
         described = repr(predictor)
+        temperature = kept_temperature(predictor)
     figures = {
         "weights": str(config.weights),
         "weights_sha256": file_hash(config.weights),
@@ -103,11 +114,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split": split,
         **score(probabilities, samples, dataset.labels),
     }
+    if temperature is not None:
+        scaled = Blend(temperature)(torch.from_numpy(probabilities), torch.empty(0)).numpy()
+        figures["temperature"] = temperature
+        figures["scaled"] = {
+            key: value
+            for key, value in score(scaled, samples, dataset.labels).items()
+            if key in ("expected_calibration_error", "mean_kl_from_votes")
+        }
     print(as_text(figures))
     if config.out is not None:
         write_evaluation(config.out, figures)
         print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
     return 0
+
+
+def kept_temperature(predictor: Predictor) -> float | None:
+    """The temperature that its training found and left out of its weights, as for an LDG."""
+    found = predictor.provenance.get("calibration", {})
+    return None if found.get("folded", True) else float(found["temperature"])
 
 
 def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32Array:
@@ -186,6 +211,11 @@ def as_text(figures: Figures) -> str:
     ]
     if "mean_kl_from_votes" in figures:
         lines.append(f"  KL from the votes {figures['mean_kl_from_votes']:.4f}   (nats, mean)")
+    if "temperature" in figures:
+        lines.append(
+            f"  at temperature {figures['temperature']:.3f}: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in _scaled(figures))
+        )
     lines.append(f"  {'class':<{width}}  images  precision  recall      F1")
     lines += [
         f"  {row['label']:<{width}}  {row['images']:6d}  {_share(row['precision']):>9}  "
@@ -204,6 +234,9 @@ def as_markdown(figures: Figures) -> str:
     ]
     if "mean_kl_from_votes" in figures:
         rows.append(("KL from the votes, nats", f"{figures['mean_kl_from_votes']:.4f}", ""))
+    if "temperature" in figures:
+        at = f" at temperature {figures['temperature']:.3f}"
+        rows += [(name + at, f"{value:.4f}", "") for name, value in _scaled(figures)]
     classes = [
         (row["label"], row["images"], *(_share(row[key]) for key in ("precision", "recall", "f1")))
         for row in figures["classes"]
@@ -250,6 +283,11 @@ def _read_dataset(config: EvaluateConfig) -> Dataset:
     """The data set; where it says itself what its classes are, the preset is the checkpoint's."""
     described = (config.data / DESCRIPTION).is_file()
     return read_dataset(config.data, None if described else config.preset)
+
+
+def _scaled(figures: Figures) -> list[tuple[str, float]]:
+    names = {"expected_calibration_error": "ECE", "mean_kl_from_votes": "KL from the votes"}
+    return [(names[key], value) for key, value in figures["scaled"].items()]
 
 
 def _without_nan(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:

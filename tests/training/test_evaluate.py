@@ -15,9 +15,11 @@ from efficientface_deploy import PRESETS
 from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
+from efficientface_deploy.metrics import expected_calibration_error
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.preprocess import normalise, to_model_input
 from training import evaluate, evaluation_plots
+from training.data import hold_out
 from training.evaluate import as_markdown, as_text, score
 
 CLASSES = 7
@@ -93,6 +95,33 @@ def test_split_is_chosen(student_file, face_set, tmp_path):
     assert (figures["images"], figures["split"]) == (56, "train")
     with pytest.raises(DatasetError, match="a validation split"):
         evaluate_json(student_file, face_set, tmp_path, "--split", "validation")
+
+
+def test_holdout_is_the_trainings_tenth(student_file, face_set, tmp_path):
+    figures = evaluate_json(student_file, face_set, tmp_path, "--split", "holdout", "--seed", "3")
+    expected = hold_out(read_dataset(face_set).split("train"), 3)[1]
+    assert (figures["images"], figures["split"]) == (len(expected), "holdout")
+    counts = [row["images"] for row in figures["classes"]]
+    assert counts == np.bincount([sample.label for sample in expected]).tolist()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_temperature_that_was_left_out_is_tried(
+    folded, student_file, make_network, face_set, tmp_path, capsys, probabilities
+):
+    spec = read_dataset(face_set).spec.replace(input_size=64)
+    weights = tmp_path / "teacher.safetensors"
+    record = {"calibration": {"temperature": 2.5, "folded": folded}}
+    save_checkpoint(weights, make_network(), spec, json.dumps(record))
+    figures = evaluate_json(weights, face_set, tmp_path)
+    assert ("temperature" in figures) != folded
+    assert ("at temperature 2.500: ECE" in capsys.readouterr().out) != folded
+    if not folded:
+        labels = np.array([sample.label for sample in read_dataset(face_set).split("test")])
+        scaled = (probabilities.log() / 2.5).softmax(dim=1).numpy()
+        found = figures["scaled"]["expected_calibration_error"]
+        assert found == pytest.approx(expected_calibration_error(scaled, labels), abs=1e-5)
+        assert found != figures["expected_calibration_error"]
 
 
 def test_other_labels_are_refused(face_set, make_network, tmp_path):
