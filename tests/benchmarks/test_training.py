@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import training as bench
+from efficientface_deploy.dataset import read_dataset
+from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
+from efficientface_deploy.timing import Samples
+from training import prepare
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A small data set and a teacher for it."""
+    folder = tmp_path_factory.mktemp("setting")
+    data = folder / "faces"
+    sizes = ["--train", "140", "--test", "7", "--size", "32"]
+    prepare.main(["synthetic", *sizes, "--out", str(data)])
+    spec = read_dataset(data).spec.replace(architecture="resnet18", input_size=32)
+    teacher = folder / "teacher.safetensors"
+    save_checkpoint(teacher, LabelDistributionGenerator(7, "resnet18"), spec)
+    return data, teacher
+
+
+def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
+    data, teacher = setting
+    arguments = ["--data", str(data), "--teacher", str(teacher), "--input-size", "32"]
+    arguments += ["--batch-size", "8", "--images", "64", "--seconds", "0.3", "--rounds", "3"]
+    assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "training.json").read_text())
+    rows = {row["name"]: row for row in result["cases"]}
+    assert {row["targets"] for row in rows.values()} == {"own", "stored", "online"}
+    assert {row["workers"] for row in rows.values()} == {0, 1}
+    assert not rows["contiguous memory"]["channels_last"]
+    assert rows[bench.BASELINE]["cost"]["value"] == 1
+    for row in rows.values():
+        assert row["images_per_second"] == pytest.approx(8000 / row["p50_ms"])
+        assert row["steps"] >= 3 and row["cost"]["low"] <= row["cost"]["high"]
+    assert result["machine"] and result["software"]
+    assert "teacher in every step" in capsys.readouterr().out
+
+
+def test_cost_is_a_steps_time_by_the_baselines(setting):
+
+    samples = {
+        bench.BASELINE: Samples(np.full((3, 4), 2_000_000)),
+        "stored distributions": Samples(np.full((3, 4), 3_000_000)),
+    }
+    row = bench.describe(bench.Case("stored distributions", targets="stored"), samples, 10)
+    assert row["cost"]["value"] == pytest.approx(1.5)
+    assert row["images_per_second"] == pytest.approx(10 / 0.003)
