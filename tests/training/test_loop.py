@@ -269,7 +269,8 @@ def test_teacher_keeps_temperature_one(make_job, fit):
 
 
 def losses_of_an_epoch(make_job, fit, out: Path, **options) -> float:
-    job = make_job(epochs=1, out=out, select="last", **options)
+    # Hardly any learning: batch norm over few values would blow differences of rounding up.
+    job = make_job(epochs=1, out=out, select="last", learning_rate=1e-6, **options)
     assert weights(fit(job))["fc.weight"].dtype == torch.float32
     return history(out)[0]["loss"]
 
