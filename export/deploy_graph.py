@@ -220,7 +220,8 @@ class _Writer:
         weight, bias = self.folded(f"{two}.0", f"{two}.1")  # (half, in, 1, 1)
         inside = [("x", c) for c in x.channels if c is not None]
         hidden = [("h", index) for index in range(len(weight))]
-        order = _pad(hidden, self.profile.align) + _pad(inside, self.profile.align)
+        passed, made = _pad(inside, self.profile.align), _pad(hidden, self.profile.align)
+        order = passed + made
         columns = len(self.weights[f"{one}.0.weight"])
         identity = np.eye(columns, dtype=np.float32)[:, :, None, None]
         rows = {("h", i): (weight[i], bias[i]) for i in range(len(weight))}
@@ -231,7 +232,10 @@ class _Writer:
         kernels = {("x", c): (first[0][c], first[1][c]) for c in x.channels if c is not None}
         kernels |= {("h", i): (second[0][i], second[1][i]) for i in range(len(second[0]))}
         moved = self.depthwise_rows(f"{name}.0.dw", wide, kernels, 2)
-        # Each half of the output reads one half of this; the other weights are zero.
+        if len(passed) == len(made):
+            sources.produce_pair(f"{name}.0", moved, (ends[0], ends[1]), len(passed))
+            return
+        # Each half of the output reads one part of this; the other weights are zero.
         keys = [("x", c) for c in range(columns)] + [("h", i) for i in range(len(second[0]))]
         joint = np.zeros((2 * half, len(keys), 1, 1), np.float32)
         joint[:half, :columns] = ends[0][0]
@@ -499,40 +503,109 @@ class _Sources:
             bias: (len(channels),).
             keys: Channels of ``x`` in the order of the columns; default: 0, 1, 2, ...
         """
-        profile, area = self.writer.profile, self.side**2
         if keys is not None:
-            position = {key: index for index, key in enumerate(keys)}
-            x = Map(x.name, tuple(None if c is None else position[c] for c in x.channels), x.side)
-        costs = Costs(
-            produce=len(x.channels) * area,
+            x = _renumbered(x, keys)
+        layout = layout_source(
+            channels, self.time_of, self.writer.profile.align, self.costs(len(x.channels))
+        )
+        rows = {channel: index for index, channel in enumerate(channels)}
+        for number, group in enumerate(layout.groups):
+            suffix = f".{number}" if len(layout.groups) > 1 else ""
+            order = [None if channel is None else rows[channel] for channel in group]
+            made = self.writer.pointwise(
+                f"{name}.out{suffix}", x, weight, bias, relu=True, order=order
+            )
+            spans = {
+                time: (part.start, part.stop)
+                for time, part in layout.parts.items()
+                if part.group == number
+            }
+            self.offer(f"{name}.out{suffix}", made.name, group, spans, merged=keys is not None)
+
+    def produce_pair(
+        self, name: str, x: Map, ends: Sequence[tuple[Array, Array]], width: int
+    ) -> None:
+        """Make sources 0 and 1 by one grouped convolution, of the halves of ``x``.
+
+        Args:
+            name: Of its nodes.
+            x: (N, 2 * width, H, W); source 0 is made of its first half.
+            ends: Weight (H, in, 1, 1) and bias (H,) of each source.
+            width: Channels of each half of ``x``.
+        """
+        align = self.writer.profile.align
+        costs = dataclasses.replace(self.costs(width), convolution=1e18)
+        weights, biases, joint, spans = [], [], [], {}
+        for source, (weight, bias) in enumerate(ends):
+            channels = [(source, index) for index in range(self.lives.half)]
+            layout = layout_source(channels, self.time_of, align, costs)
+            (group,) = layout.groups
+            order = [None if channel is None else channel[1] for channel in group]
+            half = Map("", x.channels[source * width : (source + 1) * width], 0)
+            keys = [key for key in half.channels if key is not None]
+            numbers = {key: number for number, key in enumerate(sorted(keys))}
+            columns = [None if key is None else numbers[key] for key in half.channels]
+            weights.append(_columns(_rows(weight, order), columns))
+            biases.append(_rows(bias, order))
+            for time, part in layout.parts.items():
+                spans.setdefault(time, []).append(
+                    (len(joint) + part.start, len(joint) + part.stop)
+                )
+            joint += group
+        if len(weights[0]) != len(weights[1]):
+            raise AssertionError("equal halves have equal lifetimes")
+        made = self.writer.conv(
+            f"{name}.out", x.name, np.concatenate(weights), np.concatenate(biases), relu=True,
+            group=2,
+        )
+        for part in (0, 1):
+            chosen = {time: both[part] for time, both in spans.items()}
+            if self.writer.profile.first_read_whole:
+                del chosen[0]
+            self.offer(f"{name}.out.{part}", made, tuple(joint), chosen, merged=False)
+        if self.writer.profile.first_read_whole:
+            self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))}, merged=False)
+
+    def costs(self, width: int) -> Costs:
+        """What a layout costs whose convolution reads so many channels."""
+        profile, area = self.writer.profile, self.side**2
+        return Costs(
+            produce=width * area,
             read=self.lives.half * area,
             copy=profile.copy * area,
             convolution=profile.convolution,
             cut=profile.cut,
         )
-        layout = layout_source(channels, self.time_of, profile.align, costs)
-        rows = {channel: index for index, channel in enumerate(channels)}
-        made = []
-        for number, group in enumerate(layout.groups):
-            suffix = f".{number}" if len(layout.groups) > 1 else ""
-            order = [None if channel is None else rows[channel] for channel in group]
-            made.append(
-                self.writer.pointwise(f"{name}.out{suffix}", x, weight, bias, relu=True, order=order)
-            )
-        slices: dict[Any, str] = {}
-        for time, part in layout.parts.items():
-            group = layout.groups[part.group]
-            source = made[part.group].name
-            start, stop = part.start, part.stop
-            if profile.first_read_whole and time == 0 and keys is not None:
+
+    def offer(
+        self,
+        name: str,
+        tensor: str,
+        group: Sequence[Channel | None],
+        spans: Mapping[int, tuple[int, int]],
+        *,
+        merged: bool,
+    ) -> None:
+        """Let later units read ranges of a tensor's channels.
+
+        Args:
+            name: Of the slice nodes.
+            tensor: Its name.
+            group: Its channels.
+            spans: First channel and one after the last, for each time at which it is read.
+            merged: It holds all that unit 0 makes.
+        """
+        slices: dict[tuple[int, int], str] = {}
+        for time, (start, stop) in spans.items():
+            if time == 0 and merged and self.writer.profile.first_read_whole:
                 start, stop = 0, len(group)
+            source = tensor
             if (start, stop) != (0, len(group)):
-                key = (part.group, start, stop)
-                if key not in slices:
-                    slices[key] = self.writer.cut(
-                        f"{name}.cut{len(slices)}", source, (1,), (start,), (stop,)
+                if (start, stop) not in slices:
+                    slices[start, stop] = self.writer.cut(
+                        f"{name}.cut{len(slices)}", tensor, (1,), (start,), (stop,)
                     )
-                source = slices[key]
+                source = slices[start, stop]
             own = tuple(
                 channel if channel is not None and self.time_of[channel] == time else None
                 for channel in group[start:stop]
@@ -553,6 +626,12 @@ class _Sources:
             for channel in part.channels
         )
         return Map(joined, channels, self.side)
+
+
+def _renumbered(x: Map, keys: Sequence[Any]) -> Map:
+    """The map with its channels named by their position among ``keys``."""
+    position = {key: index for index, key in enumerate(keys)}
+    return Map(x.name, tuple(None if c is None else position[c] for c in x.channels), x.side)
 
 
 def _pad(channels: Sequence[Any], align: int) -> list[Any]:
