@@ -108,8 +108,14 @@ class _Writer:
         side = self.spec.input_size
         stem = self.float_stem() if float_input else self.uint8_stem()
         x = Map(
-            self.node("MaxPool", "maxpool", [stem.name], kernel_shape=[3, 3], strides=[2, 2],
-                      pads=[1, 1, 1, 1]),
+            self.node(
+                "MaxPool",
+                "maxpool",
+                [stem.name],
+                kernel_shape=[3, 3],
+                strides=[2, 2],
+                pads=[1, 1, 1, 1],
+            ),
             stem.channels,
             stem.side // 2,
         )
@@ -140,7 +146,9 @@ class _Writer:
                 UINT8_INPUT, TensorProto.UINT8, ["N", side, side, 3]
             )
         classes = self.spec.num_classes
-        exits = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", classes]) for n in OUTPUTS]
+        exits = [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", classes]) for n in OUTPUTS
+        ]
         graph = helper.make_graph(
             self.nodes, "efficientface", [entry], exits, initializer=self.initializers
         )
@@ -181,8 +189,13 @@ class _Writer:
         weight, bias = folded
         order = self.padded(len(weight))
         name = self.conv(
-            "conv1", picture.name, _rows(weight, order), _rows(bias, order), relu=True,
-            strides=[2, 2], pads=[1, 1, 1, 1],
+            "conv1",
+            picture.name,
+            _rows(weight, order),
+            _rows(bias, order),
+            relu=True,
+            strides=[2, 2],
+            pads=[1, 1, 1, 1],
         )
         return Map(name, order, picture.side // 2)
 
@@ -256,8 +269,13 @@ class _Writer:
         cuts = [(0, 0), (middle, 0), (0, middle), (middle, middle)]  # of quadrants 1 to 4
         patches = [
             Map(
-                self.cut(f"local.patch{q + 1}", x.name, (2, 3), (top, left),
-                         (top + middle, left + middle)),
+                self.cut(
+                    f"local.patch{q + 1}",
+                    x.name,
+                    (2, 3),
+                    (top, left),
+                    (top + middle, left + middle),
+                ),
                 x.channels,
                 middle,
             )
@@ -310,8 +328,16 @@ class _Writer:
                 weight = np.concatenate([_rows(w, order[m]) for w, _ in first])
                 bias = np.concatenate([_rows(b, order[m]) for _, b in first])
                 parts.append(
-                    self.conv(f"{name}.1.{m}", x.name, weight, bias, relu=True, strides=[2, 2],
-                              pads=[1, 1, 1, 1], group=len(weight))
+                    self.conv(
+                        f"{name}.1.{m}",
+                        x.name,
+                        weight,
+                        bias,
+                        relu=True,
+                        strides=[2, 2],
+                        pads=[1, 1, 1, 1],
+                        group=len(weight),
+                    )
                 )
             if len(quadrants) > 1:
                 raise NotImplementedError
@@ -323,12 +349,21 @@ class _Writer:
             )
             weight = np.concatenate([_rows(w, channels) for w, _ in first])
             bias = np.concatenate([_rows(b, channels) for _, b in first])
-            joined = self.conv(f"{name}.1", x.name, weight, bias, relu=True, strides=[2, 2],
-                               pads=[1, 1, 1, 1], group=len(x.channels))
+            joined = self.conv(
+                f"{name}.1",
+                x.name,
+                weight,
+                bias,
+                relu=True,
+                strides=[2, 2],
+                pads=[1, 1, 1, 1],
+                group=len(x.channels),
+            )
         weight = np.concatenate([_rows(w, channels) for w, _ in second])
         bias = np.concatenate([_rows(b, channels) for _, b in second])
-        result = self.conv(f"{name}.2", joined, weight, bias, relu=True, pads=[1, 1, 1, 1],
-                           group=len(weight))
+        result = self.conv(
+            f"{name}.2", joined, weight, bias, relu=True, pads=[1, 1, 1, 1], group=len(weight)
+        )
         return Map(result, channels * len(quadrants), side)
 
     def modulate(self, x: Map, local: Map) -> Map:
@@ -350,8 +385,13 @@ class _Writer:
             order = self.padded(len(weight))
             weight = _columns(_rows(weight, order), space.channels)
             name = self.conv(
-                f"gate.s{index + 2}", space.name, weight, _rows(bias, order), relu=True,
-                pads=[4, 4, 4, 4], dilations=[4, 4],
+                f"gate.s{index + 2}",
+                space.name,
+                weight,
+                _rows(bias, order),
+                relu=True,
+                pads=[4, 4, 4, 4],
+                dilations=[4, 4],
             )
             space = Map(name, order, x.side)
         spatial = self.pointwise("gate.s4", space, *self.plain(f"{prefix}conv_final"), order=(0,))
@@ -368,7 +408,9 @@ class _Writer:
         zero = x.channels.index(None) if None in x.channels else 0
         index = [zero if c is None else x.channels.index(c) for c in channels]
         indices = self.array("local.order", np.array(index, dtype=np.int64))
-        return Map(self.node("Gather", "local.ordered", [x.name, indices], axis=1), channels, x.side)
+        return Map(
+            self.node("Gather", "local.ordered", [x.name, indices], axis=1), channels, x.side
+        )
 
     # ---- Layers --------------------------------------------------------------------------------
 
@@ -412,13 +454,25 @@ class _Writer:
         weight = np.stack([(zero if c is None else kernels[c])[0] for c in x.channels])
         bias = np.array([(zero if c is None else kernels[c])[1] for c in x.channels], np.float32)
         result = self.conv(
-            name, x.name, weight, bias, strides=[stride, stride], pads=[1, 1, 1, 1],
+            name,
+            x.name,
+            weight,
+            bias,
+            strides=[stride, stride],
+            pads=[1, 1, 1, 1],
             group=len(weight),
         )
         return Map(result, x.channels, x.side // stride)
 
     def conv(
-        self, name: str, x: str, weight: Array, bias: Array, *, relu: bool = False, **attributes: Any
+        self,
+        name: str,
+        x: str,
+        weight: Array,
+        bias: Array,
+        *,
+        relu: bool = False,
+        **attributes: Any,
     ) -> str:
         kernel = weight.shape[2:]
         inputs = [x, self.array(f"{name}.weight", weight), self.array(f"{name}.bias", bias)]
@@ -548,14 +602,16 @@ class _Sources:
             weights.append(_columns(_rows(weight, order), columns))
             biases.append(_rows(bias, order))
             for time, part in layout.parts.items():
-                spans.setdefault(time, []).append(
-                    (len(joint) + part.start, len(joint) + part.stop)
-                )
+                spans.setdefault(time, []).append((len(joint) + part.start, len(joint) + part.stop))
             joint += group
         if len(weights[0]) != len(weights[1]):
             raise AssertionError("equal halves have equal lifetimes")
         made = self.writer.conv(
-            f"{name}.out", x.name, np.concatenate(weights), np.concatenate(biases), relu=True,
+            f"{name}.out",
+            x.name,
+            np.concatenate(weights),
+            np.concatenate(biases),
+            relu=True,
             group=2,
         )
         for part in (0, 1):
