@@ -61,6 +61,15 @@ class Profile:
     convolution: float = 300_000.0
     cut: float = 600_000.0
 
+    def __post_init__(self) -> None:
+        """Refuse what would cut the stacked quadrants apart again.
+
+        Raises:
+            ValueError: ``merge_patches`` with ``split_multiplier``.
+        """
+        if self.merge_patches and self.split_multiplier:
+            raise ValueError("expected merge_patches or split_multiplier, found both")
+
 
 @dataclasses.dataclass(frozen=True)
 class Map:
@@ -292,13 +301,13 @@ class _Writer:
         return Map(joined, patches[0].channels, middle)
 
     def merged_patches(self, patches: list[Map]) -> list[Map]:
+        names = [patch.name for patch in patches]
         stacked = Map(
-            self.node("Concat", "local.patches", [patch.name for patch in patches], axis=1),
-            tuple(patch.channels for patch in patches),
+            self.node("Concat", "local.patches", names, axis=1),
+            patches[0].channels * QUADRANTS,
             patches[0].side,
         )
-        flat = Map(stacked.name, patches[0].channels * QUADRANTS, stacked.side)
-        result = self.patch("local", tuple(range(QUADRANTS)), flat)
+        result = self.patch("local", tuple(range(QUADRANTS)), stacked)
         channels = result.channels[: len(result.channels) // QUADRANTS]
         size = len(channels)
         return [
@@ -339,8 +348,6 @@ class _Writer:
                         group=len(weight),
                     )
                 )
-            if len(quadrants) > 1:
-                raise NotImplementedError
             joined = self.node("Concat", f"{name}.1", parts, axis=1)
             channels = tuple(c for part in order for c in part)
         else:
@@ -367,7 +374,7 @@ class _Writer:
         return Map(result, channels * len(quadrants), side)
 
     def modulate(self, x: Map, local: Map) -> Map:
-        """``x * sigmoid(channel gate * spatial gate) + local``, in the channel order of ``local``."""
+        """``x * sigmoid(channel gate * spatial gate) + local``, in the channel order of ``x``."""
         prefix = "modulator.channel_att.gate_c.gate_c_"
         pooled = Map(self.node("GlobalAveragePool", "gate.pool", [x.name]), x.channels, 1)
         weight, bias = self.folded(f"{prefix}fc_0", f"{prefix}bn_1")
@@ -589,7 +596,9 @@ class _Sources:
         """
         align = self.writer.profile.align
         costs = dataclasses.replace(self.costs(width), convolution=1e18)
-        weights, biases, joint, spans = [], [], [], {}
+        weights, biases = [], []
+        joint: list[Channel | None] = []
+        spans: dict[int, list[tuple[int, int]]] = {}
         for source, (weight, bias) in enumerate(ends):
             channels = [(source, index) for index in range(self.lives.half)]
             layout = layout_source(channels, self.time_of, align, costs)
@@ -614,11 +623,11 @@ class _Sources:
             relu=True,
             group=2,
         )
-        for part in (0, 1):
-            chosen = {time: both[part] for time, both in spans.items()}
+        for half_of in (0, 1):
+            chosen = {time: both[half_of] for time, both in spans.items()}
             if self.writer.profile.first_read_whole:
                 del chosen[0]
-            self.offer(f"{name}.out.{part}", made, tuple(joint), chosen, merged=False)
+            self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen, merged=False)
         if self.writer.profile.first_read_whole:
             self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))}, merged=False)
 

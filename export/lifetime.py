@@ -2,9 +2,9 @@
 
 In a stage of R units, unit 0 gives two halves, a and y0, of H channels each. Every later unit k
 takes the second half of the live channels as its branch's input, keeps the first half, and
-interleaves it with its own output yk. So every channel is kept for a while and then consumed exactly
-once: by the branch of one later unit, or by the end of the stage. A graph that knows when can copy
-each channel at most once and needs no shuffle.
+interleaves it with its own output yk. So every channel is kept for a while and then consumed
+exactly once: by the branch of one later unit, or by the end of the stage. A graph that knows when
+can copy each channel at most once and needs no shuffle.
 """
 
 from __future__ import annotations
