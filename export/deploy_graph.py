@@ -1,0 +1,714 @@
+"""EfficientFace laid out for the machine: the same logits, by fewer and better shaped operations.
+
+The graph is written from the weights, not traced: batch norm folded, no channel shuffle (every
+channel is ordered by when it is consumed, see :mod:`.lifetime`), channel counts padded to whole
+blocks with zero weights, gates as 1x1 convolutions. It holds no Reshape, and one Transpose, of the
+picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT
+from efficientface_deploy.preprocess import LUMA, normalisation
+from efficientface_deploy.spec import ModelSpec
+
+from .graph import IR_VERSION, OPSET
+from .lifetime import Channel, Costs, Lifetimes, channel_lifetimes, layout_source
+
+Array = npt.NDArray[np.float32]
+Weights = Mapping[str, npt.NDArray[Any]]
+
+BN_EPSILON = 1e-5  # torch.nn.BatchNorm2d's default
+STAGES = ("stage2", "stage3", "stage4")
+QUADRANTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How a graph is laid out for one kind of machine.
+
+    Attributes:
+        align: Channels of a block.
+        merge_branches: The two branches of a stride-2 unit as one, the picture passing the first
+            convolution of the other branch unchanged.
+        merge_patches: The four patch extractors as one, quadrants stacked in the channels.
+        split_multiplier: The patch extractors' convolutions from 29 to 116 channels as four
+            depthwise ones.
+        first_read_whole: The first unit of a stride-1 row reads all that unit 0 made, with zero
+            weights for what it does not consume, instead of a part of it.
+        fold_luma: A grey model's luminance lies in the weights of its first convolution.
+        copy: Cost of moving one value, in multiply-adds.
+        convolution: Cost of one more convolution, in multiply-adds.
+        cut: Cost of one slice node, in multiply-adds.
+    """
+
+    align: int = 8
+    merge_branches: bool = False
+    merge_patches: bool = False
+    split_multiplier: bool = False
+    first_read_whole: bool = False
+    fold_luma: bool = False
+    copy: float = 8.0
+    convolution: float = 300_000.0
+    cut: float = 600_000.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would cut the stacked quadrants apart again.
+
+        Raises:
+            ValueError: ``merge_patches`` with ``split_multiplier``.
+        """
+        if self.merge_patches and self.split_multiplier:
+            raise ValueError("expected merge_patches or split_multiplier, found both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """A feature map in the graph.
+
+    Attributes:
+        name: Of the tensor, (N, len(channels), H, W).
+        channels: Which of the network's channels each one is; None is a channel of zeros.
+        side: H = W.
+    """
+
+    name: str
+    channels: tuple[Any, ...]
+    side: int
+
+
+def deploy_graph(
+    weights: Weights, spec: ModelSpec, profile: Profile, *, float_input: bool = False
+) -> onnx.ModelProto:
+    """Write the graph of a trained EfficientFace.
+
+    Args:
+        weights: Its state dict as arrays, named as in the published checkpoints.
+        spec: Its spec.
+        profile: How to lay it out.
+        float_input: ``input``, float32 (N, 3, S, S), normalised, instead of ``image``, uint8
+            (N, S, S, 3), RGB.
+
+    Returns:
+        FP32 ONNX with outputs ``logits`` and ``probabilities``.
+    """
+    return _Writer(weights, spec, profile).write(float_input)
+
+
+class _Writer:
+    def __init__(self, weights: Weights, spec: ModelSpec, profile: Profile) -> None:
+        self.weights = {name: np.asarray(value) for name, value in weights.items()}
+        self.spec = spec
+        self.profile = profile
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.constants: dict[tuple[int, ...], str] = {}
+
+    def write(self, float_input: bool) -> onnx.ModelProto:
+        side = self.spec.input_size
+        stem = self.float_stem() if float_input else self.uint8_stem()
+        x = Map(
+            self.node(
+                "MaxPool",
+                "maxpool",
+                [stem.name],
+                kernel_shape=[3, 3],
+                strides=[2, 2],
+                pads=[1, 1, 1, 1],
+            ),
+            stem.channels,
+            stem.side // 2,
+        )
+        local = self.local(x)
+        x = self.stage("stage2", x)
+        x = self.modulate(x, local)
+        x = self.stage("stage3", x)
+        x = self.stage("stage4", x)
+        x = self.pointwise("conv5", x, *self.folded("conv5.0", "conv5.1"), relu=True)
+        pooled = self.node("GlobalAveragePool", "pool", [x.name])  # (N, 1024, 1, 1)
+        squeezed = self.node("Squeeze", "features", [pooled, self.integers(2, 3)])  # (N, 1024)
+        head = self.array("fc.weight", self.weights["fc.weight"])
+        bias = self.array("fc.bias", self.weights["fc.bias"])
+        logits, probabilities = OUTPUTS
+        self.nodes.append(
+            helper.make_node("Gemm", [squeezed, head, bias], [logits], "fc", transB=1)
+        )
+        self.nodes.append(helper.make_node("Softmax", [logits], [probabilities], "softmax", axis=1))
+        return self.model(float_input, side)
+
+    def model(self, float_input: bool, side: int) -> onnx.ModelProto:
+        if float_input:
+            entry = helper.make_tensor_value_info(
+                FLOAT_INPUT, TensorProto.FLOAT, ["N", 3, side, side]
+            )
+        else:
+            entry = helper.make_tensor_value_info(
+                UINT8_INPUT, TensorProto.UINT8, ["N", side, side, 3]
+            )
+        classes = self.spec.num_classes
+        exits = [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", classes]) for n in OUTPUTS
+        ]
+        graph = helper.make_graph(
+            self.nodes, "efficientface", [entry], exits, initializer=self.initializers
+        )
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+    # ---- Picture and stem --------------------------------------------------------------------
+
+    def float_stem(self) -> Map:
+        picture = Map(FLOAT_INPUT, (0, 1, 2), self.spec.input_size)
+        return self.stem(picture, self.folded("conv1.0", "conv1.1"))
+
+    def uint8_stem(self) -> Map:
+        """The mean is subtracted before the convolution, whose zero padding lies at the mean."""
+        side = self.spec.input_size
+        scale, offset = normalisation(self.spec)  # (3,) each
+        weight, bias = self.folded("conv1.0", "conv1.1")  # (29, 3, 3, 3), (29,)
+        pixels = self.node("Cast", "pixels", [UINT8_INPUT], to=TensorProto.FLOAT)
+        planes = self.node("Transpose", "planes", [pixels], perm=[0, 3, 1, 2])  # (N, 3, S, S)
+        mean = (-offset / scale).astype(np.float32)  # (3,), 0 to 255
+        if self.spec.colour == "grey":
+            luma = np.array(LUMA, dtype=np.float32)
+            if self.profile.fold_luma and np.ptp(mean) == 0:
+                # luminance - mean = sum of luma * (pixel - mean), since luma sums to one.
+                grey = (weight * scale[:, None, None]).sum(axis=1, keepdims=True)
+                weight = grey * luma[:, None, None]
+                scale = np.ones(3, np.float32)
+            else:
+                kernel = self.array("luma", luma.reshape(1, 3, 1, 1))
+                planes = self.node("Conv", "luminance", [planes, kernel])  # (N, 1, S, S)
+        centred = self.node(
+            "Sub", "centred", [planes, self.array("mean", mean.reshape(1, 3, 1, 1))]
+        )
+        return self.stem(Map(centred, (0, 1, 2), side), (weight * scale[:, None, None], bias))
+
+    def stem(self, picture: Map, folded: tuple[Array, Array]) -> Map:
+        weight, bias = folded
+        order = self.padded(len(weight))
+        name = self.conv(
+            "conv1",
+            picture.name,
+            _rows(weight, order),
+            _rows(bias, order),
+            relu=True,
+            strides=[2, 2],
+            pads=[1, 1, 1, 1],
+        )
+        return Map(name, order, picture.side // 2)
+
+    # ---- Stages ------------------------------------------------------------------------------
+
+    def stage(self, name: str, x: Map) -> Map:
+        units = len({key.split(".")[1] for key in self.weights if key.startswith(name + ".")})
+        half = len(self.weights[f"{name}.0.branch2.5.weight"])
+        lives = channel_lifetimes(units, half)
+        sources = _Sources(self, lives, x.side // 2)
+        self.first_unit(name, x, sources)
+        for unit in range(1, units):
+            key = f"{name}.{unit}.branch2"
+            branch = self.depthwise_branch(key, sources.read(unit - 1, f"{name}.{unit}"), 1)
+            weight, bias = self.folded(f"{key}.5", f"{key}.6")
+            channels = [(unit + 1, index) for index in range(half)]
+            sources.produce(f"{name}.{unit}", branch, channels, weight, bias)
+        return sources.read(lives.end, f"{name}.out")
+
+    def first_unit(self, name: str, x: Map, sources: _Sources) -> None:
+        """The stride-2 unit, whose two branches both see all of ``x``."""
+        one, two = f"{name}.0.branch1", f"{name}.0.branch2"
+        half = sources.lives.half
+        channels = {source: [(source, index) for index in range(half)] for source in (0, 1)}
+        ends = {0: self.folded(f"{one}.2", f"{one}.3"), 1: self.folded(f"{two}.5", f"{two}.6")}
+        if not self.profile.merge_branches:
+            weight, bias = self.folded(f"{one}.0", f"{one}.1")
+            for source, branch in (
+                (0, self.depthwise(f"{one}.dw", x, weight, bias, 2)),
+                (1, self.depthwise_branch(two, x, 2)),
+            ):
+                sources.produce(f"{name}.0.{source}", branch, channels[source], *ends[source])
+            return
+        # x passes the first 1x1 convolution unchanged: it is not negative, ReLU keeps it.
+        weight, bias = self.folded(f"{two}.0", f"{two}.1")  # (half, in, 1, 1)
+        inside = [("x", c) for c in x.channels if c is not None]
+        hidden = [("h", index) for index in range(len(weight))]
+        passed, made = _pad(inside, self.profile.align), _pad(hidden, self.profile.align)
+        order = passed + made
+        columns = len(self.weights[f"{one}.0.weight"])
+        identity = np.eye(columns, dtype=np.float32)[:, :, None, None]
+        rows = {("h", i): (weight[i], bias[i]) for i in range(len(weight))}
+        rows |= {("x", c): (identity[c], np.float32(0)) for c in x.channels if c is not None}
+        wide = self.pointwise_rows(f"{name}.0.in", x, rows, order)
+        first = self.folded(f"{one}.0", f"{one}.1")
+        second = self.folded(f"{two}.3", f"{two}.4")
+        kernels = {("x", c): (first[0][c], first[1][c]) for c in x.channels if c is not None}
+        kernels |= {("h", i): (second[0][i], second[1][i]) for i in range(len(second[0]))}
+        moved = self.depthwise_rows(f"{name}.0.dw", wide, kernels, 2)
+        if len(passed) == len(made):
+            sources.produce_pair(f"{name}.0", moved, (ends[0], ends[1]), len(passed))
+            return
+        # Each half of the output reads one part of this; the other weights are zero.
+        keys = [("x", c) for c in range(columns)] + [("h", i) for i in range(len(second[0]))]
+        joint = np.zeros((2 * half, len(keys), 1, 1), np.float32)
+        joint[:half, :columns] = ends[0][0]
+        joint[half:, columns:] = ends[1][0]
+        bias = np.concatenate((ends[0][1], ends[1][1]))
+        sources.produce(f"{name}.0", moved, channels[0] + channels[1], joint, bias, keys)
+
+    def depthwise_branch(self, key: str, x: Map, stride: int) -> Map:
+        """1x1 convolution with ReLU, then the depthwise one: the first two of a branch's three."""
+        hidden = self.pointwise(f"{key}.in", x, *self.folded(f"{key}.0", f"{key}.1"), relu=True)
+        return self.depthwise(f"{key}.dw", hidden, *self.folded(f"{key}.3", f"{key}.4"), stride)
+
+    # ---- Local feature extractor and modulator -------------------------------------------------
+
+    def local(self, x: Map) -> Map:
+        """The four quadrants, each through depthwise convolutions of its own, joined again."""
+        middle = x.side // 2
+        cuts = [(0, 0), (middle, 0), (0, middle), (middle, middle)]  # of quadrants 1 to 4
+        patches = [
+            Map(
+                self.cut(
+                    f"local.patch{q + 1}",
+                    x.name,
+                    (2, 3),
+                    (top, left),
+                    (top + middle, left + middle),
+                ),
+                x.channels,
+                middle,
+            )
+            for q, (top, left) in enumerate(cuts)
+        ]
+        if self.profile.merge_patches:
+            patches = self.merged_patches(patches)
+        else:
+            patches = [self.patch(f"local.{q + 1}", (q,), patch) for q, patch in enumerate(patches)]
+        names = [patch.name for patch in patches]
+        left = self.node("Concat", "local.left", names[:2], axis=2)
+        right = self.node("Concat", "local.right", names[2:], axis=2)
+        joined = self.node("Concat", "local", [left, right], axis=3)
+        return Map(joined, patches[0].channels, middle)
+
+    def merged_patches(self, patches: list[Map]) -> list[Map]:
+        names = [patch.name for patch in patches]
+        stacked = Map(
+            self.node("Concat", "local.patches", names, axis=1),
+            patches[0].channels * QUADRANTS,
+            patches[0].side,
+        )
+        result = self.patch("local", tuple(range(QUADRANTS)), stacked)
+        channels = result.channels[: len(result.channels) // QUADRANTS]
+        size = len(channels)
+        return [
+            Map(
+                self.cut(f"local.out{q + 1}", result.name, (1,), (q * size,), ((q + 1) * size,)),
+                channels,
+                result.side,
+            )
+            for q in range(QUADRANTS)
+        ]
+
+    def patch(self, name: str, quadrants: Sequence[int], x: Map) -> Map:
+        """Both depthwise convolutions of one quadrant, or of several stacked in the channels."""
+        inner = x.channels[: len(x.channels) // len(quadrants)]
+        first = [self.folded(f"local.conv{q + 1}_1", f"local.bn{q + 1}_1") for q in quadrants]
+        second = [self.folded(f"local.conv{q + 1}_2", f"local.bn{q + 1}_2") for q in quadrants]
+        multiplier = len(first[0][0]) // sum(c is not None for c in inner)
+        side = x.side // 2
+        if self.profile.split_multiplier:
+            # Output channel multiplier * c + m comes from input channel c.
+            order = [
+                tuple(None if c is None else multiplier * c + m for c in inner)
+                for m in range(multiplier)
+            ]
+            parts = []
+            for m in range(multiplier):
+                weight = np.concatenate([_rows(w, order[m]) for w, _ in first])
+                bias = np.concatenate([_rows(b, order[m]) for _, b in first])
+                parts.append(
+                    self.conv(
+                        f"{name}.1.{m}",
+                        x.name,
+                        weight,
+                        bias,
+                        relu=True,
+                        strides=[2, 2],
+                        pads=[1, 1, 1, 1],
+                        group=len(weight),
+                    )
+                )
+            joined = self.node("Concat", f"{name}.1", parts, axis=1)
+            channels = tuple(c for part in order for c in part)
+        else:
+            channels = tuple(
+                None if c is None else multiplier * c + m for c in inner for m in range(multiplier)
+            )
+            weight = np.concatenate([_rows(w, channels) for w, _ in first])
+            bias = np.concatenate([_rows(b, channels) for _, b in first])
+            joined = self.conv(
+                f"{name}.1",
+                x.name,
+                weight,
+                bias,
+                relu=True,
+                strides=[2, 2],
+                pads=[1, 1, 1, 1],
+                group=len(x.channels),
+            )
+        weight = np.concatenate([_rows(w, channels) for w, _ in second])
+        bias = np.concatenate([_rows(b, channels) for _, b in second])
+        result = self.conv(
+            f"{name}.2", joined, weight, bias, relu=True, pads=[1, 1, 1, 1], group=len(weight)
+        )
+        return Map(result, channels * len(quadrants), side)
+
+    def modulate(self, x: Map, local: Map) -> Map:
+        """``x * sigmoid(channel gate * spatial gate) + local``, in the channel order of ``x``."""
+        prefix = "modulator.channel_att.gate_c.gate_c_"
+        pooled = Map(self.node("GlobalAveragePool", "gate.pool", [x.name]), x.channels, 1)
+        weight, bias = self.folded(f"{prefix}fc_0", f"{prefix}bn_1")
+        hidden = self.pointwise("gate.c1", pooled, weight[:, :, None, None], bias, relu=True)
+        weight, bias = self.plain(f"{prefix}fc_final")
+        channel = self.pointwise(
+            "gate.c2", hidden, weight[:, :, None, None], bias, order=x.channels
+        )
+        prefix = "modulator.spatial_att.gate_s.gate_s_"
+        space = self.pointwise(
+            "gate.s1", x, *self.folded(f"{prefix}conv_reduce0", f"{prefix}bn_reduce0"), relu=True
+        )
+        for index in range(2):
+            weight, bias = self.folded(f"{prefix}conv_di_{index}", f"{prefix}bn_di_{index}")
+            order = self.padded(len(weight))
+            weight = _columns(_rows(weight, order), space.channels)
+            name = self.conv(
+                f"gate.s{index + 2}",
+                space.name,
+                weight,
+                _rows(bias, order),
+                relu=True,
+                pads=[4, 4, 4, 4],
+                dilations=[4, 4],
+            )
+            space = Map(name, order, x.side)
+        spatial = self.pointwise("gate.s4", space, *self.plain(f"{prefix}conv_final"), order=(0,))
+        product = self.node("Mul", "gate.product", [channel.name, spatial.name])
+        gate = self.node("Sigmoid", "gate", [product])
+        gated = self.node("Mul", "modulated", [x.name, gate])
+        aligned = self.reorder(local, x.channels)
+        return Map(self.node("Add", "features2", [gated, aligned.name]), x.channels, x.side)
+
+    def reorder(self, x: Map, channels: tuple[Any, ...]) -> Map:
+        """Bring a map's channels into another order."""
+        if x.channels == channels:
+            return x
+        zero = x.channels.index(None) if None in x.channels else 0
+        index = [zero if c is None else x.channels.index(c) for c in channels]
+        indices = self.array("local.order", np.array(index, dtype=np.int64))
+        return Map(
+            self.node("Gather", "local.ordered", [x.name, indices], axis=1), channels, x.side
+        )
+
+    # ---- Layers --------------------------------------------------------------------------------
+
+    def pointwise(
+        self,
+        name: str,
+        x: Map,
+        weight: Array,
+        bias: Array,
+        *,
+        relu: bool = False,
+        order: Sequence[Any] | None = None,
+    ) -> Map:
+        """A 1x1 convolution whose weights (out, in, 1, 1) are in the network's order."""
+        order = self.padded(len(weight)) if order is None else tuple(order)
+        laid_out = _columns(_rows(weight, order), x.channels)
+        result = self.conv(name, x.name, laid_out, _rows(bias, order), relu=relu)
+        return Map(result, tuple(order), x.side)
+
+    def pointwise_rows(
+        self, name: str, x: Map, rows: Mapping[Any, tuple[Array, Any]], order: Sequence[Any]
+    ) -> Map:
+        """A 1x1 convolution with ReLU, given by the row (in, 1, 1) and bias of each channel."""
+        width = len(next(iter(rows.values()))[0])
+        zero = np.zeros((width, 1, 1), np.float32), np.float32(0)
+        weight = np.stack([(zero if c is None else rows[c])[0] for c in order])
+        bias = np.array([(zero if c is None else rows[c])[1] for c in order], dtype=np.float32)
+        result = self.conv(name, x.name, _columns(weight, x.channels), bias, relu=True)
+        return Map(result, tuple(order), x.side)
+
+    def depthwise(self, name: str, x: Map, weight: Array, bias: Array, stride: int) -> Map:
+        """A depthwise convolution; weights (C, 1, 3, 3) are in the network's order."""
+        return self.depthwise_rows(
+            name, x, {c: (weight[c], bias[c]) for c in range(len(weight))}, stride
+        )
+
+    def depthwise_rows(
+        self, name: str, x: Map, kernels: Mapping[Any, tuple[Array, Any]], stride: int
+    ) -> Map:
+        zero = np.zeros((1, 3, 3), np.float32), np.float32(0)
+        weight = np.stack([(zero if c is None else kernels[c])[0] for c in x.channels])
+        bias = np.array([(zero if c is None else kernels[c])[1] for c in x.channels], np.float32)
+        result = self.conv(
+            name,
+            x.name,
+            weight,
+            bias,
+            strides=[stride, stride],
+            pads=[1, 1, 1, 1],
+            group=len(weight),
+        )
+        return Map(result, x.channels, x.side // stride)
+
+    def conv(
+        self,
+        name: str,
+        x: str,
+        weight: Array,
+        bias: Array,
+        *,
+        relu: bool = False,
+        **attributes: Any,
+    ) -> str:
+        kernel = weight.shape[2:]
+        inputs = [x, self.array(f"{name}.weight", weight), self.array(f"{name}.bias", bias)]
+        result = self.node("Conv", name, inputs, kernel_shape=list(kernel), **attributes)
+        return self.node("Relu", f"{name}.relu", [result]) if relu else result
+
+    def cut(
+        self,
+        name: str,
+        x: str,
+        axes: Sequence[int],
+        starts: Sequence[int],
+        stops: Sequence[int],
+    ) -> str:
+        inputs = [self.integers(*starts), self.integers(*stops), self.integers(*axes)]
+        return self.node("Slice", name, [x, *inputs])
+
+    def node(self, operator: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [name + ":0"], name, **attributes))
+        return name + ":0"
+
+    def array(self, name: str, value: npt.NDArray[Any]) -> str:
+        value = value if value.dtype == np.int64 else value.astype(np.float32)
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def integers(self, *values: int) -> str:
+        """The name of a constant int64 vector, one for equal ones."""
+        if values not in self.constants:
+            name = "const." + ".".join(map(str, values))
+            self.constants[values] = self.array(name, np.array(values, dtype=np.int64))
+        return self.constants[values]
+
+    def padded(self, count: int) -> tuple[int | None, ...]:
+        """Channels 0 to count - 1, then zeros up to a whole block."""
+        return tuple(_pad(range(count), self.profile.align))
+
+    # ---- Weights -------------------------------------------------------------------------------
+
+    def plain(self, layer: str) -> tuple[Array, Array]:
+        return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
+
+    def folded(self, layer: str, norm: str) -> tuple[Array, Array]:
+        """Weight and bias of a layer with the batch norm after it."""
+        weight = self.weights[f"{layer}.weight"].astype(np.float64)
+        bias = self.weights.get(f"{layer}.bias", np.zeros(len(weight)))
+        scale = self.weights[f"{norm}.weight"] / np.sqrt(
+            self.weights[f"{norm}.running_var"].astype(np.float64) + BN_EPSILON
+        )
+        shift = self.weights[f"{norm}.bias"] + (bias - self.weights[f"{norm}.running_mean"]) * scale
+        shaped = scale.reshape(-1, *(1,) * (weight.ndim - 1))
+        return (weight * shaped).astype(np.float32), shift.astype(np.float32)
+
+
+class _Sources:
+    """The outputs of a stage's units, and what later units read of them."""
+
+    def __init__(self, writer: _Writer, lives: Lifetimes, side: int) -> None:
+        self.writer = writer
+        self.lives = lives
+        self.side = side
+        self.time_of = lives.time_of()
+        # For each time, the maps that are read; channels of others count as zeros.
+        self.parts: dict[int, list[Map]] = {time: [] for time in range(len(lives.reads))}
+
+    def produce(
+        self,
+        name: str,
+        x: Map,
+        channels: Sequence[Channel],
+        weight: Array,
+        bias: Array,
+        keys: Sequence[Any] | None = None,
+    ) -> None:
+        """Make a source by 1x1 convolutions with ReLU.
+
+        Args:
+            name: Of its nodes.
+            x: What it is made of.
+            channels: Its channels, in the order of the rows of ``weight``.
+            weight: (len(channels), in, 1, 1).
+            bias: (len(channels),).
+            keys: Channels of ``x`` in the order of the columns; default: 0, 1, 2, ...
+        """
+        if keys is not None:
+            x = _renumbered(x, keys)
+        layout = layout_source(
+            channels, self.time_of, self.writer.profile.align, self.costs(len(x.channels))
+        )
+        rows = {channel: index for index, channel in enumerate(channels)}
+        for number, group in enumerate(layout.groups):
+            suffix = f".{number}" if len(layout.groups) > 1 else ""
+            order = [None if channel is None else rows[channel] for channel in group]
+            made = self.writer.pointwise(
+                f"{name}.out{suffix}", x, weight, bias, relu=True, order=order
+            )
+            spans = {
+                time: (part.start, part.stop)
+                for time, part in layout.parts.items()
+                if part.group == number
+            }
+            self.offer(f"{name}.out{suffix}", made.name, group, spans, merged=keys is not None)
+
+    def produce_pair(
+        self, name: str, x: Map, ends: Sequence[tuple[Array, Array]], width: int
+    ) -> None:
+        """Make sources 0 and 1 by one grouped convolution, of the halves of ``x``.
+
+        Args:
+            name: Of its nodes.
+            x: (N, 2 * width, H, W); source 0 is made of its first half.
+            ends: Weight (H, in, 1, 1) and bias (H,) of each source.
+            width: Channels of each half of ``x``.
+        """
+        align = self.writer.profile.align
+        costs = dataclasses.replace(self.costs(width), convolution=1e18)
+        weights, biases = [], []
+        joint: list[Channel | None] = []
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for source, (weight, bias) in enumerate(ends):
+            channels = [(source, index) for index in range(self.lives.half)]
+            layout = layout_source(channels, self.time_of, align, costs)
+            (group,) = layout.groups
+            order = [None if channel is None else channel[1] for channel in group]
+            half = Map("", x.channels[source * width : (source + 1) * width], 0)
+            keys = [key for key in half.channels if key is not None]
+            numbers = {key: number for number, key in enumerate(sorted(keys))}
+            columns = [None if key is None else numbers[key] for key in half.channels]
+            weights.append(_columns(_rows(weight, order), columns))
+            biases.append(_rows(bias, order))
+            for time, part in layout.parts.items():
+                spans.setdefault(time, []).append((len(joint) + part.start, len(joint) + part.stop))
+            joint += group
+        if len(weights[0]) != len(weights[1]):
+            raise AssertionError("equal halves have equal lifetimes")
+        made = self.writer.conv(
+            f"{name}.out",
+            x.name,
+            np.concatenate(weights),
+            np.concatenate(biases),
+            relu=True,
+            group=2,
+        )
+        for half_of in (0, 1):
+            chosen = {time: both[half_of] for time, both in spans.items()}
+            if self.writer.profile.first_read_whole:
+                del chosen[0]
+            self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen, merged=False)
+        if self.writer.profile.first_read_whole:
+            self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))}, merged=False)
+
+    def costs(self, width: int) -> Costs:
+        """What a layout costs whose convolution reads so many channels."""
+        profile, area = self.writer.profile, self.side**2
+        return Costs(
+            produce=width * area,
+            read=self.lives.half * area,
+            copy=profile.copy * area,
+            convolution=profile.convolution,
+            cut=profile.cut,
+        )
+
+    def offer(
+        self,
+        name: str,
+        tensor: str,
+        group: Sequence[Channel | None],
+        spans: Mapping[int, tuple[int, int]],
+        *,
+        merged: bool,
+    ) -> None:
+        """Let later units read ranges of a tensor's channels.
+
+        Args:
+            name: Of the slice nodes.
+            tensor: Its name.
+            group: Its channels.
+            spans: First channel and one after the last, for each time at which it is read.
+            merged: It holds all that unit 0 makes.
+        """
+        slices: dict[tuple[int, int], str] = {}
+        for time, (start, stop) in spans.items():
+            if time == 0 and merged and self.writer.profile.first_read_whole:
+                start, stop = 0, len(group)
+            source = tensor
+            if (start, stop) != (0, len(group)):
+                if (start, stop) not in slices:
+                    slices[start, stop] = self.writer.cut(
+                        f"{name}.cut{len(slices)}", tensor, (1,), (start,), (stop,)
+                    )
+                source = slices[start, stop]
+            own = tuple(
+                channel if channel is not None and self.time_of[channel] == time else None
+                for channel in group[start:stop]
+            )
+            self.parts[time].append(Map(source, own, self.side))
+
+    def read(self, time: int, name: str) -> Map:
+        """What is consumed at a time, as one map whose channels are in the network's numbers."""
+        parts = self.parts[time]
+        if len(parts) == 1:
+            joined = parts[0].name
+        else:
+            joined = self.writer.node("Concat", f"{name}.read", [p.name for p in parts], axis=1)
+        position = {channel: index for index, channel in enumerate(self.lives.reads[time])}
+        channels = tuple(
+            None if channel is None else position[channel]
+            for part in parts
+            for channel in part.channels
+        )
+        return Map(joined, channels, self.side)
+
+
+def _renumbered(x: Map, keys: Sequence[Any]) -> Map:
+    """The map with its channels named by their position among ``keys``."""
+    position = {key: index for index, key in enumerate(keys)}
+    return Map(x.name, tuple(None if c is None else position[c] for c in x.channels), x.side)
+
+
+def _pad(channels: Sequence[Any], align: int) -> list[Any]:
+    return [*channels, *[None] * (-len(channels) % align)]
+
+
+def _rows(array: Array, order: Sequence[int | None]) -> Array:
+    """The rows of an array in another order; None is a row of zeros."""
+    padded = np.concatenate((array, np.zeros((1, *array.shape[1:]), array.dtype)))
+    return padded[[len(array) if index is None else index for index in order]]
+
+
+def _columns(array: Array, order: Sequence[int | None]) -> Array:
+    """The same for the second axis."""
+    return _rows(array.swapaxes(0, 1), order).swapaxes(0, 1)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from efficientface_export.lifetime import Costs, channel_lifetimes, layout_source
+from hypothesis import given
+from hypothesis import strategies as st
+
+from efficientface_deploy.models.efficientface import channel_shuffle
+
+COSTS = Costs(produce=100.0, read=100.0, copy=8.0, convolution=2_000.0, cut=4_000.0)
+
+
+def shuffled(units: int, half: int) -> list[list[tuple[int, int]]]:
+    """The same by the network's own shuffle, on channels that carry their names as numbers."""
+
+    def source(number: int) -> torch.Tensor:
+        return (number * 1000 + torch.arange(half)).view(1, half, 1, 1).double()
+
+    live = channel_shuffle(torch.cat((source(0), source(1)), dim=1))
+    reads = []
+    for unit in range(1, units):
+        kept, consumed = live.chunk(2, dim=1)
+        reads.append(consumed)
+        live = channel_shuffle(torch.cat((kept, source(unit + 1)), dim=1))
+    return [[divmod(int(number), 1000) for number in read.flatten()] for read in (*reads, live)]
+
+
+@given(units=st.integers(1, 9), half=st.integers(1, 40))
+def test_reads_are_the_shuffles(units, half):
+    lives = channel_lifetimes(units, half)
+    assert [list(read) for read in lives.reads] == shuffled(units, half)
+    assert lives.end == units - 1
+
+
+@given(units=st.integers(1, 9), half=st.integers(1, 40))
+def test_every_channel_is_consumed_once(units, half):
+    lives = channel_lifetimes(units, half)
+    channels = [channel for read in lives.reads for channel in read]
+    assert len(channels) == len(set(channels)) == len(lives.time_of()) == (units + 1) * half
+    for (source, _), time in lives.time_of().items():
+        assert time >= source - 1  # not before it is made
+
+
+@given(
+    units=st.integers(1, 6),
+    half=st.integers(1, 30),
+    align=st.sampled_from([1, 4, 8]),
+    convolution=st.floats(0, 1e6),
+    cut=st.floats(0, 1e6),
+)
+def test_layout_holds_every_channel_where_it_is_read(units, half, align, convolution, cut):
+    lives = channel_lifetimes(units, half)
+    time_of = lives.time_of()
+    costs = Costs(100.0, 100.0, 8.0, convolution, cut)
+    for source in range(units + 1):
+        channels = [(source, index) for index in range(half)]
+        layout = layout_source(channels, time_of, align, costs)
+        made = [channel for group in layout.groups for channel in group if channel is not None]
+        assert sorted(made) == channels
+        assert all(len(group) % align == 0 for group in layout.groups)
+        for time, part in layout.parts.items():
+            assert part.start % align == part.stop % align == 0
+            read = layout.groups[part.group][part.start : part.stop]
+            assert {c for c in channels if time_of[c] == time} <= set(read)
+        assert set(layout.parts) == {time_of[channel] for channel in channels}
+
+
+def test_layout_follows_the_costs():
+    lives = channel_lifetimes(8, 116)
+    channels = [(3, index) for index in range(116)]
+
+    def layout(**changes):
+        costs = Costs(**{**COSTS.__dict__, **changes})
+        return layout_source(channels, lives.time_of(), 8, costs)
+
+    cheap, dear = layout(convolution=0.0, cut=1e9), layout(convolution=1e9, cut=0.0)
+    assert len(cheap.groups) > 3 and len(dear.groups) == 1
+    widths = {len(group) for group in cheap.groups}
+    assert all(len(cheap.groups[p.group]) == p.stop - p.start for p in cheap.parts.values())
+    assert 8 in widths  # the last few channels share one block
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_cheapest_is_no_dearer_than_one_block_for_each_run(align):
+    """Against the prototype's layout: every run in blocks of its own, one convolution."""
+    lives = channel_lifetimes(8, 116)
+    time_of = lives.time_of()
+    channels = [(2, index) for index in range(116)]
+    counts = np.bincount([time_of[channel] for channel in channels])
+    simple = sum(-(-int(count) // align) * align for count in counts)
+    costs = Costs(produce=1.0, read=1.0, copy=0.0, convolution=0.0, cut=0.0)
+    layout = layout_source(channels, time_of, align, costs)
+    made = sum(map(len, layout.groups))
+    read = sum(part.stop - part.start for part in layout.parts.values())
+    assert made + read <= 2 * simple
