@@ -11,6 +11,7 @@ from efficientface_deploy.spec import PRESETS
 ENGINES = ("onnx", "trt", "trt-rtx", "auto")
 PRECISIONS = ("fp32", "fp16", "int8")
 TARGETS = ("cpu", "gpu")
+GRAPHS = ("plain", "deploy")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
@@ -30,6 +31,11 @@ class ExportConfig:
         None,
         choices=TARGETS,
         help="with int8 the rest is fp32 for cpu, fp16 for gpu; default: cpu for onnx",
+    )
+    graph: str = option(
+        "plain",
+        choices=GRAPHS,
+        help="as PyTorch exports it, or laid out anew for the target (experimental)",
     )
     input_size: int | None = option(
         None, minimum=32, help="side of the input, pixels; default: what the model was trained at"

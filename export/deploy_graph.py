@@ -71,6 +71,21 @@ class Profile:
             raise ValueError("expected merge_patches or split_multiplier, found both")
 
 
+PROFILES = {
+    # Narrow convolutions are cheap and slices dear: they force a change of memory layout.
+    "cpu": Profile(split_multiplier=True),
+    # Kernels are dear: one convolution for each source, and slices that one copy gathers.
+    "gpu": Profile(
+        align=4,
+        merge_branches=True,
+        merge_patches=True,
+        first_read_whole=True,
+        convolution=1e9,
+        cut=0.0,
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Map:
     """A feature map in the graph.

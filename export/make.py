@@ -128,7 +128,11 @@ def _failed(path: Path) -> Path:
 def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The graph in one precision, and what is to be recorded about it."""
     config, source, calibration = job.config, job.source, job.calibration
-    graph = source.trace(config.float_input)
+    if config.graph == "deploy":
+        assert source.lay_out is not None  # the plan sees to it
+        graph = source.lay_out(config.float_input, job.plan.target)
+    else:
+        graph = source.trace(config.float_input)
     halves = precision == "fp16" or (precision == "int8" and job.plan.target == "gpu")
     details: dict[str, Any] = {}
     if halves:
@@ -158,7 +162,7 @@ def _provenance(job: Job, precision: str, details: dict[str, Any]) -> dict[str, 
     return {
         "precision": precision,
         "target": job.plan.target,
-        "graph": "plain",
+        "graph": job.source.provenance.graph or job.config.graph,
         "input": "float32 NCHW normalised" if job.config.float_input else "uint8 NHWC RGB",
         "weights": job.source.weights,
         "parent": {"file": job.source.path.name, "sha256": job.source.sha256},

@@ -52,6 +52,7 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     target = _choose_target(config, source, engine)
     precisions = _choose_precisions(config, source, engine)
     _check_options(config, source, precisions)
+    _check_deploy(config, source, precisions, target)
     plan = Plan(config.out, "onnx" if missing else engine, target, precisions, missing)
     if plan.out.exists() and not plan.out.is_dir():
         raise ConfigError(plan.out, expected="a folder", found="a file", fix="choose another --out")
@@ -142,6 +143,28 @@ def _check_options(config: ExportConfig, source: Source, precisions: tuple[str, 
             expected="--precision int8, and an FP32 source",
             found=", ".join(precisions),
             fix="leave --exclude out",
+        )
+
+
+def _check_deploy(
+    config: ExportConfig, source: Source, precisions: tuple[str, ...], target: str
+) -> None:
+    """Refuse a deploy graph where there is none, or none that could be verified."""
+    if config.graph == "deploy" and source.lay_out is None:
+        raise ConfigError(
+            "--graph deploy",
+            expected="an EfficientFace checkpoint as --weights",
+            found=f"{source.path.name}, {source.spec.architecture}"
+            + (" as ONNX" if source.is_onnx else ""),
+            fix="leave --graph out"
+            + (": the file keeps the graph that it has" if source.is_onnx else ""),
+        )
+    if config.graph == "deploy" and "int8" in precisions and target == "gpu":
+        raise ConfigError(
+            "--graph deploy",
+            expected="fp32 or fp16 for a GPU",
+            found="int8",
+            fix="leave --graph out; ONNX Runtime cannot check such a file here yet",
         )
 
 

@@ -54,6 +54,11 @@ class Provenance:
         return str(self.record.get("target", ""))
 
     @property
+    def graph(self) -> str:
+        """``plain`` or ``deploy``; empty for a checkpoint, which has none yet."""
+        return str(self.record.get("graph", ""))
+
+    @property
     def arithmetic(self) -> str:
         """How many layers run in which precision, as text."""
         return str(self.record.get("arithmetic", ""))

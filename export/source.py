@@ -22,6 +22,7 @@ from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.spec import ModelSpec
 
+from .deploy_graph import PROFILES, deploy_graph
 from .graph import read_onnx
 from .packages import require_package
 from .provenance import Provenance
@@ -49,6 +50,8 @@ class Source:
         sha256: Of the file.
         provenance: What an ONNX file says of its making; empty for a checkpoint.
         trace: The graph, not to be changed; takes whether the input is float.
+        lay_out: The deploy graph; takes whether the input is float, and the target. None where
+            there is none: for an ONNX file, or an LDG.
         infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
             nothing here can run the network.
     """
@@ -58,6 +61,7 @@ class Source:
     sha256: str
     provenance: Provenance
     trace: Callable[[bool], onnx.ModelProto]
+    lay_out: Callable[[bool, str], onnx.ModelProto] | None
     infer: Infer | None
 
     @property
@@ -190,12 +194,17 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     def graph(float_input: bool) -> onnx.ModelProto:
         return trace(model, spec, float_input=float_input)
 
+    def deploy(float_input: bool, target: str) -> onnx.ModelProto:
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        return deploy_graph(weights, spec, PROFILES[target], float_input=float_input)
+
     return Source(
         path=path,
         spec=spec,
         sha256=file_hash(path),
         provenance=Provenance({}, path),
         trace=graph,
+        lay_out=deploy if spec.architecture == "efficientface" else None,
         infer=lambda images: run_in_batches(infer_batch, images),
     )
 
@@ -213,5 +222,6 @@ def _open_onnx(path: Path) -> Source:
         sha256=file_hash(path),
         provenance=Provenance(provenance, path),
         trace=lambda float_input: graph,
+        lay_out=None,
         infer=infer if missing_reason("onnx") is None else None,
     )

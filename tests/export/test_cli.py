@@ -17,6 +17,7 @@ from efficientface_export import engine as engines
 from efficientface_export import make, verify
 from efficientface_export import source as source_module
 from efficientface_export import trace as trace_module
+from efficientface_export.cli import main
 from efficientface_export.graph import read_onnx, write_onnx
 
 from efficientface_deploy import load
@@ -636,3 +637,34 @@ def test_real_weights(prototype: Path, ferplus: Path, tmp_path: Path, exit_code:
     assert rows[FP16]["agreement"] >= 0.995
     assert rows[INT8]["agreement"] >= 0.97
     assert abs(rows[INT8]["accuracy"] - rows[FP32]["accuracy"]) < 0.015
+
+
+class TestDeployGraph:
+    """``--graph deploy``: verified like every other artifact, against the PyTorch module."""
+
+    @pytest.mark.parametrize(
+        ("target", "precisions"), [("cpu", ("fp32", "fp16", "int8")), ("gpu", ("fp32", "fp16"))]
+    )
+    def test_precisions(
+        self, target: str, precisions: tuple[str, ...], student: Path, faces: Path, tmp_path: Path
+    ) -> None:
+        for precision in precisions:
+            command = ["--engine", "onnx", "--graph", "deploy", "--precision", precision]
+            command += ["--target", target, "--weights", str(student), "--out", str(tmp_path)]
+            command += ["--calib", str(faces)] if precision == "int8" else []
+            assert main(command) == 0
+            name = f"efficientface-{precision}-{target}.onnx"
+            assert report(tmp_path)[name]["verification"]["status"] == "verified"
+            graph, _, record = read_onnx(tmp_path / name)
+            assert record["graph"] == "deploy"
+            assert not [node for node in graph.graph.node if node.op_type == "Reshape"]
+
+    def test_graph_of_an_onnx_source_is_kept_in_the_record(
+        self, student: Path, tmp_path: Path
+    ) -> None:
+        command = ["--engine", "onnx", "--graph", "deploy", "--target", "gpu"]
+        assert main([*command, "--weights", str(student), "--out", str(tmp_path)]) == 0
+        source = tmp_path / "efficientface-fp32-gpu.onnx"
+        command = ["--engine", "onnx", "--precision", "fp16", "--target", "gpu"]
+        assert main([*command, "--weights", str(source), "--out", str(tmp_path)]) == 0
+        assert read_onnx(tmp_path / "efficientface-fp16-gpu.onnx")[2]["graph"] == "deploy"

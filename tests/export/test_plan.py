@@ -35,7 +35,13 @@ def make_source(small_spec: ModelSpec) -> Any:
     def make(name: str = "student.safetensors", **record: str) -> Source:
         path = Path(name)
         return Source(
-            path, small_spec, SHA, Provenance(record, path), lambda _: onnx.ModelProto(), None
+            path,
+            small_spec,
+            SHA,
+            Provenance(record, path),
+            trace=lambda _: onnx.ModelProto(),
+            lay_out=None if path.suffix == ".onnx" else lambda *_: onnx.ModelProto(),
+            infer=None,
         )
 
     return make
@@ -194,3 +200,13 @@ def test_artifacts_of_other_weights(make_source: Any, tmp_path: Path) -> None:
         plan(make_source(), tmp_path, engine="onnx")
     assert plan(make_source(), tmp_path, engine="onnx", overwrite=True).engine == "onnx"
     shutil.rmtree(out)
+
+
+def test_deploy_graph_of_an_onnx_file(make_source, tmp_path):
+    source = make_source("model.onnx", precision="fp32", target="cpu")
+    with pytest.raises(ConfigError, match=r"--graph deploy: expected an EfficientFace checkpoint"):
+        plan(source, tmp_path, engine="onnx", graph="deploy")
+    assert plan(make_source(), tmp_path, engine="onnx", graph="deploy").target == "cpu"
+    with pytest.raises(ConfigError, match="expected fp32 or fp16 for a GPU, found int8"):
+        options = {"precision": "int8", "target": "gpu", "calib": Path("faces")}
+        plan(make_source(), tmp_path, engine="onnx", graph="deploy", **options)

@@ -290,7 +290,8 @@ def test_fp16_needs_a_gpu():
 @pytest.mark.slow  # a minute and a half of compiling
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++; none is here")
-def test_compiled_network_learns_the_same(make_job, fit, tmp_path):
+def test_compiled_network_learns_the_same(make_job, fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     plain = losses_of_an_epoch(make_job, fit, tmp_path / "plain")
     compiled = losses_of_an_epoch(make_job, fit, tmp_path / "compiled", compile=True)
     assert compiled == pytest.approx(plain, rel=1e-3)
