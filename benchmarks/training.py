@@ -22,7 +22,7 @@ import torch
 from benchmarks.machine import default_folder, new_result, usable_cpus
 from benchmarks.report import console, require_libraries, write_result
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import image_list_hash, read_dataset
+from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.timing import Call, Samples, measure, speedup
 from training.data import AUGMENTATIONS, Batch, TrainingImages
@@ -141,11 +141,10 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
         if case.targets == "online":
             teach = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
         else:
-            data_hash = image_list_hash(samples, dataset.root)
+            data_hash = images.content_hash(dataset.root)
             binding = store_binding(images, config.teacher, recipe.augmentation, data_hash)
             path = folder / "store.safetensors"
-            targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
-            images = TrainingImages(samples, spec, augmentation, config.seed, targets=targets)
+            images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
     torch.manual_seed(config.seed)
     trainer = Trainer(job, EfficientFace(spec.num_classes), images, teach, ranks)
     trainer.forward.train()

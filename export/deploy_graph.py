@@ -577,7 +577,8 @@ class _Sources:
             channels: Its channels, in the order of the rows of ``weight``.
             weight: (len(channels), in, 1, 1).
             bias: (len(channels),).
-            keys: Channels of ``x`` in the order of the columns; default: 0, 1, 2, ...
+            keys: Channels of ``x`` in the order of the columns, where both branches of unit 0 are
+                merged in it; default: 0, 1, 2, ...
         """
         if keys is not None:
             x = _renumbered(x, keys)
@@ -596,7 +597,9 @@ class _Sources:
                 for time, part in layout.parts.items()
                 if part.group == number
             }
-            self.offer(f"{name}.out{suffix}", made.name, group, spans, merged=keys is not None)
+            if keys is not None and self.writer.profile.first_read_whole and 0 in spans:
+                spans[0] = 0, len(group)
+            self.offer(f"{name}.out{suffix}", made.name, group, spans)
 
     def produce_pair(
         self, name: str, x: Map, ends: Sequence[tuple[Array, Array]], width: int
@@ -619,17 +622,16 @@ class _Sources:
             layout = layout_source(channels, self.time_of, align, costs)
             (group,) = layout.groups
             order = [None if channel is None else channel[1] for channel in group]
-            half = Map("", x.channels[source * width : (source + 1) * width], 0)
-            keys = [key for key in half.channels if key is not None]
-            numbers = {key: number for number, key in enumerate(sorted(keys))}
-            columns = [None if key is None else numbers[key] for key in half.channels]
+            half = x.channels[source * width : (source + 1) * width]
+            keys = sorted(key for key in half if key is not None)
+            numbers = {key: number for number, key in enumerate(keys)}
+            columns = [None if key is None else numbers[key] for key in half]
             weights.append(_columns(_rows(weight, order), columns))
             biases.append(_rows(bias, order))
             for time, part in layout.parts.items():
                 spans.setdefault(time, []).append((len(joint) + part.start, len(joint) + part.stop))
             joint += group
-        if len(weights[0]) != len(weights[1]):
-            raise AssertionError("equal halves have equal lifetimes")
+        assert len(weights[0]) == len(weights[1]), "blocks too small for equal halves"
         made = self.writer.conv(
             f"{name}.out",
             x.name,
@@ -642,9 +644,9 @@ class _Sources:
             chosen = {time: both[half_of] for time, both in spans.items()}
             if self.writer.profile.first_read_whole:
                 del chosen[0]
-            self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen, merged=False)
+            self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen)
         if self.writer.profile.first_read_whole:
-            self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))}, merged=False)
+            self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))})
 
     def costs(self, width: int) -> Costs:
         """What a layout costs whose convolution reads so many channels."""
@@ -663,8 +665,6 @@ class _Sources:
         tensor: str,
         group: Sequence[Channel | None],
         spans: Mapping[int, tuple[int, int]],
-        *,
-        merged: bool,
     ) -> None:
         """Let later units read ranges of a tensor's channels.
 
@@ -673,12 +673,9 @@ class _Sources:
             tensor: Its name.
             group: Its channels.
             spans: First channel and one after the last, for each time at which it is read.
-            merged: It holds all that unit 0 makes.
         """
         slices: dict[tuple[int, int], str] = {}
         for time, (start, stop) in spans.items():
-            if time == 0 and merged and self.writer.profile.first_read_whole:
-                start, stop = 0, len(group)
             source = tensor
             if (start, stop) != (0, len(group)):
                 if (start, stop) not in slices:

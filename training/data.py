@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from efficientface_deploy.dataset import Sample, label_distributions
+from efficientface_deploy.dataset import Sample, image_list_hash, label_distributions
 from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.preprocess import load_image, normalise, resize
 from efficientface_deploy.spec import ModelSpec
@@ -138,6 +139,7 @@ class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
         if targets is None:
             targets = own_distributions(samples, spec.num_classes, votes=votes)[None]
         self.targets = targets  # (1 or views, N, C)
+        self._hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -151,6 +153,12 @@ class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
             torch.default_generator.manual_seed(view_seed(self.seed, view, index))
             image = self.augmentation(image)
         return resize(image, self.spec), self.targets[view % len(self.targets), index]
+
+    def content_hash(self, root: Path) -> str:
+        """Hash of the images' bytes and places below ``root``, in order; read once."""
+        if self._hash is None:
+            self._hash = image_list_hash(self.samples, root)
+        return self._hash
 
     def collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         """Stack items into a normalised batch (N, 3, S, S) and targets (N, C)."""
@@ -249,11 +257,13 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             yield [(view, index) for index in batch[self.rank :: self.ranks]]
 
 
-def training_loader(images: TrainingImages, order: BatchOrder, workers: int) -> DataLoader[Batch]:
-    """A loader over the batches of ``order``."""
+def training_loader(
+    images: TrainingImages, batches: Iterable[list[tuple[int, int]]], workers: int
+) -> DataLoader[Batch]:
+    """A loader over batches of images named by (view, index)."""
     return DataLoader(
         images,  # type: ignore[arg-type]  # items are named by (view, index)
-        batch_sampler=order,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=images.collate,
         worker_init_fn=_leave_interrupts,

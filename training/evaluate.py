@@ -117,11 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if temperature is not None:
         scaled = Blend(temperature)(torch.from_numpy(probabilities), torch.empty(0)).numpy()
         figures["temperature"] = temperature
-        figures["scaled"] = {
-            key: value
-            for key, value in score(scaled, samples, dataset.labels).items()
-            if key in ("expected_calibration_error", "mean_kl_from_votes")
-        }
+        figures["scaled"] = score_confidence(scaled, samples)
     print(as_text(figures))
     if config.out is not None:
         write_evaluation(config.out, figures)
@@ -180,7 +176,7 @@ def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequen
             "seed": SEED,
         },
         "largest_class": float(images.max() / len(truth)),
-        "expected_calibration_error": expected_calibration_error(probabilities, truth, BINS),
+        **score_confidence(probabilities, samples),
         "classes": [
             {"label": label, "images": count, "precision": precision, "recall": recall, "f1": f1}
             for label, count, precision, recall, f1 in per_class
@@ -192,8 +188,15 @@ def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequen
             "count": bins.count.tolist(),
         },
     }
+    return figures
+
+
+def score_confidence(probabilities: Float32Array, samples: Sequence[Sample]) -> dict[str, float]:
+    """How far probabilities float32 (N, C) are from accuracy and, where people voted, from them."""
+    truth = np.array([sample.label for sample in samples])
+    figures = {"expected_calibration_error": expected_calibration_error(probabilities, truth, BINS)}
     if samples[0].votes is not None:
-        votes = label_distributions(samples, classes)
+        votes = label_distributions(samples, probabilities.shape[1])
         figures["mean_kl_from_votes"] = mean_kl(votes, probabilities)
     return figures
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
-from efficientface_deploy.dataset import Dataset, Sample, image_list_hash, iterate_batches
+from efficientface_deploy.dataset import Dataset, Sample, iterate_batches
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.metrics import IndexArray, accuracy, macro_f1
 from efficientface_deploy.models import load_checkpoint
@@ -77,7 +77,6 @@ def train(
     """
     trainer = Trainer(job, model, images, teach, ranks)
     progress = trainer.start()
-    data_hash = image_list_hash(images.samples, job.dataset.root)
     if ranks.is_first:
         _announce(job, images, selection, ranks)
     events = EventWriter(job.config.out) if job.config.tensorboard and ranks.is_first else None
@@ -103,6 +102,7 @@ def train(
             progress = Progress(history=[*progress.history, row])
             if ranks.is_first:
                 if _is_best(progress.history):
+                    data_hash = images.content_hash(job.dataset.root)
                     save_result(job, trainer.kept, provenance(job, progress, data_hash))
                 trainer.save(progress)
                 title = f"{job.kind}, {job.dataset.name}"

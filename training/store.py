@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from torch.utils.data import DataLoader
 
 from efficientface_deploy.artifact import atomic_path, file_hash, read_safetensors_metadata
 from efficientface_deploy.errors import ArtifactError, ConfigError, DatasetError
-from training.data import TrainingImages, view_seed
+from training.data import Batch, TrainingImages, training_loader, view_seed
 from training.parallel import Ranks
 from training.progress import track
 from training.targets import Teacher
@@ -39,7 +38,7 @@ def store_binding(
         images: The images whose views are stored.
         teacher: The LDG's checkpoint.
         augmentation: Its name.
-        data_hash: Of the images, their order and their labels.
+        data_hash: Of the images and their order.
     """
     return {
         "data": data_hash,
@@ -97,16 +96,8 @@ def _ask(
 ) -> np.ndarray:
     """The distributions of one view of all images, float32 (N, C); each rank asks for its share."""
     keys = [(view, index) for index in range(ranks.rank, len(images), ranks.size)]
-    batches: list[Sequence[tuple[int, int]]] = [
-        keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)
-    ]
-    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]] = DataLoader(
-        images,  # type: ignore[arg-type]  # items are named by (view, index)
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=images.collate,
-    )
-    steps: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(loader)
+    batches = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
+    steps: Iterable[Batch] = training_loader(images, batches, workers)
     if ranks.is_first:
         steps = track(steps, f"view {view + 1} of {views}", len(batches))
     answers = []

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Sample, image_list_hash, read_dataset
+from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import EfficientFace, load_backbone
-from training.data import AUGMENTATIONS, TrainingImages, own_distributions
+from training.data import AUGMENTATIONS, TrainingImages
 from training.loop import check_amp, choose_samples, start_logging, train
 from training.parallel import Ranks, join_ranks
 from training.recipe import DEFAULT_STUDENT, published_student
@@ -138,16 +138,16 @@ def choose_targets(
     if recipe.views == 0:
         return images, lambda batch, own: blend(teacher(batch), own)
 
-    data_hash = image_list_hash(samples, job.dataset.root)
+    data_hash = images.content_hash(job.dataset.root)
     binding = store_binding(images, config.teacher, recipe.augmentation, data_hash)
     path = config.store or config.out / STORE
     views = min(recipe.views, recipe.epochs)
     stored = stored_distributions(
         path, images, teacher, views, binding, ranks, config.workers
     )  # (views, N, C)
-    own = torch.from_numpy(own_distributions(samples, spec.num_classes, votes=config.votes))
-    targets = blend(torch.from_numpy(stored), own).numpy()
-    return TrainingImages(samples, spec, augmentation, config.seed, targets=targets), own_targets
+    own = torch.from_numpy(images.targets)  # (1, N, C)
+    images.targets = blend(torch.from_numpy(stored), own).numpy()
+    return images, own_targets
 
 
 if __name__ == "__main__":
