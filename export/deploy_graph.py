@@ -22,7 +22,14 @@ from efficientface_deploy.preprocess import LUMA, normalisation
 from efficientface_deploy.spec import ModelSpec
 
 from .graph import IR_VERSION, OPSET
-from .lifetime import Channel, Costs, Lifetimes, channel_lifetimes, layout_source
+from .lifetime import (
+    Channel,
+    Costs,
+    Lifetimes,
+    channel_lifetimes,
+    layout_source,
+    multiplied_order,
+)
 
 Array = npt.NDArray[np.float32]
 Weights = Mapping[str, npt.NDArray[Any]]
@@ -43,8 +50,8 @@ class Profile:
         merge_patches: The four patch extractors as one, quadrants stacked in the channels.
         split_multiplier: The patch extractors' convolutions from 29 to 116 channels as four
             depthwise ones.
-        first_read_whole: The first unit of a stride-1 row reads all that unit 0 made, with zero
-            weights for what it does not consume, instead of a part of it.
+        first_read_whole: Stages whose unit 1 reads all that unit 0 made, with zero weights for
+            what it does not consume, instead of a part of it.
         fold_luma: A grey model's luminance lies in the weights of its first convolution.
         copy: Cost of moving one value, in multiply-adds.
         convolution: Cost of one more convolution, in multiply-adds.
@@ -55,7 +62,7 @@ class Profile:
     merge_branches: bool = False
     merge_patches: bool = False
     split_multiplier: bool = False
-    first_read_whole: bool = False
+    first_read_whole: tuple[str, ...] = ()
     fold_luma: bool = False
     copy: float = 8.0
     convolution: float = 300_000.0
@@ -74,12 +81,13 @@ class Profile:
 PROFILES = {
     # Narrow convolutions are cheap and slices dear: they force a change of memory layout.
     "cpu": Profile(split_multiplier=True),
-    # Kernels are dear: one convolution for each source, and slices that one copy gathers.
+    # Kernels are dear: one convolution for each source, and slices that one copy gathers. Reading
+    # all in stage 4 as well would save one more kernel, for 1.31 times the multiply-adds.
     "gpu": Profile(
         align=4,
         merge_branches=True,
         merge_patches=True,
-        first_read_whole=True,
+        first_read_whole=("stage2", "stage3"),
         convolution=1e9,
         cut=0.0,
     ),
@@ -127,6 +135,17 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.constants: dict[tuple[int, ...], str] = {}
+        # Channel order of the stem, and of the local features among the outputs of stage 2.
+        stem = len(self.weights["conv1.0.weight"])
+        self.multiplier = len(self.weights["local.conv1_1.weight"]) // stem
+        orders = None
+        if profile.split_multiplier:
+            orders = multiplied_order(self.lifetimes("stage2"), self.multiplier, profile.align)
+        self.orders_agree = orders is not None
+        self.stem_order, self.residues = orders or (
+            self.padded(stem),
+            tuple(range(self.multiplier)),
+        )
 
     def write(self, float_input: bool) -> onnx.ModelProto:
         side = self.spec.input_size
@@ -211,7 +230,7 @@ class _Writer:
 
     def stem(self, picture: Map, folded: tuple[Array, Array]) -> Map:
         weight, bias = folded
-        order = self.padded(len(weight))
+        order = self.stem_order
         name = self.conv(
             "conv1",
             picture.name,
@@ -226,18 +245,24 @@ class _Writer:
     # ---- Stages ------------------------------------------------------------------------------
 
     def stage(self, name: str, x: Map) -> Map:
-        units = len({key.split(".")[1] for key in self.weights if key.startswith(name + ".")})
-        half = len(self.weights[f"{name}.0.branch2.5.weight"])
-        lives = channel_lifetimes(units, half)
-        sources = _Sources(self, lives, x.side // 2)
+        lives = self.lifetimes(name)
+        half = lives.half
+        wanted = self.local_order() if name == "stage2" and self.orders_agree else ()
+        whole = name in self.profile.first_read_whole
+        sources = _Sources(self, lives, x.side // 2, whole, wanted)
         self.first_unit(name, x, sources)
-        for unit in range(1, units):
+        for unit in range(1, lives.end + 1):
             key = f"{name}.{unit}.branch2"
             branch = self.depthwise_branch(key, sources.read(unit - 1, f"{name}.{unit}"), 1)
             weight, bias = self.folded(f"{key}.5", f"{key}.6")
             channels = [(unit + 1, index) for index in range(half)]
             sources.produce(f"{name}.{unit}", branch, channels, weight, bias)
         return sources.read(lives.end, f"{name}.out")
+
+    def lifetimes(self, stage: str) -> Lifetimes:
+        """Of the channels of a stage."""
+        units = len({key.split(".")[1] for key in self.weights if key.startswith(stage + ".")})
+        return channel_lifetimes(units, len(self.weights[f"{stage}.0.branch2.5.weight"]))
 
     def first_unit(self, name: str, x: Map, sources: _Sources) -> None:
         """The stride-2 unit, whose two branches both see all of ``x``."""
@@ -286,6 +311,14 @@ class _Writer:
         return self.depthwise(f"{key}.dw", hidden, *self.folded(f"{key}.3", f"{key}.4"), stride)
 
     # ---- Local feature extractor and modulator -------------------------------------------------
+
+    def local_order(self) -> tuple[int | None, ...]:
+        """The local features' channels, as several depthwise convolutions give them."""
+        return tuple(
+            None if c is None else self.multiplier * c + m
+            for m in self.residues
+            for c in self.stem_order
+        )
 
     def local(self, x: Map) -> Map:
         """The four quadrants, each through depthwise convolutions of its own, joined again."""
@@ -339,18 +372,15 @@ class _Writer:
         inner = x.channels[: len(x.channels) // len(quadrants)]
         first = [self.folded(f"local.conv{q + 1}_1", f"local.bn{q + 1}_1") for q in quadrants]
         second = [self.folded(f"local.conv{q + 1}_2", f"local.bn{q + 1}_2") for q in quadrants]
-        multiplier = len(first[0][0]) // sum(c is not None for c in inner)
-        side = x.side // 2
+        multiplier, side = self.multiplier, x.side // 2
         if self.profile.split_multiplier:
             # Output channel multiplier * c + m comes from input channel c.
-            order = [
-                tuple(None if c is None else multiplier * c + m for c in inner)
-                for m in range(multiplier)
-            ]
+            channels = self.local_order()
             parts = []
             for m in range(multiplier):
-                weight = np.concatenate([_rows(w, order[m]) for w, _ in first])
-                bias = np.concatenate([_rows(b, order[m]) for _, b in first])
+                order = channels[m * len(inner) : (m + 1) * len(inner)]
+                weight = np.concatenate([_rows(w, order) for w, _ in first])
+                bias = np.concatenate([_rows(b, order) for _, b in first])
                 parts.append(
                     self.conv(
                         f"{name}.1.{m}",
@@ -364,7 +394,6 @@ class _Writer:
                     )
                 )
             joined = self.node("Concat", f"{name}.1", parts, axis=1)
-            channels = tuple(c for part in order for c in part)
         else:
             channels = tuple(
                 None if c is None else multiplier * c + m for c in inner for m in range(multiplier)
@@ -552,10 +581,20 @@ class _Writer:
 class _Sources:
     """The outputs of a stage's units, and what later units read of them."""
 
-    def __init__(self, writer: _Writer, lives: Lifetimes, side: int) -> None:
+    def __init__(
+        self,
+        writer: _Writer,
+        lives: Lifetimes,
+        side: int,
+        first_whole: bool,
+        wanted: Sequence[int | None],
+    ) -> None:
         self.writer = writer
         self.lives = lives
         self.side = side
+        self.first_whole = first_whole
+        # The stage's output in the order that is wanted; None is a channel of zeros.
+        self.wanted = [None if j is None else lives.reads[lives.end][j] for j in wanted]
         self.time_of = lives.time_of()
         # For each time, the maps that are read; channels of others count as zeros.
         self.parts: dict[int, list[Map]] = {time: [] for time in range(len(lives.reads))}
@@ -583,7 +622,11 @@ class _Sources:
         if keys is not None:
             x = _renumbered(x, keys)
         layout = layout_source(
-            channels, self.time_of, self.writer.profile.align, self.costs(len(x.channels))
+            channels,
+            self.time_of,
+            self.writer.profile.align,
+            self.costs(len(x.channels)),
+            self.last(channels),
         )
         rows = {channel: index for index, channel in enumerate(channels)}
         for number, group in enumerate(layout.groups):
@@ -597,7 +640,7 @@ class _Sources:
                 for time, part in layout.parts.items()
                 if part.group == number
             }
-            if keys is not None and self.writer.profile.first_read_whole and 0 in spans:
+            if keys is not None and self.first_whole and 0 in spans:
                 spans[0] = 0, len(group)
             self.offer(f"{name}.out{suffix}", made.name, group, spans)
 
@@ -614,13 +657,15 @@ class _Sources:
         """
         align = self.writer.profile.align
         costs = dataclasses.replace(self.costs(width), convolution=1e18)
+        channels = [[(source, index) for index in range(self.lives.half)] for source in (0, 1)]
+        layouts = [layout_source(own, self.time_of, align, costs) for own in channels]
+        # One convolution each, and, as grouped convolutions want it, of equal width.
+        out = max(len(layout.groups[0]) for layout in layouts)
         weights, biases = [], []
         joint: list[Channel | None] = []
         spans: dict[int, list[tuple[int, int]]] = {}
-        for source, (weight, bias) in enumerate(ends):
-            channels = [(source, index) for index in range(self.lives.half)]
-            layout = layout_source(channels, self.time_of, align, costs)
-            (group,) = layout.groups
+        for source, (layout, (weight, bias)) in enumerate(zip(layouts, ends, strict=True)):
+            group = _pad(layout.groups[0], out)
             order = [None if channel is None else channel[1] for channel in group]
             half = x.channels[source * width : (source + 1) * width]
             keys = sorted(key for key in half if key is not None)
@@ -631,7 +676,6 @@ class _Sources:
             for time, part in layout.parts.items():
                 spans.setdefault(time, []).append((len(joint) + part.start, len(joint) + part.stop))
             joint += group
-        assert len(weights[0]) == len(weights[1]), "blocks too small for equal halves"
         made = self.writer.conv(
             f"{name}.out",
             x.name,
@@ -642,11 +686,19 @@ class _Sources:
         )
         for half_of in (0, 1):
             chosen = {time: both[half_of] for time, both in spans.items()}
-            if self.writer.profile.first_read_whole:
+            if self.first_whole:
                 del chosen[0]
             self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen)
-        if self.writer.profile.first_read_whole:
+        if self.first_whole:
             self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))})
+
+    def last(self, channels: Sequence[Channel]) -> list[Channel | None] | None:
+        """What the end of the stage reads of a source, as it is wanted; None for any order."""
+        align = self.writer.profile.align
+        places = [place for place, channel in enumerate(self.wanted) if channel in channels]
+        if not places:
+            return None
+        return self.wanted[places[0] // align * align : -(-(places[-1] + 1) // align) * align]
 
     def costs(self, width: int) -> Costs:
         """What a layout costs whose convolution reads so many channels."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -88,3 +89,24 @@ def write_onnx(
         ) from None
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def multiply_adds(graph: onnx.ModelProto) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image, zero weights included.
+
+    Args:
+        graph: FP32 or FP16, without Q/DQ pairs; but for the batch, all shapes are known.
+    """
+    inferred = onnx.shape_inference.infer_shapes(graph).graph
+    shapes = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in [*inferred.value_info, *inferred.output]
+    }
+    weights = {weight.name: list(weight.dims) for weight in graph.graph.initializer}
+    total = 0
+    for node in graph.graph.node:
+        if node.op_type == "Conv":  # weight (out, in / groups, kH, kW), output (N, out, H, W)
+            total += int(np.prod(weights[node.input[1]]) * np.prod(shapes[node.output[0]][2:]))
+        elif node.op_type == "Gemm":
+            total += int(np.prod(weights[node.input[1]]))
+    return total

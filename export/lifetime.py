@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 Channel = tuple[int, int]
 """(source, index): source 0 is a, source k + 1 is yk."""
@@ -104,7 +105,11 @@ class SourceLayout:
 
 
 def layout_source(
-    channels: Sequence[Channel], time_of: dict[Channel, int], align: int, costs: Costs
+    channels: Sequence[Channel],
+    time_of: dict[Channel, int],
+    align: int,
+    costs: Costs,
+    last: Sequence[Channel | None] | None = None,
 ) -> SourceLayout:
     """The cheapest order, padding and division of a source's channels.
 
@@ -118,15 +123,21 @@ def layout_source(
         time_of: When each is consumed.
         align: Groups and parts are whole blocks of so many channels.
         costs: What is minimised.
+        last: The channels that are consumed last, in the order in which they are wanted, in whole
+            blocks that they share with no others; default: any order.
     """
-    runs = [
-        list(run)
-        for _, run in itertools.groupby(sorted(channels, key=time_of.__getitem__), time_of.get)
-    ]
-    best: tuple[float, SourceLayout] | None = None
+    in_time = sorted(channels, key=time_of.__getitem__)
+    runs: dict[int, Sequence[Channel | None]] = {
+        time: list(run) for time, run in itertools.groupby(in_time, time_of.__getitem__)
+    }
     # Between two runs: share a block, start a new block, or start a new convolution.
-    for breaks in itertools.product(("share", "align", "cut"), repeat=len(runs) - 1):
-        layout = _lay_out(runs, breaks, time_of, align)
+    choices = [("share", "align", "cut")] * (len(runs) - 1)
+    if last is not None:
+        runs[max(runs)] = last
+        choices = [*choices[:-1], *[("align", "cut")] * len(choices[-1:])]
+    best: tuple[float, SourceLayout] | None = None
+    for breaks in itertools.product(*choices):
+        layout = _lay_out(runs, breaks, align)
         cost = _cost(layout, costs)
         if best is None or cost < best[0]:
             best = cost, layout
@@ -134,22 +145,57 @@ def layout_source(
     return best[1]
 
 
+def multiplied_order(
+    lives: Lifetimes, multiplier: int, align: int
+) -> tuple[tuple[int | None, ...], tuple[int, ...]] | None:
+    """Orders in which a channel-multiplying convolution gives the channels of a stage's output.
+
+    The network's output channel ``multiplier * c + m`` of such a convolution comes from input
+    channel c, and is added to the stage's. Written as ``multiplier`` depthwise convolutions over
+    the same input, it gives all channels with m = m0, in the order of the input, then all with
+    m = m1, and so on. The stage's output is a concatenation by source. EfficientFace's shuffles
+    hand whole residues m to single sources but one, which they divide by c; so orders exist in
+    which both are the same.
+
+    Args:
+        lives: Of the stage.
+        multiplier: Output channels for each input channel; divides the stage's.
+        align: Parts are whole blocks of so many channels.
+
+    Returns:
+        Order of the input channels, with None for channels of zeros, and order of the residues;
+        None where there are no such orders.
+    """
+    owners = [source for source, _ in lives.reads[lives.end]]
+    inputs = range(len(owners) // multiplier)
+    residues = sorted(range(multiplier), key=lambda m: (min(owners[m::multiplier]), m))
+    divided = residues[0]
+    order: list[int | None] = []
+    for source in sorted(set(owners)):
+        order += [c for c in inputs if owners[multiplier * c + divided] == source]
+        _pad(order, align)
+    joined = [None if c is None else owners[multiplier * c + m] for m in residues for c in order]
+    blocks = [set(joined[i : i + align]) - {None} for i in range(0, len(joined), align)]
+    sequence = [source for block in blocks for source in block]
+    smallest = -(-len(inputs) // align) * align
+    if len(order) > smallest or len(sequence) > len(blocks) or sequence != sorted(sequence):
+        return None
+    return tuple(order), tuple(residues)
+
+
 def _lay_out(
-    runs: list[list[Channel]],
-    breaks: Sequence[str],
-    time_of: dict[Channel, int],
-    align: int,
+    runs: Mapping[int, Sequence[Channel | None]], breaks: Sequence[str], align: int
 ) -> SourceLayout:
     groups: list[list[Channel | None]] = [[]]
     spans: dict[int, tuple[int, int, int]] = {}
-    for run, before in zip(runs, ("share", *breaks), strict=True):
+    for (time, run), before in zip(runs.items(), ("share", *breaks), strict=True):
         if before != "share":
             _pad(groups[-1], align)
         if before == "cut":
             groups.append([])
         start = len(groups[-1])
         groups[-1] += run
-        spans[time_of[run[0]]] = len(groups) - 1, start, len(groups[-1])
+        spans[time] = len(groups) - 1, start, len(groups[-1])
     _pad(groups[-1], align)
     parts = {
         time: Part(group, start // align * align, -(-stop // align) * align)
@@ -169,7 +215,7 @@ def _cost(layout: SourceLayout, costs: Costs) -> float:
     return total
 
 
-def _pad(group: list[Channel | None], align: int) -> None:
+def _pad(group: list[Any], align: int) -> None:
     group += [None] * (-len(group) % align)
 
 

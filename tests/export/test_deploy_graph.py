@@ -1,28 +1,37 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from efficientface_export.deploy_graph import Profile, deploy_graph
+from efficientface_export.deploy_graph import PROFILES, Profile, deploy_graph
 
 from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import preset
 
-PROFILES = {
+LAYOUTS = {
     "default": Profile(),
     "one convolution for each source": Profile(convolution=1e9),
     "blocks of one": Profile(align=1),
     "blocks of sixteen": Profile(align=16),
     "depthwise multiplier": Profile(split_multiplier=True),
+    "depthwise multiplier, blocks of sixteen": Profile(split_multiplier=True, align=16),
+    "depthwise multiplier, merged branches": Profile(split_multiplier=True, merge_branches=True),
     "merged patches": Profile(merge_patches=True),
     "merged branches": Profile(merge_branches=True),
     "all merged": Profile(
-        align=4, merge_branches=True, merge_patches=True, first_read_whole=True, convolution=1e9
+        align=4,
+        merge_branches=True,
+        merge_patches=True,
+        first_read_whole=("stage2", "stage3", "stage4"),
+        convolution=1e9,
     ),
+    "cpu": PROFILES["cpu"],
+    "gpu": PROFILES["gpu"],
 }
 
 
@@ -51,12 +60,16 @@ def run(graph, **inputs) -> tuple[np.ndarray, np.ndarray]:
     return session.run(["logits", "probabilities"], inputs)
 
 
-@pytest.mark.parametrize("side", [112, 224])
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [(name, 112) for name in LAYOUTS]
+    # What costs least, and so the layout, depends on the size.
+    + [(name, side) for name in ("cpu", "gpu") for side in (32, 48, 96, 224)],
+)
 def test_logits_are_the_modules(name, side):
     model = lively()
     spec = preset("rafdb").replace(input_size=side)
-    graph = deploy_graph(arrays(model), spec, PROFILES[name], float_input=True)
+    graph = deploy_graph(arrays(model), spec, LAYOUTS[name], float_input=True)
     for batch in (1, 7):
         images = torch.randn(batch, 3, side, side)
         with torch.no_grad():
@@ -80,9 +93,16 @@ def test_uint8_input_is_the_runtimes_preprocessing(name, fold_luma):
     np.testing.assert_allclose(run(graph, image=pixels)[1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("align", [1, 4, 8])
+def test_local_features_need_no_reordering_on_a_cpu(align):
+    profile = dataclasses.replace(PROFILES["cpu"], align=align)
+    graph = deploy_graph(arrays(lively()), preset("rafdb"), profile)
+    assert not [node.name for node in graph.graph.node if node.op_type == "Gather"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_no_shuffle_is_left(name):
-    graph = deploy_graph(arrays(lively()), preset("rafdb"), PROFILES[name])
+    graph = deploy_graph(arrays(lively()), preset("rafdb"), LAYOUTS[name])
     operators = Counter(node.op_type for node in graph.graph.node)
     assert operators["Reshape"] == 0 and operators["Transpose"] == 1
     assert "BatchNormalization" not in operators

@@ -3,8 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from efficientface_export.lifetime import Costs, channel_lifetimes, layout_source
-from hypothesis import given
+from efficientface_export.lifetime import (
+    Costs,
+    channel_lifetimes,
+    layout_source,
+    multiplied_order,
+)
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from efficientface_deploy.models.efficientface import channel_shuffle
@@ -65,6 +70,62 @@ def test_layout_holds_every_channel_where_it_is_read(units, half, align, convolu
             read = layout.groups[part.group][part.start : part.stop]
             assert {c for c in channels if time_of[c] == time} <= set(read)
         assert set(layout.parts) == {time_of[channel] for channel in channels}
+
+
+@given(
+    units=st.integers(1, 6),
+    half=st.integers(1, 30),
+    align=st.sampled_from([1, 4, 8]),
+    costs=st.builds(Costs, *[st.floats(0, 1e6)] * 5),
+    data=st.data(),
+)
+def test_what_is_consumed_last_lies_as_wanted(units, half, align, costs, data):
+    lives = channel_lifetimes(units, half)
+    time_of = lives.time_of()
+    for source in range(units + 1):
+        channels = [(source, index) for index in range(half)]
+        last = [channel for channel in channels if time_of[channel] == lives.end]
+        if not last:
+            continue
+        wanted = data.draw(st.permutations([*last, *[None] * (-len(last) % align)]))
+        layout = layout_source(channels, time_of, align, costs, wanted)
+        part = layout.parts[lives.end]
+        assert list(layout.groups[part.group][part.start : part.stop]) == wanted
+        made = [channel for group in layout.groups for channel in group if channel is not None]
+        assert sorted(made) == channels
+
+
+@given(
+    units=st.integers(1, 6),
+    half=st.integers(1, 60),
+    multiplier=st.sampled_from([1, 2, 4, 8]),
+    align=st.sampled_from([1, 2, 4, 8]),
+)
+def test_orders_of_a_multiplier_are_those_of_the_stages_output(units, half, multiplier, align):
+    assume(2 * half % multiplier == 0)
+    lives = channel_lifetimes(units, half)
+    orders = multiplied_order(lives, multiplier, align)
+    if orders is None:
+        return
+    order, residues = orders
+    inputs = [c for c in order if c is not None]
+    assert sorted(inputs) == list(range(2 * half // multiplier))
+    assert sorted(residues) == list(range(multiplier))
+    joined = [None if c is None else multiplier * c + m for m in residues for c in order]
+    sources = [None if j is None else lives.reads[lives.end][j][0] for j in joined]
+    blocks = [set(sources[i : i + align]) - {None} for i in range(0, len(sources), align)]
+    owners = [source for block in blocks for source in sorted(block)]
+    assert all(len(block) <= 1 for block in blocks) and owners == sorted(owners)
+
+
+@pytest.mark.parametrize(("align", "width"), [(1, 29), (4, 32), (8, 32)])
+def test_stage_2_has_such_orders(align, width):
+    orders = multiplied_order(channel_lifetimes(4, 58), 4, align)
+    assert orders is not None and len(orders[0]) == width
+
+
+def test_no_order_is_given_where_it_would_cost_channels():
+    assert multiplied_order(channel_lifetimes(4, 58), 4, 16) is None
 
 
 def test_layout_follows_the_costs():
