@@ -131,10 +131,10 @@ def layout_source(
         time: list(run) for time, run in itertools.groupby(in_time, time_of.__getitem__)
     }
     # Between two runs: share a block, start a new block, or start a new convolution.
-    choices = [("share", "align", "cut")] * (len(runs) - 1)
+    choices: list[tuple[str, ...]] = [("share", "align", "cut")] * (len(runs) - 1)
     if last is not None:
         runs[max(runs)] = last
-        choices = [*choices[:-1], *[("align", "cut")] * len(choices[-1:])]
+        choices[-1:] = [("align", "cut")] * len(choices[-1:])
     best: tuple[float, SourceLayout] | None = None
     for breaks in itertools.product(*choices):
         layout = _lay_out(runs, breaks, align)
@@ -176,7 +176,7 @@ def multiplied_order(
         _pad(order, align)
     joined = [None if c is None else owners[multiplier * c + m] for m in residues for c in order]
     blocks = [set(joined[i : i + align]) - {None} for i in range(0, len(joined), align)]
-    sequence = [source for block in blocks for source in block]
+    sequence = [source for block in blocks for source in block if source is not None]
     smallest = -(-len(inputs) // align) * align
     if len(order) > smallest or len(sequence) > len(blocks) or sequence != sorted(sequence):
         return None
