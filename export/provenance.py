@@ -64,6 +64,24 @@ class Provenance:
         return str(self.record.get("arithmetic", ""))
 
     @property
+    def created(self) -> str:
+        """When it was made; empty when it does not say."""
+        return str(self.record.get("created", ""))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what made it; empty when it does not say."""
+        found = self.record.get("versions")
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    @property
+    def largest_fp32_value(self) -> float | None:
+        """Largest magnitude of any tensor before FP16; None where FP16 has no part in it."""
+        found = self.record.get("largest_fp32_value")
+        value = found.get("magnitude") if isinstance(found, dict) else None
+        return float(value) if isinstance(value, (int, float)) else None
+
+    @property
     def excluded(self) -> int:
         """Number of layers that were left out of INT8 on purpose."""
         excluded = self.record.get("excluded", [])
