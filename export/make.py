@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy.typing as npt
 import onnx
 
-from efficientface_deploy.artifact import read_sidecar, sidecar_path, write_sidecar
+from efficientface_deploy.artifact import FLOAT_INPUT, read_sidecar, sidecar_path, write_sidecar
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
 
@@ -68,11 +69,13 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
     """
     source, folder = job.source, job.folder
     path = job.plan.onnx_path(precision)
+    notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
     if precision in job.reused:
         print(f"{path}: is there already, of the same weights, options and versions; not made anew")
         graph, _, record = read_onnx(path)
         verification = verify_artifact(path, job.logits, job.test_set, precision)
-        return path, _present_row(job, path, graph, Provenance(record, path), verification)
+        provenance = Provenance(record, path)
+        return path, _present_row(job, path, graph, provenance, verification, notes)
     if source.is_onnx_in(precision):
         graph = source.trace(False)
         return source.path, _present_row(
@@ -87,17 +90,10 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
     candidate.unlink()
     record["verification"] = verification.as_dict()
     name = failed_name(path.name) if verification.problems else path.name
-    write_onnx(graph, folder.scratch / name, source.spec, record)
-    notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
-    provenance = Provenance(record, path)
-    row = Row.of(
-        folder.scratch / name,
-        folder.scratch,
-        provenance,
-        provenance.arithmetic,
-        verification,
-        notes,
-    )
+    made = folder.scratch / name
+    write_onnx(graph, made, source.spec, record)
+    provenance = Provenance(record, made)
+    row = Row.of(made, folder.scratch, provenance, provenance.arithmetic, verification, notes)
     return path.with_name(name), row
 
 
@@ -144,10 +140,11 @@ def _present_row(
     graph: onnx.ModelProto,
     provenance: Provenance,
     verification: Verification,
+    notes: Sequence[str] = (),
 ) -> Row:
     """The row of an ONNX file that is taken as it is."""
     arithmetic = require_precision(graph, provenance.precision, provenance.excluded, path)
-    return Row.of(path, job.plan.out, provenance, arithmetic, verification)
+    return Row.of(path, job.plan.out, provenance, arithmetic, verification, notes)
 
 
 def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -162,12 +159,12 @@ def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dic
     details: dict[str, Any] = {}
     if halves:
         images = calibration.images if calibration else job.test_set.images[:_RANGE_IMAGES]
-        ranges = tensor_ranges(graph, _graph_input(job, images))
+        ranges = tensor_ranges(graph, _graph_input(job, graph, images))
         tensor, largest = require_fp16_range(ranges, path)
         details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
     if precision == "int8":
         assert calibration is not None  # the plan sees to it
-        images = _graph_input(job, calibration.images)
+        images = _graph_input(job, graph, calibration.images)
         graph = quantise(graph, images, config.calib_method, config.exclude)
         details["excluded"] = sorted(set(config.exclude))
     if halves:
@@ -177,9 +174,10 @@ def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dic
     return graph, details
 
 
-def _graph_input(job: Job, images: UInt8Array) -> npt.NDArray[Any]:
+def _graph_input(job: Job, graph: onnx.ModelProto, images: UInt8Array) -> npt.NDArray[Any]:
     """Images as the graph takes them."""
-    return normalise(images, job.source.spec) if job.config.float_input else images
+    takes_floats = graph.graph.input[0].name == FLOAT_INPUT
+    return normalise(images, job.source.spec) if takes_floats else images
 
 
 def _record(job: Job, precision: str, details: dict[str, Any]) -> dict[str, Any]:

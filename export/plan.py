@@ -202,7 +202,8 @@ def request(
         "precision": precision,
         "target": plan.target,
         "graph": source.provenance.graph or config.graph,
-        "input": "float32 NCHW normalised" if config.float_input else "uint8 NHWC RGB",
+        "input": source.provenance.input
+        or ("float32 NCHW normalised" if config.float_input else "uint8 NHWC RGB"),
         "weights": source.weights,
         "versions": versions(),
     }

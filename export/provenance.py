@@ -59,6 +59,11 @@ class Provenance:
         return str(self.record.get("graph", ""))
 
     @property
+    def input(self) -> str:
+        """Type and layout of the input; empty for a checkpoint, which has none yet."""
+        return str(self.record.get("input", ""))
+
+    @property
     def arithmetic(self) -> str:
         """How many layers run in which precision, as text."""
         return str(self.record.get("arithmetic", ""))

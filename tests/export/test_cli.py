@@ -338,6 +338,14 @@ class TestOptions:
         assert record["input"] == "float32 NCHW normalised"
         assert [value.name for value in graph.graph.input] == ["input"]
 
+        # An ONNX file keeps the input that it has.
+        _, spec, _ = read_onnx(tmp_path / FP16)
+        source = tmp_path / "float.onnx"
+        write_onnx(float_graph, source, spec, {**record, "precision": "fp32"})
+        command = ("--engine", "onnx", "--weights", source, "--precision", "fp16")
+        assert exit_code(*command, "--out", tmp_path / "again")[0] == 0
+        assert read_onnx(tmp_path / "again" / FP16)[2]["input"] == "float32 NCHW normalised"
+
     def test_excluded_layers_are_recorded(
         self, artifacts: Path, faces: Path, graph: onnx.ModelProto, exit_code: Run
     ) -> None:

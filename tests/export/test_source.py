@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ import torch
 from efficientface_export import source as source_module
 from efficientface_export.graph import write_onnx
 from efficientface_export.source import default_weights, open_source
+from PIL import Image
 
 from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.errors import (
@@ -112,7 +114,7 @@ class TestCheckpoint:
             torch.save({"state_dict": state}, path)
         else:
             safetensors.torch.save_file(state, path)
-        with pytest.raises(CheckpointError, match="another network \\(weight, bias"):
+        with pytest.raises(CheckpointError, match="found another network"):
             open_source(path)
 
     def test_truncated_needs_no_preset(self, prototype: Path, tmp_path: Path) -> None:
@@ -237,7 +239,13 @@ class TestOnnx:
             open_source(tmp_path / "other.onnx")
 
 
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\x90wS\xde"
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = _png()
 FROM = "give the ONNX file or the checkpoint that the engine was made from"
 
 
