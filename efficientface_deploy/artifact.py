@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.spec import PRESETS, ModelSpec
+from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
 SPEC_KEY = "efficientface.spec"
 PROVENANCE_KEY = "efficientface.provenance"
@@ -125,6 +125,22 @@ def require_preset(path: str | Path, preset_name: str | None) -> None:
             expected="--preset, since this checkpoint does not say what its outputs mean",
             found="none",
             fix="add --preset " + ", ".join(PRESETS),
+        )
+
+
+def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> None:
+    """Refuse a preset whose labels are not those that a model file says itself.
+
+    Raises:
+        ArtifactError: They differ.
+        SpecError: There is no such preset.
+    """
+    if preset_name is not None and preset(preset_name).labels != spec.labels:
+        raise ArtifactError(
+            path,
+            expected=f"labels {', '.join(spec.labels)}, as its spec says",
+            found=f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
+            fix="leave the preset out",
         )
 
 

@@ -7,18 +7,23 @@ default is a switch; a tuple takes several values; ``option(positional=True)`` h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 
 Config = TypeVar("Config")
+
+_Handler = Callable[[int, FrameType | None], None]
 
 
 def option(
@@ -169,11 +174,13 @@ class OneLineParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a command to its exit code: 0 done, 1 failed verification, 2 bad input, 130 interrupt.
 
-    An expected error is printed as one line on standard error, never as a traceback.
+    An expected error is printed as one line on standard error, never as a traceback. SIGTERM is
+    an interrupt like Ctrl-C: what the command was writing is taken away.
     """
     code = 0
     try:
-        code = main() or 0
+        with _signals_handled_by({signal.SIGTERM: _interrupt}):
+            code = main() or 0
     except EfficientFaceError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = error.exit_code
@@ -186,16 +193,63 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         # A full disk, a missing permission: the system's own words say what to mend.
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = 2
-    _flush()
-    sys.exit(code)
+    flushed = _flush()
+    sys.exit(code or flushed)
 
 
-def _flush() -> None:
-    """Write out what is buffered; Python itself would complain of a broken pipe and exit 120."""
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block, and then have their effect.
+
+    For steps that make sense only together, and for libraries that call Python and swallow what
+    is raised there.
+    """
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
+    try:
+        with _signals_handled_by({signal.SIGINT: hold, signal.SIGTERM: hold}):
+            yield
+    finally:
+        if held:
+            signal.raise_signal(held[0])
+
+
+@contextlib.contextmanager
+def _signals_handled_by(handlers: dict[signal.Signals, _Handler]) -> Iterator[None]:
+    """Handle signals otherwise for a while; in a thread, which may not, as before."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            with contextlib.suppress(ValueError):  # only the main thread may
+                before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _flush() -> int:
+    """Write out what is buffered; Python itself would complain and exit 120.
+
+    Returns:
+        2 when it cannot be written, as to a full disk; 0 otherwise, a reader that went away too.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+        return 0
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,11 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         ExportConfig, argv, prog="efficientface-export", description=__doc__ or ""
     )
-    require_package("onnx")
-    from .commands import export_command, verify_command
-
     if config.verify is not None:
+        from .reverify import verify_command
+
         return verify_command(config, config.verify)
+    require_package("onnx")
+    from .commands import export_command
+
     return export_command(config)
 
 

@@ -175,6 +175,16 @@ def available(kind: Kind) -> str | None:
     return None
 
 
+def check_targets(kind: Kind, names: Sequence[str]) -> None:
+    """Refuse compute capabilities that the library does not build for.
+
+    Raises:
+        ConfigError: One is unknown, or not to be chosen.
+        BackendError: The library is missing or too old.
+    """
+    _targets(load_library(kind), kind, names)
+
+
 def build_engine(
     onnx_path: str | Path, kind: Kind, options: EngineOptions | None = None
 ) -> BuiltEngine:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy.typing as npt
 import onnx
 
-from efficientface_deploy.artifact import read_sidecar, sidecar_path, write_sidecar
+from efficientface_deploy.artifact import FLOAT_INPUT, read_sidecar, sidecar_path, write_sidecar
+from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
 
 from . import engine as engines
 from .calibrate import Calibration
 from .config import ExportConfig
-from .graph import write_onnx
-from .plan import Plan
+from .folder import OutputFolder, failed_name
+from .graph import read_onnx, write_onnx
+from .plan import Plan, request
 from .precision import quantise, require_fp16_range, require_precision, to_fp16
-from .provenance import now, versions
+from .provenance import Provenance, now
 from .ranges import tensor_ranges
 from .report import Row
 from .source import Source
-from .verify import TestSet, verify_artifact
+from .verify import TestSet, Verification, verify_artifact
 
 # Images on which FP16's range is measured when no calibration set is given.
 _RANGE_IMAGES = 64
@@ -41,6 +43,8 @@ class Job:
         calibration: Images for INT8, or None where none are needed.
         test_set: Images that artifacts are verified on.
         logits: float32 (N, C), the reference's on them.
+        folder: Where the artifacts are made.
+        reused: Precisions whose ONNX file is there already and is used as it is.
     """
 
     config: ExportConfig
@@ -49,41 +53,52 @@ class Job:
     calibration: Calibration | None
     test_set: TestSet
     logits: Float32Array
+    folder: OutputFolder
+    reused: frozenset[str] = frozenset()
 
 
 def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
-    """Make, verify and write one ONNX file; an ONNX source of this precision is only verified.
+    """Make and verify one ONNX file in the folder's scratch; one that is there is only verified.
 
     Returns:
-        The file, and its row; one that failed is called ``*.failed.onnx``.
+        Where the file is, or will be when it is published; and its row. One that failed is called
+        ``*.failed.onnx``.
 
     Raises:
         EfficientFaceError: It could not be made.
     """
-    source, out = job.source, job.plan.out
-    if source.is_onnx_in(precision):
-        excluded = source.provenance.excluded
-        arithmetic = require_precision(source.trace(False), precision, excluded, source.path)
-        row = Row.of(source.path, out, precision, arithmetic, source.verify())
-        return source.path, row
-
+    source, folder = job.source, job.folder
     path = job.plan.onnx_path(precision)
-    graph, details = _convert(job, precision, path)
-    provenance = _provenance(job, precision, details)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".verifying-") as folder:
-        candidate = Path(folder, path.name)
-        write_onnx(graph, candidate, source.spec, provenance)
-        verification = verify_artifact(candidate, job.logits, job.test_set, precision)
-    provenance["verification"] = verification.as_dict()
-    _failed(path).unlink(missing_ok=True)
-    path = _failed(path) if verification.problems else path
-    write_onnx(graph, path, source.spec, provenance)
     notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
-    return path, Row.of(path, out, precision, details["arithmetic"], verification, notes)
+    if precision in job.reused:
+        print(f"{path}: is there already, of the same weights, options and versions; not made anew")
+        graph, _, record = read_onnx(path)
+        verification = verify_artifact(path, job.logits, job.test_set, precision)
+        provenance = Provenance(record, path)
+        return path, _present_row(job, path, graph, provenance, verification, notes)
+    if source.is_onnx_in(precision):
+        graph = source.trace(False)
+        return source.path, _present_row(
+            job, source.path, graph, source.provenance, source.verify()
+        )
+
+    candidate = folder.scratch / path.name
+    graph, details = _convert(job, precision, path)
+    record = _record(job, precision, details)
+    write_onnx(graph, candidate, source.spec, record)
+    verification = verify_artifact(candidate, job.logits, job.test_set, precision)
+    candidate.unlink()
+    record["verification"] = verification.as_dict()
+    name = failed_name(path.name) if verification.problems else path.name
+    made = folder.scratch / name
+    write_onnx(graph, made, source.spec, record)
+    provenance = Provenance(record, made)
+    row = Row.of(made, folder.scratch, provenance, provenance.arithmetic, verification, notes)
+    return path.with_name(name), row
 
 
 def make_engine(job: Job, parent: Path, precision: str) -> Row:
-    """Build and verify one TensorRT engine of an ONNX file.
+    """Build and verify one TensorRT engine of an ONNX file, in the folder's scratch.
 
     Returns:
         Its row; an engine that failed is called ``*.failed.engine``.
@@ -91,38 +106,45 @@ def make_engine(job: Job, parent: Path, precision: str) -> Row:
     Raises:
         EfficientFaceError: It could not be built.
     """
-    config, plan = job.config, job.plan
-    path = plan.engine_path(precision)
+    config, scratch = job.config, job.folder.scratch
     options = engines.EngineOptions(
         max_batch=config.max_batch,
         workspace_mib=config.workspace,
         compute_capabilities=config.compute_capabilities,
     )
-    kind = cast(engines.Kind, plan.engine)
-    with tempfile.TemporaryDirectory(dir=plan.out, prefix=".verifying-") as folder:
-        candidate = engines.write_engine(parent, Path(folder, path.name), kind, options)
-        spec, provenance = read_sidecar(candidate)
-        verification = verify_artifact(candidate, job.logits, job.test_set, precision)
-        provenance["verification"] = verification.as_dict()
-        write_sidecar(candidate, spec, provenance)
-        for old in (_failed(path), sidecar_path(_failed(path))):
-            old.unlink(missing_ok=True)
-        path = _failed(path) if verification.problems else path
-        # An engine and a sidecar of different builds are refused by their hash.
-        os.replace(sidecar_path(candidate), sidecar_path(path))
-        os.replace(candidate, path)
-    built = provenance["engine"]
+    kind = cast(engines.Kind, job.plan.engine)
+    path = scratch / job.plan.engine_path(precision).name
+    # The builder tells its log to Python, and swallows an interrupt that is raised there.
+    with interrupts_wait():
+        engines.write_engine(parent, path, kind, options)
+    spec, record = read_sidecar(path)
+    verification = verify_artifact(path, job.logits, job.test_set, precision)
+    record["verification"] = verification.as_dict()
+    write_sidecar(path, spec, record)
+    if verification.problems:
+        failed = path.with_name(failed_name(path.name))
+        os.replace(sidecar_path(path), sidecar_path(failed))
+        path = path.replace(failed)
+    built = record["engine"]
     note = (
         f"{built['library']} {built['version']} for {', '.join(built['compute_capabilities'])}, "
         f"{built['kernels']} kernels, built in {built['build_seconds']:.1f} s"
     )
-    arithmetic = str(provenance.get("arithmetic", ""))
-    return Row.of(path, plan.out, precision, arithmetic, verification, [note])
+    provenance = Provenance(record, path)
+    return Row.of(path, scratch, provenance, provenance.arithmetic, verification, [note])
 
 
-def _failed(path: Path) -> Path:
-    """``efficientface-int8-gpu.rtx.engine`` -> ``efficientface-int8-gpu.failed.rtx.engine``."""
-    return path.with_name(path.name.replace(".", ".failed.", 1))
+def _present_row(
+    job: Job,
+    path: Path,
+    graph: onnx.ModelProto,
+    provenance: Provenance,
+    verification: Verification,
+    notes: Sequence[str] = (),
+) -> Row:
+    """The row of an ONNX file that is taken as it is."""
+    arithmetic = require_precision(graph, provenance.precision, provenance.excluded, path)
+    return Row.of(path, job.plan.out, provenance, arithmetic, verification, notes)
 
 
 def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -137,14 +159,13 @@ def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dic
     details: dict[str, Any] = {}
     if halves:
         images = calibration.images if calibration else job.test_set.images[:_RANGE_IMAGES]
-        ranges = tensor_ranges(graph, _graph_input(job, images))
+        ranges = tensor_ranges(graph, _graph_input(job, graph, images))
         tensor, largest = require_fp16_range(ranges, path)
         details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
     if precision == "int8":
         assert calibration is not None  # the plan sees to it
-        images = _graph_input(job, calibration.images)
+        images = _graph_input(job, graph, calibration.images)
         graph = quantise(graph, images, config.calib_method, config.exclude)
-        details["calibration"] = {**calibration.record, "method": config.calib_method}
         details["excluded"] = sorted(set(config.exclude))
     if halves:
         graph = to_fp16(graph)
@@ -153,20 +174,17 @@ def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dic
     return graph, details
 
 
-def _graph_input(job: Job, images: UInt8Array) -> npt.NDArray[Any]:
+def _graph_input(job: Job, graph: onnx.ModelProto, images: UInt8Array) -> npt.NDArray[Any]:
     """Images as the graph takes them."""
-    return normalise(images, job.source.spec) if job.config.float_input else images
+    takes_floats = graph.graph.input[0].name == FLOAT_INPUT
+    return normalise(images, job.source.spec) if takes_floats else images
 
 
-def _provenance(job: Job, precision: str, details: dict[str, Any]) -> dict[str, Any]:
+def _record(job: Job, precision: str, details: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a file that is made now."""
     return {
-        "precision": precision,
-        "target": job.plan.target,
-        "graph": job.source.provenance.graph or job.config.graph,
-        "input": "float32 NCHW normalised" if job.config.float_input else "uint8 NHWC RGB",
-        "weights": job.source.weights,
+        **request(job.config, job.plan, job.source, job.calibration, precision),
         "parent": {"file": job.source.path.name, "sha256": job.source.sha256},
         **details,
-        "versions": versions(),
         "created": now(),
     }

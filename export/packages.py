@@ -15,13 +15,18 @@ _PURPOSES = {
 }
 
 
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
 def require_package(module: str) -> None:
     """Make sure that an optional package is installed.
 
     Raises:
         BackendError: It is not; the error names the extra to install.
     """
-    if importlib.util.find_spec(module) is not None:
+    if is_installed(module):
         return
     purpose, extra = _PURPOSES[module]
     raise BackendError(

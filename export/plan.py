@@ -1,15 +1,20 @@
-"""What one call makes, decided before anything is read at length or written."""
+"""What one call makes, what of it is there already, and what must not be replaced."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import ConfigError, EfficientFaceError
 
 from . import engine as engines
+from .calibrate import Calibration
 from .config import PRECISIONS, ExportConfig
+from .graph import read_onnx
+from .provenance import versions
+from .report import report_header, reports_other_model
 from .source import Source
 from .verify import stored_parent
 
@@ -46,9 +51,10 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     """Decide what is made.
 
     Raises:
-        ConfigError: The options contradict each other, the source, or what is in the folder.
+        ConfigError: The options contradict each other or the source, or ``--out`` is a file.
     """
     engine, missing = _choose_engine(config)
+    _check_engine_options(config, engine, missing)
     target = _choose_target(config, source, engine)
     precisions = _choose_precisions(config, source, engine)
     _check_options(config, source, precisions)
@@ -56,8 +62,6 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     plan = Plan(config.out, "onnx" if missing else engine, target, precisions, missing)
     if plan.out.exists() and not plan.out.is_dir():
         raise ConfigError(plan.out, expected="a folder", found="a file", fix="choose another --out")
-    if not config.overwrite:
-        _check_folder(plan, source)
     return plan
 
 
@@ -87,9 +91,24 @@ def _why_not(engine: str) -> str | None:
     return engines.available(cast(engines.Kind, engine))
 
 
+def _check_engine_options(config: ExportConfig, engine: str, missing: str) -> None:
+    """Refuse GPUs and sizes that no builder takes, before anything is made for it."""
+    names = config.compute_capabilities
+    engines.EngineOptions(max_batch=config.max_batch, compute_capabilities=names)
+    if names and engine != "trt-rtx":
+        raise ConfigError(
+            "--compute-capability",
+            expected="--engine trt-rtx, which alone is told what to build for",
+            found=f"--engine {engine}",
+            fix="leave it out, or use --engine trt-rtx",
+        )
+    if names and not missing:
+        engines.check_targets("trt-rtx", names)
+
+
 def _choose_target(config: ExportConfig, source: Source, engine: str) -> str:
     if source.precision == "fp32":
-        return config.target or ("cpu" if engine == "onnx" else "gpu")
+        return config.target or ("gpu" if engine != "onnx" else source.target or "cpu")
     if config.target not in (None, source.target):
         raise ConfigError(
             f"--target {config.target}",
@@ -168,24 +187,100 @@ def _check_deploy(
         )
 
 
-def _check_folder(plan: Plan, source: Source) -> None:
-    """Refuse to replace files, or to mix artifacts of different weights in one folder."""
-    paths = [plan.onnx_path(made) for made in plan.precisions if not source.is_onnx_in(made)]
+def request(
+    config: ExportConfig,
+    plan: Plan,
+    source: Source,
+    calibration: Calibration | None,
+    precision: str,
+) -> dict[str, Any]:
+    """What decides the content of an ONNX file, as its provenance records it.
+
+    Files of equal requests, and of one spec, are equal.
+    """
+    decided: dict[str, Any] = {
+        "precision": precision,
+        "target": plan.target,
+        "graph": source.provenance.graph or config.graph,
+        "input": source.provenance.input
+        or ("float32 NCHW normalised" if config.float_input else "uint8 NHWC RGB"),
+        "weights": source.weights,
+        "versions": versions(),
+    }
+    if precision == "int8" and calibration is not None:
+        decided["calibration"] = {**calibration.record, "method": config.calib_method}
+        decided["excluded"] = sorted(set(config.exclude))
+    return decided
+
+
+def check_folder(
+    config: ExportConfig, plan: Plan, source: Source, calibration: Calibration | None
+) -> frozenset[str]:
+    """Refuse to replace files, or to mix artifacts of different models in one folder.
+
+    Without ``--overwrite`` an ONNX file that is there is used as it is when it is what would be
+    made; nothing else that is there is touched.
+
+    Returns:
+        Precisions whose ONNX file is used as it is.
+
+    Raises:
+        ConfigError: A file is in the way, or the folder's artifacts are of another model.
+    """
+    if config.overwrite:
+        return frozenset()
     if plan.engine != "onnx":
-        paths += [plan.engine_path(precision) for precision in plan.precisions]
-    for path in paths:
-        if path.exists():
-            raise ConfigError(
-                path,
-                expected="no such file yet",
-                found="an earlier export",
-                fix="add --overwrite, or choose another --out",
-            )
+        for precision in plan.precisions:
+            if plan.engine_path(precision).exists():
+                raise _in_the_way(plan.engine_path(precision), "an earlier export")
+    _check_model(plan, source)
+    present = frozenset(
+        precision
+        for precision in plan.precisions
+        if plan.onnx_path(precision).exists() and not source.is_onnx_in(precision)
+    )
+    for precision in present:
+        path = plan.onnx_path(precision)
+        wanted = request(config, plan, source, calibration, precision)
+        if differing := _differences(path, source, wanted):
+            raise _in_the_way(path, f"an earlier export of other {', '.join(differing)}")
+    return present
+
+
+def _check_model(plan: Plan, source: Source) -> None:
+    """One ``verify.npz`` serves a folder: two models in it could not both be verified."""
     parent = stored_parent(plan.out)
-    if parent not in (None, source.weights["sha256"]):
+    header = report_header(source.weights, source.spec)
+    if parent not in (None, source.weights["sha256"]) or reports_other_model(plan.out, header):
         raise ConfigError(
             plan.out,
-            expected="artifacts of the same weights, or none",
+            expected="artifacts of the same weights, labels and input size, or none",
             found="artifacts of others",
             fix="add --overwrite, or choose another --out",
         )
+
+
+def _differences(path: Path, source: Source, wanted: Mapping[str, Any]) -> list[str]:
+    """In what an ONNX file differs from the one that would be made; empty when in nothing."""
+    try:
+        _, spec, record = read_onnx(path)
+    except EfficientFaceError:
+        return ["making"]
+    found = {**record, "weights": {**wanted["weights"], **_sha256(record)}}
+    differing = [key for key, value in wanted.items() if found.get(key) != value]
+    return differing + (["labels or input size"] if spec != source.spec else [])
+
+
+def _sha256(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The hash of the weights in a record; their file's name says nothing."""
+    weights = record.get("weights")
+    return {"sha256": weights.get("sha256") if isinstance(weights, dict) else None}
+
+
+def _in_the_way(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        path,
+        expected="no such file yet",
+        found=found,
+        fix="add --overwrite, or choose another --out",
+    )

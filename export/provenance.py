@@ -59,9 +59,32 @@ class Provenance:
         return str(self.record.get("graph", ""))
 
     @property
+    def input(self) -> str:
+        """Type and layout of the input; empty for a checkpoint, which has none yet."""
+        return str(self.record.get("input", ""))
+
+    @property
     def arithmetic(self) -> str:
         """How many layers run in which precision, as text."""
         return str(self.record.get("arithmetic", ""))
+
+    @property
+    def created(self) -> str:
+        """When it was made; empty when it does not say."""
+        return str(self.record.get("created", ""))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what made it; empty when it does not say."""
+        found = self.record.get("versions")
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    @property
+    def largest_fp32_value(self) -> float | None:
+        """Largest magnitude of any tensor before FP16; None where FP16 has no part in it."""
+        found = self.record.get("largest_fp32_value")
+        value = found.get("magnitude") if isinstance(found, dict) else None
+        return float(value) if isinstance(value, (int, float)) else None
 
     @property
     def excluded(self) -> int:

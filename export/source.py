@@ -11,19 +11,26 @@ import onnx
 
 import efficientface_deploy as ef
 from efficientface_deploy.artifact import (
+    check_preset,
     file_hash,
     read_safetensors_metadata,
     require_preset,
     spec_from_metadata,
 )
 from efficientface_deploy.backends import missing_reason
-from efficientface_deploy.errors import BackendError, ConfigError, EfficientFaceError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    EfficientFaceError,
+)
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.spec import ModelSpec
 
 from .deploy_graph import PROFILES, deploy_graph
 from .graph import read_onnx
+from .kinds import CHECKPOINT_SUFFIXES, ENGINE_SUFFIX, ONNX_SUFFIX, describe_file
 from .packages import require_package
 from .provenance import Provenance
 from .verify import (
@@ -67,7 +74,7 @@ class Source:
     @property
     def is_onnx(self) -> bool:
         """Whether it is an ONNX file rather than a checkpoint."""
-        return self.path.suffix == ".onnx"
+        return self.path.suffix == ONNX_SUFFIX
 
     @property
     def precision(self) -> str:
@@ -138,9 +145,10 @@ def open_source(
         EfficientFaceError: The file is unusable, or it is a checkpoint and torch is missing.
     """
     path = weights if weights is not None else default_weights()
-    return (
-        _open_onnx(path) if path.suffix == ".onnx" else _open_checkpoint(path, preset, input_size)
-    )
+    _require_weights(path)
+    if path.suffix == ONNX_SUFFIX:
+        return _open_onnx(path, preset)
+    return _open_checkpoint(path, preset, input_size)
 
 
 def default_weights(runs: Path | None = None) -> Path:
@@ -164,6 +172,23 @@ def _is_student(path: Path) -> bool:
     return spec.architecture == "efficientface"
 
 
+def _require_weights(path: Path) -> None:
+    """Refuse what is neither a checkpoint nor an ONNX file, by what it is."""
+    found = describe_file(path)
+    if found in ("a checkpoint", "an ONNX file"):
+        return
+    suffixes = (ONNX_SUFFIX, *CHECKPOINT_SUFFIXES)
+    if not path.is_file():
+        fix = "check the path"
+    elif path.name.endswith((ENGINE_SUFFIX, ENGINE_SUFFIX + ".json")):
+        fix = "give the ONNX file or the checkpoint that the engine was made from"
+    elif path.name.endswith(suffixes):
+        fix = "copy it again, or give another file"
+    else:
+        fix = "give a file that ends in " + ", ".join(suffixes)
+    raise ArtifactError(path, expected="a checkpoint or an ONNX file of ours", found=found, fix=fix)
+
+
 def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> Source:
     if reason := missing_reason("torch"):
         raise BackendError(
@@ -180,8 +205,9 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
 
     from .trace import trace
 
-    require_preset(path, preset)
+    # First whether it is a network of ours at all: a preset makes no other file usable.
     model, spec = load_checkpoint(path, preset)
+    require_preset(path, preset)
     if input_size is not None:
         spec = spec.replace(input_size=input_size)
 
@@ -209,8 +235,9 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     )
 
 
-def _open_onnx(path: Path) -> Source:
+def _open_onnx(path: Path, preset: str | None) -> Source:
     graph, spec, provenance = read_onnx(path)
+    check_preset(path, spec, preset)
 
     def infer(images: UInt8Array) -> Float32Array:
         with ef.load(path) as predictor:

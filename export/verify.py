@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 import efficientface_deploy as ef
 from efficientface_deploy.artifact import atomic_path
 from efficientface_deploy.dataset import iterate_batches, read_dataset
-from efficientface_deploy.errors import ArtifactError, DatasetError
+from efficientface_deploy.errors import ArtifactError, DatasetError, VerificationError
 from efficientface_deploy.metrics import (
     accuracy,
     macro_f1,
@@ -31,7 +31,7 @@ STORED_IMAGES = 16
 BATCH = 32
 
 # Agreement on a handful of images moves in steps that are too coarse to judge by.
-_MINIMUM_FOR_AGREEMENT = 100
+MINIMUM_FOR_AGREEMENT = 100
 
 _SHEET = Path(__file__).parent / "reference_faces.png"
 _SHEET_ROWS, _SHEET_COLUMNS = 4, 4
@@ -129,21 +129,9 @@ class Verification:
         """What is wrong, or why it was not run; empty when it is verified."""
         return self.not_run or "; ".join(self.problems)
 
-    def describe(self) -> str:
-        """A line for the terminal."""
-        line = self.status
-        if self.runner:
-            line += f" on {self.source} by {self.runner}"
-        figures = (
-            ("largest difference", self.max_difference, ".2g"),
-            ("agreement", self.agreement, ".4f"),
-            ("KL", self.kl, ".2g"),
-            ("accuracy", self.accuracy, ".4f"),
-            ("macro-F1", self.macro_f1, ".4f"),
-        )
-        measured = [f"{name} {value:{form}}" for name, value, form in figures if value is not None]
-        line += ": " + ", ".join(measured) if measured else ""
-        return line + (f" ({self.reason})" if self.reason else "")
+    def exceeds(self, figure: str) -> bool:
+        """Whether ``difference``, ``KL`` or ``agreement`` is among the problems."""
+        return any(problem.startswith(figure + " ") for problem in self.problems)
 
     def as_dict(self) -> dict[str, Any]:
         """For reports and provenance."""
@@ -243,7 +231,7 @@ def compare(
         problems.append(f"difference {difference:.2g} > {threshold.max_difference:g}")
     if not kl <= threshold.max_kl:
         problems.append(f"KL {kl:.2g} > {threshold.max_kl:g}")
-    enough = len(reference) >= _MINIMUM_FOR_AGREEMENT
+    enough = len(reference) >= MINIMUM_FOR_AGREEMENT
     if enough and not agreement >= threshold.min_agreement:
         problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
 
@@ -293,6 +281,16 @@ def verify_artifact(
                 problems=(f"{error.found} instead of {error.expected}",),
             )
         return compare(probabilities, reference_logits, test_set, precision, predictor.backend)
+
+
+def wrong_outputs(names: Sequence[str], fix: str) -> VerificationError:
+    """The error that ends a command after artifacts that failed."""
+    return VerificationError(
+        ", ".join(names),
+        expected="outputs like the reference network's",
+        found="others",
+        fix=fix,
+    )
 
 
 def score_artifact(path: Path, test_set: TestSet) -> dict[str, float]:

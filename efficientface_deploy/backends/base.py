@@ -14,14 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.errors import (
-    ArtifactError,
-    BackendError,
-    EfficientFaceError,
-    ImageError,
-)
+from efficientface_deploy.artifact import check_preset
+from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError
 from efficientface_deploy.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_deploy.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +108,7 @@ class Backend(abc.ABC):
                     install = "install it again, or choose another backend"
                     raise broken_package(type(self).__name__, error, install) from None
                 try:
-                    self._check_preset()
+                    check_preset(self.path, self.spec, self.options.preset)
                 except EfficientFaceError:
                     self._close()
                     raise
@@ -177,16 +173,6 @@ class Backend(abc.ABC):
             output = Output(logits, probabilities)
         self._check_output(output, len(images))
         return output
-
-    def _check_preset(self) -> None:
-        name = self.options.preset
-        if name is not None and preset(name).labels != self.spec.labels:
-            raise ArtifactError(
-                self.path,
-                expected=f"labels {', '.join(self.spec.labels)}, as its spec says",
-                found=f"preset {name} with {', '.join(preset(name).labels)}",
-                fix="leave the preset out",
-            )
 
     def _check_input(self, images: npt.NDArray[Any]) -> None:
         side = self.spec.input_size

@@ -23,6 +23,7 @@ from efficientface_deploy.artifact import (
     SPEC_KEY,
     TORCH_SUFFIXES,
     atomic_path,
+    check_preset,
     require_file,
     spec_from_metadata,
 )
@@ -67,6 +68,7 @@ def load_checkpoint(path: str | Path, preset: str | None = None) -> tuple[nn.Mod
     Raises:
         CheckpointError: The file is unreadable, truncated, of another network, not finite, or its
             head does not fit the labels.
+        ArtifactError: The preset contradicts the file's own spec.
     """
     path = Path(path)
     state, own_spec = read_weights(path)
@@ -284,13 +286,7 @@ def _resolve_spec(
                 found=f"{architecture} with {classes}",
                 fix="the file was changed after it was written; get the original",
             )
-        if preset_name is not None and preset(preset_name).labels != own.labels:
-            raise CheckpointError(
-                path,
-                expected=f"labels {', '.join(own.labels)}, as its spec says",
-                found=f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
-                fix="leave the preset out",
-            )
+        check_preset(path, own, preset_name)
         return own
     if preset_name is None:
         labels = tuple(f"class {index}" for index in range(classes))

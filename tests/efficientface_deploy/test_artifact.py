@@ -13,6 +13,7 @@ from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
     atomic_path,
+    check_preset,
     file_hash,
     provenance_from_metadata,
     read_safetensors_metadata,
@@ -142,6 +143,15 @@ def test_spec_in_metadata():
         spec_from_metadata({"other": "x"}, "a.onnx")
     with pytest.raises(SpecError, match=r"^a\.onnx: "):
         spec_from_metadata({SPEC_KEY: "{"}, "a.onnx")
+
+
+def test_preset_that_contradicts_a_spec():
+    check_preset("model.onnx", SPEC, None)
+    check_preset("model.onnx", SPEC, "affectnet7")  # the same labels
+    with pytest.raises(ArtifactError, match=r"model\.onnx: .*found preset ferplus .*leave the p"):
+        check_preset("model.onnx", SPEC, "ferplus")
+    with pytest.raises(SpecError, match="nonsense"):
+        check_preset("model.onnx", SPEC, "nonsense")
 
 
 def test_provenance_in_metadata():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import interrupts_wait, option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError, ImageError, VerificationError
 
 
@@ -205,3 +207,85 @@ run_command(main)
 def test_reader_that_went_away_is_no_error(size, code, run_python):
     result = run_python(BROKEN_PIPE, size)
     assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_output_that_cannot_be_written_is_an_error(run_python):
+    code = "import sys; sys.stdout = open('/dev/full', 'w')\n"
+    code += "from efficientface_deploy.command import run_command\n"
+    code += "run_command(lambda: print('x') or int(sys.argv[1]))"
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    for returned, expected in (("0", 2), ("1", 1)):
+        result = run_python(code, returned)
+        assert result.returncode == expected
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# ---- interrupts
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_signal_ends_a_command_tidily(number, capsys):
+    cleaned = []
+
+    def main() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+
+    before = [signal.getsignal(each) for each in NUMBERS]
+    code, err = finish(main, capsys)
+    assert (code, cleaned) == (130, [True])
+    assert "interrupted" in err
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_interrupts_wait_for_the_end_of_the_block(number, capsys):
+    steps = []
+
+    def main() -> None:
+        with interrupts_wait():
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            steps.append("the rest of the block")
+        steps.append("what follows it")
+
+    assert finish(main, capsys)[0] == 130
+    assert steps == ["the rest of the block"]
+
+
+def test_interrupt_that_waited_goes_before_an_error():
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError
+
+
+def test_block_without_an_interrupt():
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with interrupts_wait():
+        assert [signal.getsignal(each) for each in NUMBERS] != before
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_commands_run_in_threads_too():
+    """Where signals cannot be handled."""
+    codes = []
+
+    def run() -> None:
+        def main() -> int:
+            with interrupts_wait():
+                return 1
+
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            codes.append(stop.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def run_without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
     """Run ``efficientface-export`` in a process where some packages are not installed."""
 
     def run(missing: tuple[str, ...], *arguments: Any) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
         code = (
             "import sys\n"
             f"sys.modules.update(dict.fromkeys({missing!r}))\n"
@@ -204,7 +206,7 @@ def run_without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+            env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": ""},
             timeout=120,
             check=False,
         )

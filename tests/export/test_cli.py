@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from efficientface_export import commands, make, verify
 from efficientface_export import engine as engines
-from efficientface_export import make, verify
 from efficientface_export import source as source_module
 from efficientface_export import trace as trace_module
 from efficientface_export.cli import main
+from efficientface_export.folder import open_folder
 from efficientface_export.graph import read_onnx, write_onnx
 
 from efficientface_deploy import load
-from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path
+from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path, write_sidecar
+from efficientface_deploy.backends import tensorrt as tensorrt_backend
 from efficientface_deploy.dataset import image_list_hash, read_dataset
 
 Run = Callable[..., tuple[int, str, str]]
@@ -72,10 +77,12 @@ class TestOneExport:
         lines = (exported / "stdout.txt").read_text().splitlines()
         assert lines[0] == f"weights: {student} (test, 64x64)"
         assert lines[1] == "calibration: 105 images of faces (train)"
-        for line, name in zip(lines[2:5], (FP32, FP16, INT8), strict=True):
+        files = [line for line in lines if line.startswith("[")]
+        for line, name in zip(files, (FP32, FP16, INT8), strict=True):
             assert line.startswith(f"[ok] {name}: ")
-            assert "verified on 16 synthetic faces by onnx:cpu: largest difference" in line
-        assert lines[5:] == [f"report: {exported / 'report.md'}"]
+            assert line.endswith("verified on 16 synthetic faces by onnx:cpu")
+        assert sum(line.startswith("  [ok] parity: ") for line in lines) == 3
+        assert lines[-1] == f"report: {exported / 'report.md'}"
 
     def test_report(self, exported: Path) -> None:
         rows = report(exported)
@@ -189,16 +196,123 @@ class TestOptions:
         assert "--calib: expected a folder of training images for INT8" in one_line(error)
 
     def test_earlier_export(self, artifacts: Path, exit_code: Run) -> None:
+        """What would be made is used as it is; what is something else is left alone."""
         before = file_hash(artifacts / FP16)
         command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        code, output, _ = exit_code(*command, "--out", artifacts)
+        assert code == 0
+        assert f"{artifacts / FP16}: is there already, of the same weights, options" in output
+        assert f"[ok] {FP16}: " in output
+        assert file_hash(artifacts / FP16) == before
+        assert set(report(artifacts)) == {FP32, FP16, INT8}
+
+        graph, spec, record = read_onnx(artifacts / FP16)
+        write_onnx(graph, artifacts / FP16, spec, {**record, "versions": {"onnx": "1.0"}})
+        before = file_hash(artifacts / FP16)
         code, _, error = exit_code(*command, "--out", artifacts)
         assert code == 2
-        assert "an earlier export; add --overwrite" in one_line(error)
+        assert "an earlier export of other versions; add --overwrite" in one_line(error)
         assert file_hash(artifacts / FP16) == before
         code, _, _ = exit_code(*command, "--out", artifacts, "--overwrite")
         assert code == 0
         assert file_hash(artifacts / FP16) != before
         assert set(report(artifacts)) == {FP32, FP16, INT8}
+
+    def test_file_that_was_changed_since_is_not_passed_on(
+        self, artifacts: Path, exit_code: Run
+    ) -> None:
+        """Its record says that it is the one that would be made; its outputs say otherwise."""
+        graph, spec, record = read_onnx(artifacts / FP16)
+        (bias,) = [w for w in graph.graph.initializer if w.name.endswith("fc.bias")]
+        values = onnx.numpy_helper.to_array(bias) + np.arange(7, dtype=np.float16)
+        bias.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), bias.name))
+        write_onnx(graph, artifacts / FP16, spec, record)
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        code, output, _ = exit_code(*command, "--out", artifacts)
+        assert code == 1
+        assert f"[FAILED] {FP16}: " in output and "  [FAILED] parity: " in output
+
+    def test_unknown_compute_capability(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        """Refused before the ONNX file is made."""
+        pytest.importorskip("tensorrt_rtx")
+        command = ["--engine", "trt-rtx", "--weights", artifacts / FP32, "--out", tmp_path / "out"]
+        code, _, error = exit_code(*command, "--compute-capability", "sm86,sm87")
+        assert code == 2
+        assert "--compute-capability: expected" in one_line(error) and "found sm87" in error
+        assert not (tmp_path / "out").exists()
+
+    def test_exports_share_a_folder(self, artifacts: Path, exit_code: Run) -> None:
+        """An engine of the ONNX file that is there; earlier rows and references stay right."""
+        pytest.importorskip("tensorrt_rtx")
+        reference = (artifacts / "verify.npz").read_bytes()
+        command = ["--weights", artifacts / FP32, "--out", artifacts]
+        onnx_file, engine = "efficientface-fp16-gpu.onnx", "efficientface-fp16-gpu.rtx.engine"
+        made = exit_code(*command, "--engine", "onnx", "--target", "gpu", "--precision", "fp16")
+        assert made[0] == 0
+        command += ["--engine", "trt-rtx", "--compute-capability", "sm89"]
+        code, output, _ = exit_code(*command)
+        assert code == 0
+        assert f"{artifacts / onnx_file}: is there already" in output
+        assert set(report(artifacts)) == {FP32, FP16, INT8, onnx_file, engine}
+        assert (artifacts / "verify.npz").read_bytes() == reference
+        assert exit_code("--verify", artifacts / INT8)[0] == 0
+        before = file_hash(artifacts / engine)
+        code, _, error = exit_code(*command)
+        assert code == 2
+        assert f"{engine}: expected no such file yet, found an earlier export" in one_line(error)
+        assert file_hash(artifacts / engine) == before
+
+    def test_reference_of_a_data_set_is_kept(
+        self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        """Real images with PyTorch's logits are not replaced by the 16 synthetic faces."""
+        out = tmp_path / "out"
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--out", out]
+        assert exit_code(*command, "--precision", "fp16", "--val", faces)[0] == 0
+        before = (out / "verify.npz").read_bytes()
+        assert exit_code(*command, "--precision", "fp16", "--target", "gpu")[0] == 0
+        assert (out / "verify.npz").read_bytes() == before
+        code, output, _ = exit_code("--verify", out / "efficientface-fp16-gpu.onnx")
+        assert code == 0
+        assert "verified on synthetic faces, test, 14 images by onnx:cpu" in output
+
+    def test_ldg_is_named(self, small_spec: Any, tmp_path: Path, exit_code: Run) -> None:
+        from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
+
+        path = tmp_path / "teacher.safetensors"
+        spec = small_spec.replace(architecture="resnet18")
+        save_checkpoint(path, LabelDistributionGenerator(7, "resnet18"), spec)
+        code, output, _ = exit_code("--engine", "onnx", "--weights", path, "--precision", "int8")
+        assert code == 2  # no --calib
+        assert "note: its artifacts are called efficientface, and are a resnet18" in output
+
+    def test_two_at_once(self, artifacts: Path, exit_code: Run) -> None:
+        before = {path.name: path.read_bytes() for path in artifacts.iterdir()}
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
+        with open_folder(artifacts):
+            code, _, error = exit_code(*command, "--out", artifacts, "--overwrite")
+        assert code == 2
+        assert "expected no other export at work in this folder" in one_line(error)
+        assert {path.name: path.read_bytes() for path in artifacts.iterdir()} == before
+
+    @pytest.mark.parametrize("kind", ["missing", "empty", "damaged", "file"])
+    def test_calibration_folder(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, kind: str
+    ) -> None:
+        calib = tmp_path / "calib"
+        if kind == "file":
+            calib.write_text("x")
+        elif kind != "missing":
+            calib.mkdir()
+        if kind == "damaged":
+            (calib / "a.jpg").write_bytes(b"\xff\xd8 no picture")
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
+        code, _, error = exit_code(*command, "--calib", calib, "--out", tmp_path / "out")
+        assert code == 2
+        assert str(calib) in one_line(error)
+        assert names(tmp_path) - {"artifacts", "calib"} == set()
 
     def test_out_is_a_file(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
         (tmp_path / "file").write_text("x")
@@ -224,6 +338,14 @@ class TestOptions:
         assert record["input"] == "float32 NCHW normalised"
         assert [value.name for value in graph.graph.input] == ["input"]
 
+        # An ONNX file keeps the input that it has.
+        _, spec, _ = read_onnx(tmp_path / FP16)
+        source = tmp_path / "float.onnx"
+        write_onnx(float_graph, source, spec, {**record, "precision": "fp32"})
+        command = ("--engine", "onnx", "--weights", source, "--precision", "fp16")
+        assert exit_code(*command, "--out", tmp_path / "again")[0] == 0
+        assert read_onnx(tmp_path / "again" / FP16)[2]["input"] == "float32 NCHW normalised"
+
     def test_excluded_layers_are_recorded(
         self, artifacts: Path, faces: Path, graph: onnx.ModelProto, exit_code: Run
     ) -> None:
@@ -245,7 +367,7 @@ class TestOptions:
         assert code == 0
         assert "verified on synthetic faces, test, 14 images by onnx:cpu" in output
         row = report(tmp_path / "out")[FP16]["verification"]
-        assert f"accuracy {row['accuracy']:.4f}" in output
+        assert f"  [ok] accuracy: {row['accuracy']:.4f}" in output
 
     def test_labels_of_another_model(
         self, artifacts: Path, ferplus: Path, tmp_path: Path, exit_code: Run
@@ -289,7 +411,7 @@ class TestFailedVerification:
         assert code == 1
         failed = "efficientface-fp16-cpu.failed.onnx"
         assert names(out) == {failed, "verify.npz", "report.md", "report.json"}
-        assert f"[FAILED] {failed}: " in output and "(difference " in output
+        assert f"[FAILED] {failed}: " in output and "  [FAILED] parity: " in output
         assert f"{failed}: expected outputs like the reference" in one_line(error)
         assert report(out)[failed]["verification"]["status"] == "FAILED"
         assert read_onnx(out / failed)[2]["verification"]["status"] == "FAILED"
@@ -321,7 +443,21 @@ class TestFailedVerification:
 
 
 class TestInterrupted:
-    @pytest.mark.parametrize("where", ["verify_artifact", "require_precision", "write_onnx"])
+    @pytest.mark.parametrize(
+        "where",
+        [
+            "make_plan",
+            "check_folder",
+            "make_onnx",
+            "tensor_ranges",
+            "to_fp16",
+            "require_precision",
+            "write_onnx",
+            "verify_artifact",
+            "write_reference",
+            "write_report",
+        ],
+    )
     def test_nothing_is_left(
         self,
         artifacts: Path,
@@ -330,15 +466,43 @@ class TestInterrupted:
         monkeypatch: pytest.MonkeyPatch,
         where: str,
     ) -> None:
-        def interrupt(*_: Any) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(make, where, interrupt)
+        monkeypatch.setattr(commands if hasattr(commands, where) else make, where, interrupt)
         command = ("--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16")
         code, _, error = exit_code(*command, "--out", tmp_path / "out")
         assert code == 130
         assert "interrupted" in one_line(error)
-        assert names(tmp_path / "out") == set()
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_while_an_engine_is_built(
+        self,
+        artifacts: Path,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+    ) -> None:
+        """The library tells its log to Python, and swallows what is raised there."""
+        pytest.importorskip("tensorrt_rtx")
+
+        def debug(_: str, message: str) -> None:
+            if message.lstrip().startswith("Engine Layer Information") or "Layers:" in message:
+                told.append(message)
+                signal.raise_signal(number)
+
+        told: list[str] = []
+        monkeypatch.setattr(tensorrt_backend, "_log", types.SimpleNamespace(debug=debug))
+        out = tmp_path / "out"
+        command = ("--weights", artifacts / FP32, "--engine", "trt-rtx", "--out", out)
+        code, _, error = exit_code(*command)
+        assert told
+        assert code == 130
+        assert "interrupted" in one_line(error)
+        reports = {"verify.npz", "report.md", "report.json"}
+        assert names(out) == {"efficientface-fp16-gpu.onnx", *reports}
 
     def test_earlier_files_stay(
         self, artifacts: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
@@ -517,14 +681,22 @@ class TestVerifyAgain:
         before = names(artifacts)
         code, output, _ = exit_code("--verify", artifacts / name)
         assert code == 0
-        assert output.startswith(f"[ok] {name}: ")
-        assert "verified on 16 synthetic faces by onnx:cpu" in output
+        lines = output.splitlines()
+        assert lines[0].startswith(f"[ok] {name}: ")
+        assert lines[0].endswith("verified on 16 synthetic faces by onnx:cpu")
+        assert [line.split(":")[0].strip() for line in lines[1:]] == [
+            "[ok] precision",
+            *(["[ok] FP16 range"] if name == FP16 else []),
+            "[ok] parity",
+            "[--] agreement",
+            "[--] accuracy",
+        ]
         assert names(artifacts) == before
 
     def test_accuracy(self, artifacts: Path, faces: Path, exit_code: Run) -> None:
         code, output, _ = exit_code("--verify", artifacts / INT8, "--val", faces)
         assert code == 0
-        assert "     synthetic faces, test, 14 images: accuracy " in output
+        assert "  [ok] synthetic faces, test, 14 images: accuracy " in output
 
     def test_other_outputs(self, artifacts: Path, exit_code: Run) -> None:
         path = artifacts / FP32
@@ -556,7 +728,27 @@ class TestVerifyAgain:
     def test_no_artifact(self, tmp_path: Path, exit_code: Run, name: str) -> None:
         code, _, error = exit_code("--verify", tmp_path / name)
         assert code == 2
-        one_line(error)
+        assert "expected an ONNX file or an engine of ours, found" in one_line(error)
+        assert "; check the path" in error
+
+    @pytest.mark.parametrize(
+        ("name", "content", "found", "fix"),
+        [
+            ("a.safetensors", b"\xff\0\xff", "a checkpoint", "export it first"),
+            ("a.pth.tar", b"\xff\0\xff", "a checkpoint", "export it first"),
+            ("a.rtx.engine.json", b"{}", "the sidecar of an engine", "give a.rtx.engine"),
+            ("a.onnx", b"", "an empty file", "copy it again, or export it again"),
+            ("a.engine", b"hello", "a text file", "copy it again, or export it again"),
+            ("a.txt", b"hello", "a text file", "give an exported file"),
+        ],
+    )
+    def test_wrong_kind_of_file(
+        self, tmp_path: Path, exit_code: Run, name: str, content: bytes, found: str, fix: str
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        code, _, error = exit_code("--verify", tmp_path / name)
+        assert code == 2
+        assert f"an engine of ours, found {found}; {fix}" in one_line(error)
 
 
 class TestPackagesMissing:
@@ -568,6 +760,29 @@ class TestPackagesMissing:
         result = run_without(("torch", "torchvision"), *command, "--out", tmp_path / "out")
         assert (result.returncode, result.stderr) == (0, "")
         assert "68 int8 convolutions" in result.stdout
+
+    def test_verify_an_onnx_file_by_onnxruntime_alone(
+        self, artifacts: Path, run_without: Any
+    ) -> None:
+        result = run_without(("torch", "onnx"), "--verify", artifacts / INT8)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "[ok] efficientface-int8-cpu.onnx: " in result.stdout
+        assert "[--] precision: not counted, for want of the onnx package" in result.stdout
+        assert "[ok] parity: " in result.stdout
+
+    def test_verify_an_engine_without_onnx(
+        self, artifacts: Path, tmp_path: Path, run_without: Any
+    ) -> None:
+        """As on a device with TensorRT alone; that nothing here runs it is all there is to say."""
+        engine = artifacts / "model.engine"
+        engine.write_bytes(b"\xff\0\xff")
+        _, spec, record = read_onnx(artifacts / FP16)
+        write_sidecar(engine, spec, {**record, "engine": {"sha256": file_hash(engine)}})
+        missing = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx")
+        result = run_without(missing, "--verify", engine)
+        assert result.returncode == 2
+        assert "[ok] precision: 68 fp16 convolutions" in result.stdout
+        assert "model.engine: expected a backend that can run it" in one_line(result.stderr)
 
     def test_neither_torch_nor_onnxruntime(
         self, artifacts: Path, tmp_path: Path, run_without: Any
@@ -612,6 +827,35 @@ class TestPackagesMissing:
         result = run_without(("torch", "onnx", "onnxruntime", "tensorrt_rtx"), "--help")
         assert result.returncode == 0
         assert "--engine {onnx,trt,trt-rtx,auto}" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 0.4, 1.0])
+def test_killed_at_any_moment(
+    artifacts: Path, tmp_path: Path, delay: float, number: signal.Signals
+) -> None:
+    """A real process: once it has said what it exports, it is stopped after a while."""
+    before = {path.name: path.read_bytes() for path in artifacts.iterdir()}
+    command = ["--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16"]
+    command += ["--out", artifacts, "--overwrite"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "efficientface_export.cli", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("weights: ")
+        time.sleep(delay)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    after = {path.name: path.read_bytes() for path in artifacts.iterdir()}
+    if process.returncode == 0:  # it was faster
+        assert set(after) == set(before)
+    else:
+        assert (process.returncode, after) == (130, before)
+        assert "interrupted" in one_line(error)
 
 
 def test_console_script(artifacts: Path) -> None:

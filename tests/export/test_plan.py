@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,17 @@ import numpy as np
 import onnx
 import pytest
 from efficientface_export import plan as plan_module
+from efficientface_export.calibrate import Calibration
 from efficientface_export.config import ExportConfig
-from efficientface_export.plan import Plan, make_plan
+from efficientface_export.graph import write_onnx
+from efficientface_export.plan import Plan, check_folder, make_plan, request
 from efficientface_export.provenance import Provenance
+from efficientface_export.report import report_header, write_report
 from efficientface_export.source import Source
 from efficientface_export.verify import TestSet, write_reference
 
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.spec import ModelSpec, preset
 
 SHA = "a" * 64
 
@@ -95,6 +97,14 @@ def test_fp32_onnx_made_for_a_cpu_serves_a_gpu(make_source: Any, tmp_path: Path)
     assert plan(source, tmp_path, engine="trt").target == "gpu"
 
 
+def test_fp32_onnx_keeps_its_target(make_source: Any, tmp_path: Path) -> None:
+    source = make_source("model.onnx", precision="fp32", target="gpu")
+    assert plan(source, tmp_path, engine="onnx", precision="fp16").target == "gpu"
+    assert plan(source, tmp_path, engine="onnx", target="cpu").target == "cpu"
+    silent = make_source("model.onnx", precision="fp32")
+    assert plan(silent, tmp_path, engine="onnx").target == "cpu"
+
+
 def test_lower_precision_is_taken_as_it_is(make_source: Any, tmp_path: Path) -> None:
     source = make_source("model.onnx", precision="int8", target="gpu")
     found = plan(source, tmp_path, engine="trt")
@@ -170,36 +180,155 @@ def test_out_is_a_file(make_source: Any, tmp_path: Path) -> None:
             plan(make_source(), tmp_path, engine="onnx", overwrite=overwrite)
 
 
-@pytest.mark.parametrize("name", ["efficientface-fp16-gpu.onnx", "efficientface-fp16-gpu.engine"])
-def test_earlier_export(make_source: Any, tmp_path: Path, name: str) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("x")
-    with pytest.raises(ConfigError, match=rf"{name}: .*an earlier export; add --overwrite"):
-        plan(make_source(), tmp_path, engine="trt")
-    assert plan(make_source(), tmp_path, engine="trt", overwrite=True).engine == "trt"
-    assert plan(make_source(), tmp_path, engine="onnx").engine == "onnx"  # makes another file
+class TestComputeCapability:
+    """Refused before anything is made."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"engine": "onnx"}, "expected --engine trt-rtx, .* found --engine onnx"),
+            ({"engine": "trt"}, "expected --engine trt-rtx, .* found --engine trt"),
+            ({"engine": "auto"}, "expected --engine trt-rtx, .* found --engine trt"),
+            ({"engine": "trt-rtx", "compute_capability": "sm86,current"}, "current alone"),
+            ({"engine": "trt-rtx", "compute_capability": "sm87,sm86"}, "sm86, .*found sm87;"),
+            ({"engine": "trt-rtx", "compute_capability": "SM86"}, "found SM86"),
+        ],
+    )
+    def test_refused(
+        self, make_source: Any, tmp_path: Path, options: dict[str, Any], message: str
+    ) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        with pytest.raises(ConfigError, match=f"--compute-capability: .*{message}"):
+            plan(make_source(), tmp_path, **{"compute_capability": "sm86", **options})
+
+    def test_known(self, make_source: Any, tmp_path: Path) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        options = {"engine": "trt-rtx", "compute_capability": "sm86,sm89"}
+        assert plan(make_source(), tmp_path, **options).engine == "trt-rtx"
+
+    def test_without_the_library(
+        self, make_source: Any, tmp_path: Path, engines_here: dict[str, str | None]
+    ) -> None:
+        """The command that finishes the job elsewhere takes them along."""
+        engines_here["trt-rtx"] = "tensorrt_rtx is not installed"
+        found = plan(make_source(), tmp_path, engine="trt-rtx", compute_capability="sm87")
+        assert (found.engine, bool(found.missing)) == ("onnx", True)
 
 
-def test_source_itself_is_not_in_the_way(make_source: Any, tmp_path: Path) -> None:
-    path = tmp_path / "out" / "efficientface-fp16-gpu.onnx"
-    path.parent.mkdir()
-    path.write_text("x")
-    source = make_source(str(path), precision="fp16", target="gpu")
-    assert plan(source, tmp_path, engine="trt").engine == "trt"
+class TestFolder:
+    """What is there already is used, left alone, or in the way."""
 
+    @pytest.fixture
+    def check(self, tmp_path: Path, make_source: Any) -> Any:
+        def run(source: Source | None = None, **options: Any) -> frozenset[str]:
+            source = source or make_source()
+            config = ExportConfig(**{"out": tmp_path, "engine": "trt", **options})
+            images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+            calibration = Calibration(images, {"images_sha256": "c" * 64}, ())
+            return check_folder(config, make_plan(config, source), source, calibration)
 
-def test_artifacts_of_other_weights(make_source: Any, tmp_path: Path) -> None:
-    """One verify.npz serves a folder: two networks in it could not both be verified."""
-    out = tmp_path / "out"
-    out.mkdir()
-    test_set = TestSet(np.zeros((2, 64, 64, 3), dtype=np.uint8), None, "x")
-    write_reference(out, test_set, np.zeros((2, 7), dtype=np.float32), SHA)
-    assert plan(make_source(), tmp_path, engine="onnx").engine == "onnx"
-    write_reference(out, test_set, np.zeros((2, 7), dtype=np.float32), "b" * 64)
-    with pytest.raises(ConfigError, match="artifacts of the same weights, or none"):
-        plan(make_source(), tmp_path, engine="onnx")
-    assert plan(make_source(), tmp_path, engine="onnx", overwrite=True).engine == "onnx"
-    shutil.rmtree(out)
+        return run
+
+    @pytest.fixture
+    def put(
+        self, tmp_path: Path, make_source: Any, graph: onnx.ModelProto, small_spec: ModelSpec
+    ) -> Any:
+        """Write the ONNX file that a call would make, with changes to its record."""
+
+        def write(made: str = "fp16", spec: ModelSpec = small_spec, **changes: Any) -> Path:
+            source = make_source()
+            config = ExportConfig(out=tmp_path, engine="trt", precision=made, calib=tmp_path)
+            found = make_plan(config, source)
+            images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+            calibration = Calibration(images, {"images_sha256": "c" * 64}, ())
+            record = {**request(config, found, source, calibration, made), **changes}
+            write_onnx(graph, found.onnx_path(made), spec, {**record, "created": "then"})
+            return found.onnx_path(made)
+
+        return write
+
+    def test_empty(self, check: Any) -> None:
+        assert check() == frozenset()
+
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    def test_the_file_that_would_be_made_is_used(
+        self, check: Any, put: Any, precision: str, tmp_path: Path
+    ) -> None:
+        put(precision, weights={"file": "renamed.safetensors", "sha256": SHA})
+        assert check(precision=precision, calib=tmp_path) == {precision}
+        assert check(precision=precision, calib=tmp_path, overwrite=True) == frozenset()
+
+    @pytest.mark.parametrize(
+        ("changes", "difference"),
+        [
+            ({"weights": {"file": "student.safetensors", "sha256": "b" * 64}}, "weights"),
+            ({"weights": None}, "weights"),
+            ({"precision": "fp32"}, "precision"),
+            ({"target": "cpu"}, "target"),
+            ({"graph": "deploy"}, "graph"),
+            ({"input": "float32 NCHW normalised"}, "input"),
+            ({"versions": {"onnx": "1.0"}}, "versions"),
+            ({"spec": preset("affectnet7").replace(input_size=64)}, "labels or input size"),
+        ],
+    )
+    def test_another_file_is_in_the_way(
+        self, check: Any, put: Any, changes: dict[str, Any], difference: str
+    ) -> None:
+        path = put(**changes)
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match=f"an earlier export of other {difference}; add --ov"):
+            check()
+        assert check(overwrite=True) == frozenset()
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("options", "difference"),
+        [({"calib_method": "entropy"}, "calibration"), ({"exclude": ("a",)}, "excluded")],
+    )
+    def test_int8_of_other_ranges_is_in_the_way(
+        self, check: Any, put: Any, options: dict[str, Any], difference: str, tmp_path: Path
+    ) -> None:
+        put("int8")
+        with pytest.raises(ConfigError, match=f"an earlier export of other {difference}; add"):
+            check(precision="int8", calib=tmp_path, **options)
+
+    @pytest.mark.parametrize(
+        "name", ["efficientface-fp16-gpu.onnx", "efficientface-fp16-gpu.engine"]
+    )
+    def test_foreign_file_is_in_the_way(self, check: Any, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ConfigError, match=rf"{name}: .*an earlier export.*; add --overwrite"):
+            check()
+        check(overwrite=True)
+        check(engine="onnx")  # makes another file
+
+    def test_source_itself_is_not_in_the_way(
+        self, check: Any, make_source: Any, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "efficientface-fp16-gpu.onnx"
+        path.write_text("x")
+        assert check(make_source(str(path), precision="fp16", target="gpu")) == frozenset()
+
+    def test_artifacts_of_other_weights(self, check: Any, tmp_path: Path) -> None:
+        """One verify.npz serves a folder: two networks in it could not both be verified."""
+        test_set = TestSet(np.zeros((2, 64, 64, 3), dtype=np.uint8), None, "x")
+        write_reference(tmp_path, test_set, np.zeros((2, 7), dtype=np.float32), SHA)
+        check()
+        write_reference(tmp_path, test_set, np.zeros((2, 7), dtype=np.float32), "b" * 64)
+        with pytest.raises(ConfigError, match=r"artifacts of the same weights, .* or none"):
+            check()
+        check(overwrite=True)
+
+    def test_artifacts_of_another_use_of_the_weights(
+        self, check: Any, small_spec: ModelSpec, tmp_path: Path
+    ) -> None:
+        """The same weights at another size, or as another preset."""
+        weights = {"file": "student.safetensors", "sha256": SHA}
+        write_report(tmp_path, [], report_header(weights, small_spec))
+        check()
+        write_report(tmp_path, [], report_header(weights, small_spec.replace(input_size=96)))
+        with pytest.raises(ConfigError, match="labels and input size, or none"):
+            check()
 
 
 def test_deploy_graph_of_an_onnx_file(make_source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -16,11 +17,13 @@ import torch
 from efficientface_export import source as source_module
 from efficientface_export.graph import write_onnx
 from efficientface_export.source import default_weights, open_source
+from PIL import Image
 
 from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
+    CheckpointError,
     ConfigError,
     EfficientFaceError,
     SpecError,
@@ -101,6 +104,28 @@ class TestCheckpoint:
         with pytest.raises(ArtifactError, match="does not say what its outputs mean"):
             open_source(bare)
         assert open_source(bare, "rafdb").spec.name == "RAF-DB"
+
+    @pytest.mark.parametrize("kind", ["torch", "safetensors"])
+    def test_another_network_needs_no_preset(self, tmp_path: Path, kind: str) -> None:
+        """Asking for one would lead astray: no preset makes it a network of ours."""
+        path = tmp_path / {"torch": "model.pth.tar", "safetensors": "model.safetensors"}[kind]
+        state = torch.nn.Linear(3, 4).state_dict()
+        if kind == "torch":
+            torch.save({"state_dict": state}, path)
+        else:
+            safetensors.torch.save_file(state, path)
+        with pytest.raises(CheckpointError, match="found another network"):
+            open_source(path)
+
+    def test_truncated_needs_no_preset(self, prototype: Path, tmp_path: Path) -> None:
+        path = tmp_path / "model.pth.tar"
+        path.write_bytes(prototype.read_bytes()[:100_000])
+        with pytest.raises(CheckpointError, match="a damaged or foreign file"):
+            open_source(path)
+
+    def test_preset_that_contradicts(self, student: Path) -> None:
+        with pytest.raises(ArtifactError, match="as its spec says, found preset ferplus"):
+            open_source(student, "ferplus")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04nonsense", b"\x80\x02]q\x00."])
     @pytest.mark.parametrize("name", ["model.safetensors", "model.pth.tar", "model.bin"])
@@ -199,8 +224,12 @@ class TestOnnx:
     def test_foreign(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "model.onnx"
         path.write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"model\.onnx: expected an ONNX model"):
+        with pytest.raises(ArtifactError, match=r"model\.onnx: expected .*an ONNX"):
             open_source(path)
+
+    def test_preset_that_contradicts(self, exported: Path) -> None:
+        with pytest.raises(ArtifactError, match="as its spec says, found preset ferplus"):
+            open_source(exported / "efficientface-fp32-cpu.onnx", "ferplus")
 
     def test_somebody_elses(self, graph: onnx.ModelProto, tmp_path: Path) -> None:
         other = _copy(graph)
@@ -208,6 +237,42 @@ class TestOnnx:
         onnx.save(other, tmp_path / "other.onnx")
         with pytest.raises(ArtifactError, match="a ModelSpec in its metadata"):
             open_source(tmp_path / "other.onnx")
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = _png()
+FROM = "give the ONNX file or the checkpoint that the engine was made from"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found", "fix"),
+    [
+        ("model.onnx", b"", "an empty file", "copy it again, or give another file"),
+        ("model.safetensors", b"", "an empty file", "copy it again, or give another file"),
+        ("model.pth.tar", PNG, "a picture", "copy it again, or give another file"),
+        ("face.png", PNG, "a picture", "give a file that ends in .onnx, .safetensors"),
+        ("notes.txt", b"hello", "a text file", "give a file that ends in .onnx, .safetensors"),
+        ("model.h5", b"\x89HDF\0", "a file with suffix .h5", "give a file that ends in"),
+        ("model.rtx.engine", b"\xff\0\xff", "a TensorRT engine", FROM),
+        ("model.engine.json", b"{}", "the sidecar of an engine", FROM),
+        ("model.engine", b"", "an empty file", FROM),
+        ("folder/x.onnx", b"\xff\0\xff", "a folder", "check the path"),
+    ],
+)
+def test_wrong_kind_of_file(
+    tmp_path: Path, name: str, content: bytes, found: str, fix: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path / name.partition("/")[0]
+    message = f"{path.name}: expected a checkpoint or an ONNX file of ours, found {found}; {fix}"
+    with pytest.raises(ArtifactError, match=message):
+        open_source(path)
 
 
 def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -110,7 +110,14 @@ class TestVerification:
     def test_not_run(self) -> None:
         found = Verification(not_run="no GPU")
         assert found.status == "built, not verified here"
-        assert found.describe() == "built, not verified here (no GPU)"
+        assert found.reason == "no GPU"
+
+    @pytest.mark.parametrize("figure", ["difference", "KL", "agreement"])
+    def test_exceeds(self, figure: str) -> None:
+        found = Verification(problems=(f"{figure} 1 > 0",))
+        assert [name for name in ("difference", "KL", "agreement") if found.exceeds(name)] == [
+            figure
+        ]
 
 
 class TestTestSet:

@@ -294,8 +294,10 @@ def test_ldg_is_scored(architecture, face_set, tmp_path):
 
 
 def test_preset_that_contradicts_the_file(model_files, face_set, tmp_path):
-    for kind, error in (("torch", CheckpointError), ("onnx", ArtifactError)):
-        with pytest.raises(error, match=r"labels Neutral.*found preset ferplus.*leave the preset"):
+    for kind in ("torch", "onnx"):
+        with pytest.raises(
+            ArtifactError, match=r"labels Neutral.*found preset ferplus.*leave the preset"
+        ):
             run(model_files[kind], face_set, "--preset", "ferplus", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,144 @@
+"""The output folder: one export at a time, and everything in it whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from efficientface_deploy.command import interrupts_wait
+from efficientface_deploy.errors import ConfigError, ExportError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SCRATCH = ".efficientface-export"
+
+# What the system says when a file cannot be written for want of space.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFolder:
+    """A folder that one export works in; see :func:`open_folder`.
+
+    Attributes:
+        path: The folder.
+        scratch: A hidden folder in it. Files are made here, under their own names.
+    """
+
+    path: Path
+    scratch: Path
+
+    def publish(self) -> None:
+        """Move all files of ``scratch`` to their places, together; an interrupt waits for it.
+
+        A file's failed predecessor goes.
+        """
+        with interrupts_wait():
+            for file in sorted(self.scratch.iterdir()):
+                os.replace(file, self.path / file.name)
+                (self.path / failed_name(file.name)).unlink(missing_ok=True)
+
+
+def failed_name(name: str) -> str:
+    """``efficientface-int8-gpu.rtx.engine`` -> ``efficientface-int8-gpu.failed.rtx.engine``."""
+    return name.replace(".", ".failed.", 1)
+
+
+@contextlib.contextmanager
+def open_folder(path: Path) -> Iterator[OutputFolder]:
+    """Make a folder where it is missing, and keep other exports out of it.
+
+    Whatever ends the block, what was not published is gone afterwards, and so is the folder if it
+    was made here and is empty. What an export that was killed has left is cleared away first.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ConfigError: It cannot be made or written.
+        ExportError: Another export works in it, or the disk is full.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    scratch = path / SCRATCH
+    try:
+        with _writable(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            try:
+                with _writable(path):
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    scratch.mkdir()
+                yield OutputFolder(path, scratch)
+            finally:
+                with interrupts_wait():
+                    shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ExportError(
+            error.filename or path,
+            expected="space for what is written",
+            found=_words(error),
+            fix="free some on that disk, or choose another --out",
+        ) from None
+    finally:
+        with interrupts_wait(), contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees even when the process is killed.
+
+    The folder itself is locked, so that no file is needed. Where the system or the file system
+    has no such locks (Windows, some network shares), there is none.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExportError(
+                path,
+                expected="no other export at work in this folder",
+                found="one",
+                fix="wait for its end, or choose another --out",
+            ) from None
+        except OSError as error:
+            print(f"note: {path} cannot be locked ({_words(error)}); run one export at a time")
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Name the folder when the system refuses to write there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise ConfigError(
+            path,
+            expected="a folder that can be written",
+            found=_words(error),
+            fix="choose another --out",
+        ) from None
+
+
+def _words(error: OSError) -> str:
+    """``no space left on device``, and the like."""
+    return (error.strerror or type(error).__name__).lower()

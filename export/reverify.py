@@ -1,0 +1,90 @@
+"""One artifact verified later, perhaps elsewhere: an engine needs neither torch nor onnx for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import efficientface_deploy as ef
+from efficientface_deploy.artifact import read_sidecar
+from efficientface_deploy.errors import ArtifactError, ExportError
+from efficientface_deploy.spec import ModelSpec
+
+from .config import ExportConfig
+from .kinds import ENGINE_SUFFIX, ONNX_SUFFIX, describe_file
+from .packages import is_installed
+from .provenance import Provenance
+from .report import Row
+from .verify import load_test_set, read_reference, score_artifact, verify_artifact, wrong_outputs
+
+
+def verify_command(config: ExportConfig, path: Path) -> int:
+    """Verify one artifact by the reference outputs beside it; writes nothing.
+
+    Returns:
+        0.
+
+    Raises:
+        VerificationError: It computes something else.
+        EfficientFaceError: A file is unusable, or nothing here can run the artifact.
+    """
+    _require_artifact(path)
+    spec, record, arithmetic = _read(path)
+    provenance = Provenance(record, path)
+    weights = provenance.weights or {}
+    test_set, logits = read_reference(path.parent, spec, weights.get("sha256"))
+    verification = verify_artifact(path, logits, test_set, provenance.precision)
+    row = Row.of(path, path.parent, provenance, arithmetic, verification)
+    print(row.describe())
+    if verification.problems:
+        raise wrong_outputs([row.file], "export it again")
+    if verification.not_run:
+        raise ExportError(
+            path,
+            expected="a backend that can run it",
+            found=verification.not_run,
+            fix="verify it on the machine that it was built for",
+        )
+    if config.val is not None:
+        labelled = load_test_set(config.val, spec, config.preset)
+        scores = score_artifact(path, labelled)
+        print(
+            f"  [ok] {labelled.source}: accuracy {scores['accuracy']:.4f}, "
+            f"macro-F1 {scores['macro_f1']:.4f}"
+        )
+    return 0
+
+
+def _require_artifact(path: Path) -> None:
+    """Refuse what is neither an ONNX file nor an engine, by what it is."""
+    found = describe_file(path)
+    if found in ("an ONNX file", "a TensorRT engine"):
+        return
+    if not path.is_file():
+        fix = "check the path"
+    elif found == "a checkpoint":
+        fix = "export it first, and give the exported file"
+    elif path.name.endswith(ENGINE_SUFFIX + ".json"):
+        fix = f"give {path.stem}"
+    elif path.name.endswith((ONNX_SUFFIX, ENGINE_SUFFIX)):
+        fix = "copy it again, or export it again"
+    else:
+        fix = "give an exported file"
+    raise ArtifactError(path, expected="an ONNX file or an engine of ours", found=found, fix=fix)
+
+
+def _read(path: Path) -> tuple[ModelSpec, dict[str, Any], str]:
+    """Spec, provenance, and the precision as counted: empty where nothing here can count it."""
+    if path.suffix == ENGINE_SUFFIX:
+        spec, record = read_sidecar(path)
+        return spec, record, Provenance(record, path).arithmetic  # counted when it was built
+    if not is_installed("onnx"):
+        with ef.load(path) as predictor:
+            return predictor.spec, predictor.provenance, ""
+    from .graph import read_onnx
+    from .precision import require_precision
+
+    graph, spec, record = read_onnx(path)
+    provenance = Provenance(record, path)
+    counted = require_precision(graph, provenance.precision, provenance.excluded, path)
+    return spec, record, counted
