@@ -20,6 +20,7 @@ from .config import ExportConfig
 from .graph import write_onnx
 from .plan import Plan
 from .precision import quantise, require_fp16_range, require_precision, to_fp16
+from .progress import build_progress
 from .provenance import now, versions
 from .ranges import tensor_ranges
 from .report import Row
@@ -100,7 +101,11 @@ def make_engine(job: Job, parent: Path, precision: str) -> Row:
     )
     kind = cast(engines.Kind, plan.engine)
     with tempfile.TemporaryDirectory(dir=plan.out, prefix=".verifying-") as folder:
-        candidate = engines.write_engine(parent, Path(folder, path.name), kind, options)
+        candidate = Path(folder, path.name)
+        with build_progress(path.name) as progress:
+            engines.write_engine(
+                parent, candidate, kind, options, folder=plan.out, progress=progress
+            )
         spec, provenance = read_sidecar(candidate)
         verification = verify_artifact(candidate, job.logits, job.test_set, precision)
         provenance["verification"] = verification.as_dict()
