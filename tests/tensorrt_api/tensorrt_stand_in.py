@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib.machinery
 import inspect
 import json
 import re
@@ -68,6 +69,7 @@ class Library:
         self.caches: list[bytes] = []
         self.module: Any = types.ModuleType(record["module"])
         self.module.__version__ = record["version"]
+        self.module.__spec__ = importlib.machinery.ModuleSpec(record["module"], None)
         self._enums = {
             name: enum.Enum(name.rpartition(".")[2], members, type=_Index)
             for name, members in record["enums"].items()
@@ -82,7 +84,7 @@ class Library:
             kind, _, member = value.rpartition(".")
             setattr(self.module, name, self._enums[kind][member])
 
-    def new(self, name: str, **state: Any) -> Any:
+    def new(self, name: str, /, **state: Any) -> Any:
         """An object as the library makes it, whether its class has a constructor or not."""
         this = self._classes[name].__new__(self._classes[name])
         this._ = state
