@@ -226,7 +226,7 @@ def build_engine(
         folder: Where the builder's verbose log stays if it fails, as ``*.engine.log``, and where
             TensorRT keeps its timings of kernels for the next build (for RTX they are nothing);
             None keeps neither.
-        progress: Is told how far the build is.
+        progress: Is told how far the build is; it must not raise.
 
     Returns:
         The engine, in memory.
@@ -236,6 +236,7 @@ def build_engine(
         BackendError: The library is missing or too old, or there is no GPU where one is needed.
         ConfigError: A compute capability is unknown or not to be chosen.
         ExportError: The library does not parse or build the graph, or built another precision.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
     """
     onnx_path = Path(onnx_path)
     options = options or EngineOptions()
@@ -251,12 +252,14 @@ def build_engine(
 
     start = time.perf_counter()
     build = _Build(module, kind)
-    with build.log_kept(folder / f"{onnx_path.stem}{SUFFIXES[kind]}.log" if folder else None):
+    log = folder / f"{onnx_path.stem}{SUFFIXES[kind]}.log" if folder else None
+    monitor = _make_monitor(module, progress)
+    with build.log_kept(log), _interrupt_kept(monitor):
         build.parse(onnx_path)
-        build.configure(options, targets)
+        build.configure(options, targets, monitor)
         if timings:
             build.read_timings(timings)
-        plan = build.serialise(onnx_path, graph, progress)
+        plan = build.serialise(onnx_path, graph)
         if timings:
             build.write_timings(timings)
         seconds = time.perf_counter() - start
@@ -391,9 +394,10 @@ class _Build:
                 fix="export the ONNX file again with this version, or keep to --engine onnx",
             )
 
-    def configure(self, options: EngineOptions, targets: Sequence[Any]) -> None:
-        """Set verbosity, workspace, TF32, targets and the profile of the dynamic batch."""
+    def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
+        """Set monitor, verbosity, workspace, TF32, targets and the dynamic batch's profile."""
         config, module = self._config, self.module
+        config.progress_monitor = monitor
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         if options.workspace_mib is not None:
             config.set_memory_pool_limit(
@@ -432,18 +436,14 @@ class _Build:
             with atomic_path(path) as temporary:
                 temporary.write_bytes(bytes(cache.serialize()))
 
-    def serialise(self, path: Path, graph: onnx.ModelProto, progress: Progress | None) -> bytes:
+    def serialise(self, path: Path, graph: onnx.ModelProto) -> bytes:
         """Build; the plan's bytes.
 
         Raises:
             ExportError: The builder failed.
-            KeyboardInterrupt: Ctrl-C was pressed meanwhile.
         """
         before = len(self.logger.records)
-        monitor = _make_monitor(self.module, progress)
-        self._config.progress_monitor = monitor
-        with _interrupt_kept(monitor):
-            plan = self._builder.build_serialized_network(self._network, self._config)
+        plan = self._builder.build_serialized_network(self._network, self._config)
         if plan is None:
             self._flush_failure()
             raise ExportError(
@@ -544,8 +544,8 @@ def _interrupt_kept(monitor: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if monitor.stop:
-        raise KeyboardInterrupt
+        if monitor.stop:  # rather than the error of a build that was ended
+            raise KeyboardInterrupt
 
 
 def _builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
@@ -620,9 +620,10 @@ def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], p
     Raises:
         ExportError: The graph is for SM75 and not FP16.
     """
+    if kind != "trt-rtx" or "sm75" not in built_for:
+        return
     summary = summarise_precision(graph)
-    others = {*summary.convolutions, *summary.linear} - {"fp16"}
-    if kind == "trt-rtx" and "sm75" in built_for and others:
+    if {*summary.convolutions, *summary.linear} - {"fp16"}:
         raise ExportError(
             path,
             expected="an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
