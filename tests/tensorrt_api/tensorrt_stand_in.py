@@ -288,8 +288,8 @@ def _create_timing_cache(library: Library, this: Any, serialized_timing_cache: A
 
 @_does("IBuilderConfig.set_timing_cache")
 def _set_timing_cache(library: Library, this: Any, cache: Any, ignore_mismatch: bool) -> bool:
-    fits = cache._["data"] in (b"", _timing_cache(library))
-    if fits or ignore_mismatch:
+    fits = ignore_mismatch or cache._["data"] in (b"", _timing_cache(library))
+    if fits:
         this._["timing_cache"] = cache
     return fits
 
