@@ -224,8 +224,8 @@ def build_engine(
         kind: ``trt`` for the GPU in this machine, or ``trt-rtx``.
         options: Batch sizes, workspace, targets.
         folder: Where the builder's verbose log stays if it fails, as ``*.engine.log``, and where
-            TensorRT keeps its timings of kernels for the next build (for RTX they are nothing);
-            None keeps neither.
+            TensorRT keeps its timings of kernels for the next build (that for RTX has none); None
+            keeps neither.
         progress: Is told how far the build is; it must not raise.
 
     Returns:
