@@ -6,17 +6,27 @@ about precision. What it built is read back from its own log and compared with t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import re
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 
-from efficientface_deploy.artifact import atomic_path, file_hash, sidecar_path, write_sidecar
+from efficientface_deploy.artifact import (
+    atomic_path,
+    file_hash,
+    sidecar_path,
+    write_sidecar,
+    write_text,
+)
 from efficientface_deploy.backends.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt import (
     LIBRARIES,
@@ -33,11 +43,17 @@ from .precision import summarise_precision
 
 Kind = Literal["trt", "trt-rtx"]
 
+# Takes the phase that the builder is in, and the share of the whole build that is done, 0 to 1.
+Progress = Callable[[str, float], None]
+
 SUFFIXES: dict[str, str] = {"trt": ".engine", "trt-rtx": ".rtx.engine"}
 CURRENT = "current"
 
 # What TensorRT for RTX targets when nothing is asked of it: Ampere and everything newer.
 _RTX_DEFAULT = ("sm80+",)
+
+# A Jetson's GPU has no memory of its own: what the builder takes, the system lacks.
+_JETSON_WORKSPACE_MIB = 1024
 
 # Layers of the finished engine that launch nothing: shapes, and waiting between streams.
 _NO_KERNEL = frozenset({"shape_call", "signal", "wait", "NoOp", "Constant"})
@@ -66,7 +82,7 @@ class EngineOptions:
         opt_batch: Batch that kernels are chosen for. One by default: an edge application has a
             face or two in a picture, and waits for each.
         workspace_mib: Scratch memory that the builder may plan for; None lets it take what is
-            there.
+            there, but no more than 1 GiB on a Jetson.
         compute_capabilities: GPUs to build for, e.g. ``("sm86", "sm89")``, or ``("current",)``
             for the one that is here; for TensorRT for RTX alone, whose default is Ampere and
             newer.
@@ -136,6 +152,7 @@ class BuiltEngine:
         compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
         precisions: Number of convolutions per precision.
         build_seconds: Time from parsing to the serialised engine.
+        options: What it was built with.
     """
 
     plan: bytes = dataclasses.field(repr=False)
@@ -145,6 +162,7 @@ class BuiltEngine:
     compute_capabilities: tuple[str, ...]
     precisions: dict[str, int]
     build_seconds: float
+    options: EngineOptions
 
     @property
     def kernels(self) -> int:
@@ -185,15 +203,40 @@ def check_targets(kind: Kind, names: Sequence[str]) -> None:
     _targets(load_library(kind), kind, names)
 
 
+def default_workspace_mib(root: Path = Path("/")) -> int | None:
+    """Scratch memory that a build may plan for when nothing is said, in MiB; None: all there is.
+
+    Args:
+        root: Of the file system in which a Jetson is recognised by NVIDIA's release file or by
+            the name of the board.
+    """
+    model = root / "proc" / "device-tree" / "model"
+    jetson = (root / "etc" / "nv_tegra_release").is_file()
+    with contextlib.suppress(OSError):
+        jetson = jetson or b"Jetson" in model.read_bytes()
+    return _JETSON_WORKSPACE_MIB if jetson else None
+
+
 def build_engine(
-    onnx_path: str | Path, kind: Kind, options: EngineOptions | None = None
+    onnx_path: str | Path,
+    kind: Kind,
+    options: EngineOptions | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> BuiltEngine:
     """Build an engine from one of our ONNX files, and check that it has the graph's precision.
+
+    Ctrl-C ends the build at its next step.
 
     Args:
         onnx_path: ``*.onnx``, its batch dynamic.
         kind: ``trt`` for the GPU in this machine, or ``trt-rtx``.
         options: Batch sizes, workspace, targets.
+        folder: Where the builder's verbose log stays if it fails, as ``*.engine.log``, and where
+            TensorRT keeps its timings of kernels for the next build (that for RTX has none); None
+            keeps neither.
+        progress: Is told how far the build is; it must not raise.
 
     Returns:
         The engine, in memory.
@@ -203,30 +246,44 @@ def build_engine(
         BackendError: The library is missing or too old, or there is no GPU where one is needed.
         ConfigError: A compute capability is unknown or not to be chosen.
         ExportError: The library does not parse or build the graph, or built another precision.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
     """
     onnx_path = Path(onnx_path)
     options = options or EngineOptions()
+    if options.workspace_mib is None and kind == "trt":
+        options = dataclasses.replace(options, workspace_mib=default_workspace_mib())
     graph, _, _ = read_onnx(onnx_path)
     module = load_library(kind)
     targets = _targets(module, kind, options.compute_capabilities)
     built_for = _built_for(kind, options.compute_capabilities)
+    _check_batch(graph, onnx_path)
+    _check_turing(graph, kind, built_for, onnx_path)
+    timings = folder / f"tensorrt-{built_for[0]}.timings" if folder and kind == "trt" else None
 
     start = time.perf_counter()
     build = _Build(module, kind)
-    build.parse(onnx_path)
-    build.configure(onnx_path, options, targets)
-    plan = build.serialise(onnx_path)
-    seconds = time.perf_counter() - start
-
-    layers = parse_layers([message for _, message in build.logger.records], tf32=options.tf32)
+    log = folder / f"{onnx_path.stem}{SUFFIXES[kind]}.log" if folder else None
+    monitor = _make_monitor(module, progress)
+    with build.log_kept(log), _interrupt_kept(monitor):
+        build.parse(onnx_path)
+        build.configure(options, targets, monitor)
+        if timings:
+            build.read_timings(timings)
+        plan = build.serialise(onnx_path, graph)
+        if timings:
+            build.write_timings(timings)
+        seconds = time.perf_counter() - start
+        layers = parse_layers([text for _, text in build.logger.records], tf32=options.tf32)
+        precisions = _check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32)
     return BuiltEngine(
         plan=plan,
         layers=layers,
         library=module.__name__,
         version=version_of(module),
         compute_capabilities=built_for,
-        precisions=_check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32),
+        precisions=precisions,
         build_seconds=round(seconds, 2),
+        options=options,
     )
 
 
@@ -237,8 +294,11 @@ def write_engine(
     options: EngineOptions | None = None,
     overwrite: bool = False,
     extra_provenance: Mapping[str, Any] | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Build an engine and write it with its sidecar; on any failure nothing is left or changed.
+    """Build an engine and write it with its sidecar; a failure leaves both as they were.
 
     Args:
         onnx_path: ``*.onnx``.
@@ -247,6 +307,8 @@ def write_engine(
         options: See :class:`EngineOptions`.
         overwrite: Replace files that are there.
         extra_provenance: Goes into the sidecar beside the ONNX file's own provenance.
+        folder: See :func:`build_engine`; that of ``out_path`` by default.
+        progress: See :func:`build_engine`.
 
     Returns:
         ``out_path``.
@@ -256,14 +318,14 @@ def write_engine(
             another ending.
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
-    options = options or EngineOptions()
     _check_target(out_path, kind, overwrite)
     _, spec, provenance = read_onnx(onnx_path)
-    engine = build_engine(onnx_path, kind, options)
+    folder = folder or out_path.parent
+    engine = build_engine(onnx_path, kind, options, folder=folder, progress=progress)
     with atomic_path(out_path) as temporary:
         temporary.write_bytes(engine.plan)
         precision = str(provenance.get("precision", "fp32"))
-        record = _record(engine, onnx_path, kind, precision, options, file_hash(temporary))
+        record = _record(engine, onnx_path, kind, precision, file_hash(temporary))
         content = {**provenance, **(extra_provenance or {}), "engine": record}
         # Before the engine takes its name: a pair of different builds is refused by its hash.
         write_sidecar(out_path, spec, content)
@@ -342,13 +404,10 @@ class _Build:
                 fix="export the ONNX file again with this version, or keep to --engine onnx",
             )
 
-    def configure(self, path: Path, options: EngineOptions, targets: Sequence[Any]) -> None:
-        """Set verbosity, workspace, TF32, targets and the profile of the dynamic batch.
-
-        Raises:
-            ExportError: The graph's batch is not dynamic.
-        """
+    def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
+        """Set monitor, verbosity, workspace, TF32, targets and the dynamic batch's profile."""
         config, module = self._config, self.module
+        config.progress_monitor = monitor
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         if options.workspace_mib is not None:
             config.set_memory_pool_limit(
@@ -362,39 +421,72 @@ class _Build:
                 config.set_compute_capability(target, index)
 
         image = self._network.get_input(0)
-        batch, *item = tuple(image.shape)  # (-1, S, S, 3)
+        item = tuple(image.shape)[1:]  # (S, S, 3)
         profile = self._builder.create_optimization_profile()
         sizes = (1, options.opt_batch, options.max_batch)
-        if batch == -1:
-            profile.set_shape(image.name, *((size, *item) for size in sizes))
-        if batch != -1 or config.add_optimization_profile(profile) < 0:
-            raise ExportError(
-                path,
-                expected="an input whose batch, and nothing else, is dynamic",
-                found=f"{image.name} of shape {(batch, *item)}",
-                fix="export the ONNX file again with efficientface-export",
-            )
+        profile.set_shape(image.name, *((size, *item) for size in sizes))
+        config.add_optimization_profile(profile)
 
-    def serialise(self, path: Path) -> bytes:
+    def read_timings(self, path: Path) -> None:
+        """Take an earlier build's timings, if there are any that this library takes.
+
+        Those of another release, of another GPU, or of a damaged file are not an error: kernels
+        are then timed anew.
+        """
+        stored = path.read_bytes() if path.is_file() else b""
+        for content in (stored, b""):
+            cache = self._config.create_timing_cache(content)
+            if cache is not None and self._config.set_timing_cache(cache, False):
+                return
+
+    def write_timings(self, path: Path) -> None:
+        """Keep what this build timed, and what it knew before."""
+        cache = self._config.get_timing_cache()
+        if cache is not None:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(bytes(cache.serialize()))
+
+    def serialise(self, path: Path, graph: onnx.ModelProto) -> bytes:
         """Build; the plan's bytes.
 
         Raises:
             ExportError: The builder failed.
         """
+        before = len(self.logger.records)
         plan = self._builder.build_serialized_network(self._network, self._config)
         if plan is None:
-            reason = self.logger.first_error() or "no reason given"
             self._flush_failure()
-            turing = "Turing" in reason
             raise ExportError(
                 path,
                 expected=f"a graph that {self.module.__name__} {version_of(self.module)} builds",
-                found=reason,
-                fix="build for sm75 with --precision fp16, or leave sm75 out"
-                if turing
-                else "try another --precision or --workspace, or keep to --engine onnx",
+                found=_builder_reason(self.logger.records[before:], graph),
+                fix="try another --precision or --workspace, or keep to --engine onnx",
             )
         return bytes(plan)
+
+    @contextlib.contextmanager
+    def log_kept(self, path: Path | None) -> Iterator[None]:
+        """Leave the verbose log at ``path`` if an export error ends the block, and name it there.
+
+        A block that succeeds removes the log of an earlier failure.
+        """
+        try:
+            yield
+        except ExportError as error:
+            if path is None:
+                raise
+            lines = (
+                f"{logging.getLevelName(level)}: {text}" for level, text in self.logger.records
+            )
+            write_text(path, "\n".join(lines) + "\n")
+            raise ExportError(
+                error.subject,
+                expected=error.expected,
+                found=error.found,
+                fix=f"{error.fix}; the builder's log is {path}",
+            ) from None
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def _flush_failure(self) -> None:
         """Build something of no use, so that the next real build is what it would have been.
@@ -409,6 +501,77 @@ class _Build:
         data = other._network.add_input("data", self.module.DataType.FLOAT, (1,))
         other._network.mark_output(other._network.add_identity(data).get_output(0))
         other._builder.build_serialized_network(other._network, other._config)
+
+
+def _make_monitor(module: Any, progress: Progress | None) -> Any:
+    """An ``IProgressMonitor`` that tells ``progress``, and ends the build when ``stop`` is set."""
+    base: Any = module.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.stop = False
+            self._phases: dict[str, tuple[int, int]] = {}  # those that run: done, of how many
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = (0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            _, steps = self._phases.get(phase_name, (0, step + 1))
+            self._phases[phase_name] = (step + 1, steps)
+            if progress is not None:
+                progress(phase_name, self._share())
+            return not self.stop
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _share(self) -> float:
+            share = 0.0
+            for done, steps in reversed(self._phases.values()):  # a phase is a step of the last
+                share = min((done + share) / max(steps, 1), 1.0)
+            return share
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def _interrupt_kept(monitor: Any) -> Iterator[None]:
+    """Keep Ctrl-C for the end of the block, and ask the builder to come to it.
+
+    The interpreter would raise it in whatever callback the library makes next, and an exception
+    that passes through the library ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        monitor.stop = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if monitor.stop:  # rather than the error of a build that was ended
+            raise KeyboardInterrupt
+
+
+def _builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
+    """The first error of a build, after the ONNX node that it or another error speaks of."""
+    errors = [text for level, text in records if level == logging.ERROR]
+    causes = [text for text in errors if not is_echo(text)] or errors
+    if not causes:
+        return "no reason given"
+    reason = " ".join(causes[0].split())[:300]
+    operators = {node.name: node.op_type for node in graph.graph.node if node.name}
+    for text in causes:
+        named = [name for name in operators if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        if named:
+            first = min(named, key=lambda name: (text.find(name), -len(name)))
+            return f"{operators[first]} node {first}: {reason}"
+    return reason
 
 
 def _parser_reason(error: Any) -> str:
@@ -441,6 +604,43 @@ def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
     if kind == "trt" or CURRENT in names:
         return (open_cuda().compute_capability(),)
     return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
+
+
+def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
+    """Refuse a graph whose batch, or anything but the batch, does not fit a profile.
+
+    Raises:
+        ExportError: The batch is fixed, or another dimension is not.
+    """
+    image = graph.graph.input[0]
+    dims = image.type.tensor_type.shape.dim
+    shape = [dim.dim_value or dim.dim_param or "?" for dim in dims]
+    if [isinstance(size, int) for size in shape] != [False, True, True, True]:
+        raise ExportError(
+            path,
+            expected="an input whose batch, and nothing else, is dynamic",
+            found=f"{image.name} of shape ({', '.join(map(str, shape))})",
+            fix="export the ONNX file again with efficientface-export",
+        )
+
+
+def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], path: Path) -> None:
+    """Say what TensorRT for RTX cannot do on Turing before it tries: all but FP16 (seen with 1.7).
+
+    Raises:
+        ExportError: The graph is for SM75 and not FP16.
+    """
+    if kind != "trt-rtx" or "sm75" not in built_for:
+        return
+    summary = summarise_precision(graph)
+    if {*summary.convolutions, *summary.linear} - {"fp16"}:
+        raise ExportError(
+            path,
+            expected="an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
+            "products and emulates INT8",
+            found=str(summary),
+            fix="build for sm75 with --precision fp16, or leave sm75 out",
+        )
 
 
 def _check_precisions(
@@ -494,10 +694,10 @@ def _record(
     parent: Path,
     kind: str,
     precision: str,
-    options: EngineOptions,
     sha256: str,
 ) -> dict[str, Any]:
     """What the sidecar says of the engine."""
+    options = engine.options
     rebuild = rebuild_command(
         kind,
         Path(parent.name),

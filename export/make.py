@@ -22,6 +22,7 @@ from .folder import OutputFolder, failed_name
 from .graph import read_onnx, write_onnx
 from .plan import Plan, request
 from .precision import quantise, require_fp16_range, require_precision, to_fp16
+from .progress import build_progress
 from .provenance import Provenance, now
 from .ranges import tensor_ranges
 from .report import Row
@@ -115,8 +116,8 @@ def make_engine(job: Job, parent: Path, precision: str) -> Row:
     kind = cast(engines.Kind, job.plan.engine)
     path = scratch / job.plan.engine_path(precision).name
     # The builder tells its log to Python, and swallows an interrupt that is raised there.
-    with interrupts_wait():
-        engines.write_engine(parent, path, kind, options)
+    with interrupts_wait(), build_progress(path.name) as progress:
+        engines.write_engine(parent, path, kind, options, folder=job.plan.out, progress=progress)
     spec, record = read_sidecar(path)
     verification = verify_artifact(path, job.logits, job.test_set, precision)
     record["verification"] = verification.as_dict()

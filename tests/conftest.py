@@ -21,10 +21,13 @@ import numpy as np
 import pytest
 
 from efficientface_deploy import Predictor, load
-from efficientface_deploy.backends import missing_reason
+from efficientface_deploy.backends import cuda, missing_reason
 from efficientface_deploy.spec import ModelSpec, preset
 
 if TYPE_CHECKING:
+    from fake_cuda import FakeCuda
+    from tensorrt_stand_in import Library
+
     from efficientface_deploy.models import EfficientFace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +171,28 @@ def predictor(backend: str, model_files: dict[str, Path]) -> Iterator[Predictor]
     """The same network, loaded by each backend in turn."""
     with load(model_files[backend]) as predictor:
         yield predictor
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A GPU of host memory in the place of CUDA."""
+    from fake_cuda import FakeCuda
+
+    fake = FakeCuda()
+    monkeypatch.setattr(cuda, "CudaPython", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def library(
+    request: pytest.FixtureRequest, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> Library:
+    """A stand-in for ``tensorrt``, of the release that the test asks for, else of 10.3."""
+    from tensorrt_stand_in import Library, read_record
+
+    fake = Library(read_record(f"tensorrt-{getattr(request, 'param', '10.3')}"), fake_cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake.module)
+    return fake
 
 
 @pytest.fixture

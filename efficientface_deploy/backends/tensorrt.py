@@ -58,7 +58,7 @@ LIBRARIES = {
         "trt",
         "tensorrt",
         "TensorRT",
-        "pip install 'efficientface-deploy[trt]' (on Jetson: the tensorrt package of JetPack 6)",
+        "pip install 'efficientface-deploy[trt]' (on Jetson: that of JetPack 6.1 or later)",
     ),
     "trt-rtx": Library(
         "trt-rtx",

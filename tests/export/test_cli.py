@@ -23,6 +23,7 @@ from efficientface_export import trace as trace_module
 from efficientface_export.cli import main
 from efficientface_export.folder import open_folder
 from efficientface_export.graph import read_onnx, write_onnx
+from tensorrt_stand_in import Library
 
 from efficientface_deploy import load
 from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path, write_sidecar
@@ -522,6 +523,37 @@ class TestInterrupted:
         code, _, _ = exit_code(*command, "--out", artifacts, "--overwrite")
         assert code == 130
         assert {path.name: path.read_bytes() for path in artifacts.iterdir()} == before
+
+
+@pytest.mark.parametrize("library", ["11.4"], indirect=True)
+class TestTensorRT:
+    """On a device with TensorRT, by its recorded API; the engine computes in ONNX Runtime."""
+
+    def test_engine_is_verified(
+        self, library: Library, artifacts: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        out = tmp_path / "out"
+        code, output, _ = exit_code("--engine", "trt", "--weights", artifacts / FP16, "--out", out)
+        assert code == 0
+        engine = out / "efficientface-fp16-cpu.engine"
+        assert f"[ok] {engine.name}: " in output
+        assert read_sidecar(engine)[1]["verification"]["status"] == "verified"
+        assert "tensorrt-sm86.timings" in names(out), "for the next build, not for the bin"
+        assert not list(out.glob("*.log"))
+
+    def test_failed_build_leaves_its_log(
+        self, library: Library, artifacts: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        library.failing["Builder.build_serialized_network"] = ["out of luck"]
+        out = tmp_path / "out"
+        code, _, error = exit_code("--engine", "trt", "--weights", artifacts / FP16, "--out", out)
+        assert code == 2
+        (log,) = out.glob("*.log")
+        assert "found out of luck; " in error and one_line(error).endswith(f"log is {log}\n")
+        assert log.read_text() == "ERROR: out of luck\n"
+        assert log.name == "efficientface-fp16-cpu.engine.log"
+        left = names(out) - {log.name}
+        assert not [name for name in left if name.startswith(".") or ".engine" in name]
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ from efficientface_export.engine import (
     Layer,
     available,
     build_engine,
+    default_workspace_mib,
     parse_layers,
     write_engine,
 )
 from efficientface_export.graph import read_onnx, write_onnx
 from efficientface_export.precision import to_fp16
 from onnx import TensorProto, helper, numpy_helper
+from tensorrt_stand_in import VERSIONS, Library
 
 from efficientface_deploy import load
 from efficientface_deploy.artifact import (
@@ -52,8 +57,10 @@ SM89 = EngineOptions(max_batch=8, compute_capabilities=("sm89",))
 
 def make_graph(spec: ModelSpec, precision: str = "fp32", batch: int | str = "N") -> Any:
     """Three convolutions between the picture and the logits, as our exporter lays a graph out."""
-    kind = TensorProto.FLOAT if precision != "fp16" else TensorProto.FLOAT16
-    dtype = np.float32 if precision != "fp16" else np.float16
+    kind = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}.get(
+        precision, TensorProto.FLOAT
+    )
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
     random = np.random.default_rng(0)
     scale, offset = normalisation(spec)
     weights = {
@@ -178,12 +185,18 @@ def test_several_targets_and_a_workspace(
     assert engine.precisions == {"fp16": 3}
 
 
-def test_int8_that_turing_only_emulates_is_an_error(
-    rtx: types.ModuleType, onnx_file: Callable[..., Path]
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_turing_is_explained_before_the_build(
+    rtx: types.ModuleType,
+    onnx_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
 ) -> None:
-    """Asked for INT8, the compiler builds FP32 or FP16 convolutions for SM75, and does not say."""
-    with pytest.raises(ExportError, match=r"3 int8 convolutions, as in the graph, found 3 fp"):
-        build_engine(onnx_file("int8"), "trt-rtx", EngineOptions(compute_capabilities=("sm75",)))
+    """Of these the compiler fails on the first two, and silently builds FP16 from the third."""
+    monkeypatch.setattr(engine_module, "_Build", lambda *_: pytest.fail("the build began"))
+    path, both = onnx_file(precision), EngineOptions(compute_capabilities=("sm86", "sm75"))
+    with pytest.raises(ExportError, match=rf"an FP16 graph for sm75.*found 3 {precision} conv"):
+        build_engine(path, "trt-rtx", both)
 
 
 def test_graph_that_the_parser_refuses(
@@ -222,18 +235,38 @@ def gemm_file(tmp_path: Path, spec: ModelSpec) -> Path:
     flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
     flatten.output[0] = "before"
     index = list(model.graph.node).index(flatten) + 1
-    model.graph.node.insert(index, helper.make_node("Gemm", ["before", "fc"], ["flat"]))
+    model.graph.node.insert(
+        index, helper.make_node("Gemm", ["before", "fc"], ["flat"], "classifier")
+    )
     return save(model, tmp_path / "gemm.onnx", spec)
 
 
-def test_fp32_matrix_product_on_turing(rtx: types.ModuleType, gemm_file: Path) -> None:
+@pytest.fixture
+def turing_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler fail where the exporter would not have asked it."""
+    monkeypatch.setattr(engine_module, "_check_turing", lambda *_: None)
+
+
+def test_failure_of_the_compiler_names_the_node_and_keeps_the_log(
+    rtx: types.ModuleType, gemm_file: Path, tmp_path: Path, turing_unchecked: None
+) -> None:
+    folder = tmp_path / "out"
     options = EngineOptions(compute_capabilities=("sm75",))
-    with pytest.raises(ExportError, match=r"SM75.*--precision fp16, or leave sm75 out"):
-        build_engine(gemm_file, "trt-rtx", options)
+    with pytest.raises(ExportError, match=r"found Gemm node classifier: .*SM75") as caught:
+        write_engine(gemm_file, folder / "gemm.rtx.engine", "trt-rtx", options)
+    log = folder / "gemm.rtx.engine.log"
+    assert str(caught.value).endswith(f"the builder's log is {log}")
+    assert files_in(folder) == {log.name}
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("ERROR: ") and "FP32 GEMM" in line for line in lines)
+    assert sum(line.startswith("DEBUG: ") for line in lines) > 50, "the verbose log"
+
+    write_engine(gemm_file, folder / "gemm.rtx.engine", "trt-rtx", SM89)
+    assert not log.exists(), "a build that succeeds takes back the log of an earlier failure"
 
 
 def test_failed_build_does_not_change_the_next(
-    rtx: types.ModuleType, model_files: dict[str, Path], tmp_path: Path
+    rtx: types.ModuleType, model_files: dict[str, Path], tmp_path: Path, turing_unchecked: None
 ) -> None:
     """Left alone, the compiler builds the next engine for SM75, whatever was asked."""
     fp32, fp16 = model_files["onnx"], tmp_path / "fp16.onnx"
@@ -247,8 +280,36 @@ def test_failed_build_does_not_change_the_next(
     assert after.precisions == before.precisions
 
 
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        (["No room for node_conv2d_2 + node_relu"], "Conv node node_conv2d_2: No room for"),
+        (["node_conv2d_21 failed"], "node_conv2d_21 failed"),
+        (["Out of memory\nat x.cpp", "in {ForeignNode[fc]}"], "Gemm node fc: Out of memory at x"),
+        (["[catchCudaError] no GPU", "stage/0/conv broke"], "Conv node stage/0/conv: stage/0"),
+        (["[catchCudaError] no GPU"], "[catchCudaError] no GPU"),
+        ([], "no reason given"),
+    ],
+)
+def test_first_error_and_its_node(errors: list[str], expected: str) -> None:
+    nodes = [
+        helper.make_node(operator, ["x"], ["y"], name)
+        for operator, name in (
+            ("Conv", "node_conv2d_2"),
+            ("Conv", "node_conv2d"),
+            ("Conv", "stage/0/conv"),
+            ("Conv", "conv"),
+            ("Gemm", "fc"),
+            ("Relu", ""),
+        )
+    ]
+    graph = helper.make_model(helper.make_graph(nodes, "test", [], []))
+    records = [(logging.WARNING, "fc is slow"), *((logging.ERROR, text) for text in errors)]
+    assert engine_module._builder_reason(records, graph).startswith(expected)
+
+
 def test_fixed_batch_is_refused(rtx: types.ModuleType, onnx_file: Callable[..., Path]) -> None:
-    with pytest.raises(ExportError, match=r"batch.* dynamic.*\(1, 64, 64, 3\)"):
+    with pytest.raises(ExportError, match=r"batch.* dynamic.*image of shape \(1, 64, 64, 3\)"):
         build_engine(onnx_file(batch=1), "trt-rtx", SM89)
 
 
@@ -458,6 +519,154 @@ def test_failed_build_leaves_everything_as_it_was(
     with pytest.raises(ExportError):
         write_engine(onnx_file(batch=1), path, "trt-rtx", SM89, overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.glob("*")} == before
+
+
+# --- TensorRT 10 and 11, by their recorded API ---------------------------------------------------
+
+every_release = pytest.mark.parametrize("library", VERSIONS, indirect=True)
+
+
+@every_release
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_engine_is_built_and_run_from_start_to_end(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    parent, path = onnx_file(precision), tmp_path / "out" / "model.engine"
+    write_engine(parent, path, "trt", EngineOptions(max_batch=4, opt_batch=2, workspace_mib=64))
+    assert library.limits == [64 << 20]
+    assert files_in(path.parent) == {path.name, sidecar_path(path).name, "tensorrt-sm86.timings"}
+    record = read_sidecar(path)[1]["engine"]
+    assert (record["library"], record["version"]) == ("tensorrt", library.module.__version__)
+    assert (record["precisions"], record["compute_capabilities"]) == ({precision: 3}, ["sm86"])
+
+    images = np.random.default_rng(1).integers(0, 256, (11, SIDE, SIDE, 3), dtype=np.uint8)
+    with load(path) as engine, load(parent, backend="onnx:cpu") as reference:
+        logits, probabilities = engine.infer(images)
+        expected_logits, expected = reference.infer(images)
+    assert library.batches == [4, 4, 3]
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-3)
+
+
+@every_release
+def test_timings_serve_the_next_build(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    timings = tmp_path / "tensorrt-sm86.timings"
+    for _ in range(2):
+        build_engine(onnx_file(), "trt", folder=tmp_path)
+    kept = timings.read_bytes()
+    assert library.caches == [b"", kept]
+    for content in (kept.replace(b"stand-in 1", b"stand-in 9"), b"damaged"):
+        library.caches.clear()
+        timings.write_bytes(content)
+        build_engine(onnx_file(), "trt", folder=tmp_path)
+        assert library.caches == [content, b""], "those of another release are none"
+        assert timings.read_bytes() == kept
+
+
+def test_build_without_a_folder_keeps_nothing(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    parent = onnx_file()
+    before = files_in(tmp_path)
+    build_engine(parent, "trt")
+    library.failing["Builder.build_serialized_network"] = ["out of luck"]
+    with pytest.raises(ExportError, match="out of luck"):
+        build_engine(parent, "trt")
+    assert files_in(tmp_path) == before
+    assert library.caches == []
+
+
+@every_release
+def test_parser_error_names_the_node(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    library.parser_errors = [("Assertion failed\nfor two lines", "Conv", "y2"), ("more", "", "")]
+    said = "found Conv y2 node: Assertion failed for two lines; .* log is .*model-fp32.engine.log$"
+    with pytest.raises(ExportError, match=said):
+        build_engine(onnx_file(), "trt", folder=tmp_path)
+
+
+@every_release
+def test_builder_error_names_the_node(library: Library, onnx_file: Callable[..., Path]) -> None:
+    library.failing["Builder.build_serialized_network"] = [
+        "Error Code 10: Could not find any implementation for node w2 + y2.",
+        "Error Code 2: y3 could not either",
+    ]
+    with pytest.raises(ExportError, match="builds, found Conv node y2: Error Code 10: Could"):
+        build_engine(onnx_file(), "trt")
+
+
+@every_release
+def test_progress_grows_with_the_phases(library: Library, onnx_file: Callable[..., Path]) -> None:
+    told: list[tuple[str, float]] = []
+    build_engine(onnx_file(), "trt", progress=lambda phase, share: told.append((phase, share)))
+    assert told == [("Timing tactics", 0.25), ("Building engine", 0.5)]
+
+
+def interrupt(phase: str, share: float) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupt_ends_the_build(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    path = tmp_path / "out" / "model.engine"
+    with pytest.raises(KeyboardInterrupt):
+        write_engine(onnx_file(), path, "trt", progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not path.parent.exists()
+
+
+def test_interrupt_ends_the_build_of_the_real_compiler(
+    rtx: types.ModuleType, onnx_file: Callable[..., Path]
+) -> None:
+    told: list[float] = []
+    build_engine(onnx_file(), "trt-rtx", SM89, progress=lambda phase, share: told.append(share))
+    assert len(told) > 10
+    assert told[0] < 0.5 < told[-1] <= 1
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx_file(), "trt-rtx", SM89, progress=interrupt)
+
+
+def test_build_in_another_thread(library: Library, onnx_file: Callable[..., Path]) -> None:
+    """Signals belong to the main thread; a build does not."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(build_engine, onnx_file(), "trt").result().precisions == {"fp32": 3}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("etc/nv_tegra_release", b"# R36 (release), REVISION: 4.3", 1024),
+        ("proc/device-tree/model", b"NVIDIA Jetson Orin Nano Developer Kit\0", 1024),
+        ("proc/device-tree/model", b"Raspberry Pi 5 Model B\0", None),
+        ("etc/os-release", b"Ubuntu", None),
+    ],
+)
+def test_default_workspace(tmp_path: Path, file: str, content: bytes, expected: int | None) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert default_workspace_mib(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 1024), (512, 512)])
+def test_workspace_on_a_jetson(
+    library: Library,
+    onnx_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int | None,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(engine_module, "default_workspace_mib", lambda: 1024)
+    path = tmp_path / "model.engine"
+    write_engine(onnx_file(), path, "trt", EngineOptions(workspace_mib=asked))
+    assert library.limits == [expected << 20]
+    assert read_sidecar(path)[1]["engine"]["workspace_mib"] == expected
 
 
 # --- where it cannot be done ---------------------------------------------------------------------

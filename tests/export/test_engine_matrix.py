@@ -1,0 +1,84 @@
+"""What TensorRT for RTX builds of our network: precision x GPU x graph, by the real compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from efficientface_export.deploy_graph import PROFILES, deploy_graph
+from efficientface_export.engine import EngineOptions, build_engine
+from efficientface_export.graph import read_onnx, write_onnx
+from efficientface_export.precision import quantise, to_fp16
+from safetensors.numpy import load_file
+
+from efficientface_deploy.errors import ExportError
+from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+
+REFUSED = 0  # before the build: FP16 is all that there is on Turing
+
+# Kernels of one inference, at most; the bundled weights at 96 pixels, TensorRT for RTX 1.7.1.
+KERNELS = {
+    ("plain", "fp32"): {"sm75": REFUSED, "sm86": 100, "sm89": 100, "sm120": 100},
+    ("plain", "fp16"): {"sm75": 140, "sm86": 104, "sm89": 104, "sm120": 104},
+    ("plain", "int8"): {"sm75": REFUSED, "sm86": 146, "sm89": 146, "sm120": 146},
+    ("deploy", "fp32"): {"sm75": REFUSED, "sm86": 82, "sm89": 82, "sm120": 82},
+    ("deploy", "fp16"): {"sm75": 114, "sm86": 80, "sm89": 80, "sm120": 80},
+    ("deploy", "int8"): {"sm75": REFUSED, "sm86": 125, "sm89": 125, "sm120": 125},
+}
+QUICK = {("plain", "fp32", "sm89"), ("deploy", "fp16", "sm89")}
+
+CASES = [
+    pytest.param(
+        *case,
+        gpu,
+        kernels,
+        id="-".join((*case, gpu)),
+        marks=() if kernels == REFUSED or (*case, gpu) in QUICK else pytest.mark.slow,
+    )
+    for case, outcomes in KERNELS.items()
+    for gpu, kernels in outcomes.items()
+]
+
+
+@pytest.fixture(scope="module")
+def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The bundled network for a GPU, by layout and precision; each is made once."""
+    folder = tmp_path_factory.mktemp("graphs")
+    plain, spec, _ = read_onnx(BUNDLED_ONNX)
+    side = spec.input_size
+    images = np.random.default_rng(0).integers(0, 256, (8, side, side, 3), dtype=np.uint8)
+
+    def convert(layout: str, precision: str) -> onnx.ModelProto:
+        graph = plain
+        if layout == "deploy":
+            graph = deploy_graph(load_file(BUNDLED_WEIGHTS), spec, PROFILES["gpu"])
+        if precision == "int8":
+            graph = quantise(graph, images)
+        return graph if precision == "fp32" else to_fp16(graph)
+
+    def make(layout: str, precision: str) -> Path:
+        path = folder / f"{layout}-{precision}.onnx"
+        if not path.exists():
+            write_onnx(convert(layout, precision), path, spec, {"precision": precision})
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("layout", "precision", "gpu", "kernels"), CASES)
+def test_outcome(
+    graph_file: Callable[[str, str], Path], layout: str, precision: str, gpu: str, kernels: int
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx", exc_type=ImportError)
+    path, options = graph_file(layout, precision), EngineOptions(compute_capabilities=(gpu,))
+    if kernels == REFUSED:
+        with pytest.raises(ExportError, match="an FP16 graph for sm75"):
+            build_engine(path, "trt-rtx", options)
+        return
+    engine = build_engine(path, "trt-rtx", options)
+    assert engine.precisions.keys() == {precision}
+    assert kernels / 2 < engine.kernels <= kernels
+    assert engine.size < 13e6

@@ -1,0 +1,491 @@
+"""Stand-ins for TensorRT, made from the recorded lists of what each release's module has.
+
+A stand-in has the classes, methods, properties, enum members and constants of its list and nothing
+else, so that Python itself refuses every other name; each call is held against the recorded
+signatures, overload by overload. What the calls do is scripted below, and only for what building an
+engine from an ONNX file and running it take: a call that is in the list but not scripted fails the
+test. An "engine" is the ONNX file behind a line of JSON; ONNX Runtime computes what it computes.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib.machinery
+import inspect
+import json
+import re
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from fake_cuda import FakeCuda
+
+FOLDER = Path(__file__).parent
+VERSIONS = ("10.3", "10.16", "11.4")
+
+_MAGIC = b"stand-in "
+_NUMPY_TYPES = {"FLOAT": np.float32, "UINT8": np.uint8}
+
+# What a scripted call does with the library, the object, and the call's arguments.
+_SCRIPT: dict[str, Callable[..., Any]] = {}
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """The list that ``tensorrt_record.py`` wrote, e.g. ``tensorrt-10.3``."""
+    record: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+class Library:
+    """A stand-in, and what a test may set or read.
+
+    Args:
+        record: As :func:`read_record` returns it.
+        cuda: Where its engines' tensors lie.
+
+    Attributes:
+        module: The stand-in; it has the names of the list alone.
+        failing: Calls that fail as the library's do, e.g. ``Builder.build_serialized_network``,
+            and the errors that they log.
+        parser_errors: What the parser finds: (description, operator, name of the node).
+        batches: The batch of every inference.
+        limits: Workspaces that were set, in bytes.
+        caches: What timing caches were made from.
+    """
+
+    def __init__(self, record: dict[str, Any], cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.failing: dict[str, Sequence[str]] = {}
+        self.parser_errors: list[tuple[str, str, str]] = []
+        self.batches: list[int] = []
+        self.limits: list[int] = []
+        self.caches: list[bytes] = []
+        self.module: Any = types.ModuleType(record["module"])
+        self.module.__version__ = record["version"]
+        self.module.__spec__ = importlib.machinery.ModuleSpec(record["module"], None)
+        self._enums = {
+            name: enum.Enum(name.rpartition(".")[2], members, type=_Index)
+            for name, members in record["enums"].items()
+        }
+        self._classes: dict[str, type] = {}
+        for name, content in record["classes"].items():
+            self._make_class(name, content, record["classes"])
+        for name, value in (self._enums | self._classes).items():
+            if "." not in name:
+                setattr(self.module, name, value)
+        for name, value in record["constants"].items():
+            kind, _, member = value.rpartition(".")
+            setattr(self.module, name, self._enums[kind][member])
+
+    def new(self, name: str, /, **state: Any) -> Any:
+        """An object as the library makes it, whether its class has a constructor or not."""
+        this = self._classes[name].__new__(self._classes[name])
+        this._ = state
+        return this
+
+    def _make_class(self, name: str, content: dict[str, Any], classes: dict[str, Any]) -> type:
+        if name in self._classes:
+            return self._classes[name]
+        bases = [base for base in content["bases"] if base in classes]
+        parents = tuple(self._make_class(base, classes[base], classes) for base in bases)
+        # Slots: what is not in the list cannot be set, but for a subclass, as in pybind11.
+        members: dict[str, Any] = {"__slots__": () if parents else ("_",)}
+        inner = {key.rpartition(".")[2]: k for key, k in self._enums.items() if f"{name}." in key}
+        members |= inner
+        for constant, member in content["constants"].items():
+            members[constant] = next(kind[member] for kind in inner.values())
+        for method, overloads in content["methods"].items():
+            members[method] = self._make_method(name, method, overloads)
+        for key, (annotation, writable) in content["properties"].items():
+            members[key] = self._make_property(name, key, annotation, bool(writable))
+        if "__init__" not in members:
+            members["__init__"] = _no_constructor
+        if name == "IHostMemory":  # it has Python's buffer protocol, which no list shows
+            members["__bytes__"] = lambda this: this._["data"]
+        self._classes[name] = type(name, parents or (object,), members)
+        return self._classes[name]
+
+    def _make_method(self, owner: str, name: str, overloads: list[str]) -> Callable[..., Any]:
+        signatures = [_parse(overload) for overload in overloads]
+        call_name = f"{owner}.{name}"
+
+        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if name == "__init__":
+                this._ = {}
+            for signature in signatures:
+                try:
+                    bound = signature.bind(*args, **kwargs)
+                except TypeError:
+                    continue
+                types_of = {key: p.annotation for key, p in signature.parameters.items()}
+                if all(self._accepts(types_of[key], v) for key, v in bound.arguments.items()):
+                    return self._answer(call_name, this, bound)
+            raise TypeError(
+                f"{call_name}(): incompatible arguments {args} {kwargs}, expected {overloads}"
+            )
+
+        return call
+
+    def _make_property(self, owner: str, name: str, annotation: str, writable: bool) -> property:
+        key = f"{owner}.{name}"
+
+        def read(this: Any) -> Any:
+            if key in _SCRIPT:
+                return _SCRIPT[key](self, this)
+            assert name in this._, f"the stand-in has no script for {key}"
+            return this._[name]
+
+        def write(this: Any, value: Any) -> None:
+            if not self._accepts(annotation, value):
+                raise TypeError(f"{key} cannot be {value!r}, expected {annotation}")
+            this._[name] = value
+
+        return property(read, write if writable else None)
+
+    def _answer(self, name: str, this: Any, call: inspect.BoundArguments) -> Any:
+        if name not in self.failing:
+            if name.endswith("__init__"):
+                this._ |= call.arguments
+                return None
+            assert name in _SCRIPT, f"the stand-in has no script for {name}"
+            return _SCRIPT[name](self, this, *call.args)
+        if name.endswith("__init__"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        for line in self.failing[name]:
+            self.say(this, "ERROR", line)
+        return False if call.signature.return_annotation == "bool" else None
+
+    def say(self, this: Any, severity: str, message: str) -> None:
+        """Log as an object of the library does."""
+        this._["logger"].log(getattr(self.module.ILogger, severity), message)
+
+    def _accepts(self, annotation: str, value: Any) -> bool:
+        """Whether pybind11 would convert the value; types that we never pass are let by."""
+        if annotation in ("int", "SupportsInt"):
+            return hasattr(value, "__index__")
+        if annotation in ("buffer", "Buffer"):
+            host_memory = self._classes["IHostMemory"]
+            return isinstance(value, (bytes, bytearray, memoryview, np.ndarray, host_memory))
+        if annotation == "Dims":
+            return isinstance(value, (tuple, list, self._classes["Dims"]))
+        plain = {"str": str, "bool": bool, "tuple": tuple, "list": list}
+        if annotation in plain:
+            return isinstance(value, plain[annotation])
+        if annotation in self._classes:
+            # pybind11 wants the constructor of a subclass to have called that of its base.
+            return isinstance(value, self._classes[annotation]) and hasattr(value, "_")
+        if annotation in self._enums:
+            return isinstance(value, self._enums[annotation])
+        return True
+
+
+class _Index:
+    """An enum member as pybind11 makes it: no number, but one that converts to it."""
+
+    _value_: int
+
+    def __int__(self) -> int:
+        return self._value_
+
+    __index__ = __int__
+
+
+def _no_constructor(this: Any, *args: Any, **kwargs: Any) -> None:
+    raise TypeError(f"{type(this).__name__}: No constructor defined!")
+
+
+@functools.cache
+def _parse(text: str) -> inspect.Signature:
+    """``(flags: SupportsInt = ...) -> INetworkDefinition`` as a signature.
+
+    What pybind11 calls ``arg0`` has no name that a caller could use.
+    """
+    body, _, returned = text.rpartition(" -> ")
+    parameters = []
+    for match in re.finditer(r"(\w+): ((?:[^,\[(=]|\[.*?\])+?)( = \.\.\.)?(?:, |$)", body[1:-1]):
+        name, annotation, default = match.groups()
+        unnamed = re.fullmatch(r"arg\d+", name)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_ONLY
+                if unnamed
+                else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                annotation=annotation.strip(),
+                default=... if default else inspect.Parameter.empty,
+            )
+        )
+    return inspect.Signature(parameters, return_annotation=returned)
+
+
+def _does(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What a call or a property of the stand-ins does."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        _SCRIPT[name] = function
+        return function
+
+    return add
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+@_does("Builder.create_network")
+def _create_network(library: Library, this: Any, flags: int = 0) -> Any:
+    strongly_typed = int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert flags == 1 << strongly_typed, "precision is the graph's alone"
+    return library.new("INetworkDefinition")
+
+
+@_does("Builder.create_builder_config")
+def _create_builder_config(library: Library, this: Any) -> Any:
+    return library.new("IBuilderConfig", flags={"TF32"}, profiles=[], progress_monitor=None)
+
+
+@_does("Builder.create_optimization_profile")
+def _create_optimization_profile(library: Library, this: Any) -> Any:
+    return library.new("IOptimizationProfile", shapes={})
+
+
+@_does("IOptimizationProfile.set_shape")
+def _set_shape(library: Library, this: Any, name: str, *sizes: Any) -> None:
+    shapes = [tuple(size) for size in sizes]  # smallest, typical, largest
+    assert shapes == sorted(shapes)
+    this._["shapes"][name] = shapes
+
+
+@_does("IBuilderConfig.add_optimization_profile")
+def _add_optimization_profile(library: Library, this: Any, profile: Any) -> int:
+    this._["profiles"].append(profile._["shapes"])
+    return len(this._["profiles"]) - 1
+
+
+@_does("IBuilderConfig.set_memory_pool_limit")
+def _set_memory_pool_limit(library: Library, this: Any, pool: Any, pool_size: int) -> None:
+    assert pool is library.module.MemoryPoolType.WORKSPACE
+    library.limits.append(pool_size)
+
+
+@_does("IBuilderConfig.clear_flag")
+def _clear_flag(library: Library, this: Any, flag: Any) -> None:
+    this._["flags"].discard(flag.name)
+
+
+@_does("IBuilderConfig.create_timing_cache")
+def _create_timing_cache(library: Library, this: Any, serialized_timing_cache: Any) -> Any:
+    data = bytes(serialized_timing_cache)
+    library.caches.append(data)
+    return None if data and not data.startswith(_MAGIC) else library.new("ITimingCache", data=data)
+
+
+@_does("IBuilderConfig.set_timing_cache")
+def _set_timing_cache(library: Library, this: Any, cache: Any, ignore_mismatch: bool) -> bool:
+    fits = ignore_mismatch or cache._["data"] in (b"", _timing_cache(library))
+    if fits:
+        this._["timing_cache"] = cache
+    return fits
+
+
+@_does("IBuilderConfig.get_timing_cache")
+def _get_timing_cache(library: Library, this: Any) -> Any:
+    return this._.get("timing_cache")
+
+
+@_does("ITimingCache.serialize")
+def _serialize(library: Library, this: Any) -> Any:
+    return library.new("IHostMemory", data=this._["data"])
+
+
+def _timing_cache(library: Library) -> bytes:
+    return _MAGIC + f"{library.module.__version__} {library.cuda.capability}".encode()
+
+
+@_does("OnnxParser.parse_from_file")
+def _parse_from_file(library: Library, this: Any, model: str) -> bool:
+    this._["network"]._["model"] = onnx.load(model)
+    return not library.parser_errors
+
+
+@_does("OnnxParser.num_errors")
+def _num_errors(library: Library, this: Any) -> int:
+    return len(library.parser_errors)
+
+
+@_does("OnnxParser.get_error")
+def _get_error(library: Library, this: Any, index: int) -> Any:
+    return library.new("ParserError", texts=library.parser_errors[index])
+
+
+for _position, _name in enumerate(("desc", "node_operator", "node_name")):
+    _does(f"ParserError.{_name}")(lambda library, this, at=_position: this._["texts"][at])
+
+
+@_does("INetworkDefinition.get_input")
+def _get_input(library: Library, this: Any, index: int) -> Any:
+    image = this._["model"].graph.input[index]
+    return library.new("ITensor", name=image.name, shape=_dims(library, _shape(image)))
+
+
+@_does("Builder.build_serialized_network")
+def _build_serialized_network(library: Library, this: Any, network: Any, config: Any) -> Any:
+    model = network._["model"]
+    (shapes,) = config._["profiles"]
+    monitor = config._["progress_monitor"]
+    if monitor is not None and not _report_progress(monitor):
+        library.say(this, "ERROR", "IBuilder::buildSerializedNetwork: BuildCanceled")
+        return None
+    if config._["profiling_verbosity"] is library.module.ProfilingVerbosity.DETAILED:
+        library.say(this, "VERBOSE", _listing(model))
+    if cache := config._.get("timing_cache"):
+        cache._["data"] = _timing_cache(library)
+    return library.new("IHostMemory", data=make_plan(model, shapes[model.graph.input[0].name]))
+
+
+def _report_progress(monitor: Any) -> bool:
+    monitor.phase_start("Building engine", None, 2)
+    monitor.phase_start("Timing tactics", "Building engine", 2)
+    going_on = monitor.step_complete("Timing tactics", 0)
+    monitor.phase_finish("Timing tactics")
+    going_on = going_on and monitor.step_complete("Building engine", 0)
+    monitor.phase_finish("Building engine")
+    return bool(going_on)
+
+
+def _listing(model: onnx.ModelProto) -> str:
+    """The layers of the engine in the library's words: here, the convolutions of the graph."""
+    types_of = {weight.name: weight.data_type for weight in model.graph.initializer}
+    words = {onnx.TensorProto.FLOAT: "Float", onnx.TensorProto.FLOAT16: "Half"}
+    lines = [
+        f"Name: {node.name}, LayerType: CaskConvolution, Inputs: [ {{ Name: {node.input[0]}, "
+        # Weights that come out of another node are quantised.
+        f"Datatype: {words.get(types_of.get(node.input[1], 0), 'Int8')} }}], Outputs: []"
+        for node in model.graph.node
+        if node.op_type == "Conv"
+    ]
+    return "\n".join(["Engine Layer Information:", *lines])
+
+
+def make_plan(model: onnx.ModelProto, shapes: Sequence[Sequence[int]]) -> bytes:
+    """The bytes of an engine: its profile, then the graph that it computes."""
+    return _MAGIC + json.dumps(shapes).encode() + b"\n" + model.SerializeToString()
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+@_does("Runtime.deserialize_cuda_engine")
+def _deserialize_cuda_engine(library: Library, this: Any, serialized_engine: Any) -> Any:
+    library.cuda.require_active()
+    header, _, content = bytes(serialized_engine).partition(b"\n")
+    if not header.startswith(_MAGIC):
+        library.say(this, "ERROR", "Serialization assertion header.magicTag failed.")
+        return None
+    model = onnx.load_from_string(content)
+    tensors = {value.name: value for value in [*model.graph.input, *model.graph.output]}
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    shapes = json.loads(header.removeprefix(_MAGIC))
+    return library.new("ICudaEngine", tensors=tensors, session=session, shapes=shapes)
+
+
+@_does("ICudaEngine.num_io_tensors")
+def _num_io_tensors(library: Library, this: Any) -> int:
+    return len(this._["tensors"])
+
+
+@_does("ICudaEngine.get_tensor_name")
+def _get_tensor_name(library: Library, this: Any, index: int) -> str:
+    return list(this._["tensors"])[index]
+
+
+@_does("ICudaEngine.get_tensor_dtype")
+def _get_tensor_dtype(library: Library, this: Any, name: str) -> Any:
+    kind = onnx.TensorProto.DataType.Name(this._["tensors"][name].type.tensor_type.elem_type)
+    return library.module.DataType[{"FLOAT16": "HALF"}.get(kind, kind)]
+
+
+@_does("ICudaEngine.get_tensor_shape")
+def _get_tensor_shape(library: Library, this: Any, name: str) -> Any:
+    return _dims(library, _shape(this._["tensors"][name]))
+
+
+@_does("ICudaEngine.get_tensor_profile_shape")
+def _get_tensor_profile_shape(library: Library, this: Any, name: str, profile_index: int) -> Any:
+    assert profile_index == 0
+    return [_dims(library, shape) for shape in this._["shapes"]]
+
+
+@_does("ICudaEngine.create_execution_context")
+def _create_execution_context(library: Library, this: Any) -> Any:
+    return library.new("IExecutionContext", engine=this, addresses={}, running=threading.Lock())
+
+
+@_does("IExecutionContext.set_tensor_address")
+def _set_tensor_address(library: Library, this: Any, name: str, memory: int) -> bool:
+    assert memory in library.cuda.allocations
+    this._["addresses"][name] = memory
+    return name in this._["engine"]._["tensors"]
+
+
+@_does("IExecutionContext.set_input_shape")
+def _set_input_shape(library: Library, this: Any, name: str, shape: Any) -> bool:
+    this._["shape"] = tuple(shape)
+    smallest, _, largest = this._["engine"]._["shapes"]
+    return all(a <= b <= c for a, b, c in zip(smallest, this._["shape"], largest, strict=True))
+
+
+@_does("IExecutionContext.execute_async_v3")
+def _execute_async_v3(library: Library, this: Any, stream_handle: int) -> bool:
+    assert this._["running"].acquire(blocking=False), "two threads in one execution context"
+    try:
+        time.sleep(0.002)
+        library.batches.append(this._["shape"][0])
+        library.cuda.streams[stream_handle].append(lambda: _compute(library, this))
+    finally:
+        this._["running"].release()
+    return True
+
+
+def _compute(library: Library, context: Any) -> None:
+    """What the stream does in its turn: from the input's address to the outputs' addresses."""
+    engine = context._["engine"]
+    session: Any = engine._["session"]
+
+    def view(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        block = library.cuda.allocations[context._["addresses"][name]]
+        dtype = _NUMPY_TYPES[engine.get_tensor_dtype(name).name]
+        return np.frombuffer(block, dtype, int(np.prod(shape))).reshape(shape)
+
+    name = session.get_inputs()[0].name
+    outputs = [output.name for output in session.get_outputs()]
+    for output, values in zip(
+        outputs, session.run(outputs, {name: view(name, context._["shape"])}), strict=True
+    ):
+        view(output, values.shape)[:] = values
+
+
+@_does("Dims.__len__")
+def _length(library: Library, this: Any) -> int:
+    return len(this._["shape"])
+
+
+@_does("Dims.__getitem__")
+def _item(library: Library, this: Any, index: Any) -> Any:
+    return this._["shape"][index]
+
+
+def _dims(library: Library, shape: Sequence[int]) -> Any:
+    return library.new("Dims", shape=tuple(shape))
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Shape of an ONNX tensor as TensorRT says it: -1 for what is dynamic."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
