@@ -18,6 +18,7 @@ from .plan import Plan, make_plan
 from .precision import require_precision
 from .provenance import Provenance, now, versions
 from .report import MARKDOWN_FILE, Row, write_report
+from .sensitivity import SEARCH_IMAGES
 from .source import Source, open_source
 from .verify import (
     load_test_set,
@@ -43,7 +44,7 @@ def export_command(config: ExportConfig) -> int:
     size = f"{source.spec.input_size}x{source.spec.input_size}"
     print(f"weights: {source.path} ({source.spec.name}, {size})")
     plan = make_plan(config, source)
-    calibration = _calibration(config, source)
+    calibration = _calibration(config, plan, source)
     job = Job(config, plan, source, calibration, *source.reference(config.val, config.preset))
 
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -101,10 +102,13 @@ def verify_command(config: ExportConfig, path: Path) -> int:
     return 0
 
 
-def _calibration(config: ExportConfig, source: Source) -> Calibration | None:
+def _calibration(config: ExportConfig, plan: Plan, source: Source) -> Calibration | None:
     if config.calib is None:
         return None
-    calibration = load_calibration(config.calib, source.spec, config.calib_images, config.seed)
+    apart = SEARCH_IMAGES if config.int8_search and "int8" in plan.precisions else 0
+    calibration = load_calibration(
+        config.calib, source.spec, config.calib_images, config.seed, apart
+    )
     record = calibration.record
     print(f"calibration: {record['count']} images of {record['dataset']} ({record['split']})")
     return calibration

@@ -45,9 +45,12 @@ class ExportConfig:
     )
     calib: Path | None = option(None, help="training images, required for int8")
     calib_method: str = option(
-        "minmax", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
+        "percentile", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
     )
     calib_images: int = option(500, minimum=1, help="how many calibration images")
+    int8_search: bool = option(
+        True, help="measure which layers int8 hurts most, and leave those in higher precision"
+    )
     exclude: tuple[str, ...] = option(
         (), help="nodes that int8 leaves in higher precision", metavar="NODE"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,17 @@ from .calibrate import Calibration
 from .config import ExportConfig
 from .graph import write_onnx
 from .plan import Plan
-from .precision import quantise, require_fp16_range, require_precision, to_fp16
+from .precision import (
+    quantise,
+    quantised_inputs,
+    require_fp16_range,
+    require_precision,
+    to_fp16,
+)
 from .provenance import now, versions
-from .ranges import tensor_ranges
+from .ranges import activation_limits, tensor_ranges
 from .report import Row
+from .sensitivity import find_sensitive_layers
 from .source import Source
 from .verify import TestSet, verify_artifact
 
@@ -68,7 +76,7 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
         return source.path, row
 
     path = job.plan.onnx_path(precision)
-    graph, details = _convert(job, precision, path)
+    graph, details, notes = _convert(job, precision, path)
     provenance = _provenance(job, precision, details)
     with tempfile.TemporaryDirectory(dir=out, prefix=".verifying-") as folder:
         candidate = Path(folder, path.name)
@@ -78,7 +86,6 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
     _failed(path).unlink(missing_ok=True)
     path = _failed(path) if verification.problems else path
     write_onnx(graph, path, source.spec, provenance)
-    notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
     return path, Row.of(path, out, precision, details["arithmetic"], verification, notes)
 
 
@@ -125,32 +132,58 @@ def _failed(path: Path) -> Path:
     return path.with_name(path.name.replace(".", ".failed.", 1))
 
 
-def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The graph in one precision, and what is to be recorded about it."""
+def _convert(
+    job: Job, precision: str, path: Path
+) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+    """The graph in one precision, what is to be recorded about it, and what to warn about."""
     config, source, calibration = job.config, job.source, job.calibration
     if config.graph == "deploy":
         assert source.lay_out is not None  # the plan sees to it
         graph = source.lay_out(config.float_input, job.plan.target)
     else:
         graph = source.trace(config.float_input)
-    halves = precision == "fp16" or (precision == "int8" and job.plan.target == "gpu")
     details: dict[str, Any] = {}
-    if halves:
+    notes: tuple[str, ...] = ()
+    if precision != "fp32":
+        halves = precision == "fp16" or job.plan.target == "gpu"
         images = calibration.images if calibration else job.test_set.images[:_RANGE_IMAGES]
         ranges = tensor_ranges(graph, _graph_input(job, images))
-        tensor, largest = require_fp16_range(ranges, path)
-        details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
-    if precision == "int8":
-        assert calibration is not None  # the plan sees to it
-        images = _graph_input(job, calibration.images)
-        graph = quantise(graph, images, config.calib_method, config.exclude)
-        details["calibration"] = {**calibration.record, "method": config.calib_method}
-        details["excluded"] = sorted(set(config.exclude))
-    if halves:
-        graph = to_fp16(graph)
+        if halves:
+            tensor, largest = require_fp16_range(ranges, path)
+            details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
+        if precision == "int8":
+            graph, int8_details, notes = _quantise(job, graph, ranges)
+            details |= int8_details
+        if halves:
+            graph = to_fp16(graph)
     excluded = len(details.get("excluded", ()))
     details["arithmetic"] = require_precision(graph, precision, excluded, path)
-    return graph, details
+    return graph, details, notes
+
+
+def _quantise(
+    job: Job, graph: onnx.ModelProto, ranges: Mapping[str, float]
+) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+    """The graph in INT8, what is to be recorded about it, and what to warn about."""
+    config, calibration = job.config, job.calibration
+    assert calibration is not None  # the plan sees to it
+    largest = {name: ranges[name] for name in quantised_inputs(graph)}
+    images = _graph_input(job, calibration.images)
+    limits = activation_limits(graph, largest, images, config.calib_method)
+    details: dict[str, Any] = {
+        "calibration": {**calibration.record, "method": config.calib_method},
+    }
+    notes = calibration.warnings
+    excluded = set(config.exclude)
+    if config.int8_search:
+        weight_bytes = 2 if job.plan.target == "gpu" else 4
+        apart = _graph_input(job, calibration.apart)
+        search = find_sensitive_layers(graph, limits, apart, excluded, weight_bytes)
+        details["search"] = search.record()
+        notes += (search.describe(),)
+        excluded |= set(search.left_out)
+    details["excluded"] = sorted(excluded)
+    return quantise(graph, limits, excluded), details, notes
 
 
 def _graph_input(job: Job, images: UInt8Array) -> npt.NDArray[Any]:

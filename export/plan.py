@@ -52,7 +52,7 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     target = _choose_target(config, source, engine)
     precisions = _choose_precisions(config, source, engine)
     _check_options(config, source, precisions)
-    _check_deploy(config, source, precisions, target)
+    _check_deploy(config, source)
     plan = Plan(config.out, "onnx" if missing else engine, target, precisions, missing)
     if plan.out.exists() and not plan.out.is_dir():
         raise ConfigError(plan.out, expected="a folder", found="a file", fix="choose another --out")
@@ -146,10 +146,8 @@ def _check_options(config: ExportConfig, source: Source, precisions: tuple[str, 
         )
 
 
-def _check_deploy(
-    config: ExportConfig, source: Source, precisions: tuple[str, ...], target: str
-) -> None:
-    """Refuse a deploy graph where there is none, or none that could be verified."""
+def _check_deploy(config: ExportConfig, source: Source) -> None:
+    """Refuse a deploy graph where there is none."""
     if config.graph == "deploy" and source.lay_out is None:
         raise ConfigError(
             "--graph deploy",
@@ -158,13 +156,6 @@ def _check_deploy(
             + (" as ONNX" if source.is_onnx else ""),
             fix="leave --graph out"
             + (": the file keeps the graph that it has" if source.is_onnx else ""),
-        )
-    if config.graph == "deploy" and "int8" in precisions and target == "gpu":
-        raise ConfigError(
-            "--graph deploy",
-            expected="fp32 or fp16 for a GPU",
-            found="int8",
-            fix="leave --graph out; ONNX Runtime cannot check such a file here yet",
         )
 
 

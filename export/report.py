@@ -11,7 +11,7 @@ from typing import Any
 
 from efficientface_deploy.artifact import write_text
 
-from .verify import Verification
+from .verify import Verification, number
 
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
@@ -118,11 +118,11 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"# Export of {header['weights']}",
         "",
         f"{header['model']}, {header['created']}. Differences are to the reference network "
-        "(PyTorch, FP32) on the same images.",
+        "(PyTorch, FP32) on the same images, with 95 % intervals over images.",
         "",
         "| file | MB | arithmetic | images | largest difference | agreement | mean KL "
-        "| accuracy | macro-F1 | status |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| accuracy | accuracy minus reference | macro-F1 | status |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(row) for row in rows]
     notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
@@ -133,10 +133,6 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _markdown_row(row: Row) -> str:
     result = row.verification
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     status = result.status + (f" ({result.reason})" if result.reason else "")
     cells = [
         row.file,
@@ -144,9 +140,10 @@ def _markdown_row(row: Row) -> str:
         row.arithmetic,
         str(result.images or ""),
         number(result.max_difference, ".2g"),
-        number(result.agreement, ".4f"),
+        result.agreement_text,
         number(result.kl, ".2g"),
         number(result.accuracy, ".4f"),
+        result.difference_text,
         number(result.macro_f1, ".4f"),
         status,
     ]
