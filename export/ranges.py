@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from efficientface_deploy.errors import ExportError
+
 from .packages import require_package
 
 BINS = 2048
@@ -39,7 +41,7 @@ def tensor_ranges(graph: onnx.ModelProto, images: Array) -> dict[str, float]:
     inferred = onnx.shape_inference.infer_shapes(graph)
     names = [
         value.name
-        for value in [*inferred.graph.value_info, *inferred.graph.output]
+        for value in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     ]
     ranges = {
@@ -69,7 +71,17 @@ def activation_limits(
 
     Returns:
         Tensor name to limit.
+
+    Raises:
+        ExportError: A tensor is not finite.
     """
+    if infinite := [name for name, magnitude in largest.items() if not np.isfinite(magnitude)]:
+        raise ExportError(
+            "INT8",
+            expected="finite values in every tensor",
+            found=f"NaN or infinity in {infinite[0]}",
+            fix="train the network anew: it overflows on the calibration images",
+        )
     if method == "minmax":
         return dict(largest)
     choose = {"percentile": _percentile_limit, "entropy": _entropy_limit}[method]
@@ -144,7 +156,8 @@ def run_tensors(
 
     probe = onnx.ModelProto()
     probe.CopyFrom(graph)
-    own = {value.name for value in probe.graph.output}
+    fed = probe.graph.input[0].name
+    own = {value.name for value in [*probe.graph.input, *probe.graph.output]}
     probe.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
         for name in names
@@ -155,9 +168,11 @@ def run_tensors(
     session = onnxruntime.InferenceSession(
         probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+    computed = [name for name in names if name != fed]
     for start in range(0, len(images), _BATCH):
-        batch = {graph.graph.input[0].name: images[start : start + _BATCH]}
-        yield dict(zip(names, session.run(names, batch), strict=True))
+        batch = images[start : start + _BATCH]
+        values = dict(zip(computed, session.run(computed, {fed: batch}), strict=True))
+        yield {name: values.get(name, batch) for name in names}
 
 
 def _magnitude(values: Array) -> float:

@@ -19,6 +19,7 @@ from efficientface_export import source as source_module
 from efficientface_export import trace as trace_module
 from efficientface_export.cli import main
 from efficientface_export.graph import read_onnx, write_onnx
+from efficientface_export.sensitivity import Search
 
 from efficientface_deploy import load
 from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path
@@ -106,7 +107,7 @@ class TestOneExport:
             "split": "train",
             "count": 105,
             "seed": 0,
-            "method": "minmax",
+            "method": "percentile",
             "images_sha256": image_list_hash(train, faces),
         }
         assert records[INT8]["excluded"] == []
@@ -230,13 +231,46 @@ class TestOptions:
         layer = next(node.name for node in graph.graph.node if node.op_type == "Conv")
         command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
         command += ["--calib", faces, "--calib-images", 20, "--out", artifacts, "--overwrite"]
-        code, output, _ = exit_code(*command, "--exclude", layer, "--calib-method", "percentile")
+        command += ["--no-int8-search"]
+        code, output, _ = exit_code(*command, "--exclude", layer, "--calib-method", "minmax")
         assert code == 0
         assert "1 fp32 + 67 int8 convolutions" in output
         assert "only 20 calibration images" in output
         record = read_onnx(artifacts / INT8)[2]
         assert record["excluded"] == [layer]
-        assert record["calibration"]["method"] == "percentile"
+        assert record["calibration"]["method"] == "minmax"
+        assert exit_code("--verify", artifacts / INT8)[0] == 0
+
+    def test_layers_that_the_search_leaves_out_are_recorded(
+        self,
+        artifacts: Path,
+        faces: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        graph: onnx.ModelProto,
+    ) -> None:
+        """With images that calibration does not see, and beside what is excluded by hand."""
+        first, second, third = [n.name for n in graph.graph.node if n.op_type == "Conv"][:3]
+        asked = []
+
+        def find(
+            graph: Any, limits: Any, images: np.ndarray, exclude: set[str], weight_bytes: int
+        ) -> Search:
+            asked.append((len(images), exclude, weight_bytes))
+            return Search((second, third), len(images), 1e-3, 2e-4)
+
+        monkeypatch.setattr(make, "find_sensitive_layers", find)
+        command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
+        command += ["--calib", faces, "--calib-images", 20, "--exclude", first]
+        code, output, _ = exit_code(*command, "--out", artifacts, "--overwrite")
+        assert code == 0
+        assert asked == [(35, {first}, 4)]
+        assert "3 fp32 + 65 int8 convolutions" in output
+        assert "2 layers left in higher precision, mean KL 1.0e-03 -> 2.0e-04" in output
+        record = read_onnx(artifacts / INT8)[2]
+        assert record["excluded"] == sorted([first, second, third])
+        assert record["search"]["left_out"] == [second, third]
+        assert record["calibration"]["apart"]["count"] == 35
         assert exit_code("--verify", artifacts / INT8)[0] == 0
 
     def test_accuracy(self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run) -> None:
@@ -312,7 +346,7 @@ class TestFailedVerification:
         self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run
     ) -> None:
         command = ["--weights", artifacts / FP32, "--engine", "onnx", "--precision", "all"]
-        command += ["--calib", faces, "--calib-images", 8]
+        command += ["--calib", faces, "--calib-images", 8, "--no-int8-search"]
         code, _, error = exit_code(*command, "--out", tmp_path / "out")
         assert code == 1
         for precision in ("fp16", "int8"):
@@ -564,7 +598,7 @@ class TestPackagesMissing:
 
     def test_no_torch(self, artifacts: Path, faces: Path, tmp_path: Path, run_without: Any) -> None:
         command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "int8"]
-        command += ["--calib", faces, "--calib-images", 8, "--target", "gpu"]
+        command += ["--calib", faces, "--calib-images", 8, "--target", "gpu", "--no-int8-search"]
         result = run_without(("torch", "torchvision"), *command, "--out", tmp_path / "out")
         assert (result.returncode, result.stderr) == (0, "")
         assert "68 int8 convolutions" in result.stdout
@@ -635,23 +669,20 @@ def test_real_weights(prototype: Path, ferplus: Path, tmp_path: Path, exit_code:
     assert {row["images"] for row in rows.values()} == {300}
     assert rows[FP32]["accuracy"] > 0.8
     assert rows[FP16]["agreement"] >= 0.995
-    assert rows[INT8]["agreement"] >= 0.97
+    assert rows[INT8]["agreement"] >= 0.98
     assert abs(rows[INT8]["accuracy"] - rows[FP32]["accuracy"]) < 0.015
 
 
 class TestDeployGraph:
     """``--graph deploy``: verified like every other artifact, against the PyTorch module."""
 
-    @pytest.mark.parametrize(
-        ("target", "precisions"), [("cpu", ("fp32", "fp16", "int8")), ("gpu", ("fp32", "fp16"))]
-    )
-    def test_precisions(
-        self, target: str, precisions: tuple[str, ...], student: Path, faces: Path, tmp_path: Path
-    ) -> None:
-        for precision in precisions:
+    @pytest.mark.parametrize("target", ["cpu", "gpu"])
+    def test_precisions(self, target: str, student: Path, faces: Path, tmp_path: Path) -> None:
+        for precision in ("fp32", "fp16", "int8"):
             command = ["--engine", "onnx", "--graph", "deploy", "--precision", precision]
             command += ["--target", target, "--weights", str(student), "--out", str(tmp_path)]
-            command += ["--calib", str(faces)] if precision == "int8" else []
+            if precision == "int8":
+                command += ["--calib", str(faces), "--no-int8-search"]
             assert main(command) == 0
             name = f"efficientface-{precision}-{target}.onnx"
             assert report(tmp_path)[name]["verification"]["status"] == "verified"

@@ -207,6 +207,13 @@ def test_deploy_graph_of_an_onnx_file(make_source, tmp_path):
     with pytest.raises(ConfigError, match=r"--graph deploy: expected an EfficientFace checkpoint"):
         plan(source, tmp_path, engine="onnx", graph="deploy")
     assert plan(make_source(), tmp_path, engine="onnx", graph="deploy").target == "cpu"
-    with pytest.raises(ConfigError, match="expected fp32 or fp16 for a GPU, found int8"):
-        options = {"precision": "int8", "target": "gpu", "calib": Path("faces")}
-        plan(make_source(), tmp_path, engine="onnx", graph="deploy", **options)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize("graph", ["plain", "deploy"])
+def test_int8_of_both_graphs_for_both_targets(
+    make_source: Any, tmp_path: Path, graph: str, target: str
+) -> None:
+    options = {"graph": graph, "target": target, "precision": "int8", "calib": Path("faces")}
+    found = plan(make_source(), tmp_path, engine="onnx", **options)
+    assert (found.target, found.precisions) == (target, ("int8",))

@@ -22,8 +22,11 @@ GOOD = Verification(
     source="faces, test, 120 images",
     max_difference=0.0123,
     agreement=0.9917,
+    agreement_interval=(0.9544, 0.9985),
     kl=0.00021,
     accuracy=0.8361,
+    accuracy_difference=-0.0083,
+    accuracy_interval=(-0.0323, 0.0159),
     macro_f1=0.625,
 )
 
@@ -60,10 +63,10 @@ def test_markdown(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Export of student.safetensors\n\nefficientface, test, 7 classes")
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 11
+    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 12
     assert table[2] == (
-        "| a.onnx | 1.45 | 68 int8 convolutions | 120 | 0.012 | 0.9917 | 0.00021 | 0.8361 "
-        "| 0.6250 | verified |"
+        "| a.onnx | 1.45 | 68 int8 convolutions | 120 | 0.012 | 0.9917 [0.9544, 0.9985] | 0.00021 "
+        "| 0.8361 | -0.0083 [-0.0323, +0.0159] | 0.6250 | verified |"
     )
     assert "Images: faces, test, 120 images." in text
     assert "- a.onnx: a note" in text
@@ -75,7 +78,7 @@ def test_markdown_of_what_failed_or_was_not_run(tmp_path: Path) -> None:
     rows = (tmp_path / "report.md").read_text().splitlines()
     assert any(line.endswith("| FAILED (KL 1 > 0; NaN) |") for line in rows)
     assert any(
-        line.endswith("|  |  |  |  |  |  | built, not verified here (no GPU) |") for line in rows
+        line.endswith("|  |  |  |  |  |  |  | built, not verified here (no GPU) |") for line in rows
     )
 
 
