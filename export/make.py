@@ -181,7 +181,7 @@ def _quantise(
         search = find_sensitive_layers(graph, limits, apart, excluded, weight_bytes)
         details["search"] = search.record()
         notes += (search.describe(),)
-        excluded |= set(search.left_out)
+        excluded = excluded.union(search.left_out)
     details["excluded"] = sorted(excluded)
     return quantise(graph, limits, excluded), details, notes
 

@@ -165,8 +165,8 @@ def test_line_for_the_terminal(tmp_path: Path) -> None:
     line, note = add(tmp_path, "a.onnx").describe().splitlines()
     assert line == (
         "[ok] a.onnx: 1.45 MB; 68 int8 convolutions; verified on faces, test, 120 images by "
-        "onnx:cpu: largest difference 0.012, agreement 0.9917, KL 0.00021, accuracy 0.8361, "
-        "macro-F1 0.6250"
+        "onnx:cpu: largest difference 0.012, agreement 0.9917 [0.9544, 0.9985], KL 0.00021, "
+        "accuracy 0.8361, accuracy minus reference -0.0083 [-0.0323, +0.0159], macro-F1 0.6250"
     )
     assert note == "     a note"
     failed = Verification("onnx:cpu", 3, "s", 0.9, problems=("KL 1 > 0",))

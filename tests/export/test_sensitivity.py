@@ -41,10 +41,10 @@ def small() -> onnx.ModelProto:
         *convolution("fourth", "third.relu", WIDTH),
         helper.make_node("GlobalAveragePool", ["fourth.relu"], ["pool"]),
         helper.make_node("Flatten", ["pool"], ["features"]),
-        helper.make_node("Gemm", ["features", "fc.weight"], ["logits"], "fc", transB=1),
+        helper.make_node("Gemm", ["features", "fc.weight", "fc.bias"], ["logits"], "fc", transB=1),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
     ]
-    weights["fc"] = random.standard_normal((CLASSES, WIDTH))
+    weights["fc"] = 0.3 * random.standard_normal((CLASSES, WIDTH))
     return helper.make_model(
         helper.make_graph(
             nodes,
@@ -55,8 +55,11 @@ def small() -> onnx.ModelProto:
                 for name in ("logits", "probabilities")
             ],
             [
-                numpy_helper.from_array(value.astype(np.float32), f"{name}.weight")
-                for name, value in weights.items()
+                numpy_helper.from_array(np.zeros(CLASSES, dtype=np.float32), "fc.bias"),
+                *(
+                    numpy_helper.from_array(value.astype(np.float32), f"{name}.weight")
+                    for name, value in weights.items()
+                ),
             ],
         ),
         opset_imports=[helper.make_opsetid("", 19)],

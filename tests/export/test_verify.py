@@ -75,9 +75,9 @@ class TestThresholds:
         assert len(found.problems) == 3
         assert found.agreement is not None and found.agreement < 0.3
 
-    @pytest.mark.parametrize(("changed", "problems"), [(2, 0), (30, 1)])
+    @pytest.mark.parametrize(("changed", "problems"), [(1, 0), (30, 1)])
     def test_agreement_is_judged_by_what_chance_allows(self, changed: int, problems: int) -> None:
-        """200 images, the two best classes of some swapped by a hair: 99 % and 85 %."""
+        """200 images, the two best classes of some swapped by a hair: 99.5 % and 85 %."""
         logits = np.zeros((200, 7), dtype=np.float32)
         logits[:, 3] = 1e-4
         probabilities = softmax(logits)
