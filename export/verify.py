@@ -301,11 +301,13 @@ def compare(
     paired = paired_accuracy_difference(
         test_set.labels, reference.argmax(axis=1), probabilities.argmax(axis=1)
     )
+    scores = _scores(probabilities, test_set.labels)
     return dataclasses.replace(
         verification,
+        accuracy=scores["accuracy"],
         accuracy_difference=paired.value,
         accuracy_interval=paired.interval,
-        **_scores(probabilities, test_set.labels),
+        macro_f1=scores["macro_f1"],
     )
 
 
