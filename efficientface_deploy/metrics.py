@@ -7,6 +7,8 @@ probabilities are rows that sum to one. Sums are taken in float64, whatever come
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import numpy.typing as npt
 
 IndexArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
+
+Interval = tuple[float, float]
 
 KL_EPSILON = 1e-12
 """Smallest probability inside a logarithm; a float32 softmax underflows to zero."""
@@ -164,6 +168,70 @@ def bootstrap_intervals(
     ends = (0.5 - level / 2, 0.5 + level / 2)
     low, high = np.quantile(np.stack((accuracies, f1)), ends, axis=1)  # (2,) each
     return BootstrapIntervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
+
+
+def share_interval(count: int, images: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927); of any width above 0, also at 0 and 1.
+
+    Args:
+        count: Images that have the property.
+        images: All of them, at least 1.
+        level: Of confidence.
+
+    Returns:
+        Lower and upper end, 0 to 1.
+    """
+    if not 0 <= count <= images or images < 1:
+        raise ValueError(f"expected a count from 0 to the images, found {count} of {images}")
+    z = _quantile(level)
+    centre = (count + z**2 / 2) / (images + z**2)
+    half = z / (images + z**2) * math.sqrt(count * (images - count) / images + z**2 / 4)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of one classifier minus another's on the same images.
+
+    Attributes:
+        value: -1 to 1.
+        interval: Lower and upper end.
+    """
+
+    value: float
+    interval: Interval
+
+
+def paired_accuracy_difference(
+    labels: IndexArray, reference: IndexArray, predictions: IndexArray, level: float = 0.95
+) -> PairedDifference:
+    """How much more accurate one classifier is than another, with an interval over images.
+
+    Only images that exactly one of them has right tell them apart, so the interval is much
+    narrower than those of both accuracies. It is Bonett's and Price's adjusted Wald interval
+    (2012): one image is added to either side, so that two classifiers that never differ are not
+    taken for the same.
+
+    Args:
+        labels: Integers (N,).
+        reference: Classes that the other one predicts, integers (N,).
+        predictions: Classes that this one predicts, integers (N,).
+        level: Of confidence.
+    """
+    _check_indices(labels, reference)
+    _check_indices(labels, predictions)
+    images = len(labels)
+    gained = int(np.sum((predictions == labels) & (reference != labels)))
+    lost = int(np.sum((predictions != labels) & (reference == labels)))
+    up, down = (gained + 1) / (images + 2), (lost + 1) / (images + 2)
+    half = _quantile(level) * math.sqrt((up + down - (up - down) ** 2) / (images + 2))
+    ends = max(up - down - half, -1.0), min(up - down + half, 1.0)
+    return PairedDifference((gained - lost) / images, ends)
+
+
+def _quantile(level: float) -> float:
+    """Standard deviations on either side of the mean that hold ``level`` of a normal variable."""
+    return statistics.NormalDist().inv_cdf(0.5 + level / 2)
 
 
 @dataclasses.dataclass(frozen=True)

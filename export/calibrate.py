@@ -31,17 +31,23 @@ class Calibration:
 
     Attributes:
         images: uint8 (N, S, S, 3), RGB, made by the runtime's preprocessing.
-        record: Where they come from, for the provenance: data set, split, count, seed and hash.
+        apart: uint8 (M, S, S, 3), others of the same choice, to judge by what the ranges gave.
+        record: Where they come from, for the provenance: data set, split, counts, seed and hashes.
         warnings: What a careful user should know about the choice.
     """
 
     images: UInt8Array
+    apart: UInt8Array
     record: dict[str, Any]
     warnings: tuple[str, ...]
 
 
-def load_calibration(root: Path, spec: ModelSpec, count: int, seed: int = 0) -> Calibration:
-    """Read a seeded choice of training images.
+def load_calibration(
+    root: Path, spec: ModelSpec, count: int, seed: int = 0, apart: int = 0
+) -> Calibration:
+    """Read a seeded choice of training images, as the classes come.
+
+    As many of each class gave no better ranges: docs/int8.md.
 
     Args:
         root: A prepared data set, a data set's folder with ``train/``, or any folder of images;
@@ -49,16 +55,27 @@ def load_calibration(root: Path, spec: ModelSpec, count: int, seed: int = 0) -> 
         spec: The model's.
         count: How many images, fewer when there are fewer.
         seed: Of the choice.
+        apart: How many more to keep apart, at most a third of all.
 
     Raises:
-        DatasetError: The folder is missing or holds no images.
+        DatasetError: The folder is missing, or holds no images or too few to keep any apart.
         ImageError: One of the images cannot be read.
     """
     samples, split = _find_images(root)
-    order = np.random.default_rng(seed).permutation(len(samples))[:count]
-    chosen = [samples[index] for index in sorted(order)]
-    images = np.concatenate([batch for batch, _ in iterate_batches(chosen, spec, 100)])
-
+    if apart and len(samples) < 3:
+        raise DatasetError(
+            root,
+            expected="images for calibration and others to judge by",
+            found=f"{len(samples)} in all",
+            fix="give more images, or add --no-int8-search",
+        )
+    apart = min(apart, len(samples) // 3)
+    count = min(count, len(samples) - apart)
+    order = np.random.default_rng(seed).permutation(len(samples))
+    chosen, kept = (
+        [samples[index] for index in sorted(part)]
+        for part in (order[:count], order[count : count + apart])
+    )
     notes = []
     if len(chosen) < FEW:
         notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
@@ -71,7 +88,14 @@ def load_calibration(root: Path, spec: ModelSpec, count: int, seed: int = 0) -> 
         "seed": seed,
         "images_sha256": image_list_hash(chosen, root),
     }
-    return Calibration(images, record, tuple(notes))
+    if kept:
+        record["apart"] = {"count": len(kept), "images_sha256": image_list_hash(kept, root)}
+    return Calibration(_read(chosen, spec), _read(kept, spec), record, tuple(notes))
+
+
+def _read(samples: list[Sample], spec: ModelSpec) -> UInt8Array:
+    none = np.zeros((0, spec.input_size, spec.input_size, 3), dtype=np.uint8)
+    return np.concatenate([none, *(batch for batch, _ in iterate_batches(samples, spec, 100))])
 
 
 def _find_images(root: Path) -> tuple[list[Sample], str]:

@@ -14,6 +14,7 @@ from .folder import open_folder
 from .make import Job, make_engine, make_onnx
 from .plan import Plan, check_folder, make_plan
 from .report import MARKDOWN_FILE, Row, report_header, write_report
+from .sensitivity import SEARCH_IMAGES
 from .source import Source, open_source
 from .verify import read_reference, write_reference, wrong_outputs
 
@@ -38,7 +39,7 @@ def export_command(config: ExportConfig) -> int:
     rows: list[Row] = []
     made: list[Path] = []
     with open_folder(plan.out) as folder:
-        calibration = _calibration(config, source)
+        calibration = _calibration(config, plan, source)
         reused = check_folder(config, plan, source, calibration)
         reference = source.reference(config.val, config.preset)
         job = Job(config, plan, source, calibration, *reference, folder, reused)
@@ -53,10 +54,13 @@ def export_command(config: ExportConfig) -> int:
     return 0
 
 
-def _calibration(config: ExportConfig, source: Source) -> Calibration | None:
+def _calibration(config: ExportConfig, plan: Plan, source: Source) -> Calibration | None:
     if config.calib is None:
         return None
-    calibration = load_calibration(config.calib, source.spec, config.calib_images, config.seed)
+    apart = SEARCH_IMAGES if config.int8_search and "int8" in plan.precisions else 0
+    calibration = load_calibration(
+        config.calib, source.spec, config.calib_images, config.seed, apart
+    )
     record = calibration.record
     print(f"calibration: {record['count']} images of {record['dataset']} ({record['split']})")
     return calibration

@@ -32,10 +32,11 @@ class ExportConfig:
         choices=TARGETS,
         help="with int8 the rest is fp32 for cpu, fp16 for gpu; default: cpu for onnx",
     )
-    graph: str = option(
-        "plain",
+    graph: str | None = option(
+        None,
         choices=GRAPHS,
-        help="as PyTorch exports it, or laid out anew for the target (experimental)",
+        help="as PyTorch exports it, or laid out anew for the target; default: deploy where there "
+        "is one",
     )
     input_size: int | None = option(
         None, minimum=32, help="side of the input, pixels; default: what the model was trained at"
@@ -45,9 +46,12 @@ class ExportConfig:
     )
     calib: Path | None = option(None, help="training images, required for int8")
     calib_method: str = option(
-        "minmax", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
+        "percentile", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
     )
     calib_images: int = option(500, minimum=1, help="how many calibration images")
+    int8_search: bool = option(
+        True, help="measure which layers int8 hurts most, and leave those in higher precision"
+    )
     exclude: tuple[str, ...] = option(
         (), help="nodes that int8 leaves in higher precision", metavar="NODE"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +21,18 @@ from .config import ExportConfig
 from .folder import OutputFolder, failed_name
 from .graph import read_onnx, write_onnx
 from .plan import Plan, request
-from .precision import quantise, require_fp16_range, require_precision, to_fp16
+from .precision import (
+    quantise,
+    quantised_inputs,
+    require_fp16_range,
+    require_precision,
+    to_fp16,
+)
 from .progress import build_progress
 from .provenance import Provenance, now
-from .ranges import tensor_ranges
+from .ranges import activation_limits, tensor_ranges
 from .report import Row
+from .sensitivity import find_sensitive_layers
 from .source import Source
 from .verify import TestSet, Verification, verify_artifact
 
@@ -70,13 +77,13 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
     """
     source, folder = job.source, job.folder
     path = job.plan.onnx_path(precision)
-    notes = job.calibration.warnings if job.calibration and precision == "int8" else ()
     if precision in job.reused:
         print(f"{path}: is there already, of the same weights, options and versions; not made anew")
         graph, _, record = read_onnx(path)
         verification = verify_artifact(path, job.logits, job.test_set, precision)
         provenance = Provenance(record, path)
-        return path, _present_row(job, path, graph, provenance, verification, notes)
+        warnings = job.calibration.warnings if job.calibration and precision == "int8" else ()
+        return path, _present_row(job, path, graph, provenance, verification, warnings)
     if source.is_onnx_in(precision):
         graph = source.trace(False)
         return source.path, _present_row(
@@ -84,7 +91,7 @@ def make_onnx(job: Job, precision: str) -> tuple[Path, Row]:
         )
 
     candidate = folder.scratch / path.name
-    graph, details = _convert(job, precision, path)
+    graph, details, notes = _convert(job, precision, path)
     record = _record(job, precision, details)
     write_onnx(graph, candidate, source.spec, record)
     verification = verify_artifact(candidate, job.logits, job.test_set, precision)
@@ -148,31 +155,55 @@ def _present_row(
     return Row.of(path, job.plan.out, provenance, arithmetic, verification, notes)
 
 
-def _convert(job: Job, precision: str, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The graph in one precision, and what is to be recorded about it."""
+def _convert(
+    job: Job, precision: str, path: Path
+) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+    """The graph in one precision, what is to be recorded about it, and what to warn about."""
     config, source, calibration = job.config, job.source, job.calibration
-    if config.graph == "deploy":
-        assert source.lay_out is not None  # the plan sees to it
+    if job.plan.graph == "deploy" and source.lay_out is not None:
         graph = source.lay_out(config.float_input, job.plan.target)
     else:
         graph = source.trace(config.float_input)
-    halves = precision == "fp16" or (precision == "int8" and job.plan.target == "gpu")
     details: dict[str, Any] = {}
-    if halves:
+    notes: tuple[str, ...] = ()
+    if precision != "fp32":
+        halves = precision == "fp16" or job.plan.target == "gpu"
         images = calibration.images if calibration else job.test_set.images[:_RANGE_IMAGES]
         ranges = tensor_ranges(graph, _graph_input(job, graph, images))
-        tensor, largest = require_fp16_range(ranges, path)
-        details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
-    if precision == "int8":
-        assert calibration is not None  # the plan sees to it
-        images = _graph_input(job, graph, calibration.images)
-        graph = quantise(graph, images, config.calib_method, config.exclude)
-        details["excluded"] = sorted(set(config.exclude))
-    if halves:
-        graph = to_fp16(graph)
+        if halves:
+            tensor, largest = require_fp16_range(ranges, path)
+            details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
+        if precision == "int8":
+            graph, int8_details, notes = _quantise(job, graph, ranges)
+            details |= int8_details
+        if halves:
+            graph = to_fp16(graph)
     excluded = len(details.get("excluded", ()))
     details["arithmetic"] = require_precision(graph, precision, excluded, path)
-    return graph, details
+    return graph, details, notes
+
+
+def _quantise(
+    job: Job, graph: onnx.ModelProto, ranges: Mapping[str, float]
+) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+    """The graph in INT8, what is to be recorded about it, and what to warn about."""
+    config, calibration = job.config, job.calibration
+    assert calibration is not None  # the plan sees to it
+    largest = {name: ranges[name] for name in quantised_inputs(graph)}
+    images = _graph_input(job, graph, calibration.images)
+    limits = activation_limits(graph, largest, images, config.calib_method)
+    details: dict[str, Any] = {}
+    notes = calibration.warnings
+    excluded = set(config.exclude)
+    if config.int8_search:
+        weight_bytes = 2 if job.plan.target == "gpu" else 4
+        apart = _graph_input(job, graph, calibration.apart)
+        search = find_sensitive_layers(graph, limits, apart, excluded, weight_bytes)
+        details["search"] = search.record()
+        notes += (search.describe(),)
+        excluded = excluded.union(search.left_out)
+    details["excluded"] = sorted(excluded)
+    return quantise(graph, limits, excluded), details, notes
 
 
 def _graph_input(job: Job, graph: onnx.ModelProto, images: UInt8Array) -> npt.NDArray[Any]:

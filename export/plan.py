@@ -27,6 +27,7 @@ class Plan:
         out: Folder of the artifacts.
         engine: ``onnx``, ``trt`` or ``trt-rtx``: what can be made here.
         target: ``cpu`` or ``gpu``.
+        graph: ``plain`` or ``deploy``; what an ONNX source records.
         precisions: In the order in which they are made.
         missing: Why the engine that was asked for cannot be made here; empty when it can.
     """
@@ -34,6 +35,7 @@ class Plan:
     out: Path
     engine: str
     target: str
+    graph: str
     precisions: tuple[str, ...]
     missing: str = ""
 
@@ -58,8 +60,8 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     target = _choose_target(config, source, engine)
     precisions = _choose_precisions(config, source, engine)
     _check_options(config, source, precisions)
-    _check_deploy(config, source, precisions, target)
-    plan = Plan(config.out, "onnx" if missing else engine, target, precisions, missing)
+    graph = _choose_graph(config, source, target)
+    plan = Plan(config.out, "onnx" if missing else engine, target, graph, precisions, missing)
     if plan.out.exists() and not plan.out.is_dir():
         raise ConfigError(plan.out, expected="a folder", found="a file", fix="choose another --out")
     return plan
@@ -165,26 +167,30 @@ def _check_options(config: ExportConfig, source: Source, precisions: tuple[str, 
         )
 
 
-def _check_deploy(
-    config: ExportConfig, source: Source, precisions: tuple[str, ...], target: str
-) -> None:
-    """Refuse a deploy graph where there is none, or none that could be verified."""
-    if config.graph == "deploy" and source.lay_out is None:
+def _choose_graph(config: ExportConfig, source: Source, target: str) -> str:
+    """The graph's layout: an ONNX file keeps its own, and only EfficientFace has two."""
+    if source.is_onnx:
+        if config.graph is not None:
+            raise ConfigError(
+                f"--graph {config.graph}",
+                expected="a checkpoint as --weights",
+                found=source.path.name,
+                fix="leave --graph out: the file keeps the graph that it has",
+            )
+        graph = source.provenance.graph
+        if graph == "deploy" and source.target != target:
+            print(f"note: {source.path.name} is laid out for a {source.target}, not for a {target}")
+        return graph
+    if source.lay_out is not None:
+        return config.graph or "deploy"
+    if config.graph == "deploy":
         raise ConfigError(
             "--graph deploy",
             expected="an EfficientFace checkpoint as --weights",
-            found=f"{source.path.name}, {source.spec.architecture}"
-            + (" as ONNX" if source.is_onnx else ""),
-            fix="leave --graph out"
-            + (": the file keeps the graph that it has" if source.is_onnx else ""),
+            found=f"{source.path.name}, {source.spec.architecture}",
+            fix="leave --graph out",
         )
-    if config.graph == "deploy" and "int8" in precisions and target == "gpu":
-        raise ConfigError(
-            "--graph deploy",
-            expected="fp32 or fp16 for a GPU",
-            found="int8",
-            fix="leave --graph out; ONNX Runtime cannot check such a file here yet",
-        )
+    return "plain"
 
 
 def request(
@@ -201,7 +207,7 @@ def request(
     decided: dict[str, Any] = {
         "precision": precision,
         "target": plan.target,
-        "graph": source.provenance.graph or config.graph,
+        "graph": plan.graph,
         "input": source.provenance.input
         or ("float32 NCHW normalised" if config.float_input else "uint8 NHWC RGB"),
         "weights": source.weights,
@@ -209,7 +215,8 @@ def request(
     }
     if precision == "int8" and calibration is not None:
         decided["calibration"] = {**calibration.record, "method": config.calib_method}
-        decided["excluded"] = sorted(set(config.exclude))
+        decided["exclude"] = sorted(set(config.exclude))
+        decided["int8_search"] = config.int8_search
     return decided
 
 

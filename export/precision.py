@@ -6,30 +6,26 @@ nothing by itself.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import logging
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from efficientface_deploy.errors import ExportError
-from efficientface_deploy.preprocess import UInt8Array
 
 from .packages import require_package
-from .ranges import activation_limits
 
 FP16_MAX = 65_504.0
+FP16_TINY = 2.0**-24  # the smallest number above zero: a scale must not become zero
 # A range measured on some hundred faces will be exceeded by others.
 FP16_MARGIN = 4.0
+INT8_MAX = 127  # -128 is not used: ranges are symmetric
 
 QUANTISED_OPERATORS = ("Conv", "Gemm")
 LUMA = "luma"
@@ -72,51 +68,133 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def quantise(
-    graph: onnx.ModelProto,
-    images: UInt8Array | np.ndarray[Any, Any],
-    method: str = "minmax",
-    exclude: Sequence[str] = (),
+    graph: onnx.ModelProto, limits: Mapping[str, float], exclude: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """INT8 by symmetric Q/DQ pairs around convolutions and linear layers.
+    """INT8 by symmetric Q/DQ pairs at the inputs of convolutions and linear layers.
 
     Weights per channel, activations per tensor, biases not quantised, no pair between a
     convolution and its ReLU: what TensorRT 10, 11 and for RTX accept and fuse.
 
     Args:
         graph: FP32.
-        images: Calibration batch as the graph takes it: uint8 (N, S, S, 3), or float32
-            (N, 3, S, S) for a float-input graph.
-        method: How ranges are chosen: ``minmax``, ``entropy`` or ``percentile``.
-        exclude: Names of nodes that stay in higher precision.
+        limits: Magnitude that 127 stands for, for each of :func:`quantised_inputs`.
+        exclude: Names of layers that stay in higher precision.
 
     Returns:
         A new graph, FP32 with Q/DQ pairs.
 
     Raises:
-        BackendError: onnxruntime is not installed.
         ExportError: ``exclude`` names something that is not a convolution or linear layer.
     """
-    require_package("onnxruntime")
     _check_excluded(graph, exclude)
-    left_out = [*dict.fromkeys(exclude), *_preprocessing_nodes(graph)]
-    activations = dict.fromkeys(
-        node.input[0]
-        for node in graph.graph.node
-        if node.op_type in QUANTISED_OPERATORS and node.name not in left_out
-    )
-    limits = activation_limits(graph, list(activations), images, method)
-    quantised = _insert_pairs(graph, limits, left_out, images[:1])
-    del quantised.metadata_props[:]
+    chosen = {layer.name for layer in quantisable_layers(graph)} - set(exclude)
+    quantised = _copy(graph)
+    del quantised.graph.node[:]
+    pairs = _PairWriter(quantised.graph)
+    for node in graph.graph.node:
+        if node.name not in chosen:
+            quantised.graph.node.append(node)
+            continue
+        data, weight = node.input[:2]
+        inputs = [pairs.activation(data, limits[data]), pairs.weight(weight, _output_axis(node))]
+        quantised.graph.node.append(node)
+        quantised.graph.node[-1].input[:2] = inputs
+    read = {name for node in quantised.graph.node for name in node.input}
+    for initializer in list(quantised.graph.initializer):
+        if initializer.name not in read:  # FP32 weights that are INT8 now
+            quantised.graph.initializer.remove(initializer)
     return quantised
 
 
-def _check_excluded(graph: onnx.ModelProto, exclude: Sequence[str]) -> None:
+def quantisable_layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Convolutions and linear layers of the network, those of its preprocessing left out."""
     preprocessing = _preprocessing_nodes(graph)
-    layers = [
-        node.name
+    return [
+        node
         for node in graph.graph.node
         if node.op_type in QUANTISED_OPERATORS and node.name not in preprocessing
     ]
+
+
+def quantised_inputs(graph: onnx.ModelProto, exclude: Collection[str] = ()) -> dict[str, list[str]]:
+    """The activations that INT8 rounds, each with the names of the layers that read it."""
+    readers: dict[str, list[str]] = {}
+    for layer in quantisable_layers(graph):
+        if layer.name not in exclude:
+            readers.setdefault(layer.input[0], []).append(layer.name)
+    return readers
+
+
+class _PairWriter:
+    """Appends Q/DQ pairs to a graph, one for each tensor however many layers read it."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.weights = {weight.name: weight for weight in graph.initializer}
+        self.dequantised: dict[str, str] = {}
+
+    def activation(self, name: str, limit: float) -> str:
+        """Round an activation to one scale.
+
+        Returns:
+            The name of what it becomes.
+        """
+        if name not in self.dequantised:
+            parameters = self.parameters(name, _scale(np.float32(limit)))
+            rounded = f"{name}_quantized"
+            self.node("QuantizeLinear", name, [name, *parameters], rounded)
+            self.node("DequantizeLinear", name, [rounded, *parameters], f"{name}_dequantized")
+            self.dequantised[name] = f"{name}_dequantized"
+        return self.dequantised[name]
+
+    def weight(self, name: str, axis: int) -> str:
+        """Store a weight as INT8, with a scale for each output channel on ``axis``.
+
+        Returns:
+            The name of what it becomes.
+        """
+        if name not in self.dequantised:
+            values = numpy_helper.to_array(self.weights[name])
+            others = tuple(other for other in range(values.ndim) if other != axis)
+            scale = _scale(np.abs(values).max(axis=others))  # (C,)
+            rounded = np.rint(values / np.expand_dims(scale, others)).astype(np.int8)
+            parameters = self.parameters(name, scale)
+            inputs = [self.array(f"{name}_quantized", rounded), *parameters]
+            self.node("DequantizeLinear", name, inputs, f"{name}_dequantized", axis=axis)
+            self.dequantised[name] = f"{name}_dequantized"
+        return self.dequantised[name]
+
+    def parameters(self, name: str, scale: Any) -> tuple[str, str]:
+        zero_point = np.zeros_like(scale, dtype=np.int8)
+        return self.array(f"{name}_scale", scale), self.array(f"{name}_zero_point", zero_point)
+
+    def array(self, name: str, values: Any) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def node(
+        self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any
+    ) -> None:
+        named = f"{name}_{operator}"
+        self.graph.node.append(
+            onnx.helper.make_node(operator, inputs, [output], named, **attributes)
+        )
+
+
+def _scale(magnitude: Any) -> Any:
+    """What one step of INT8 is worth; what was always zero keeps a range of 1."""
+    step = np.where(magnitude > 0, magnitude, 1) / INT8_MAX
+    return np.maximum(step, FP16_TINY).astype(np.float32)
+
+
+def _output_axis(layer: onnx.NodeProto) -> int:
+    """Axis of a layer's weights that its output channels lie on."""
+    transposed = any(a.name == "transB" and a.i for a in layer.attribute)
+    return 0 if layer.op_type == "Conv" or transposed else 1
+
+
+def _check_excluded(graph: onnx.ModelProto, exclude: Collection[str]) -> None:
+    layers = [layer.name for layer in quantisable_layers(graph)]
     if unknown := [name for name in exclude if name not in layers]:
         near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
         raise ExportError(
@@ -125,76 +203,6 @@ def _check_excluded(graph: onnx.ModelProto, exclude: Sequence[str]) -> None:
             found=", ".join(unknown),
             fix="look them up in the FP32 ONNX file, e.g. with Netron",
         )
-
-
-def _insert_pairs(
-    graph: onnx.ModelProto,
-    limits: Mapping[str, float],
-    left_out: Sequence[str],
-    example: np.ndarray[Any, Any],
-) -> onnx.ModelProto:
-    """Let ONNX Runtime insert the Q/DQ pairs, with ranges of ours.
-
-    Args:
-        graph: FP32.
-        limits: Largest magnitude of each activation.
-        left_out: Names of nodes that stay as they are.
-        example: An image; ONNX Runtime insists on a calibration of its own, which the ranges then
-            override.
-    """
-    from onnxruntime import quantization
-
-    overrides = {
-        name: [{"rmin": np.float32(-limit), "rmax": np.float32(limit)}]
-        for name, limit in limits.items()
-    }
-    source_graph = _copy(graph)
-    # Without this mark the quantiser asks, twice, for a preprocessing that changes nothing here.
-    onnx.helper.set_model_props(source_graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    with tempfile.TemporaryDirectory() as folder, _root_logger_kept():
-        source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
-        source.write_bytes(source_graph.SerializeToString())
-        quantization.quantize_static(
-            source,
-            target,
-            _OneBatch({graph.graph.input[0].name: example}),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED_OPERATORS),
-            nodes_to_exclude=list(left_out),
-            per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": list(QUANTISED_OPERATORS),
-                "TensorQuantOverrides": overrides,
-            },
-        )
-        return onnx.load(target)
-
-
-class _OneBatch:
-    """The calibration data that ONNX Runtime's quantiser asks for."""
-
-    def __init__(self, batch: dict[str, np.ndarray[Any, Any]]) -> None:
-        self._batches = iter([batch])
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return next(self._batches, None)
-
-
-@contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """Undo what ``logging.info()``, as the quantiser calls it, does: it sets up the root logger."""
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    root.addHandler(logging.NullHandler())
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +237,9 @@ def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:
     types |= {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
     types |= {value.name: value.data_type for value in graph.graph.initializer}
     producers = {output: node.op_type for node in graph.graph.node for output in node.output}
-    preprocessing = set(_preprocessing_nodes(graph))
 
     counts: dict[str, Counter[str]] = {operator: Counter() for operator in QUANTISED_OPERATORS}
-    for node in graph.graph.node:
-        if node.op_type not in counts or node.name in preprocessing:
-            continue
+    for node in quantisable_layers(graph):
         data, weights = node.input[:2]
         if all(producers.get(name) == "DequantizeLinear" for name in (data, weights)):
             counts[node.op_type]["int8"] += 1

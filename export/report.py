@@ -14,7 +14,7 @@ from efficientface_deploy.spec import ModelSpec
 
 from .folder import failed_name
 from .provenance import Provenance
-from .verify import MINIMUM_FOR_AGREEMENT, THRESHOLDS, Verification
+from .verify import MINIMUM_FOR_AGREEMENT, THRESHOLDS, Verification, number
 
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
@@ -110,13 +110,18 @@ class Row:
         else:
             yield (
                 "FAILED" if result.exceeds("agreement") else "ok",
-                f"agreement: {result.agreement:.4f} (at least {threshold.min_agreement:g})",
+                f"agreement: {result.agreement_text} (at least {threshold.min_agreement:g})",
             )
         if result.accuracy is None:
             yield "--", "accuracy: not measured, which --val would do"
         else:
             mark = "FAILED" if result.exceeds("accuracy") else "ok"
-            yield mark, f"accuracy: {result.accuracy:.4f}, macro-F1 {result.macro_f1:.4f}"
+            minus = f", minus the reference's {result.difference_text}"
+            yield (
+                mark,
+                f"accuracy: {result.accuracy:.4f}{minus if result.difference_text else ''}, "
+                f"macro-F1 {result.macro_f1:.4f}",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """For ``report.json``."""
@@ -226,11 +231,11 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"# Export of {header['weights']}",
         "",
         f"{header['model']}. Differences are to the reference network (PyTorch, FP32) on the "
-        "same images.",
+        "same images, with 95 % intervals over images.",
         "",
         "| file | MB | arithmetic | images | largest difference | agreement | mean KL "
-        "| accuracy | macro-F1 | status | made |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| accuracy | accuracy minus reference | macro-F1 | status | made |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(row) for row in rows]
     notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
@@ -241,10 +246,6 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _markdown_row(row: Row) -> str:
     result = row.verification
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     status = result.status + (f" ({result.reason})" if result.reason else "")
     cells = [
         row.file,
@@ -252,9 +253,10 @@ def _markdown_row(row: Row) -> str:
         row.arithmetic,
         str(result.images or ""),
         number(result.max_difference, ".2g"),
-        number(result.agreement, ".4f"),
+        result.agreement_text,
         number(result.kl, ".2g"),
         number(result.accuracy, ".4f"),
+        result.difference_text,
         number(result.macro_f1, ".4f"),
         status,
         row.created,

@@ -11,10 +11,12 @@ from efficientface_deploy.metrics import (
     macro_f1,
     max_probability_difference,
     mean_kl,
+    paired_accuracy_difference,
     per_class_f1,
     per_class_precision,
     per_class_recall,
     reliability_bins,
+    share_interval,
     top1_agreement,
 )
 
@@ -215,3 +217,64 @@ def test_reliability_bins_by_hand() -> None:
     expected = (0.5 + 0.4 + 2 * 0.4) / 4
     ece = expected_calibration_error(probabilities, np.array([0, 1, 0, 1]), bins=4)
     assert ece == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "images", "expected"),
+    [
+        # R: binom::binom.confint(method = "wilson")
+        (5, 10, (0.236593, 0.763407)),
+        (0, 10, (0.0, 0.277533)),
+        (10, 10, (0.722467, 1.0)),
+        (3172, 3191, (0.990715, 0.996185)),
+    ],
+)
+def test_share_interval(count: int, images: int, expected: tuple[float, float]) -> None:
+    assert share_interval(count, images) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "images"), [(-1, 10), (11, 10), (0, 0)])
+def test_share_interval_of_nonsense(count: int, images: int) -> None:
+    with pytest.raises(ValueError, match=f"found {count} of {images}"):
+        share_interval(count, images)
+
+
+def paired_case(gained: int, lost: int, images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and two predictions; the second is right where the first is not, or the other way."""
+    labels = np.zeros(images, dtype=int)
+    reference, predictions = labels.copy(), labels.copy()
+    reference[:gained] = 1
+    predictions[gained : gained + lost] = 1
+    both_wrong = slice(gained + lost, gained + lost + 5)
+    reference[both_wrong] = predictions[both_wrong] = 2
+    return labels, reference, predictions
+
+
+def test_paired_accuracy_difference_by_hand() -> None:
+    """(2 - 4) / 102 plus or minus 1.95996 sqrt((6 / 102 - (2 / 102)^2) / 102)."""
+    labels, reference, predictions = paired_case(gained=1, lost=3, images=100)
+    found = paired_accuracy_difference(labels, reference, predictions)
+    assert found.value == pytest.approx(-0.02)
+    assert found.interval == pytest.approx((-0.066523, 0.027307), abs=2e-6)
+    swapped = paired_accuracy_difference(labels, predictions, reference)
+    assert swapped.value == -found.value
+    assert swapped.interval == pytest.approx((-found.interval[1], -found.interval[0]))
+
+
+def test_two_that_never_differ_are_not_proven_equal() -> None:
+    found = paired_accuracy_difference(*paired_case(0, 0, 100))
+    assert found.value == 0
+    assert found.interval[0] < 0 < found.interval[1] < 0.05
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.01, 0.01), (0.03, 0.005), (0.002, 0.002)])
+def test_closed_forms_cover_the_truth_too(up: float, down: float) -> None:
+    rng = np.random.default_rng(0)
+    hits = shares = 0
+    for gained, lost, _ in rng.multinomial(500, (up, down, 1 - up - down), size=400):
+        low, high = paired_accuracy_difference(*paired_case(gained, lost, 500)).interval
+        hits += low <= up - down <= high
+        low, high = share_interval(int(gained + lost), 500)
+        shares += low <= up + down <= high
+    assert hits / 400 > 0.93
+    assert shares / 400 > 0.92

@@ -59,6 +59,34 @@ def test_record(published: Path, small_spec: ModelSpec) -> None:
     assert (values < 75).any() and (values >= 75).any()  # of all classes
 
 
+def test_images_kept_apart(published: Path, small_spec: ModelSpec) -> None:
+    """Others than those that the ranges come from, recorded as well."""
+    together = load_calibration(published, small_spec, 150)
+    alone = load_calibration(published, small_spec, 90)
+    found = load_calibration(published, small_spec, 90, apart=40)
+    np.testing.assert_array_equal(found.images, alone.images)
+    assert together.apart.shape == alone.apart.shape == (0, 64, 64, 3)
+    values = [set(part[:, 0, 0, 0]) for part in (found.images, found.apart)]
+    assert [len(part) for part in values] == [90, 40]
+    assert not values[0] & values[1]
+    assert found.record["images_sha256"] == alone.record["images_sha256"]
+    assert found.record["apart"]["count"] == 40
+    assert len(found.record["apart"]["images_sha256"]) == 64
+    assert "apart" not in alone.record
+
+
+def test_at_most_a_third_is_kept_apart(published: Path, small_spec: ModelSpec) -> None:
+    found = load_calibration(published, small_spec, 500, apart=256)
+    assert (len(found.images), len(found.apart)) == (100, 50)
+
+
+def test_too_few_to_keep_any_apart(tmp_path: Path, small_spec: ModelSpec) -> None:
+    write_images(tmp_path / "two", 2)
+    with pytest.raises(DatasetError, match=r"found 2 in all; .*--no-int8-search"):
+        load_calibration(tmp_path / "two", small_spec, 10, apart=5)
+    assert len(load_calibration(tmp_path / "two", small_spec, 10).images) == 2
+
+
 def test_hash_follows_the_content(published: Path, small_spec: ModelSpec) -> None:
     before = load_calibration(published, small_spec, 150).record["images_sha256"]
     changed = published / "train" / "0" / "0003.png"

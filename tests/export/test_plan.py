@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_checkpoint(
     precisions: tuple[str, ...],
 ) -> None:
     found = plan(make_source(), tmp_path, **options)
-    assert found == Plan(tmp_path / "out", engine, target, precisions)
+    assert found == Plan(tmp_path / "out", engine, target, "deploy", precisions)
 
 
 def test_names(make_source: Any, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ class TestFolder:
             source = source or make_source()
             config = ExportConfig(**{"out": tmp_path, "engine": "trt", **options})
             images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-            calibration = Calibration(images, {"images_sha256": "c" * 64}, ())
+            calibration = Calibration(images, images, {"images_sha256": "c" * 64}, ())
             return check_folder(config, make_plan(config, source), source, calibration)
 
         return run
@@ -240,7 +241,7 @@ class TestFolder:
             config = ExportConfig(out=tmp_path, engine="trt", precision=made, calib=tmp_path)
             found = make_plan(config, source)
             images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-            calibration = Calibration(images, {"images_sha256": "c" * 64}, ())
+            calibration = Calibration(images, images, {"images_sha256": "c" * 64}, ())
             record = {**request(config, found, source, calibration, made), **changes}
             write_onnx(graph, found.onnx_path(made), spec, {**record, "created": "then"})
             return found.onnx_path(made)
@@ -265,7 +266,7 @@ class TestFolder:
             ({"weights": None}, "weights"),
             ({"precision": "fp32"}, "precision"),
             ({"target": "cpu"}, "target"),
-            ({"graph": "deploy"}, "graph"),
+            ({"graph": "plain"}, "graph"),
             ({"input": "float32 NCHW normalised"}, "input"),
             ({"versions": {"onnx": "1.0"}}, "versions"),
             ({"spec": preset("affectnet7").replace(input_size=64)}, "labels or input size"),
@@ -283,7 +284,11 @@ class TestFolder:
 
     @pytest.mark.parametrize(
         ("options", "difference"),
-        [({"calib_method": "entropy"}, "calibration"), ({"exclude": ("a",)}, "excluded")],
+        [
+            ({"calib_method": "entropy"}, "calibration"),
+            ({"exclude": ("a",)}, "exclude"),
+            ({"int8_search": False}, "int8_search"),
+        ],
     )
     def test_int8_of_other_ranges_is_in_the_way(
         self, check: Any, put: Any, options: dict[str, Any], difference: str, tmp_path: Path
@@ -331,11 +336,37 @@ class TestFolder:
             check()
 
 
-def test_deploy_graph_of_an_onnx_file(make_source, tmp_path):
-    source = make_source("model.onnx", precision="fp32", target="cpu")
+@pytest.mark.parametrize("graph", ["plain", "deploy"])
+def test_an_onnx_file_keeps_its_graph(make_source: Any, tmp_path: Path, graph: str) -> None:
+    source = make_source("model.onnx", precision="fp32", target="cpu", graph=graph)
+    assert plan(source, tmp_path, engine="onnx").graph == graph
+    with pytest.raises(ConfigError, match=r"--graph .*: expected a checkpoint as --weights"):
+        plan(source, tmp_path, engine="onnx", graph=graph)
+
+
+def test_a_graph_for_the_other_target_is_noted(make_source: Any, tmp_path: Path, capsys) -> None:
+    source = make_source("model.onnx", precision="fp32", target="cpu", graph="deploy")
+    assert plan(source, tmp_path, engine="onnx", target="gpu").target == "gpu"
+    assert "note: model.onnx is laid out for a cpu, not for a gpu" in capsys.readouterr().out
+
+
+def test_deploy_is_the_default_of_a_checkpoint(make_source: Any, tmp_path: Path) -> None:
+    assert plan(make_source(), tmp_path, engine="onnx").graph == "deploy"
+    assert plan(make_source(), tmp_path, engine="onnx", graph="plain").graph == "plain"
+
+
+def test_an_ldg_has_the_plain_graph_alone(make_source: Any, tmp_path: Path) -> None:
+    ldg = dataclasses.replace(make_source(), lay_out=None)
+    assert plan(ldg, tmp_path, engine="onnx").graph == "plain"
     with pytest.raises(ConfigError, match=r"--graph deploy: expected an EfficientFace checkpoint"):
-        plan(source, tmp_path, engine="onnx", graph="deploy")
-    assert plan(make_source(), tmp_path, engine="onnx", graph="deploy").target == "cpu"
-    with pytest.raises(ConfigError, match="expected fp32 or fp16 for a GPU, found int8"):
-        options = {"precision": "int8", "target": "gpu", "calib": Path("faces")}
-        plan(make_source(), tmp_path, engine="onnx", graph="deploy", **options)
+        plan(ldg, tmp_path, engine="onnx", graph="deploy")
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize("graph", ["plain", "deploy"])
+def test_int8_of_both_graphs_for_both_targets(
+    make_source: Any, tmp_path: Path, graph: str, target: str
+) -> None:
+    options = {"graph": graph, "target": target, "precision": "int8", "calib": Path("faces")}
+    found = plan(make_source(), tmp_path, engine="onnx", **options)
+    assert (found.target, found.precisions) == (target, ("int8",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from efficientface_export.graph import write_onnx
 from efficientface_export.precision import (
     FP16_MARGIN,
     FP16_MAX,
+    FP16_TINY,
     quantise,
+    quantised_inputs,
     require_fp16_range,
     require_precision,
     summarise_precision,
     to_fp16,
 )
-from efficientface_export.ranges import tensor_ranges
+from efficientface_export.ranges import activation_limits, tensor_ranges
 from efficientface_export.source import open_source
 from onnx import TensorProto, numpy_helper
 
@@ -29,6 +30,8 @@ from efficientface_deploy.backends import onnx as onnx_backend
 from efficientface_deploy.dataset import iterate_batches, read_dataset
 from efficientface_deploy.errors import BackendError, ExportError
 from efficientface_deploy.metrics import accuracy, max_probability_difference, top1_agreement
+from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.spec import ModelSpec
 
 LAYERS = ("Conv", "Gemm")
 
@@ -44,9 +47,18 @@ def by_output(graph: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {name: node for node in graph.graph.node for name in node.output}
 
 
+def int8_of(
+    graph: onnx.ModelProto, images: np.ndarray, method: str = "minmax", exclude: Any = ()
+) -> onnx.ModelProto:
+    """INT8 with ranges of these images."""
+    ranges = tensor_ranges(graph, images)
+    largest = {name: ranges[name] for name in quantised_inputs(graph)}
+    return quantise(graph, activation_limits(graph, largest, images, method), exclude)
+
+
 @pytest.fixture(scope="module")
 def int8(graph: onnx.ModelProto, images: np.ndarray) -> onnx.ModelProto:
-    return quantise(graph, images)
+    return int8_of(graph, images)
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +198,26 @@ class TestINT8:
             if node.op_type == "Conv" and "Relu" in consumers[node.output[0]]:
                 assert consumers[node.output[0]] == ["Relu"]
 
+    def test_weights_are_rounded_to_the_nearest_step(
+        self, graph: onnx.ModelProto, int8: onnx.ModelProto
+    ) -> None:
+        full = {weight.name: numpy_helper.to_array(weight) for weight in graph.graph.initializer}
+        stored = {weight.name: numpy_helper.to_array(weight) for weight in int8.graph.initializer}
+        pairs = [n for n in int8.graph.node if n.op_type == "DequantizeLinear"]
+        rounded = [n for n in pairs if n.input[0] in stored]
+        assert len(rounded) == 71
+        for node in rounded:
+            name = node.input[0].removesuffix("_quantized")
+            weight = full[name]
+            values, scale, _ = (stored[name] for name in node.input)
+            step = scale.reshape(-1, *[1] * (weight.ndim - 1))
+            assert (np.abs(values * step - weight) <= 0.5001 * step).all()
+            assert (np.abs(values).reshape(len(weight), -1).max(axis=1) == 127).all()
+            assert name not in stored  # FP32 is gone from the file
+
     def test_ranges_arrive(
         self, graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
     ) -> None:
-        """Scales are ours, not those of ONNX Runtime's own calibration of one image."""
         largest = tensor_ranges(graph, images)
         weights = {weight.name: weight for weight in int8.graph.initializer}
         pairs = [node for node in int8.graph.node if node.op_type == "QuantizeLinear"]
@@ -201,7 +229,7 @@ class TestINT8:
         self, graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
     ) -> None:
         scales = []
-        for quantised in (int8, *(quantise(graph, images, m) for m in ("entropy", "percentile"))):
+        for quantised in (int8, *(int8_of(graph, images, m) for m in ("entropy", "percentile"))):
             weights = {weight.name: weight for weight in quantised.graph.initializer}
             pairs = [node for node in quantised.graph.node if node.op_type == "QuantizeLinear"]
             found = [float(numpy_helper.to_array(weights[node.input[1]])) for node in pairs]
@@ -220,7 +248,7 @@ class TestINT8:
 
     def test_excluded_layers_stay(self, graph: onnx.ModelProto, images: np.ndarray) -> None:
         names = [node.name for node in graph.graph.node if node.op_type == "Conv"][:2]
-        quantised = quantise(graph, images[:4], exclude=[*names, names[0]])
+        quantised = int8_of(graph, images[:4], exclude=[*names, names[0]])
         summary = summarise_precision(quantised)
         assert summary.convolutions == {"int8": 66, "fp32": 2}
         assert str(summary) == "2 fp32 + 66 int8 convolutions, 3 int8 linear"
@@ -232,47 +260,45 @@ class TestINT8:
     def test_unknown_node(self, graph: onnx.ModelProto, images: np.ndarray) -> None:
         name = next(node.name for node in graph.graph.node if node.op_type == "Conv")
         with pytest.raises(ExportError, match=f"such as {name}, .*found {name}x, nonsense"):
-            quantise(graph, images[:4], exclude=[name + "x", "nonsense"])
+            int8_of(graph, images[:4], exclude=[name + "x", "nonsense"])
         other = next(node.name for node in graph.graph.node if node.op_type == "Relu")
         with pytest.raises(ExportError, match="names of convolutions or linear layers"):
-            quantise(graph, images[:4], exclude=[other])
+            int8_of(graph, images[:4], exclude=[other])
 
-    def test_quantiser_is_quiet(
-        self,
-        graph: onnx.ModelProto,
-        images: np.ndarray,
-        capfd: pytest.CaptureFixture[str],
-        caplog: pytest.LogCaptureFixture,
-        unchanged_root_logger: None,
-    ) -> None:
-        for method in ("minmax", "entropy", "percentile"):
-            quantise(graph, images[:4], method)
-        assert capfd.readouterr() == ("", "")
-        assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
-    def test_quantiser_leaves_a_bare_root_logger_bare(
-        self, run_python: Any, exported: Path
-    ) -> None:
-        """``logging.info()``, as the quantiser calls it, would set the root logger up for all."""
-        result = run_python(
-            "import logging, sys, numpy, onnx\n"
-            "from efficientface_export.precision import quantise\n"
-            "images = numpy.zeros((1, 64, 64, 3), dtype='uint8')\n"
-            "quantise(onnx.load(sys.argv[1]), images)\n"
-            "assert logging.getLogger().handlers == [], logging.getLogger().handlers\n"
-            "assert logging.getLogger().level == logging.WARNING\n",
-            str(exported / "efficientface-fp32-cpu.onnx"),
-        )
-        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_scales_lie_on_the_output_channels(transposed: int) -> None:
+    """Also of a linear layer whose weights are (in, out), and of channels of zeros or nearly so."""
+    weight = np.array([[1, 0, 0], [-20, 0, 1e-9], [4, 0, 0]], dtype=np.float32)  # (in, out)
+    stored = weight.T if transposed else weight
+    values = [
+        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width])
+        for name, width in (("x", 3), ("y", 3))
+    ]
+    node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], "fc", transB=transposed)
+    initializer = numpy_helper.from_array(np.ascontiguousarray(stored), "w")
+    graph = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "test", values[:1], values[1:], [initializer])
+    )
+    quantised = quantise(graph, {"x": 0.0})
+    arrays = {w.name: numpy_helper.to_array(w) for w in quantised.graph.initializer}
+    np.testing.assert_allclose(arrays["w_scale"], [20 / 127, 1 / 127, FP16_TINY])
+    assert (arrays["w_scale"].astype(np.float16) > 0).all()
+    rounded = arrays["w_quantized"].T if transposed else arrays["w_quantized"]
+    np.testing.assert_array_equal(rounded, [[6, 0, 0], [-127, 0, 0], [25, 0, 0]])
+    assert arrays["x_scale"] == np.float32(1 / 127)  # of what was always zero
 
-    def test_missing_runtime(self, graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-        with pytest.raises(BackendError, match=r"onnxruntime, .*not installed.*\[cpu\]"):
-            quantise(graph, np.zeros((1, 64, 64, 3), dtype=np.uint8))
+
+def test_float_input_is_rounded_too(
+    float_graph: onnx.ModelProto, images: np.ndarray, small_spec: ModelSpec
+) -> None:
+    """Then the first convolution reads what the user gives, and no node makes it."""
+    quantised = int8_of(float_graph, normalise(images[:4], small_spec), "percentile")
+    assert require_precision(quantised, "int8", 0, "x").startswith("68 int8")
 
 
 def test_luminance_is_not_quantised(grey_graph: onnx.ModelProto, images: np.ndarray) -> None:
-    quantised = quantise(grey_graph, images[:4])
+    quantised = int8_of(grey_graph, images[:4])
     (luma,) = [
         node
         for node in quantised.graph.node
@@ -332,7 +358,7 @@ def test_fp16_with_pairs_gives_the_same_as_fp32_with_pairs(
     calibration = next(iter(iterate_batches(data.split("train"), source.spec, 120)))[0]
     images, labels = next(iter(iterate_batches(data.split("validation"), source.spec, 300)))
     full = source.trace(False)
-    cpu = quantise(full, calibration)
+    cpu = int8_of(full, calibration)
     gpu = to_fp16(cpu)
     path = tmp_path / "gpu.onnx"
     write_onnx(gpu, path, source.spec, {"precision": "int8", "target": "gpu"})
@@ -356,6 +382,26 @@ def test_fp16_with_pairs_gives_the_same_as_fp32_with_pairs(
     # Should this fail one day, ONNX Runtime has mended it, and the exception can go.
     assert max_probability_difference(on_cpu, wrong) > 0.25
     assert top1_agreement(on_cpu, wrong) < 0.97
+
+
+@pytest.mark.parametrize(("precision", "loads"), [("fp32", 1), ("fp16", 1), ("int8", 2)])
+def test_optimisations_are_kept_from_fp16_scales_alone(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, precision: str, loads: int
+) -> None:
+    """INT8 with FP32 scales ends with all of them; a file without pairs is not loaded twice."""
+    seen: list[dict[str, Any]] = []
+    backend = onnx_backend.OnnxBackend
+    load_session = backend._load
+
+    def recorded(self: Any, provider: str, **keywords: Any) -> Any:
+        seen.append(keywords)
+        return load_session(self, provider, **keywords)
+
+    monkeypatch.setattr(backend, "_load", recorded)
+    with load(exported / f"efficientface-{precision}-cpu.onnx", threads=1):
+        pass
+    assert len(seen) == loads
+    assert (seen[-1] == {}) == (precision == "int8")
 
 
 def _with_weight(graph: onnx.ModelProto, ending: str, value: float) -> onnx.ModelProto:

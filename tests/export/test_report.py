@@ -24,8 +24,11 @@ GOOD = Verification(
     source="faces, test, 120 images",
     max_difference=0.0123,
     agreement=0.9917,
+    agreement_interval=(0.9544, 0.9985),
     kl=0.00021,
     accuracy=0.8361,
+    accuracy_difference=-0.0083,
+    accuracy_interval=(-0.0323, 0.0159),
     macro_f1=0.625,
 )
 
@@ -66,10 +69,10 @@ def test_markdown(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Export of student.safetensors\n\nefficientface, test, 7 classes")
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 12
+    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 13
     assert table[2] == (
-        "| a.onnx | 1.45 | 68 int8 convolutions | 120 | 0.012 | 0.9917 | 0.00021 | 0.8361 "
-        "| 0.6250 | verified | 2026-01-01 00:00 UTC |"
+        "| a.onnx | 1.45 | 68 int8 convolutions | 120 | 0.012 | 0.9917 [0.9544, 0.9985] | 0.00021 "
+        "| 0.8361 | -0.0083 [-0.0323, +0.0159] | 0.6250 | verified | 2026-01-01 00:00 UTC |"
     )
     assert "Images: faces, test, 120 images." in text
     assert "- a.onnx: a note" in text
@@ -80,7 +83,9 @@ def test_markdown_of_what_failed_or_was_not_run(tmp_path: Path) -> None:
     add(tmp_path, "c.engine", Verification(not_run="no GPU"))
     rows = (tmp_path / "report.md").read_text().splitlines()
     assert any("| FAILED (KL 1 > 0; NaN) |" in line for line in rows)
-    assert any("|  |  |  |  |  |  | built, not verified here (no GPU) |" in line for line in rows)
+    assert any(
+        "|  |  |  |  |  |  |  | built, not verified here (no GPU) |" in line for line in rows
+    )
 
 
 def test_rows_are_merged_and_vanished_files_dropped(tmp_path: Path) -> None:
@@ -223,9 +228,10 @@ def test_lines_for_the_terminal(tmp_path: Path) -> None:
         "[ok] a.onnx: 1.45 MB, verified on faces, test, 120 images by onnx:cpu",
         "  [ok] precision: 68 int8 convolutions",
         "  [ok] FP16 range: largest value 1234 of 65504",
-        "  [ok] parity: largest difference 0.012, KL 0.00021 (at most 0.75 and 0.05)",
-        "  [ok] agreement: 0.9917 (at least 0.95)",
-        "  [ok] accuracy: 0.8361, macro-F1 0.6250",
+        "  [ok] parity: largest difference 0.012, KL 0.00021 (at most 0.75 and 0.02)",
+        "  [ok] agreement: 0.9917 [0.9544, 0.9985] (at least 0.98)",
+        "  [ok] accuracy: 0.8361, minus the reference's -0.0083 [-0.0323, +0.0159], "
+        "macro-F1 0.6250",
         "       a note",
     ]
 

@@ -75,6 +75,20 @@ class TestThresholds:
         assert len(found.problems) == 3
         assert found.agreement is not None and found.agreement < 0.3
 
+    @pytest.mark.parametrize(("changed", "problems"), [(1, 0), (30, 1)])
+    def test_agreement_is_judged_by_what_chance_allows(self, changed: int, problems: int) -> None:
+        """200 images, the two best classes of some swapped by a hair: 99.5 % and 85 %."""
+        logits = np.zeros((200, 7), dtype=np.float32)
+        logits[:, 3] = 1e-4
+        probabilities = softmax(logits)
+        probabilities[:changed, 4] = probabilities[0, 3] + 1e-5
+        found = compare(probabilities, logits, BLANK, "fp16", "x")
+        assert found.agreement == 1 - changed / 200
+        assert found.agreement_interval is not None
+        low, high = found.agreement_interval
+        assert low < found.agreement < high
+        assert len(found.problems) == problems
+
     def test_agreement_of_a_handful_is_not_judged(self) -> None:
         flat = np.full((16, 7), 1 / 7) + np.eye(7)[RANDOM.integers(0, 7, 16)] * 1e-3
         flat /= flat.sum(axis=1, keepdims=True)
@@ -99,10 +113,24 @@ class TestThresholds:
         assert found.macro_f1 is not None and 0.6 < found.macro_f1 < 0.9
         assert judge(softmax(LOGITS), "fp32").accuracy is None
 
+    def test_accuracy_is_compared_image_by_image(self) -> None:
+        """Three images fewer than the reference has right, and the interval of that difference."""
+        probabilities = softmax(LOGITS)
+        probabilities[:3] = np.roll(probabilities[:3], 1, axis=1)
+        test_set = dataclasses.replace(BLANK, labels=LOGITS.argmax(axis=1))
+        found = judge(probabilities, "int8", test_set)
+        assert found.accuracy_difference == -0.015
+        assert found.accuracy_interval is not None
+        assert -0.05 < found.accuracy_interval[0] < -0.015 < found.accuracy_interval[1] < 0.01
+        assert found.difference_text.startswith("-0.0150 [-0.0")
+        assert found.agreement_text == "0.9850 [0.9568, 0.9949]"
+        assert judge(probabilities, "int8").difference_text == ""
+
 
 class TestVerification:
     def test_round_trip(self) -> None:
-        found = judge(softmax(LOGITS + 1), "fp16")
+        test_set = dataclasses.replace(BLANK, labels=LOGITS.argmax(axis=1))
+        found = judge(softmax(LOGITS + 1), "fp16", test_set)
         content = json.loads(json.dumps(found.as_dict()))
         assert content["status"] == "verified"
         assert Verification.from_dict(content) == found
