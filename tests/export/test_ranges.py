@@ -104,7 +104,7 @@ def test_methods_differ_on_a_network(graph: onnx.ModelProto, images: np.ndarray)
         assert 0 < found["percentile"][name] <= found["minmax"][name] * 1.000001
     for method in ("percentile", "entropy"):
         smaller = [found[method][name] < 0.99 * found["minmax"][name] for name in largest]
-        assert np.mean(smaller) > 0.3
+        assert np.mean(smaller) > 0.1
     assert found["entropy"] != found["percentile"]
 
 
