@@ -52,7 +52,6 @@ class Profile:
             depthwise ones.
         first_read_whole: Stages whose unit 1 reads all that unit 0 made, with zero weights for
             what it does not consume, instead of a part of it.
-        fold_luma: A grey model's luminance lies in the weights of its first convolution.
         copy: Cost of moving one value, in multiply-adds.
         convolution: Cost of one more convolution, in multiply-adds.
         cut: Cost of one slice node, in multiply-adds.
@@ -63,7 +62,6 @@ class Profile:
     merge_patches: bool = False
     split_multiplier: bool = False
     first_read_whole: tuple[str, ...] = ()
-    fold_luma: bool = False
     copy: float = 8.0
     convolution: float = 300_000.0
     cut: float = 600_000.0
@@ -212,21 +210,19 @@ class _Writer:
         weight, bias = self.folded("conv1.0", "conv1.1")  # (29, 3, 3, 3), (29,)
         pixels = self.node("Cast", "pixels", [UINT8_INPUT], to=TensorProto.FLOAT)
         planes = self.node("Transpose", "planes", [pixels], perm=[0, 3, 1, 2])  # (N, 3, S, S)
+        weight = weight * scale[:, None, None]
         mean = (-offset / scale).astype(np.float32)  # (3,), 0 to 255
         if self.spec.colour == "grey":
             luma = np.array(LUMA, dtype=np.float32)
-            if self.profile.fold_luma and np.ptp(mean) == 0:
+            if np.ptp(mean) == 0:
                 # luminance - mean = sum of luma * (pixel - mean), since luma sums to one.
-                grey = (weight * scale[:, None, None]).sum(axis=1, keepdims=True)
-                weight = grey * luma[:, None, None]
-                scale = np.ones(3, np.float32)
+                weight = weight.sum(axis=1, keepdims=True) * luma[:, None, None]
             else:
                 kernel = self.array("luma", luma.reshape(1, 3, 1, 1))
                 planes = self.node("Conv", "luminance", [planes, kernel])  # (N, 1, S, S)
-        centred = self.node(
-            "Sub", "centred", [planes, self.array("mean", mean.reshape(1, 3, 1, 1))]
-        )
-        return self.stem(Map(centred, (0, 1, 2), side), (weight * scale[:, None, None], bias))
+        shift = self.array("mean", mean.reshape(1, 3, 1, 1))
+        centred = self.node("Sub", "centred", [planes, shift])  # (N, 3, S, S)
+        return self.stem(Map(centred, (0, 1, 2), side), (weight, bias))
 
     def stem(self, picture: Map, folded: tuple[Array, Array]) -> Map:
         weight, bias = folded

@@ -81,12 +81,12 @@ def test_logits_are_the_modules(name, side):
         assert np.ptp(expected, axis=1).min() > 0.1
 
 
-@pytest.mark.parametrize("fold_luma", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"mean": (0.4, 0.5, 0.6)}])
 @pytest.mark.parametrize("name", ["rafdb", "ferplus"])
-def test_uint8_input_is_the_runtimes_preprocessing(name, fold_luma):
-    spec = preset(name).replace(input_size=64)
+def test_uint8_input_is_the_runtimes_preprocessing(name, changes):
+    spec = preset(name).replace(input_size=64, **changes)
     model = lively(spec.num_classes)
-    graph = deploy_graph(arrays(model), spec, Profile(fold_luma=fold_luma))
+    graph = deploy_graph(arrays(model), spec, Profile())
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     with torch.no_grad():
         expected = model(torch.from_numpy(normalise(pixels, spec))).softmax(dim=1).numpy()
