@@ -16,7 +16,11 @@ from PIL import Image
 
 from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import Dataset, read_dataset
-from efficientface_deploy.models import EfficientFace, save_checkpoint
+from efficientface_deploy.models import (
+    EfficientFace,
+    LabelDistributionGenerator,
+    save_checkpoint,
+)
 from training import prepare
 from training.data import AUGMENTATIONS, TrainingImages
 from training.loop import choose_samples, train
@@ -44,6 +48,19 @@ def face_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["synthetic", "--train", "56", "--test", "28", "--size", "48", "--out", str(out)]
     assert prepare.main(arguments) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def ldg() -> LabelDistributionGenerator:
+    """A ResNet-18 that tells its inputs apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LabelDistributionGenerator(7, "resnet18")
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.randn(8, 3, 48, 48))
+            model.backbone.fc.weight.mul_(10)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -24,18 +24,10 @@ VIEWS = 2
 
 
 @pytest.fixture(scope="module")
-def teacher_file(face_set, tmp_path_factory) -> Path:
-    """A ResNet-18 that tells its inputs apart."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LabelDistributionGenerator(7, "resnet18")
-        with torch.no_grad():
-            for _ in range(3):
-                model(torch.randn(8, 3, 48, 48))
-            model.backbone.fc.weight.mul_(10)
+def teacher_file(face_set, ldg, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     spec = read_dataset(face_set).spec.replace(architecture="resnet18", input_size=48)
-    save_checkpoint(path, model.eval(), spec)
+    save_checkpoint(path, ldg, spec)
     return path
 
 

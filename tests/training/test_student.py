@@ -15,7 +15,6 @@ from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metad
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import (
     EfficientFace,
-    LabelDistributionGenerator,
     load_checkpoint,
     save_checkpoint,
 )
@@ -28,19 +27,6 @@ from training.targets import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def ldg() -> LabelDistributionGenerator:
-    """A ResNet-18 that tells its inputs apart."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LabelDistributionGenerator(7, "resnet18")
-        with torch.no_grad():
-            for _ in range(3):
-                model(torch.randn(8, 3, 48, 48))
-            model.backbone.fc.weight.mul_(10)
-    return model.eval()
 
 
 @pytest.fixture
