@@ -101,9 +101,12 @@ class Predictor:
     """A model ready to label faces; made by :func:`load`.
 
     Threads may share it: every method may be called from several at once, and :meth:`close` waits
-    for the calls under way. It does not survive a fork, since the libraries' threads do not: in
-    the child its use is an error. Pickled, it is its file's name and :func:`load`'s arguments: the
-    copy loads the file again.
+    for the calls under way. Pickled or copied, it is its file's name and :func:`load`'s arguments:
+    the copy loads the file again.
+
+    It does not survive a fork, since the libraries' threads do not: in the child its use is an
+    error. (Nor does ONNX Runtime 1.32 let such a child end by ``sys.exit``: it hangs.
+    ``multiprocessing`` ends its children by ``os._exit``, which works.)
 
     Args:
         backend: An open backend.
@@ -160,12 +163,15 @@ class Predictor:
         probabilities = self._run(np.stack(inputs)).probabilities  # (N, C)
         return [self._prediction(row) for row in probabilities]
 
-    def predict_faces(self, image: ImageSource, detector: FaceDetector) -> list[FacePrediction]:
+    def predict_faces(
+        self, image: ImageSource, detector: FaceDetector | None = None
+    ) -> list[FacePrediction]:
         """Find the faces of a picture and label each.
 
         Args:
             image: As for a single call.
-            detector: From :func:`open_detector`, or your own.
+            detector: From :func:`open_detector`, or your own; without one the whole picture is a
+                face.
 
         Returns:
             The faces, the surest first, each cut as the model's training faces were (see
