@@ -79,10 +79,10 @@ class Face:
     landmarks: tuple[Point, Point, Point, Point, Point] | None = None
 
     def __post_init__(self) -> None:
-        left, top, right, bottom = self.box
-        points = np.ravel(self.landmarks or ())
-        finite = np.isfinite(self.box).all() and np.isfinite(points).all()
-        if not finite or left >= right or top >= bottom or points.size not in (0, 10):
+        box, points = np.ravel(self.box), np.ravel(self.landmarks or ())
+        possible = box.size == 4 and points.size in (0, 10)
+        possible = possible and np.isfinite(box).all() and np.isfinite(points).all()
+        if not possible or box[0] >= box[2] or box[1] >= box[3]:
             raise ImageError(
                 "face",
                 expected="left < right, top < bottom, and five points or none, all finite",

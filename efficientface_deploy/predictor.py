@@ -232,7 +232,7 @@ class Predictor:
 
     def close(self) -> None:
         """Free the model; using the predictor afterwards is an error."""
-        if not self._is_forked():
+        if not self._is_forked():  # a call under way in the parent never ends in the child
             self._backend.close()
 
     def _is_forked(self) -> bool:

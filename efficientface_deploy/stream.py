@@ -160,7 +160,6 @@ class _Handoff(Generic[Item]):
         """Say that nobody takes any more."""
         with self._changed:
             self._closed = True
-            self._items.clear()
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[Item]:

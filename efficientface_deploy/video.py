@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,18 +33,21 @@ class Video:
     def __init__(self, capture: Any, rate: float) -> None:
         self.rate = rate
         self._capture = capture
+        self._lock = threading.Lock()  # a stream may be reading in its thread while this is closed
 
     def __iter__(self) -> Iterator[UInt8Array]:
         """The frames that are left; they end with the file, or when the camera is unplugged."""
         while True:
-            there, frame = self._capture.read()
+            with self._lock:
+                there, frame = self._capture.read()
             if not there:
                 return
             yield np.ascontiguousarray(frame[..., ::-1])  # OpenCV's order is BGR
 
     def close(self) -> None:
-        """Free the file or the camera."""
-        self._capture.release()
+        """Free the file or the camera; there are no more frames then."""
+        with self._lock:
+            self._capture.release()
 
     def __enter__(self) -> Video:
         return self

@@ -71,6 +71,7 @@ def test_small_and_very_large_pictures(centerface, astronaut, side):
     picture = np.asarray(Image.fromarray(astronaut).resize((side, side)))
     (face,) = centerface.detect(picture)
     assert overlap(face.box, shifted(FACE, 0, 0, side / 512)) > 0.75
+    np.testing.assert_allclose(np.array(face.landmarks[:2]) * 512 / side, EYES, atol=8)
 
 
 def test_faces_of_ferplus(centerface, shared):

@@ -159,6 +159,7 @@ def test_aligned_model_needs_landmarks(noise):
     ("box", "landmarks"),
     [
         ((10, 10, 10, 20), None),
+        ((10, 10, 20), None),
         ((10, 30, 20, 20), None),
         ((math.nan, 0, 1, 1), None),
         ((0, 0, math.inf, 1), None),

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -287,6 +288,8 @@ def test_fork(predictor):
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(20)
+            predictor._backend._running = 1  # as if a thread of the parent had been at work
             predictor.close()
             predictor(flat(0))
         except BackendError as error:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from efficientface_deploy.errors import BackendError, ImageError
-from efficientface_deploy.video import open_video, write_video
+from efficientface_deploy.video import Video, open_video, write_video
 
 
 @pytest.fixture
@@ -43,6 +45,28 @@ def test_closed_video_gives_nothing(clip):
     with open_video(clip) as video:
         next(iter(video))
     assert list(video) == []
+
+
+def test_closing_waits_for_a_frame_that_is_being_read():
+    """OpenCV's capture is not to be freed under a thread that reads from it."""
+    reading, released = threading.Event(), threading.Event()
+
+    class Capture:
+        def read(self):
+            reading.set()
+            assert not released.wait(0.2)
+            return True, np.zeros((2, 2, 3), np.uint8)
+
+        def release(self):
+            released.set()
+
+    video = Video(Capture(), 25)
+    with ThreadPoolExecutor() as pool:
+        frame = pool.submit(next, iter(video))
+        assert reading.wait(10)
+        video.close()
+        assert frame.result(10).shape == (2, 2, 3)
+    assert released.is_set()
 
 
 def test_video_that_fails_leaves_nothing(tmp_path):
