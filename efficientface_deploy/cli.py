@@ -81,37 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images))
-    detector = open_detector(config.detect) if config.detect else None
-    unreadable = 0
+    detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
-        table = Table(predictor.spec)
         if not config.json:
             print(predictor, file=sys.stderr)
-            print(table.header())
         if detector and predictor.spec.face_crop == "as-is":
             print(
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
-        for done, name in enumerate(names):
-
-            def tell(answer: Answer, done: int = done) -> None:
-                print(as_json(answer) if config.json else "\n".join(table.rows(answer)))
-                frame = "" if answer.frame is None else f", frame {answer.frame}"
-                _show_progress(f"{done}/{len(names)}{frame}")
-
+        report = Report(None if config.json else Table(predictor.spec), len(names))
+        for name in names:
             try:
-                label(predictor, detector, name, gallery, tell)
+                label(predictor, detector, name, gallery, report.tell)
             except ImageError as error:
-                unreadable += 1
-                _show_progress("")
-                print(f"error: {error}", file=sys.stderr)
-        _show_progress("")
-    if unreadable:
-        print(f"{unreadable} image(s) could not be read", file=sys.stderr)
-    return 2 if unreadable else 0
+                report.tell_unreadable(error)
+            report.done += 1
+        return report.end()
 
 
 def entry_point() -> None:
@@ -191,6 +179,50 @@ def as_json(answer: Answer) -> str:
         for found in answer.faces
     ]
     return json.dumps(record)
+
+
+class Report:
+    """Prints answers as they come, and how far the work is where nothing else shows it.
+
+    Args:
+        table: Lays the answers out; None for JSON.
+        total: Pictures and videos in all.
+
+    Attributes:
+        done: How many of them are done.
+    """
+
+    def __init__(self, table: Table | None, total: int) -> None:
+        self.done = 0
+        self._table = table
+        self._total = total
+        self._unreadable = 0
+        if table:
+            print(table.header())
+
+    def tell(self, answer: Answer) -> None:
+        """Print an answer."""
+        print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
+        frame = "" if answer.frame is None else f", frame {answer.frame}"
+        self._show_progress(f"{self.done}/{self._total}{frame}")
+
+    def tell_unreadable(self, error: ImageError) -> None:
+        """Name a file that cannot be read, and count it."""
+        self._unreadable += 1
+        self._show_progress("")
+        print(f"error: {error}", file=sys.stderr)
+
+    def end(self) -> int:
+        """The command's exit code, after the count of unreadable files."""
+        self._show_progress("")
+        if self._unreadable:
+            print(f"{self._unreadable} image(s) could not be read", file=sys.stderr)
+        return 2 if self._unreadable else 0
+
+    def _show_progress(self, text: str) -> None:
+        """Replace a terminal's last line, unless the answers themselves appear there."""
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 class Table:
@@ -294,12 +326,6 @@ def _label_frames(
                 found="none that OpenCV can decode",
                 fix="copy the video again, or convert it to MP4 (H.264)",
             )
-
-
-def _show_progress(text: str) -> None:
-    """Replace the last line of a terminal, where the answers themselves go elsewhere."""
-    if sys.stderr.isatty() and not sys.stdout.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

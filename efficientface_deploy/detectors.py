@@ -32,11 +32,13 @@ _CENTERFACE_INPUT = "input.1"
 _CENTERFACE_OUTPUTS = ("537", "538", "539", "540")  # centres, sizes, offsets, landmarks
 
 
-def open_detector(name: str) -> FaceDetector:
+def open_detector(name: str, threads: int | None = None) -> FaceDetector:
     """Open a face detector.
 
     Args:
         name: ``centerface``, or ``yunet=FILE`` with OpenCV's model file.
+        threads: CPU threads of CenterFace; None leaves the choice to ONNX Runtime. YuNet's are
+            those of ``cv2.setNumThreads``.
 
     Raises:
         ConfigError: There is no such detector.
@@ -45,7 +47,7 @@ def open_detector(name: str) -> FaceDetector:
     """
     kind, _, file = name.partition("=")
     if kind == "centerface" and not file:
-        return CenterFace()
+        return CenterFace(threads=threads)
     if kind == "yunet" and file:
         return YuNet(file)
     raise ConfigError(

@@ -52,10 +52,10 @@ class Halves:
 
 
 @pytest.fixture
-def halves(monkeypatch) -> list[str]:
-    """Stands in for the detector; holds the names by which it was asked for."""
-    asked: list[str] = []
-    monkeypatch.setattr(cli, "open_detector", lambda name: (asked.append(name), Halves())[1])
+def halves(monkeypatch) -> list[tuple[object, ...]]:
+    """Stands in for the detector; holds what it was asked for with."""
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(cli, "open_detector", lambda *given: (asked.append(given), Halves())[1])
     return asked
 
 
@@ -101,9 +101,9 @@ def test_json_has_every_class(face, capsys):
 
 def test_json_of_faces(face, capsys, halves):
     Image.new("RGB", (40, 20)).save(face.parent / "black.png")
-    assert main([str(face.parent), "--json", "--detect", "yunet=FILE"]) == 0
+    assert main([str(face.parent), "--json", "--detect", "yunet=FILE", "--threads", "1"]) == 0
     black, photo = map(json.loads, lines_of(capsys))
-    assert halves == ["yunet=FILE"]
+    assert halves == [("yunet=FILE", 1)]
     assert black["faces"] == []
     assert [found["box"] for found in photo["faces"]] == [[0, 0, 52, 104], [52, 0, 104, 104]]
     assert [found["score"] for found in photo["faces"]] == [0.9, 0.8]
