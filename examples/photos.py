@@ -1,0 +1,37 @@
+"""Sort a folder of photos: how many faces of each expression, and the happiest picture.
+
+pip install 'efficientface-deploy[cpu,detect]', then: python examples/photos.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import efficientface_deploy as ef
+
+
+def main(folder: str) -> None:
+    """Count the expressions in the JPEG files of a folder."""
+    counts: Counter[str] = Counter()
+    happiest, most = None, 0.0
+    detector = ef.open_detector("centerface")
+    with ef.load() as predictor:
+        for path in sorted(Path(folder).glob("*.jpg")):
+            try:
+                faces = predictor.predict_faces(path, detector)
+            except ef.EfficientFaceError as error:
+                print(f"left out: {error}")
+                continue
+            counts.update(found.prediction.label for found in faces)
+            joy = sum(found.prediction.probabilities["Happiness"] for found in faces)
+            if joy > most:
+                happiest, most = path, joy
+    for label, number in counts.most_common():
+        print(f"{number:5} {label}")
+    print(f"happiest picture: {happiest}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,91 @@
+"""Each example as its reader would run it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientface_deploy import load
+from efficientface_deploy.video import write_video
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_photos(centerface, astronaut, tmp_path):
+    small = np.asarray(Image.fromarray(astronaut).resize((300, 300)))
+    Image.fromarray(astronaut).save(tmp_path / "one.jpg")
+    Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.jpg")
+    Image.new("RGB", (80, 60)).save(tmp_path / "nobody.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    output = run("photos", tmp_path)
+    assert re.search(r"^ +3 Happiness$", output, re.MULTILINE)
+    assert re.search(r"left out: .*broken\.jpg", output)
+    assert output.splitlines()[-1] == f"happiest picture: {tmp_path / 'two.jpg'}"
+
+
+def test_video(centerface, astronaut, tmp_path):
+    pytest.importorskip("cv2")
+    face = Image.fromarray(astronaut).resize((256, 256))
+    with write_video(tmp_path / "clip.mp4", 10) as video:
+        for frame in (face, face, Image.new("RGB", face.size), face):
+            video.write(frame)
+    lines = run("video", tmp_path / "clip.mp4").splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"]
+    assert [line.split()[-1] for line in lines] == ["Happiness", "Happiness", "nobody", "Happiness"]
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    """Address of the service, which runs on a port that the system chose."""
+    command = [sys.executable, "examples/service.py", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.send_signal(2)  # SIGINT
+        assert process.wait(timeout=30) == 0
+
+
+def post(address: str, body: bytes) -> tuple[int, dict[str, object]]:
+    try:
+        with urllib.request.urlopen(address, data=body, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_service(service, photo, tmp_path):
+    path = tmp_path / "face.png"
+    Image.fromarray(photo).save(path)
+    with load() as predictor:
+        expected = predictor(path)
+    bodies = [path.read_bytes(), b"no picture", b""] * 6
+    with ThreadPoolExecutor(6) as clients:
+        answers = list(clients.map(lambda body: post(service, body), bodies))
+    assert [status for status, _ in answers] == [200, 400, 400] * 6
+    for at in range(0, 18, 3):
+        assert answers[at][1]["label"] == expected.label
+        assert answers[at][1]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+        assert "none of these" in answers[at + 1][1]["error"]
+        assert "an empty file" in answers[at + 2][1]["error"]
