@@ -26,7 +26,7 @@ REFUSED = 0  # before the build: FP16 is all that there is on Turing
 KERNELS = {
     ("plain", "fp32"): {"sm75": REFUSED, "sm86": 100, "sm89": 100, "sm120": 100},
     ("plain", "fp16"): {"sm75": 140, "sm86": 104, "sm89": 104, "sm120": 104},
-    ("plain", "int8"): {"sm75": REFUSED, "sm86": 146, "sm89": 146, "sm120": 146},
+    ("plain", "int8"): {"sm75": REFUSED, "sm86": 150, "sm89": 150, "sm120": 150},
     ("deploy", "fp32"): {"sm75": REFUSED, "sm86": 82, "sm89": 82, "sm120": 82},
     ("deploy", "fp16"): {"sm75": 114, "sm86": 80, "sm89": 80, "sm120": 80},
     ("deploy", "int8"): {"sm75": REFUSED, "sm86": 125, "sm89": 125, "sm120": 125},
