@@ -142,7 +142,7 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
             teach = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
         else:
             data_hash = images.content_hash(dataset.root)
-            binding = store_binding(images, config.teacher, recipe.augmentation, data_hash)
+            binding = store_binding(images, teacher, recipe.augmentation, data_hash)
             path = folder / "store.safetensors"
             images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
     torch.manual_seed(config.seed)

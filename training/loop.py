@@ -41,8 +41,6 @@ from training.run import (
 )
 from training.targets import Teach
 
-_AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class InterruptError(EfficientFaceError):
     """The user stopped a training."""
@@ -175,7 +173,7 @@ class Trainer:
         if recipe.ema:
             average = _moving_average(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.amp = _AMP_TYPES.get(config.amp)
+        self.amp = config.amp_type
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.forward = ranks.wrap(self.model)
         if config.compile:

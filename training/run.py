@@ -24,6 +24,7 @@ from training.data import AUGMENTATIONS
 from training.recipe import SELECTIONS, Recipe
 
 CONFIG = "config.json"
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What may change when a run goes on.
 _FREE_OPTIONS = (
@@ -80,6 +81,11 @@ class TrainConfig:
         return dataclasses.replace(
             recipe, **{name: value for name, value in given.items() if value is not None}
         )
+
+    @property
+    def amp_type(self) -> torch.dtype | None:
+        """The lower precision of mixed precision; None where it is off."""
+        return AMP_TYPES.get(self.amp)
 
     def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
         """The spec of the network that is trained on this data set."""

@@ -30,19 +30,20 @@ _BATCH = 64
 
 
 def store_binding(
-    images: TrainingImages, teacher: Path, augmentation: str, data_hash: str
+    images: TrainingImages, teacher: Teacher, augmentation: str, data_hash: str
 ) -> dict[str, str]:
     """What stored distributions are only good for, by name.
 
     Args:
         images: The images whose views are stored.
-        teacher: The LDG's checkpoint.
+        teacher: The LDG.
         augmentation: Its name.
         data_hash: Of the images and their order.
     """
     return {
         "data": data_hash,
-        "teacher": file_hash(teacher),
+        "teacher": file_hash(teacher.path),
+        "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
         "augmentation": augmentation,
         "seed": str(images.seed),
         "spec": images.spec.to_json(),

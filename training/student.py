@@ -133,13 +133,13 @@ def choose_targets(
     images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
     if config.teacher is None:
         return images, own_targets
-    teacher = Teacher(config.teacher, config.preset, spec, ranks.device)
+    teacher = Teacher(config.teacher, config.preset, spec, ranks.device, config.amp_type)
     blend = Blend(recipe.temperature, 1.0 if config.targets == "ldg" else recipe.ldg_share)
     if recipe.views == 0:
         return images, lambda batch, own: blend(teacher(batch), own)
 
     data_hash = images.content_hash(job.dataset.root)
-    binding = store_binding(images, config.teacher, recipe.augmentation, data_hash)
+    binding = store_binding(images, teacher, recipe.augmentation, data_hash)
     path = config.store or config.out / STORE
     views = min(recipe.views, recipe.epochs)
     stored = stored_distributions(

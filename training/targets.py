@@ -56,13 +56,19 @@ class Teacher:
         preset_name: What a published checkpoint was trained on.
         spec: The student's.
         device: Where to compute.
+        amp: Lower precision to compute in, as the student's own layers do; None for float32.
 
     Raises:
         CheckpointError: The checkpoint is a student, or has other classes or colours.
     """
 
     def __init__(
-        self, path: Path, preset_name: str | None, spec: ModelSpec, device: torch.device
+        self,
+        path: Path,
+        preset_name: str | None,
+        spec: ModelSpec,
+        device: torch.device,
+        amp: torch.dtype | None = None,
     ) -> None:
         model, own = load_checkpoint(path, preset_name)
         for what, theirs, ours in (
@@ -87,6 +93,7 @@ class Teacher:
         self.path = path
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device
+        self.amp = amp
         self.side = [own.input_size, own.input_size]
         # From the student's normalisation to the LDG's: x * scale + offset.
         student_mean, student_std = _channels(spec.mean, device), _channels(spec.std, device)
@@ -102,8 +109,9 @@ class Teacher:
             images = images * self.scale + self.offset
         if list(images.shape[-2:]) != self.side:
             images = transform.resize(images, self.side, antialias=True)
-        distribution: Tensor = self.model(images).softmax(dim=1)
-        return distribution
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            logits: Tensor = self.model(images)
+        return logits.to(images.dtype).softmax(dim=1)
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:

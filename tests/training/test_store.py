@@ -48,13 +48,19 @@ class Setting:
 
 @pytest.fixture
 def make_setting(face_set, teacher_file):
-    def make(augmentation: str = "mild", seed: int = 3, teacher: Path = teacher_file, **changes):
+    def make(
+        augmentation: str = "mild",
+        seed: int = 3,
+        teacher: Path = teacher_file,
+        amp: torch.dtype | None = None,
+        **changes,
+    ):
         dataset = read_dataset(face_set)
         spec = dataset.spec.replace(**{"input_size": 32} | changes)
         samples = dataset.split("train")[::4]
         images = TrainingImages(samples, spec, AUGMENTATIONS[augmentation](spec), seed)
-        binding = store_binding(images, teacher, augmentation, "data")
-        return Setting(images, Teacher(teacher, None, spec, CPU), binding)
+        ldg = Teacher(teacher, None, spec, CPU, amp)
+        return Setting(images, ldg, store_binding(images, ldg, augmentation, "data"))
 
     return make
 
@@ -138,13 +144,19 @@ def test_changed_pixels_are_noticed(make_setting, tmp_path, monkeypatch):
     setting.get(path)
     augmentation = setting.images.augmentation
     setting.images.augmentation = lambda image: augmentation(image).point(lambda value: value ^ 1)
-    setting.binding |= store_binding(setting.images, setting_teacher(setting), "mild", "data")
+    setting.binding |= store_binding(setting.images, setting.teacher, "mild", "data")
     with pytest.raises(ArtifactError, match="others for pixels;"):
         setting.get(path)
 
 
-def setting_teacher(setting: Setting) -> Path:
-    return setting.teacher.path
+def test_answers_in_another_precision_are_refused(make_setting, tmp_path):
+    path = tmp_path / "store.safetensors"
+    whole = make_setting().get(path)
+    mixed = make_setting(amp=torch.bfloat16)
+    with pytest.raises(ArtifactError, match="others for precision;"):
+        mixed.get(path)
+    difference = np.abs(mixed.get(tmp_path / "bf16.safetensors") - whole).max()
+    assert 0 < difference < 0.05
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "checkpoint", "shape", "sums"])
