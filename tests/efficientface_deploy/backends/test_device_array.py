@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 from collections.abc import Callable
@@ -291,6 +292,25 @@ def test_tensor_on_the_cpu_is_no_device_array(backend: Backend) -> None:
     torch = pytest.importorskip("torch")
     message = refusal(backend, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
     assert "expected uint8 array of shape (N, 64, 64, 3), found torch.uint8" in message
+
+
+def test_dlpack_with_an_offset(fake_cuda: FakeCuda) -> None:
+    """Its address is not where the content begins."""
+    from efficientface_deploy.backends import device_array
+
+    shape = (ctypes.c_int64 * 2)(5, 7)
+    tensor = device_array._DLTensor(
+        data=4096, ndim=2, code=1, bits=8, lanes=1, shape=shape, byte_offset=512
+    )
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    capsule = new(("PyCapsule_New", ctypes.pythonapi))(ctypes.addressof(tensor), b"dltensor", None)
+
+    class Offset(Raising):
+        def __dlpack__(self, *, stream: int | None = None) -> Any:
+            return capsule
+
+    taken = device_array.read_device_array(Offset(), fake_cuda, 1)
+    assert (taken.address, taken.shape) == (4096 + 512, (5, 7))
 
 
 def test_dlpack_of_real_libraries_is_read(fake_cuda: FakeCuda) -> None:
