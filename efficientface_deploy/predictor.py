@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,9 @@ from efficientface_deploy.preprocess import (
 )
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.stream import check_policy, overlap
+
+if TYPE_CHECKING:
+    from efficientface_deploy.backends.device_array import DeviceArray
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
@@ -217,11 +220,12 @@ class Predictor:
         """The model's input for an image: uint8 (S, S, 3), RGB."""
         return to_model_input(image, self.spec)
 
-    def infer(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+    def infer(self, images: UInt8Array | DeviceArray) -> tuple[Float32Array, Float32Array]:
         """Run preprocessed images.
 
         Args:
-            images: uint8 (N, S, S, 3), RGB.
+            images: uint8 (N, S, S, 3), RGB. With ``trt`` and ``trt-rtx`` it may be an array on the
+                GPU, of PyTorch, CuPy and others, which is read where it is.
 
         Returns:
             Logits and probabilities, float32 (N, C).
@@ -237,7 +241,7 @@ class Predictor:
     def _is_forked(self) -> bool:
         return os.getpid() != self._process
 
-    def _run(self, images: UInt8Array) -> Output:
+    def _run(self, images: UInt8Array | DeviceArray) -> Output:
         if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
             raise BackendError(
                 self.path.name,
@@ -295,8 +299,12 @@ class Predictor:
 
     def __reduce__(self) -> tuple[object, ...]:
         options = self._backend.options
-        arguments = self.path.resolve(), self.backend, options.threads, options.preset
-        return _load_again, arguments
+        keywords = {
+            "threads": options.threads,
+            "preset": options.preset,
+            "cuda_graphs": options.cuda_graphs,
+        }
+        return _load_again, (self.path.resolve(), self.backend, keywords)
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -308,8 +316,8 @@ class Predictor:
         )
 
 
-def _load_again(path: Path, backend: str, threads: int | None, preset: str | None) -> Predictor:
-    return load(path, backend=backend, threads=threads, preset=preset)
+def _load_again(path: Path, backend: str, keywords: dict[str, Any]) -> Predictor:
+    return load(path, backend=backend, **keywords)
 
 
 def _check_several(images: object) -> None:
@@ -332,6 +340,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     preset: str | None = None,
+    cuda_graphs: bool = True,
 ) -> Predictor:
     """Load a model.
 
@@ -343,6 +352,8 @@ def load(
         threads: CPU threads for one inference; None leaves the choice to the library.
         preset: What a published checkpoint was trained on, which it does not say itself: labels,
             normalisation and input size. Every other file carries its own; the labels must agree.
+        cuda_graphs: Whether an engine may run through CUDA graphs. They are faster; turn them off
+            to compare.
 
     Raises:
         EfficientFaceError: The file is unusable or contradicts the preset, or the backend is not
@@ -354,7 +365,7 @@ def load(
         )
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)
-    opened = create_backend(name, path, BackendOptions(device, threads, preset))
+    opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))
     opened.open()
     return Predictor(opened)
 

@@ -198,6 +198,16 @@ def library(
 
 
 @pytest.fixture
+def rtx_library(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """A stand-in for ``tensorrt_rtx``."""
+    from tensorrt_stand_in import Library, read_record
+
+    fake = Library(read_record("tensorrt_rtx-1.7"), fake_cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.module)
+    return fake
+
+
+@pytest.fixture
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python code in a process of its own, from the root of the repository."""
 

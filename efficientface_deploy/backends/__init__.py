@@ -50,7 +50,7 @@ REGISTRY: dict[str, Entry] = {
         (".onnx",),
         ("onnxruntime",),
         "cpu",
-        ("cpu", "cuda", "tensorrt", "openvino"),
+        ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino"),
     ),
     "trt-rtx": Entry(
         "tensorrt", "TensorRTRTXBackend", (".rtx.engine",), ("tensorrt_rtx",), "trt-rtx"

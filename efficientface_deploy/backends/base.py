@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from efficientface_deploy.artifact import check_preset
 from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError
 from efficientface_deploy.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from efficientface_deploy.backends.device_array import DeviceArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +33,14 @@ class BackendOptions:
         threads: CPU threads for one inference; None leaves the choice to the library.
         preset: What a published checkpoint was trained on; where the file carries its own spec,
             the labels of the two must agree.
+        cuda_graphs: Whether an engine may run through CUDA graphs, which spare launches; without
+            a meaning for other files. To turn them off is for comparison.
     """
 
     device: str = ""
     threads: int | None = None
     preset: str | None = None
+    cuda_graphs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,38 @@ class Output:
 
     logits: Float32Array
     probabilities: Float32Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceImages:
+    """A contiguous array in the GPU's memory.
+
+    Attributes:
+        address: Of its first element.
+        shape: Batch first.
+        dtype: NumPy's, or a name that NumPy does not know.
+        owner: What keeps the memory alive.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | str
+    owner: object
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, items: slice) -> DeviceImages:
+        start, stop, _ = items.indices(len(self))
+        item_bytes = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return dataclasses.replace(
+            self, address=self.address + start * item_bytes, shape=(stop - start, *self.shape[1:])
+        )
 
 
 class Backend(abc.ABC):
@@ -121,12 +160,14 @@ class Backend(abc.ABC):
                 self._lifecycle.wait_for(lambda: self._running == 0)
                 self._close()
 
-    def infer(self, images: npt.NDArray[Any]) -> Output:
+    def infer(self, images: npt.NDArray[Any] | DeviceArray) -> Output:
         """Run a batch.
 
         Args:
             images: uint8 (N, S, S, 3), RGB, as :func:`preprocess.to_model_input` makes them; N may
-                be zero or larger than ``max_batch``.
+                be zero or larger than ``max_batch``. ``trt`` and ``trt-rtx`` also take an array on
+                their GPU that exports itself by DLPack or ``__cuda_array_interface__``: it is
+                read where it is, so it has to be C-contiguous.
 
         Returns:
             Logits and probabilities, float32 (N, C).
@@ -136,7 +177,24 @@ class Backend(abc.ABC):
             BackendError: The backend is closed, or the network's output is not finite.
         """
         with self._in_use():
+            if not isinstance(images, np.ndarray):
+                images = self._from_device(images)
             return self._infer_all(images)
+
+    def _from_device(self, images: Any) -> Any:
+        """An array on a GPU as :class:`DeviceImages`, and anything else as it is."""
+        from efficientface_deploy.backends.device_array import is_device_array
+
+        return self._take(images) if is_device_array(images) else images
+
+    def _take(self, images: DeviceArray) -> DeviceImages:
+        """Take an array on a GPU where it is; a backend that can do so overrides this."""
+        raise ImageError(
+            "batch",
+            expected=f"an array in host memory, which is what {self.name} takes",
+            found=f"{type(images).__name__} on a CUDA device",
+            fix="copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt",
+        )
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -157,12 +215,13 @@ class Backend(abc.ABC):
                 self._running -= 1
                 self._lifecycle.notify_all()
 
-    def _infer_all(self, images: npt.NDArray[Any]) -> Output:
+    def _infer_all(self, images: Any) -> Output:
         self._check_input(images)
         if len(images) == 0:
             empty = np.zeros((0, self.spec.num_classes), dtype=np.float32)
             return Output(empty, empty.copy())
-        images = np.ascontiguousarray(images)
+        if isinstance(images, np.ndarray):
+            images = np.ascontiguousarray(images)
         step = self.max_batch or len(images)
         parts = [self._infer(images[at : at + step]) for at in range(0, len(images), step)]
         output = parts[0]
@@ -173,13 +232,13 @@ class Backend(abc.ABC):
         self._check_output(output, len(images))
         return output
 
-    def _check_input(self, images: npt.NDArray[Any]) -> None:
+    def _check_input(self, images: Any) -> None:
         side = self.spec.input_size
         shape = (side, side, 3)
         found = f"{getattr(images, 'dtype', type(images).__name__)}"
         found += f" of shape {getattr(images, 'shape', 'unknown')}"
         valid = (
-            isinstance(images, np.ndarray)
+            isinstance(images, (np.ndarray, DeviceImages))
             and images.dtype == np.uint8
             and images.ndim == 4
             and images.shape[1:] == shape

@@ -1,4 +1,4 @@
-"""CUDA as the TensorRT backends need it: one stream, and pinned host memory with its device twin.
+"""CUDA as the TensorRT backends need it: a stream, its graphs, pinned memory with a device twin.
 
 Two bindings can serve: cuda-python, which NVIDIA's own samples use, and pycuda, for machines that
 already have it. Nothing here is imported before an engine is opened.
@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,16 @@ class Cuda(abc.ABC):
     """The few CUDA calls that running an engine takes; addresses and handles are plain integers.
 
     Every call but :meth:`compute_capability` belongs inside ``with cuda.active():``.
+
+    Attributes:
+        name: The binding's.
+        device: Index of the GPU.
+        captures: Whether it can record what is queued on a stream as a graph.
     """
 
     name: str
+    device: int
+    captures = False
 
     @abc.abstractmethod
     def compute_capability(self) -> str:
@@ -62,7 +69,15 @@ class Cuda(abc.ABC):
 
     @abc.abstractmethod
     def synchronize(self, stream: int) -> None:
-        """Wait until everything queued on ``stream`` is done."""
+        """Wait until everything queued on ``stream``, ours or another library's, is done."""
+
+    @abc.abstractmethod
+    def synchronize_device(self) -> None:
+        """Wait until everything queued on the GPU is done."""
+
+    @abc.abstractmethod
+    def owns(self, address: int) -> bool:
+        """Whether an address is memory of this GPU; True where the binding cannot tell."""
 
     @abc.abstractmethod
     def allocate_device(self, nbytes: int) -> int:
@@ -80,12 +95,28 @@ class Cuda(abc.ABC):
     def copy_to_host(self, host: UInt8Array, device: int, stream: int) -> None:
         """Queue the copy of ``len(host)`` bytes at address ``device`` to ``host``, uint8 (n,)."""
 
+    def begin_capture(self, stream: int) -> None:
+        """Record what is queued on ``stream`` instead of running it; only where ``captures``."""
+        raise NotImplementedError
+
+    def end_capture(self, stream: int) -> int:
+        """Handle of the executable graph of what was recorded; ``stream`` runs again in any case.
+
+        Raises:
+            BackendError: Something was called meanwhile that cannot be recorded.
+        """
+        raise NotImplementedError
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Queue a graph."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def _free(self, kind: str, handle: int) -> None:
-        """Free a ``stream``, ``device`` or ``host`` allocation by its handle or address."""
+        """Free a ``stream``, ``graph``, ``device`` or ``host`` allocation by handle or address."""
 
     def free(self, kind: str, handle: int) -> None:
-        """Free a ``stream``, ``device`` or ``host`` allocation.
+        """Free a ``stream``, ``graph``, ``device`` or ``host`` allocation.
 
         A failure is logged, not raised: nobody can mend it, and it is usually the echo of an
         earlier error that must not be hidden.
@@ -123,6 +154,41 @@ class Stream:
         if self.handle:
             self._cuda.free("stream", self.handle)
             self.handle = 0
+
+
+class Graph:
+    """Work that was recorded once, and is queued by a single call.
+
+    Args:
+        cuda: An open binding that captures.
+        stream: Where ``work`` queues; nothing of it runs now.
+        work: Queues the work. It may neither wait for the GPU nor allocate.
+
+    Raises:
+        BackendError: The work cannot be recorded.
+    """
+
+    def __init__(self, cuda: Cuda, stream: Stream, work: Callable[[], None]) -> None:
+        self._cuda = cuda
+        self._stream = stream
+        cuda.begin_capture(stream.handle)
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(BackendError):  # it is the first error that counts
+                cuda.free("graph", cuda.end_capture(stream.handle))
+            raise
+        self._handle = cuda.end_capture(stream.handle)
+
+    def launch(self) -> None:
+        """Queue the work on its stream."""
+        self._cuda.launch(self._handle, self._stream.handle)
+
+    def close(self) -> None:
+        """Destroy the graph; a second call does nothing."""
+        if self._handle:
+            self._cuda.free("graph", self._handle)
+            self._handle = 0
 
 
 class Buffer:
@@ -178,18 +244,19 @@ class CudaPython(Cuda):
     """
 
     name = "cuda-python"
+    captures = True
 
     def __init__(self) -> None:
         try:
             self._cudart = importlib.import_module("cuda.bindings.runtime")
         except ImportError:
             self._cudart = importlib.import_module("cuda.cudart")  # cuda-python before 12.6
-        self._device: int = self._call("cudaGetDevice")
+        self.device = self._call("cudaGetDevice")
 
     def compute_capability(self) -> str:  # noqa: D102 - as in the base class
         attribute = self._cudart.cudaDeviceAttr
         major, minor = (
-            self._call("cudaDeviceGetAttribute", which, self._device)
+            self._call("cudaDeviceGetAttribute", which, self.device)
             for which in (
                 attribute.cudaDevAttrComputeCapabilityMajor,
                 attribute.cudaDevAttrComputeCapabilityMinor,
@@ -200,10 +267,10 @@ class CudaPython(Cuda):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:  # noqa: D102 - as in the base class
         previous = self._call("cudaGetDevice")
-        if previous == self._device:
+        if previous == self.device:
             yield
             return
-        self._call("cudaSetDevice", self._device)
+        self._call("cudaSetDevice", self.device)
         try:
             yield
         finally:
@@ -215,6 +282,33 @@ class CudaPython(Cuda):
 
     def synchronize(self, stream: int) -> None:  # noqa: D102 - as in the base class
         self._call("cudaStreamSynchronize", stream)
+
+    def synchronize_device(self) -> None:  # noqa: D102 - as in the base class
+        self._call("cudaDeviceSynchronize")
+
+    def owns(self, address: int) -> bool:  # noqa: D102 - as in the base class
+        attributes = self._call("cudaPointerGetAttributes", address)
+        kinds = self._cudart.cudaMemoryType
+        if attributes.type == kinds.cudaMemoryTypeManaged:
+            return True
+        return bool(
+            attributes.type == kinds.cudaMemoryTypeDevice and attributes.device == self.device
+        )
+
+    def begin_capture(self, stream: int) -> None:  # noqa: D102 - as in the base class
+        # Of this thread only: another may allocate meanwhile, as PyTorch does, without spoiling it.
+        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: int) -> int:  # noqa: D102 - as in the base class
+        recorded = self._call("cudaStreamEndCapture", stream)
+        try:
+            return int(self._call("cudaGraphInstantiate", recorded, 0))
+        finally:
+            self._call("cudaGraphDestroy", recorded)
+
+    def launch(self, graph: int, stream: int) -> None:  # noqa: D102 - as in the base class
+        self._call("cudaGraphLaunch", graph, stream)
 
     def allocate_device(self, nbytes: int) -> int:  # noqa: D102 - as in the base class
         return int(self._call("cudaMalloc", nbytes))
@@ -232,7 +326,12 @@ class CudaPython(Cuda):
         self._call("cudaMemcpyAsync", _address(host), device, host.nbytes, kind, stream)
 
     def _free(self, kind: str, handle: int) -> None:
-        names = {"stream": "cudaStreamDestroy", "device": "cudaFree", "host": "cudaFreeHost"}
+        names = {
+            "stream": "cudaStreamDestroy",
+            "graph": "cudaGraphExecDestroy",
+            "device": "cudaFree",
+            "host": "cudaFreeHost",
+        }
         self._call(names[kind], handle)
 
     def _call(self, name: str, *arguments: object) -> Any:
@@ -275,7 +374,8 @@ class CudaPython(Cuda):
 class PyCuda(Cuda):
     """CUDA's driver API through pycuda, on the first GPU and its primary context.
 
-    The primary context is the one that TensorRT and every user of the runtime API share.
+    The primary context is the one that TensorRT and every user of the runtime API share. pycuda
+    (to 2026.1) can neither capture a stream nor ask whose memory an address is.
 
     Raises:
         ImportError: pycuda is not installed, or does not find the driver's library.
@@ -283,6 +383,7 @@ class PyCuda(Cuda):
     """
 
     name = "pycuda"
+    device = 0
 
     def __init__(self) -> None:
         self._driver = importlib.import_module("pycuda.driver")
@@ -290,12 +391,12 @@ class PyCuda(Cuda):
         self._held: dict[int, Any] = {}
         with self._checked("cuInit"):
             self._driver.init()
-            self._device = self._driver.Device(0)
-            self._context = self._device.retain_primary_context()
+            self._gpu = self._driver.Device(self.device)
+            self._context = self._gpu.retain_primary_context()
 
     def compute_capability(self) -> str:  # noqa: D102 - as in the base class
         with self._checked("compute_capability"):
-            major, minor = self._device.compute_capability()
+            major, minor = self._gpu.compute_capability()
         return f"sm{major}{minor}"
 
     @contextlib.contextmanager
@@ -314,8 +415,17 @@ class PyCuda(Cuda):
         return self._hold(int(stream.handle), stream)
 
     def synchronize(self, stream: int) -> None:  # noqa: D102 - as in the base class
+        if stream not in self._held:  # another library's, of which pycuda makes no object
+            return self.synchronize_device()
         with self._checked("cuStreamSynchronize"):
             self._held[stream].synchronize()
+
+    def synchronize_device(self) -> None:  # noqa: D102 - as in the base class
+        with self._checked("cuCtxSynchronize"):
+            self._driver.Context.synchronize()
+
+    def owns(self, address: int) -> bool:  # noqa: D102 - as in the base class
+        return True
 
     def allocate_device(self, nbytes: int) -> int:  # noqa: D102 - as in the base class
         with self._checked("cuMemAlloc"):

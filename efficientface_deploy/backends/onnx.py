@@ -1,39 +1,82 @@
-"""ONNX Runtime: CPU, CUDA, TensorRT and OpenVINO through one session."""
+"""ONNX Runtime: CPU, CUDA, TensorRT, TensorRT for RTX and OpenVINO through one session."""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import importlib
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.artifact import (
     FLOAT_INPUT,
     OUTPUTS,
     UINT8_INPUT,
+    file_hash,
     provenance_from_metadata,
-    require_file,
     spec_from_metadata,
 )
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import ArtifactError, BackendError
+from efficientface_deploy.onnx_file import read_onnx_input, read_onnx_metadata
 from efficientface_deploy.preprocess import UInt8Array, normalise
 
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """An execution provider.
+
+    Attributes:
+        name: ONNX Runtime's name of it.
+        install: The packages that bring it.
+        plugin: Module of the package that brings it as a plugin, for an onnxruntime that was
+            built without it.
+        whole_graph: Whether it is an error that it leaves a part of the graph to the CPU. CUDA
+            leaves some on purpose.
+    """
+
+    name: str
+    install: str
+    plugin: str = ""
+    whole_graph: bool = False
+
+
 PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
-_PACKAGES = {
-    "cpu": "onnxruntime",
-    "cuda": "onnxruntime-gpu",
-    "tensorrt": "onnxruntime-gpu and tensorrt",
-    "openvino": "onnxruntime-openvino",
+    "cpu": Provider("CPUExecutionProvider", "onnxruntime"),
+    "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider", "onnxruntime-gpu and tensorrt", whole_graph=True
+    ),
+    "tensorrt-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider",
+        "onnxruntime 1.24 or newer with onnxruntime-ep-nv-tensorrt-rtx (for CUDA 13) or "
+        "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        whole_graph=True,
+    ),
+    "openvino": Provider(
+        "OpenVINOExecutionProvider",
+        "onnxruntime-ep-openvino beside onnxruntime, or onnxruntime-openvino in its place",
+        plugin="onnxruntime_ep_openvino",
+        whole_graph=True,
+    ),
 }
 
+# Batches that the engines of TensorRT's providers are built for: smallest, best, largest. Without
+# them the provider builds anew, for minutes, whenever a batch is smaller or larger than all before.
+_MIN_BATCH, _OPT_BATCH, _MAX_BATCH = 1, 1, 32
 
 # Optimisations of ONNX Runtime's that mishandle Q/DQ pairs whose scales are FP16 (1.32, CPU). The
 # first quantises biases with the product of two scales, which FP16 cannot hold: on FER+ it moved
 # probabilities by 0.4 and changed 6 % of the labels. The second makes QLinearConcat, which takes
-# FP32 scales alone, so that the file does not load.
+# FP32 scales alone, so that the file does not load. Without Q/DQ pairs they have nothing to do, and
+# with FP32 scales they are wanted.
 _UNSAFE_FOR_FP16_SCALES = ["WeightBiasQuantization", "QDQSelectorActionTransformer"]
 
 
@@ -43,46 +86,89 @@ class OnnxBackend(Backend):
     def _open(self) -> None:
         import onnxruntime
 
-        require_file(self.path, "an ONNX model")
-        device = self.options.device or "cpu"
-        provider = PROVIDERS[device]
-        if provider not in onnxruntime.get_available_providers():
-            raise _missing_provider(device, "which this onnxruntime was not built with")
-        # Without Q/DQ pairs these optimisations have nothing to do, and with FP32 scales they are
-        # wanted; but what the file is stands in its metadata, which only a session can read.
-        session = self._load(provider, disabled_optimizers=_UNSAFE_FOR_FP16_SCALES)
-        # A GPU provider that cannot start is replaced by the CPU without an error.
-        if provider not in session.get_providers():
-            raise _missing_provider(device, "which could not be started on this machine")
-        metadata = session.get_modelmeta().custom_metadata_map
+        metadata = read_onnx_metadata(self.path)
         self.spec = spec_from_metadata(metadata, self.path)
         self.provenance = provenance_from_metadata(metadata, self.path)
+        device = self.options.device or "cpu"
+        provider = PROVIDERS[device]
+        plugin_devices = _plugin_devices(device)
+        if not plugin_devices and provider.name not in onnxruntime.get_available_providers():
+            raise _missing_provider(device, "one which this onnxruntime was not built with")
+        session = self._load(device, plugin_devices)
+        # A GPU provider that cannot start is replaced by the CPU without an error.
+        if provider.name not in session.get_providers():
+            raise _missing_provider(device, "one which could not be started on this machine")
         self._check_signature(session)
-        if self._has_fp32_scales():
-            session = self._load(provider)
         self._takes_floats = session.get_inputs()[0].name == FLOAT_INPUT
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
         self.name = f"onnx:{device}"
 
-    def _load(self, provider: str, **keywords: Any) -> Any:
+    def _load(self, device: str, plugin_devices: list[Any]) -> Any:
         import onnxruntime
 
+        provider = PROVIDERS[device]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; what matters of them we raise ourselves
         if self.options.threads is not None:
             options.intra_op_num_threads = self.options.threads
+        if provider.whole_graph:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        keywords: dict[str, Any] = {"enable_fallback": 0}  # no second try on the CPU
+        if not self._has_fp32_scales():
+            keywords["disabled_optimizers"] = _UNSAFE_FOR_FP16_SCALES
+        settings = self._settings(device)
+        if plugin_devices:
+            options.add_provider_for_devices(plugin_devices, settings)
+        else:
+            keywords["providers"] = [(provider.name, settings)]
         try:
-            return onnxruntime.InferenceSession(
-                str(self.path), sess_options=options, providers=[provider], **keywords
-            )
+            return onnxruntime.InferenceSession(str(self.path), sess_options=options, **keywords)
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
+            found = f"{type(error).__name__} ({_first_line(error)})"
+            if device != "cpu":
+                raise _missing_provider(device, found) from None
             raise ArtifactError(
                 self.path,
                 expected="an ONNX model that this onnxruntime can load",
-                found=f"{type(error).__name__} ({_first_line(error)})",
+                found=found,
                 fix="export the model again, or update onnxruntime",
             ) from None
+
+    def _settings(self, device: str) -> dict[str, str]:
+        """The provider's options; what is not set here is as the provider has it."""
+        if device == "cuda":
+            # TF32 would round an FP32 file's products to ten bits. The default search times every
+            # algorithm anew for each batch size, which the first face of a size would wait for.
+            return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        if device == "openvino":
+            # The file's precision is what runs: by itself it takes BF16 where the CPU has it.
+            settings = {"INFERENCE_PRECISION_HINT": "f32"}
+            if self.options.threads is not None:
+                settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
+            return {"load_config": json.dumps({"CPU": settings})}
+        if device in ("tensorrt", "tensorrt-rtx"):
+            self.max_batch = _MAX_BATCH
+            return self._tensorrt_settings("trt" if device == "tensorrt" else "nv")
+        return {}
+
+    def _tensorrt_settings(self, prefix: str) -> dict[str, str]:
+        """Batches, and where compiled engines are kept; precision is the file's alone."""
+        side = self.spec.input_size
+        name = read_onnx_input(self.path)
+        item = f"3x{side}x{side}" if name == FLOAT_INPUT else f"{side}x{side}x3"
+        sizes = {"min": _MIN_BATCH, "opt": _OPT_BATCH, "max": _MAX_BATCH}
+        settings = {
+            f"{prefix}_profile_{which}_shapes": f"{name}:{batch}x{item}"
+            for which, batch in sizes.items()
+        }
+        folder = _cache_folder(self.path)
+        if folder is None:
+            return settings
+        if prefix == "nv":
+            return {**settings, "nv_runtime_cache_path": str(folder)}
+        kept = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
+        return {**settings, **kept, "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 
     def _has_fp32_scales(self) -> bool:
         """Whether the file's INT8 convolutions sit in an FP32 graph."""
@@ -133,14 +219,79 @@ class OnnxBackend(Backend):
         self._session = None
 
 
+def _plugin_devices(device: str) -> list[Any]:
+    """The devices of a provider that comes as a plugin; none where its package is not installed.
+
+    Raises:
+        BackendError: The package is there, and does not work or has no device on this machine.
+    """
+    import onnxruntime
+
+    provider = PROVIDERS[device]
+    if not provider.plugin or importlib.util.find_spec(provider.plugin) is None:
+        return []
+    if not hasattr(onnxruntime, "get_ep_devices"):
+        raise _missing_provider(device, f"onnxruntime {onnxruntime.__version__}, without plugins")
+    try:
+        plugin = importlib.import_module(provider.plugin)
+        # Registered for the whole process, once.
+        if provider.name not in onnxruntime.get_available_providers():
+            _load_cuda_runtime(Path(plugin.get_library_path()).parent)
+            onnxruntime.register_execution_provider_library(
+                plugin.get_ep_name(), plugin.get_library_path()
+            )
+    except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
+        raise _missing_provider(device, f"a plugin that fails ({_first_line(error)})") from None
+    kinds = onnxruntime.OrtHardwareDeviceType
+    kind = kinds.CPU if device == "openvino" else kinds.GPU
+    found = [
+        candidate
+        for candidate in onnxruntime.get_ep_devices()
+        if candidate.ep_name == provider.name and candidate.device.type == kind
+    ]
+    if not found:
+        raise _missing_provider(device, "a plugin without a device on this machine")
+    return found[:1]
+
+
+def _load_cuda_runtime(folder: Path) -> None:
+    """Load the CUDA runtime that a plugin brings, and does not find by itself (NVIDIA's 0.5.0)."""
+    for library in folder.glob("libcudart.so.*"):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _cache_folder(path: Path) -> Path | None:
+    """Where engines compiled from a file are kept: bound to its bytes and ONNX Runtime's release.
+
+    Returns:
+        ``model.onnx.cache/<hash>-<version>``, or None where it cannot be written.
+    """
+    import onnxruntime
+
+    name = f"{file_hash(path)[:16]}-{onnxruntime.__version__}"
+    folder = path.with_name(f"{path.name}.cache") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.info("%s: compiled engines are not kept (%s)", folder, error)
+        return None
+    if not os.access(folder, os.W_OK):
+        _log.info("%s: compiled engines are not kept, since it cannot be written", folder)
+        return None
+    return folder
+
+
 def _missing_provider(device: str, found: str) -> BackendError:
+    provider = PROVIDERS[device]
     return BackendError(
         f"backend onnx:{device}",
-        expected=PROVIDERS[device],
-        found=f"a provider {found}",
-        fix=f"install {_PACKAGES[device]} and its drivers, or choose onnx:cpu",
+        expected=provider.name,
+        found=found,
+        fix=f"install {provider.install} and its drivers, or choose onnx:cpu",
     )
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else "no message"
+    lines = str(error).strip().splitlines()
+    # "Failed to load library <path> with error: <what matters>"
+    return lines[0].rpartition("with error: ")[2][:160] if lines else "no message"

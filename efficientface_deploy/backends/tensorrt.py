@@ -7,7 +7,6 @@ command that builds it anew: an engine belongs to a library version and to a kin
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import logging
@@ -17,9 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from efficientface_deploy.artifact import (
     FLOAT_INPUT,
     OUTPUTS,
@@ -27,10 +23,13 @@ from efficientface_deploy.artifact import (
     read_sidecar,
     sidecar_path,
 )
-from efficientface_deploy.backends.base import Backend, BackendOptions, Output
-from efficientface_deploy.backends.cuda import Buffer, Cuda, Stream, open_cuda
+from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceImages, Output
+from efficientface_deploy.backends.cuda import open_cuda
+from efficientface_deploy.backends.device_array import DeviceArray
+from efficientface_deploy.backends.runtime_cache import RuntimeCache, cache_path
+from efficientface_deploy.backends.session import Session
 from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError
-from efficientface_deploy.preprocess import UInt8Array, normalise
+from efficientface_deploy.preprocess import UInt8Array
 from efficientface_deploy.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
@@ -245,8 +244,8 @@ class TensorRTBackend(Backend):
     """Runs ``*.engine`` files with TensorRT 10 or 11.
 
     The engine runs on the GPU that is current when the backend is opened. ``infer`` may be called
-    from several threads, which take turns: an execution context serves one at a time. ``threads``
-    has no meaning here.
+    from several threads, which take turns: an execution context serves one at a time. It takes
+    arrays on that GPU where they are (see :mod:`device_array`). ``threads`` has no meaning here.
     """
 
     kind = "trt"
@@ -254,7 +253,7 @@ class TensorRTBackend(Backend):
     def __init__(self, path: Path, options: BackendOptions) -> None:
         super().__init__(path, options)
         self._turn = threading.Lock()
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._precision = ""
 
     def _open(self) -> None:
@@ -265,10 +264,16 @@ class TensorRTBackend(Backend):
         module = load_library(self.kind)
         self._check_version(record, version_of(module))
         cuda = open_cuda()
-        self._check_device(record, cuda.compute_capability())
+        gpu = cuda.compute_capability()
+        self._check_device(record, gpu)
+        binding = {
+            "engine": provenance["engine"]["sha256"],
+            "library": f"{module.__name__} {version_of(module)}",
+            "gpu": gpu,
+        }
         with cuda.active():
-            engine = _Engine(module, self.path, self._rebuild(record))
-            self._session = _Session(engine, spec, cuda)
+            engine = Engine(module, self.path, self._rebuild(record), binding)
+            self._session = Session(engine, spec, cuda, graphs=self.options.cuda_graphs)
         self.spec, self.provenance = spec, provenance
         self.max_batch = self._session.max_batch
         self.name = self.kind
@@ -323,16 +328,23 @@ class TensorRTBackend(Backend):
         copy = "" if weights.is_file() else f"copy {record.parent} beside it and "
         return f"{copy}rebuild it here: {command}"
 
-    def _infer(self, images: UInt8Array) -> Output:
+    def _take(self, images: DeviceArray) -> DeviceImages:
         with self._turn:
-            if self._session is None:  # closed by another thread since infer() looked
-                raise BackendError(
-                    self.path.name,
-                    expected="an open backend",
-                    found="a closed one",
-                    fix="wait for other threads before close()",
-                )
-            return self._session.run(images)
+            return self._opened().take(images)
+
+    def _infer(self, images: UInt8Array | DeviceImages) -> Output:
+        with self._turn:
+            return self._opened().run(images)
+
+    def _opened(self) -> Session:
+        if self._session is None:  # closed by another thread since infer() looked
+            raise BackendError(
+                self.path.name,
+                expected="an open backend",
+                found="a closed one",
+                fix="wait for other threads before close()",
+            )
+        return self._session
 
     def _close(self) -> None:
         with self._turn:
@@ -347,20 +359,25 @@ class TensorRTRTXBackend(TensorRTBackend):
     kind = "trt-rtx"
 
 
-class _Engine:
+class Engine:
     """A deserialised plan, and the library's objects that must outlive it.
 
     Args:
         module: TensorRT or TensorRT for RTX.
         path: The plan.
         rebuild: What to do when it cannot be loaded.
+        binding: What kernels that the library compiles for it belong to: engine, release, GPU.
+
+    Attributes:
+        memory_bytes: What a context needs for its intermediate results.
+        captures_itself: Whether a context can be told to record its own CUDA graphs.
 
     Raises:
         ArtifactError: The library does not load this plan.
         BackendError: The library cannot start on this machine.
     """
 
-    def __init__(self, module: Any, path: Path, rebuild: str) -> None:
+    def __init__(self, module: Any, path: Path, rebuild: str, binding: Mapping[str, str]) -> None:
         self.module = module
         self.path = path
         self.rebuild = rebuild
@@ -372,6 +389,23 @@ class _Engine:
             raise self.failure("start", _first_line(error)) from None
         if self.plan is None:
             raise self._not_loaded()
+        if not hasattr(self.plan, "device_memory_size_v2"):  # it came with TensorRT 10.1
+            raise self.failure("be 10.3 or newer", f"version {version_of(module)}")
+        self.memory_bytes = max(int(self.plan.device_memory_size_v2), 1)
+        self._config: Any = None
+        self._cache: RuntimeCache | None = None
+        if hasattr(self.plan, "create_runtime_config"):
+            self._config = self.plan.create_runtime_config()
+            if self._config is None:
+                raise self.failure("create a runtime configuration")
+            self._config.set_execution_context_allocation_strategy(self._user_managed)
+            if hasattr(self._config, "create_runtime_cache"):
+                self._cache = RuntimeCache(self._config, cache_path(path), binding)
+        self.captures_itself = hasattr(self._config, "cuda_graph_strategy")
+
+    @property
+    def _user_managed(self) -> Any:
+        return self.module.ExecutionContextAllocationStrategy.USER_MANAGED
 
     def _not_loaded(self) -> EfficientFaceError:
         reason = self.logger.first_error() or "no reason given"
@@ -393,18 +427,33 @@ class _Engine:
             fix="check the GPU and its driver with nvidia-smi, or load the .onnx file instead",
         )
 
-    def new_context(self) -> Any:
-        """An execution context with its device memory.
+    def new_context(self, memory: int, *, graphs: bool) -> Any:
+        """An execution context.
 
-        CUDA graphs and the runtime cache of TensorRT for RTX are configured here when they come.
+        Args:
+            memory: Address of ``memory_bytes`` on the device, which contexts that never run at
+                the same time may share.
+            graphs: Whether it records CUDA graphs itself, where it can.
 
         Raises:
             BackendError: It cannot be made, usually for want of GPU memory.
         """
-        context = self.plan.create_execution_context()
+        if self.captures_itself:
+            strategies = self.module.CudaGraphStrategy
+            self._config.cuda_graph_strategy = (
+                strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+            )
+        how = self._user_managed if self._config is None else self._config
+        context = self.plan.create_execution_context(how)
         if context is None:
             raise self.failure("create an execution context")
+        context.set_device_memory(memory, self.memory_bytes)
         return context
+
+    def keep_kernels(self) -> None:
+        """Keep what the library compiled until now, if it is one that compiles."""
+        if self._cache is not None:
+            self._cache.keep()
 
     def input_name(self) -> str:
         """``image`` or, for an engine of a ``--float-input`` graph, ``input``."""
@@ -442,128 +491,6 @@ class _Engine:
                 found="; ".join(described)[:200],
                 fix=self.rebuild,
             )
-
-
-class _Tensor:
-    """An input or output at its largest: pinned host memory under a typed view, device twin.
-
-    Args:
-        cuda: An open binding.
-        name: The tensor's name in the engine.
-        shape: Largest shape, batch first.
-        dtype: Element type.
-
-    Attributes:
-        values: Host memory, (max_batch, ...).
-    """
-
-    def __init__(self, cuda: Cuda, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.name = name
-        self._shape = shape
-        self._item_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        self._buffer = Buffer(cuda, shape[0] * self._item_bytes)
-        self.values: npt.NDArray[Any] = self._buffer.host.view(dtype).reshape(shape)
-        self.address = self._buffer.address
-
-    def shape(self, count: int) -> tuple[int, ...]:
-        """Shape of a batch of ``count``."""
-        return (count, *self._shape[1:])
-
-    def to_device(self, count: int, stream: Stream) -> None:
-        """Queue the copy of the first ``count`` items to the device."""
-        self._buffer.to_device(count * self._item_bytes, stream)
-
-    def to_host(self, count: int, stream: Stream) -> None:
-        """Queue the copy of the first ``count`` items to the host."""
-        self._buffer.to_host(count * self._item_bytes, stream)
-
-    def close(self) -> None:
-        """Free the memory; views of it die with it."""
-        self.values = np.empty(0)
-        self._buffer.close()
-
-
-class _Session:
-    """An engine with its context, its stream and its buffers, all taken once.
-
-    Args:
-        engine: The deserialised plan.
-        spec: Its ModelSpec.
-        cuda: An open binding, active.
-
-    Attributes:
-        max_batch: From the engine's optimisation profile.
-
-    Raises:
-        ArtifactError: The plan's tensors are not those of its spec.
-        BackendError: Not enough memory.
-    """
-
-    def __init__(self, engine: _Engine, spec: ModelSpec, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self._engine = engine
-        self._spec = spec
-        engine.check_signature(spec)
-        name = engine.input_name()
-        _, _, largest = (tuple(shape) for shape in engine.plan.get_tensor_profile_shape(name, 0))
-        self.max_batch = int(largest[0])
-        self._takes_floats = name == FLOAT_INPUT
-        outputs = (self.max_batch, spec.num_classes)
-        with contextlib.ExitStack() as stack:
-            self._stream = stack.enter_context(contextlib.closing(Stream(cuda)))
-            dtype = np.float32 if self._takes_floats else np.uint8
-            self._input, self._logits, self._probabilities = (
-                stack.enter_context(contextlib.closing(_Tensor(cuda, tensor, shape, kind)))
-                for tensor, shape, kind in (
-                    (name, largest, dtype),
-                    (OUTPUTS[0], outputs, np.float32),
-                    (OUTPUTS[1], outputs, np.float32),
-                )
-            )
-            self._context: Any = engine.new_context()
-            self._bind(engine)
-            self._resources = stack.pop_all()
-
-    def _bind(self, engine: _Engine) -> None:
-        """Tell the context where its tensors lie; they never move."""
-        for tensor in (self._input, self._logits, self._probabilities):
-            if not self._context.set_tensor_address(tensor.name, tensor.address):
-                raise engine.failure(f"take the address of {tensor.name}")
-
-    def run(self, images: UInt8Array) -> Output:
-        """Run one batch; the caller makes threads take turns.
-
-        Args:
-            images: uint8 (N, S, S, 3), N at most ``max_batch``.
-
-        Returns:
-            Logits and probabilities in memory of their own, float32 (N, C).
-
-        Raises:
-            BackendError: The library or the GPU failed.
-        """
-        count = len(images)
-        with self._cuda.active():
-            self._input.values[:count] = (
-                normalise(images, self._spec) if self._takes_floats else images
-            )
-            if not self._context.set_input_shape(self._input.name, self._input.shape(count)):
-                raise self._engine.failure(f"take a batch of {count}")
-            self._input.to_device(count, self._stream)
-            if not self._context.execute_async_v3(self._stream.handle):
-                raise self._engine.failure("run the engine")
-            self._logits.to_host(count, self._stream)
-            self._probabilities.to_host(count, self._stream)
-            self._stream.synchronize()
-        # The pinned memory is overwritten by the next call: hand out copies.
-        return Output(self._logits.values[:count].copy(), self._probabilities.values[:count].copy())
-
-    def close(self) -> None:
-        """Free everything: the context before the memory it points to, the engine last."""
-        with self._cuda.active():
-            del self._context
-            self._resources.close()
-            del self._engine
 
 
 def _no_library(library: Library, found: str) -> BackendError:

@@ -30,6 +30,8 @@ from fake_cuda import FakeCuda
 FOLDER = Path(__file__).parent
 VERSIONS = ("10.3", "10.16", "11.4")
 
+MEMORY_BYTES = 1000  # what a context needs for its intermediate results
+
 _MAGIC = b"stand-in "
 _NUMPY_TYPES = {"FLOAT": np.float32, "UINT8": np.uint8}
 
@@ -58,6 +60,9 @@ class Library:
         batches: The batch of every inference.
         limits: Workspaces that were set, in bytes.
         caches: What timing caches were made from.
+        capturable: Whether what engines do can be recorded on a captured stream.
+        compiled: How many times TensorRT for RTX had to compile an engine's kernels.
+        recorded: Shapes and addresses that contexts of TensorRT for RTX made CUDA graphs of.
     """
 
     def __init__(self, record: dict[str, Any], cuda: FakeCuda) -> None:
@@ -67,6 +72,9 @@ class Library:
         self.batches: list[int] = []
         self.limits: list[int] = []
         self.caches: list[bytes] = []
+        self.capturable = True
+        self.compiled = 0
+        self.recorded: list[Any] = []
         self.module: Any = types.ModuleType(record["module"])
         self.module.__version__ = record["version"]
         self.module.__spec__ = importlib.machinery.ModuleSpec(record["module"], None)
@@ -392,7 +400,9 @@ def _deserialize_cuda_engine(library: Library, this: Any, serialized_engine: Any
     tensors = {value.name: value for value in [*model.graph.input, *model.graph.output]}
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     shapes = json.loads(header.removeprefix(_MAGIC))
-    return library.new("ICudaEngine", tensors=tensors, session=session, shapes=shapes)
+    return library.new(
+        "ICudaEngine", tensors=tensors, session=session, shapes=shapes, logger=this._["logger"]
+    )
 
 
 @_does("ICudaEngine.num_io_tensors")
@@ -422,21 +432,94 @@ def _get_tensor_profile_shape(library: Library, this: Any, name: str, profile_in
     return [_dims(library, shape) for shape in this._["shapes"]]
 
 
+@_does("ICudaEngine.device_memory_size_v2")
+def _device_memory_size(library: Library, this: Any) -> int:
+    return MEMORY_BYTES
+
+
+@_does("ICudaEngine.create_runtime_config")
+def _create_runtime_config(library: Library, this: Any) -> Any:
+    state = {"strategy": library.module.ExecutionContextAllocationStrategy.STATIC, "cache": None}
+    if hasattr(library.module, "CudaGraphStrategy"):
+        state["cuda_graph_strategy"] = library.module.CudaGraphStrategy.DISABLED
+    return library.new("IRuntimeConfig", logger=this._["logger"], **state)
+
+
+@_does("IRuntimeConfig.set_execution_context_allocation_strategy")
+def _set_strategy(library: Library, this: Any, strategy: Any) -> None:
+    this._["strategy"] = strategy
+
+
+@_does("IRuntimeConfig.create_runtime_cache")
+def _create_runtime_cache(library: Library, this: Any) -> Any:
+    return library.new("IRuntimeCache", logger=this._["logger"], data=b"")
+
+
+@_does("IRuntimeConfig.set_runtime_cache")
+def _set_runtime_cache(library: Library, this: Any, cache: Any) -> bool:
+    this._["cache"] = cache
+    return True
+
+
+@_does("IRuntimeCache.deserialize")
+def _deserialize_cache(library: Library, this: Any, blob: Any) -> bool:
+    library.cuda.require_active()  # it compares the cache with the current context
+    if not bytes(blob).startswith(_timing_cache(library)):
+        return False
+    this._["data"] = bytes(blob)
+    return True
+
+
+@_does("IRuntimeCache.serialize")
+def _serialize_cache(library: Library, this: Any) -> Any:
+    return library.new("IHostMemory", data=this._["data"])
+
+
 @_does("ICudaEngine.create_execution_context")
-def _create_execution_context(library: Library, this: Any) -> Any:
-    return library.new("IExecutionContext", engine=this, addresses={}, running=threading.Lock())
+def _create_execution_context(library: Library, this: Any, how: Any = None) -> Any:
+    library.cuda.require_active()
+    strategies = library.module.ExecutionContextAllocationStrategy
+    options: dict[str, Any] = {"strategy": how}
+    if isinstance(how, library._classes.get("IRuntimeConfig", ())):
+        options = dict(how._)
+    cache = options.get("cache")
+    if library.module.__name__ == "tensorrt_rtx" and (cache is None or not cache._["data"]):
+        library.compiled += 1
+        if cache is not None:
+            cache._["data"] = _timing_cache(library) + b" kernels"
+    return library.new(
+        "IExecutionContext",
+        engine=this,
+        logger=this._["logger"],
+        addresses={},
+        running=threading.Lock(),
+        memory="missing" if options["strategy"] is strategies.USER_MANAGED else 0,
+        records=getattr(options.get("cuda_graph_strategy"), "name", "") == "WHOLE_GRAPH_CAPTURE",
+        recorded=None,
+        shape=None,
+        flushed=False,
+    )
+
+
+@_does("IExecutionContext.set_device_memory")
+def _set_device_memory(library: Library, this: Any, memory: int, size: int) -> None:
+    assert size >= MEMORY_BYTES and memory % 256 == 0
+    this._["memory"] = memory
 
 
 @_does("IExecutionContext.set_tensor_address")
 def _set_tensor_address(library: Library, this: Any, name: str, memory: int) -> bool:
-    assert memory in library.cuda.allocations
+    library.cuda.memory(memory, 1)
     this._["addresses"][name] = memory
     return name in this._["engine"]._["tensors"]
 
 
 @_does("IExecutionContext.set_input_shape")
 def _set_input_shape(library: Library, this: Any, name: str, shape: Any) -> bool:
-    this._["shape"] = tuple(shape)
+    if tuple(shape) != this._["shape"]:
+        # A new shape changes the context's state, and what is to be done for it waits until the
+        # context runs.
+        this._ |= {"shape": tuple(shape), "flushed": False}
     smallest, _, largest = this._["engine"]._["shapes"]
     return all(a <= b <= c for a, b, c in zip(smallest, this._["shape"], largest, strict=True))
 
@@ -446,27 +529,55 @@ def _execute_async_v3(library: Library, this: Any, stream_handle: int) -> bool:
     assert this._["running"].acquire(blocking=False), "two threads in one execution context"
     try:
         time.sleep(0.002)
-        library.batches.append(this._["shape"][0])
-        library.cuda.streams[stream_handle].append(lambda: _compute(library, this))
+        return _enqueue(library, this, stream_handle)
     finally:
         this._["running"].release()
+
+
+def _enqueue(library: Library, this: Any, stream: int) -> bool:
+    cuda = library.cuda
+    shape, addresses = this._["shape"], dict(this._["addresses"])
+    if this._["memory"] == "missing":
+        library.say(this, "ERROR", "IExecutionContext::enqueueV3: no device memory was given")
+        return False
+    if any(address % 256 for address in addresses.values()):
+        library.say(this, "ERROR", "IExecutionContext::enqueueV3: misaligned address")
+        return False
+    if cuda.is_captured(stream) and not (this._["flushed"] and library.capturable):
+        cuda.spoil("cudaMemcpy")
+        library.say(this, "ERROR", "operation not permitted when stream is capturing")
+        return False
+    this._["flushed"] = True
+    if this._["records"] and this._["recorded"] != (shape, addresses):
+        this._["recorded"] = (shape, addresses)
+        library.recorded.append((shape[0], addresses))
+
+    def work() -> None:
+        # What was queued or recorded knows the shape and the addresses of that moment. Its
+        # context's state has to be that of the shape still.
+        assert this._["shape"] == shape, "the context of this graph has taken another shape"
+        if this._["memory"]:
+            cuda.memory(this._["memory"], MEMORY_BYTES)
+        library.batches.append(shape[0])
+        _compute(library, this._["engine"], shape, addresses)
+
+    cuda.queue(stream, work)
     return True
 
 
-def _compute(library: Library, context: Any) -> None:
+def _compute(library: Library, engine: Any, shape: Any, addresses: dict[str, int]) -> None:
     """What the stream does in its turn: from the input's address to the outputs' addresses."""
-    engine = context._["engine"]
     session: Any = engine._["session"]
 
     def view(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        block = library.cuda.allocations[context._["addresses"][name]]
-        dtype = _NUMPY_TYPES[engine.get_tensor_dtype(name).name]
-        return np.frombuffer(block, dtype, int(np.prod(shape))).reshape(shape)
+        dtype = np.dtype(_NUMPY_TYPES[engine.get_tensor_dtype(name).name])
+        block = library.cuda.memory(addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        return np.frombuffer(block, dtype).reshape(shape)
 
     name = session.get_inputs()[0].name
     outputs = [output.name for output in session.get_outputs()]
     for output, values in zip(
-        outputs, session.run(outputs, {name: view(name, context._["shape"])}), strict=True
+        outputs, session.run(outputs, {name: view(name, shape)}), strict=True
     ):
         view(output, values.shape)[:] = values
 

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from efficientface_deploy.backends import cuda
-from efficientface_deploy.backends.cuda import Buffer, CudaPython, PyCuda, Stream, open_cuda
+from efficientface_deploy.backends.cuda import (
+    Buffer,
+    CudaPython,
+    Graph,
+    PyCuda,
+    Stream,
+    open_cuda,
+)
 from efficientface_deploy.errors import BackendError
 
 
@@ -24,6 +31,8 @@ class Status(enum.IntEnum):
     cudaErrorInsufficientDriver = 35  # noqa: N815
     cudaErrorNoDevice = 100  # noqa: N815
     cudaErrorIllegalAddress = 700  # noqa: N815
+    cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
+    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
 class FakeCudart(types.ModuleType):
@@ -39,6 +48,12 @@ class FakeCudart(types.ModuleType):
     cudaMemcpyKind = types.SimpleNamespace(  # noqa: N815
         cudaMemcpyHostToDevice="h2d", cudaMemcpyDeviceToHost="d2h"
     )
+    cudaStreamCaptureMode = types.SimpleNamespace(  # noqa: N815
+        cudaStreamCaptureModeThreadLocal="thread"
+    )
+    cudaMemoryType = types.SimpleNamespace(  # noqa: N815
+        cudaMemoryTypeUnregistered=0, cudaMemoryTypeDevice=2, cudaMemoryTypeManaged=3
+    )
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -46,6 +61,10 @@ class FakeCudart(types.ModuleType):
         self.streams: dict[int, list[Callable[[], object]]] = {}
         self.devices: list[int] = [0]
         self.driver = 12040
+        self.captured: dict[int, list[Callable[[], object]]] = {}
+        self.spoiled = False
+        self.graphs: dict[int, list[Callable[[], object]]] = {}
+        self.attributes: dict[int, tuple[int, int]] = {}  # memory type and device of an address
         self.fail: dict[str, Status] = {}
 
     def __getattribute__(self, name: str) -> Any:
@@ -85,7 +104,49 @@ class FakeCudart(types.ModuleType):
         del self.streams[stream]
         return (Status.cudaSuccess,)
 
+    def cudaDeviceSynchronize(self) -> Any:  # noqa: N802
+        for stream in self.streams:
+            self.cudaStreamSynchronize(stream)
+        return (Status.cudaSuccess,)
+
+    def cudaPointerGetAttributes(self, address: int) -> Any:  # noqa: N802
+        kind, device = self.attributes.get(address, (0, -1))
+        return Status.cudaSuccess, types.SimpleNamespace(type=kind, device=device)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: str) -> Any:  # noqa: N802
+        assert mode == "thread"
+        self.captured[stream], self.streams[stream] = self.streams[stream], []
+        assert not self.captured[stream], "captured with work under way"
+        return (Status.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
+        del self.captured[stream]
+        work, self.streams[stream] = self.streams[stream], []
+        if self.spoiled:
+            self.spoiled = False
+            return Status.cudaErrorStreamCaptureInvalidated, None
+        self.graphs[7] = work
+        return Status.cudaSuccess, 7
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> Any:  # noqa: N802
+        assert flags == 0
+        self.graphs[8] = self.graphs[graph]
+        return Status.cudaSuccess, 8
+
+    def cudaGraphDestroy(self, graph: int) -> Any:  # noqa: N802
+        del self.graphs[graph]
+        return (Status.cudaSuccess,)
+
+    cudaGraphExecDestroy = cudaGraphDestroy  # noqa: N815
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> Any:  # noqa: N802
+        self.streams[stream] += self.graphs[graph]
+        return (Status.cudaSuccess,)
+
     def cudaStreamSynchronize(self, stream: int) -> Any:  # noqa: N802
+        if stream in self.captured:
+            self.spoiled = True
+            return (Status.cudaErrorStreamCaptureUnsupported,)
         for copy in self.streams[stream]:
             copy()
         self.streams[stream].clear()
@@ -125,6 +186,7 @@ class FakePyCuda(types.ModuleType):
         outer = self
         self.current: list[str] = []
         self.freed: list[str] = []
+        self.waits = 0
         self.init_error: str | None = None
 
         class Error(Exception):
@@ -136,6 +198,11 @@ class FakePyCuda(types.ModuleType):
         class Context:
             def push(self) -> None:
                 outer.current.append("primary")
+
+            @staticmethod
+            def synchronize() -> None:
+                assert outer.current
+                outer.waits += 1
 
             @staticmethod
             def pop() -> None:
@@ -228,6 +295,67 @@ def test_round_trip_through_cuda_python(cudart: FakeCudart) -> None:
         assert target.host.tolist() == [0] * 8, "nothing is there before the stream is done"
         stream.synchronize()
         assert target.host.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+
+
+def test_graph_does_its_work_at_every_launch(cudart: FakeCudart) -> None:
+    binding = open_cuda()
+    stream, source, target = Stream(binding), Buffer(binding, 4), Buffer(binding, 4)
+
+    def work() -> None:
+        source.to_device(4, stream)
+        cudart.cudaMemcpyAsync(target.address, source.address, 4, "d2h", stream.handle)
+        target.to_host(4, stream)
+
+    source.host[:] = 1
+    graph = Graph(binding, stream, work)
+    stream.synchronize()
+    assert target.host.tolist() == [0] * 4, "what is recorded does not run"
+    for value in (2, 3):
+        source.host[:] = value
+        graph.launch()
+        assert target.host.tolist() != [value] * 4
+        stream.synchronize()
+        assert target.host.tolist() == [value] * 4
+    assert list(cudart.graphs) == [8], "the recorded graph goes when there is an executable one"
+    for _ in range(2):
+        graph.close()
+    assert not cudart.graphs
+
+
+@pytest.mark.parametrize("how", ["waits", "raises", "EndCapture", "Instantiate"])
+def test_work_that_cannot_be_recorded_leaves_the_stream_usable(
+    cudart: FakeCudart, how: str
+) -> None:
+    binding = open_cuda()
+    stream = Stream(binding)
+
+    def work() -> None:
+        if how == "waits":
+            stream.synchronize()
+        if how == "raises":
+            raise ZeroDivisionError
+
+    names = {"EndCapture": "cudaStreamEndCapture", "Instantiate": "cudaGraphInstantiate"}
+    if how in names:
+        cudart.fail[names[how]] = Status.cudaErrorStreamCaptureInvalidated
+    expected = ZeroDivisionError if how == "raises" else BackendError
+    with pytest.raises(expected) as caught:
+        Graph(binding, stream, work)
+    if how == "waits":
+        assert "cudaStreamSynchronize" in str(caught.value), "the first error, not its echo"
+    if how != "EndCapture":
+        assert not cudart.captured
+    assert not cudart.graphs
+
+
+@pytest.mark.parametrize(
+    ("attributes", "owned"), [((2, 0), True), ((2, 1), False), ((3, 1), True), ((0, -1), False)]
+)
+def test_whose_memory_an_address_is(
+    cudart: FakeCudart, attributes: tuple[int, int], owned: bool
+) -> None:
+    cudart.attributes[4096] = attributes
+    assert open_cuda().owns(4096) is owned
 
 
 def test_everything_is_freed_once(cudart: FakeCudart) -> None:
@@ -329,6 +457,19 @@ def test_round_trip_through_pycuda(pycuda: FakePyCuda) -> None:
     assert not pycuda.current, "the context that was pushed is popped"
 
 
+def test_pycuda_waits_for_all_where_the_stream_is_not_its_own(pycuda: FakePyCuda) -> None:
+    """It makes no object of another library's handle; nor does it capture."""
+    binding = open_cuda()
+    with binding.active():
+        binding.synchronize(Stream(binding).handle)
+        assert pycuda.waits == 0
+        binding.synchronize(1)
+        binding.synchronize_device()
+        assert pycuda.waits == 2
+        assert binding.owns(4096)
+    assert not binding.captures
+
+
 def test_pycuda_without_a_gpu(pycuda: FakePyCuda) -> None:
     pycuda.init_error = "cuInit failed: no CUDA-capable device is detected"
     with pytest.raises(BackendError, match=r"no CUDA-capable device.*\.onnx"):
@@ -372,16 +513,24 @@ def test_real_cuda_python_takes_integers_for_streams_and_addresses() -> None:
     if int(runtime.cudaGetDevice()[0]) == 0:
         pytest.skip("this machine has a GPU, which wild addresses would crash")
     binding = object.__new__(CudaPython)
-    binding._cudart, binding._device = runtime, 0
+    binding._cudart, binding.device = runtime, 0
     host = np.zeros(4, np.uint8)
     for call in (
         lambda: binding.create_stream(),
         lambda: binding.synchronize(1),
+        lambda: binding.synchronize_device(),
+        lambda: binding.owns(1),
+        lambda: binding.begin_capture(1),
+        lambda: binding.end_capture(1),
+        lambda: binding.launch(1, 1),
+        lambda: binding._call("cudaGraphInstantiate", 1, 0),
+        lambda: binding._call("cudaGraphDestroy", 1),
         lambda: binding.allocate_device(4),
         lambda: binding.allocate_host(4),
         lambda: binding.copy_to_device(1, host, 1),
         lambda: binding.copy_to_host(host, 1, 1),
         lambda: binding._free("stream", 1),
+        lambda: binding._free("graph", 1),
         lambda: binding._free("device", 1),
         lambda: binding._free("host", 1),
     ):
@@ -413,5 +562,32 @@ def test_round_trip_on_a_gpu() -> None:
         buffer.to_host(1 << 20, stream)
         stream.synchronize()
         np.testing.assert_array_equal(buffer.host, expected)
+        assert binding.owns(buffer.address)
+        buffer.close()
+        stream.close()
+
+
+@pytest.mark.gpu
+def test_graph_on_a_gpu() -> None:
+    binding = open_cuda()
+    if not binding.captures:
+        pytest.skip(f"{binding.name} does not capture")
+    with binding.active():
+        stream, buffer = Stream(binding), Buffer(binding, 1 << 20)
+
+        def work() -> None:
+            buffer.to_device(1 << 19, stream)
+            buffer.to_host(1 << 20, stream)
+
+        graph = Graph(binding, stream, work)
+        for value in (3, 4):
+            buffer.host[:] = value
+            graph.launch()
+            stream.synchronize()
+            assert set(buffer.host[: 1 << 19].tolist()) == {value}
+        with pytest.raises(BackendError, match="cudaStreamSynchronize"):
+            Graph(binding, stream, stream.synchronize)
+        stream.synchronize()
+        graph.close()
         buffer.close()
         stream.close()

@@ -41,6 +41,7 @@ def test_suffix_chooses_the_backend(name, backend):
         ("onnx:cpu", "cpu"),
         ("onnx:cuda", "cuda"),
         ("onnx:tensorrt", "tensorrt"),
+        ("onnx:tensorrt-rtx", "tensorrt-rtx"),
         ("onnx:openvino", "openvino"),
     ],
 )

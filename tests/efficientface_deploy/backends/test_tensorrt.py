@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from fake_cuda import FakeCuda
-from onnx import TensorProto, helper, numpy_helper
-from tensorrt_stand_in import VERSIONS, Library, make_plan, read_record
+from mean_engine import expected_logits, images, softmax, write_plan, write_record
+from onnx import TensorProto
+from tensorrt_stand_in import MEMORY_BYTES, VERSIONS, Library
 
-from efficientface_deploy.artifact import file_hash, sidecar_path, write_sidecar
+from efficientface_deploy.artifact import sidecar_path
 from efficientface_deploy.backends import BackendOptions
 from efficientface_deploy.backends import tensorrt as backend_module
 from efficientface_deploy.backends.tensorrt import (
@@ -32,93 +32,14 @@ from efficientface_deploy.backends.tensorrt import (
     rebuild_command,
 )
 from efficientface_deploy.errors import ArtifactError, BackendError
-from efficientface_deploy.preprocess import UInt8Array, normalise
+from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import ModelSpec
 
 every_release = pytest.mark.parametrize("library", VERSIONS, indirect=True)
 
 
-def expected_logits(images: np.ndarray) -> np.ndarray:
-    means = images.astype(np.float32).mean(axis=(1, 2, 3)) / 255  # (N,)
-    return (means[:, None] + np.arange(7, dtype=np.float32)).astype(np.float32)  # (N, 7)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def mean_graph(
-    side: int = 64,
-    classes: int = 7,
-    logits: int = TensorProto.FLOAT,
-    outputs: tuple[str, ...] = ("logits", "probabilities"),
-    float_input: bool = False,
-) -> onnx.ModelProto:
-    """logits[n, c] = mean of image n + c, as in :func:`expected_logits`."""
-    scale = numpy_helper.from_array(np.float32(1 / 255), "scale")
-    steps = numpy_helper.from_array(np.arange(classes, dtype=np.float32)[None], "steps")
-    axes = numpy_helper.from_array(np.array([1, 2, 3]), "axes")
-    image = ("input", TensorProto.FLOAT, ["N", 3, side, side])
-    if not float_input:
-        image = ("image", TensorProto.UINT8, ["N", side, side, 3])
-    nodes = [
-        helper.make_node("Cast", [image[0]], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["pixels", "scale"], ["scaled"]),
-        helper.make_node("ReduceMean", ["scaled", "axes"], ["means"], keepdims=0),
-        helper.make_node("Unsqueeze", ["means", "one"], ["column"]),
-        helper.make_node("Add", ["column", "steps"], ["sum"]),
-        helper.make_node("Cast", ["sum"], ["logits"], to=logits),
-        helper.make_node("Softmax", ["sum"], ["probabilities"], axis=1),
-        helper.make_node("Identity", ["sum"], ["extra"]),
-    ]
-    one = numpy_helper.from_array(np.array([1]), "one")
-    values = [
-        helper.make_tensor_value_info(
-            name, logits if name == "logits" else TensorProto.FLOAT, ["N", classes]
-        )
-        for name in outputs
-    ]
-    inputs = [helper.make_tensor_value_info(*image)]
-    graph = helper.make_graph(nodes, "mean", inputs, values, [scale, steps, axes, one])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-
-
-def write_plan(path: Path, spec: ModelSpec, library: Library, **changes: Any) -> None:
-    """An engine of batches up to four, and its sidecar."""
-    graph = mean_graph(**changes)
-    item = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim[1:]]
-    path.write_bytes(make_plan(graph, [(1, *item), (1, *item), (4, *item)]))
-    write_record(path, spec, version=library.module.__version__)
-
-
-@pytest.fixture
-def engine(tmp_path: Path, spec: ModelSpec, library: Library) -> Path:
-    """An engine's two files, of the library that is there."""
-    path = tmp_path / "model.engine"
-    write_plan(path, spec, library)
-    (tmp_path / "model.onnx").write_bytes(b"the parent")
-    return path
-
-
-def write_record(path: Path, spec: ModelSpec, **changes: Any) -> None:
-    record = {
-        "sha256": file_hash(path),
-        "library": "tensorrt",
-        "version": "10.3.0",
-        "compute_capabilities": ["sm86"],
-        "parent": "model.onnx",
-        "max_batch": 4,
-    }
-    write_sidecar(path, spec, {"precision": "fp16", "engine": record | changes})
-
-
 def make(path: Path) -> TensorRTBackend:
     return TensorRTBackend(path, BackendOptions())
-
-
-def images(count: int, seed: int = 0) -> UInt8Array:
-    return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -139,7 +60,8 @@ def test_batches_are_split_by_the_profile(engine: Path, library: Library) -> Non
     with make(engine) as backend:
         assert backend.max_batch == 4
         backend.infer(images(9))
-    assert library.batches == [4, 4, 1]
+    # The second batch of four runs once more, for its CUDA graph.
+    assert library.batches == [4, 4, 4, 1]
 
 
 def test_facts_of_the_artifact(engine: Path, library: Library, spec: ModelSpec) -> None:
@@ -178,13 +100,16 @@ def test_threads_take_turns(engine: Path, library: Library) -> None:
 def test_close_frees_everything(engine: Path, library: Library, fake_cuda: FakeCuda) -> None:
     backend = make(engine)
     backend.open()
-    # Input, logits and probabilities, each on the host and on the device.
+    # Input, logits and probabilities, each on the host and on the device; the contexts' memory.
     sizes = sorted(len(block) for block in fake_cuda.allocations.values())
-    assert sizes == sorted(2 * [4 * 64 * 64 * 3, 4 * 7 * 4, 4 * 7 * 4])
+    assert sizes == sorted([*2 * [4 * 64 * 64 * 3, 4 * 7 * 4, 4 * 7 * 4], MEMORY_BYTES])
+    for _ in range(3):
+        backend.infer(images(2))
     backend.close()
     backend.close()
     assert not fake_cuda.allocations
     assert not fake_cuda.streams
+    assert not fake_cuda.graphs
     with pytest.raises(BackendError, match="closed"):
         backend.infer(images(1))
 
@@ -198,7 +123,7 @@ def test_close_from_another_thread_during_inference(engine: Path, library: Libra
         backend.infer(images(1))
 
 
-@pytest.mark.parametrize("allowed", range(6))
+@pytest.mark.parametrize("allowed", range(7))
 def test_out_of_memory_while_opening_leaves_nothing(
     engine: Path, library: Library, fake_cuda: FakeCuda, allowed: int
 ) -> None:
@@ -214,7 +139,7 @@ def test_out_of_memory_while_opening_leaves_nothing(
     ("call", "said"),
     [
         ("ICudaEngine.create_execution_context", "create an execution context"),
-        ("IExecutionContext.set_tensor_address", "take the address of image"),
+        ("IExecutionContext.set_tensor_address", "take the address of logits"),
     ],
 )
 def test_what_fails_while_opening_leaves_nothing(
@@ -288,12 +213,10 @@ def test_command_says_to_bring_the_onnx_file(engine: Path, library: Library) -> 
 
 
 def test_rtx_is_told_the_gpu_that_is_here(
-    tmp_path: Path, spec: ModelSpec, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spec: ModelSpec, fake_cuda: FakeCuda, rtx_library: Library
 ) -> None:
-    library = Library(read_record("tensorrt_rtx-1.7"), fake_cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library.module)
     path = tmp_path / "model.rtx.engine"
-    write_plan(path, spec, library)
+    write_plan(path, spec, rtx_library)
     facts = {"library": "tensorrt_rtx", "version": "1.7.0.4", "compute_capabilities": ["sm80+"]}
     write_record(path, spec, **facts)
     backend = TensorRTRTXBackend(path, BackendOptions())
