@@ -53,11 +53,13 @@ class Contender:
         model: Its name in tables, unique among the models of a run.
         predictor: Runs it.
         threads: CPU threads of one inference; None where the library or a GPU decides.
+        preset: What a published checkpoint was trained on.
     """
 
     model: str
     predictor: Predictor
     threads: int | None
+    preset: str | None = None
 
     @property
     def backend(self) -> str:
@@ -69,6 +71,11 @@ class Contender:
         """``fp32``, ``fp16`` or ``int8``, as its provenance says; empty where it does not."""
         known = "fp32" if self.backend.startswith("torch") else ""
         return str(self.predictor.provenance.get("precision", known))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs on an NVIDIA GPU."""
+        return self.backend.startswith("trt") or self.backend.endswith((":cuda", ":tensorrt"))
 
     def prepare(self) -> None:
         """Set what is global to the process; to be called before each turn."""
@@ -144,14 +151,16 @@ def choose_backends(text: str) -> tuple[str, ...]:
     )
 
 
-def find_models(given: Sequence[Path]) -> list[Path]:
+def find_models(given: Sequence[Path], *, artifacts: bool = True) -> list[Path]:
     """The models to measure.
 
     Args:
         given: Files, and folders to search; where there are none, the bundled models and what lies
             under ``artifacts/``.
+        artifacts: Whether to look there.
     """
-    sources = list(given) or [bundled_model("torch"), bundled_model("onnx"), ARTIFACTS]
+    default = [bundled_model("torch"), bundled_model("onnx"), *([ARTIFACTS] if artifacts else [])]
+    sources = list(given) or default
     paths = [path for source in sources for path in _files_of(source)]
     return list({path.resolve(): path for path in paths}.values())
 
@@ -193,7 +202,7 @@ def open_contenders(
                     for count in threads if backend in _CPU_BACKENDS else (None,):
                         opened = load(path, backend=backend, threads=count, preset=meaning)
                         predictor = stack.enter_context(opened)
-                        contenders.append(Contender(names[path], predictor, count))
+                        contenders.append(Contender(names[path], predictor, count, meaning))
                 except CANNOT_RUN as error:
                     absent.append(Absent(backend, names[path], one_line(error)))
         yield contenders, absent + _without_model(present, contenders, absent)

@@ -33,7 +33,7 @@ def test_what_cannot_be_read_is_left_open(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB, 1980 MHz, 1980 MHz"
+    line = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W"
     monkeypatch.setattr(machine, "_output_of", lambda *_: line)
     gpus = machine.describe_machine()["gpus"]
     assert [gpu["name"] for gpu in gpus] == ["NVIDIA H100 80GB HBM3"]

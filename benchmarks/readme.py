@@ -1,0 +1,176 @@
+"""README's tables of measured figures, written from committed results.
+
+A block in README.md begins with a comment that names its kind and its result:
+
+    <!-- latency: benchmarks/results/latency-.../latency.json -->
+    ...
+    <!-- end -->
+
+What stands between is replaced; a test compares README with what its results give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from benchmarks.record import COMPUTE, END_TO_END, Case, Result, digits, read_result, rows_of
+from benchmarks.tables import Table
+from efficientface_deploy.artifact import write_text
+from efficientface_deploy.errors import ArtifactError
+
+README = ROOT / "README.md"
+
+_BLOCK = re.compile(
+    r"^(?P<head><!-- (?P<kind>[a-z]+): (?P<path>\S+) -->)\n(?P<body>.*?)^(?P<end><!-- end -->)$",
+    re.MULTILINE | re.DOTALL,
+)
+_HEAD = re.compile(r"^<!-- [a-z]+: \S+ -->$", re.MULTILINE)
+_BACKENDS = {"torch": "PyTorch", "onnx": "ONNX", "trt": "TensorRT", "trt-rtx": "TensorRT for RTX"}
+
+
+def update_readme(path: Path = README, root: Path = ROOT) -> bool:
+    """Write the tables anew, atomically.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        ArtifactError: A block has no end, or its result cannot be read or is of another kind.
+    """
+    text = path.read_text(encoding="utf-8")
+    written = render_readme(text, root, path)
+    if written != text:
+        write_text(path, written)
+    return written != text
+
+
+def render_readme(text: str, root: Path = ROOT, path: Path = README) -> str:
+    """README's text with its tables written anew.
+
+    Args:
+        text: As it is.
+        root: What the results' paths are relative to.
+        path: Its name, for errors.
+
+    Raises:
+        ArtifactError: As :func:`update_readme`.
+    """
+    if len(_HEAD.findall(text)) != len(_BLOCK.findall(text)):
+        raise ArtifactError(
+            path,
+            expected="<!-- end --> after each <!-- kind: result -->",
+            found="a block without its end",
+            fix="add the line",
+        )
+
+    def write(block: re.Match[str]) -> str:
+        table = _table(block["kind"], read_result(root / block["path"]), root / block["path"])
+        return f"{block['head']}\n{table.to_markdown()}{block['end']}"
+
+    return _BLOCK.sub(write, text)
+
+
+def _table(kind: str, result: Result, path: Path) -> Table:
+    makers = {"latency": latency_summary, "accuracy": accuracy_summary, "export": export_summary}
+    if kind not in makers or result["kind"] != kind:
+        raise ArtifactError(
+            path,
+            expected=f"a result of kind {kind}, as README says",
+            found=str(result["kind"]),
+            fix="name " + ", ".join(makers) + " and a result of that kind",
+        )
+    return makers[kind](result)
+
+
+def latency_summary(result: Result) -> Table:
+    """One row per model and threads: batch 1, the largest batch's throughput, end to end, start."""
+    cases = rows_of(result)
+    largest = max(case["batch"] for case in cases)
+    cold = {(row["model"], row["backend"]): row for row in result.get("cold") or []}
+    floors = any(case["floor"] for case in cases)
+    found: dict[tuple[Any, ...], dict[tuple[str, int], Case]] = {}
+    for case in cases:
+        key = case["model"], case["backend"], case["threads"]
+        found.setdefault(key, {})[case["stage"], case["batch"]] = case
+    rows = []
+    for (model, backend, threads), own in sorted(found.items(), key=lambda item: item[0][2] or 0):
+        first = own.get((COMPUTE, 1))
+        if first is None:
+            continue
+        row = [_name(first), "GPU" if threads is None else str(threads), _with_speedup(first)]
+        row += [digits(first.get(f"{percentile}_ms")) for percentile in ("p90", "p99")]
+        row.append(digits((own.get((COMPUTE, largest)) or {}).get("images_per_second")))
+        row.append(digits((own.get((END_TO_END, 1)) or {}).get("p50_ms")))
+        if floors:
+            row.append(digits((first["floor"] or {}).get("distance")))
+        if cold:
+            start = cold.get((model, backend))
+            row.append(digits(start["p50_ms"]) if start and start["threads"] == threads else "")
+        rows.append(row)
+    columns = ["", ">threads", ">batch 1, p50", ">p90", ">p99", f">images/s at batch {largest}"]
+    columns += [">JPEG to label, p50", *([">x floor"] if floors else [])]
+    columns += [">cold start"] if cold else []
+    return Table("", columns, [("", rows)])
+
+
+def accuracy_summary(result: Result) -> Table:
+    """One row per model and backend."""
+    rows = [
+        [
+            _name(row),
+            _share(row["accuracy"], row.get("accuracy_interval")),
+            f"{100 * row['macro_f1']:.2f} %",
+            f"{100 * row['ece']:.2f} %",
+            _share(row["agreement"], row.get("agreement_interval")),
+        ]
+        for row in rows_of(result)
+    ]
+    columns = ["", ">accuracy", ">macro-F1", ">ECE", f">same label as {result['reference']}"]
+    return Table("", columns, [("", rows)])
+
+
+def export_summary(result: Result) -> Table:
+    """One row per exported file; an engine that could not run here says so."""
+    rows = []
+    for entry in rows_of(result):
+        check = entry.get("verification") or {}
+        row = [
+            f"`{entry['file']}`",
+            f"{entry['bytes'] / 1e6:.2f}",
+            str(entry.get("arithmetic", "")),
+        ]
+        if check.get("agreement") is None:
+            rows.append([*row, "not run here", "", ""])
+            continue
+        low, high = check["accuracy_interval"]
+        difference = f"{100 * check['accuracy_difference']:+.2f} "
+        row.append(_share(check["agreement"], check["agreement_interval"]))
+        rows.append(
+            [*row, difference + f"[{100 * low:+.2f}, {100 * high:+.2f}]", f"{check['kl']:.1e}"]
+        )
+    columns = ["file", ">MB", "arithmetic", ">same label", ">accuracy minus PyTorch's, points"]
+    return Table("", [*columns, ">mean KL"], [("", rows)])
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    """``ONNX INT8``, ``PyTorch``, ``ONNX FP16 (cuda)``."""
+    family, _, device = case["backend"].partition(":")
+    name = _BACKENDS.get(family, family)
+    if family != "torch" and case["precision"]:
+        name += f" {case['precision'].upper()}"
+    return name if device in ("", "cpu") else f"{name} ({device})"
+
+
+def _with_speedup(case: Case) -> str:
+    gain = case["speedup"]
+    text = digits(case["p50_ms"])
+    return text if gain is None or gain["value"] == 1 else f"{text} ({gain['value']:.1f}x)"
+
+
+def _share(value: float, interval: Any) -> str:
+    text = f"{100 * value:.2f} %"
+    return text if not interval else f"{text} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
