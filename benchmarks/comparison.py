@@ -139,13 +139,15 @@ def _compare_times(
             ]
         )
         if verdict == "slower":
-            threads = f", {after['threads']} threads" if after["threads"] is not None else ""
+            threads = f", {after['threads']} threads" if after.get("threads") is not None else ""
             regressions.append(
                 f"{after['model']} on {after['backend']}{threads}, {work}: {ratio.value:.2f} times "
                 f"({ratio.low:.2f} to {ratio.high:.2f})"
             )
     busy = [
-        name for name, one in (("old", old), ("new", new)) if any(r["busy"] for r in rows_of(one))
+        name
+        for name, one in (("old", old), ("new", new))
+        if any(r.get("busy") for r in rows_of(one))
     ]
     if busy:
         warnings.append(f"the machine was busy in the {' and the '.join(busy)} run")
@@ -269,4 +271,4 @@ def _hashes(result: Result) -> dict[str, Any]:
 
 
 def _threads(case: Case) -> str:
-    return "" if case["threads"] is None else str(case["threads"])
+    return "" if case.get("threads") is None else str(case.get("threads"))

@@ -121,7 +121,6 @@ def count_onnx(path: Path) -> int | None:
     if importlib.util.find_spec("onnx") is None:
         return None
     import onnx
-
     from efficientface_export.graph import multiply_adds
 
     try:

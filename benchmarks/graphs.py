@@ -24,6 +24,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from efficientface_export.deploy_graph import PROFILES, Profile, deploy_graph
+from efficientface_export.engine import EngineOptions, available, build_engine
+from efficientface_export.graph import multiply_adds, write_onnx
+from efficientface_export.precision import to_fp16
+from efficientface_export.trace import trace
 
 from benchmarks.machine import default_folder, new_result
 from benchmarks.report import console, headline, require_libraries, write_result
@@ -33,11 +38,6 @@ from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.preprocess import UInt8Array
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.timing import Call, Samples, measure, speedup
-from efficientface_export.deploy_graph import PROFILES, Profile, deploy_graph
-from efficientface_export.engine import EngineOptions, available, build_engine
-from efficientface_export.graph import multiply_adds, write_onnx
-from efficientface_export.precision import to_fp16
-from efficientface_export.trace import trace
 
 STRAIGHT = "straight"
 MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest; another layout of the same sums

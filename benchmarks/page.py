@@ -8,7 +8,16 @@ from pathlib import Path
 
 from benchmarks.comparison import Comparison
 from benchmarks.plots import Plot, match_accuracy, plots_of, tradeoff_plots
-from benchmarks.record import COMPUTE, TIMED, Case, Result, digits, headline, rows_of
+from benchmarks.record import (
+    COMPUTE,
+    TIMED,
+    Case,
+    Result,
+    digits,
+    floor_distance,
+    headline,
+    rows_of,
+)
 from benchmarks.tables import tables_of
 
 TITLE = "EfficientFace Deploy: measured"
@@ -155,24 +164,24 @@ def _latency_tiles(result: Result) -> list[str]:
         fastest = min(singles, key=lambda case: float(case["p50_ms"]))
         where = _where(fastest)
         tiles.append(_tile("fastest, batch 1, p50", f"{digits(fastest['p50_ms'])} ms", where))
-        if fastest["speedup"]:
-            gain = fastest["speedup"]
+        gain = fastest.get("speedup")
+        if gain:
             detail = f"{gain['low']:.1f} to {gain['high']:.1f}, over {result.get('baseline')}"
             tiles.append(_tile("faster than the baseline", f"{gain['value']:.1f}x", detail))
     most = max(rows_of(result), key=lambda case: float(case["images_per_second"]), default=None)
     if most is not None:
         value = f"{digits(most['images_per_second'])} /s"
         tiles.append(_tile("most images a second", value, f"batch {most['batch']}, {_where(most)}"))
-    near = [case for case in singles if case["floor"]]
+    near = [(distance, case) for case in singles if (distance := floor_distance(case))]
     if near:
-        nearest = min(near, key=lambda case: float(case["floor"]["distance"]))
-        value = f"{digits(nearest['floor']['distance'])}x"
-        tiles.append(_tile("nearest to the floor, batch 1", value, _where(nearest)))
+        distance, nearest = min(near, key=lambda pair: pair[0])
+        where = _where(nearest)
+        tiles.append(_tile("nearest to the floor, batch 1", f"{digits(distance)}x", where))
     return tiles
 
 
 def _where(case: Case) -> str:
-    threads = "" if case["threads"] is None else f", threads: {case['threads']}"
+    threads = "" if case.get("threads") is None else f", threads: {case['threads']}"
     return f"{case['model']} on {case['backend']}{threads}"
 
 

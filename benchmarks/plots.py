@@ -126,8 +126,8 @@ def batch_plots(result: Result) -> list[Plot]:
     """One plot for each number of threads: throughput by images in a call."""
     cases = [case for case in rows_of(result) if case["stage"] == COMPUTE]
     plots = []
-    for threads in dict.fromkeys(case["threads"] for case in cases):
-        own = [case for case in cases if case["threads"] == threads]
+    for threads in dict.fromkeys(case.get("threads") for case in cases):
+        own = [case for case in cases if case.get("threads") == threads]
         if len({case["batch"] for case in own}) > 1:
             where = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
             svg = _draw_scaling(cases, own, "batch", "images in a call")
@@ -141,8 +141,8 @@ def thread_plots(result: Result) -> list[Plot]:
     batches = sorted({case["batch"] for case in cases})
     plots = []
     for batch in dict.fromkeys([*batches[:1], *batches[-1:]]):
-        own = [case for case in cases if case["batch"] == batch and case["threads"] is not None]
-        if len({case["threads"] for case in own}) > 1:
+        own = [case for case in cases if case["batch"] == batch and case.get("threads") is not None]
+        if len({case.get("threads") for case in own}) > 1:
             svg = _draw_scaling(cases, own, "threads", "threads of an inference")
             title = f"Throughput by threads, batch {batch}"
             plots.append(Plot(title, "images a second, compute alone", svg))
@@ -187,11 +187,11 @@ def tradeoff_plots(latency: Result, accuracy: Result) -> list[Plot]:
     scores = match_accuracy(latency, accuracy)
     cases = [case for case in rows_of(latency) if (case["stage"], case["batch"]) == (COMPUTE, 1)]
     plots = []
-    for threads in dict.fromkeys(case["threads"] for case in cases):
+    for threads in dict.fromkeys(case.get("threads") for case in cases):
         own = [
             (case, scores[case["model"]])
             for case in cases
-            if case["threads"] == threads and case["model"] in scores
+            if case.get("threads") == threads and case["model"] in scores
         ]
         if len(own) > 1:
             where = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
@@ -249,7 +249,7 @@ def plot_latency(result: Result, path: Path) -> None:
         axis.set_title(title, fontsize=9)
     for axis in axes[len(groups) :]:
         axis.remove()
-    busy = any(case["busy"] for case in cases)
+    busy = any(case.get("busy") for case in cases)
     note = " (the machine was busy: measure again)" if busy else ""
     figure.suptitle("Latency: dot p50, thick to p90, thin to p99" + note, fontsize=11)
     figure.supxlabel(headline(result), fontsize=6, wrap=True)

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
-from benchmarks.record import COMPUTE, END_TO_END, Case, Result, digits, read_result, rows_of
+from benchmarks.record import (
+    COMPUTE,
+    END_TO_END,
+    Case,
+    Result,
+    digits,
+    floor_distance,
+    read_result,
+    rows_of,
+)
 from benchmarks.tables import Table
 from efficientface_deploy.artifact import write_text
 from efficientface_deploy.errors import ArtifactError
@@ -91,10 +100,10 @@ def latency_summary(result: Result) -> Table:
     cases = rows_of(result)
     largest = max(case["batch"] for case in cases)
     cold = {(row["model"], row["backend"]): row for row in result.get("cold") or []}
-    floors = any(case["floor"] for case in cases)
+    floors = any(case.get("floor") for case in cases)
     found: dict[tuple[Any, ...], dict[tuple[str, int], Case]] = {}
     for case in cases:
-        key = case["model"], case["backend"], case["threads"]
+        key = case["model"], case["backend"], case.get("threads")
         found.setdefault(key, {})[case["stage"], case["batch"]] = case
     rows = []
     for (model, backend, threads), own in sorted(found.items(), key=lambda item: item[0][2] or 0):
@@ -106,7 +115,7 @@ def latency_summary(result: Result) -> Table:
         row.append(digits((own.get((COMPUTE, largest)) or {}).get("images_per_second")))
         row.append(digits((own.get((END_TO_END, 1)) or {}).get("p50_ms")))
         if floors:
-            row.append(digits((first["floor"] or {}).get("distance")))
+            row.append(digits(floor_distance(first)))
         if cold:
             start = cold.get((model, backend))
             row.append(digits(start["p50_ms"]) if start and start["threads"] == threads else "")
@@ -160,13 +169,13 @@ def _name(case: Mapping[str, Any]) -> str:
     """``ONNX INT8``, ``PyTorch``, ``ONNX FP16 (cuda)``."""
     family, _, device = case["backend"].partition(":")
     name = _BACKENDS.get(family, family)
-    if family != "torch" and case["precision"]:
+    if family != "torch" and case.get("precision"):
         name += f" {case['precision'].upper()}"
     return name if device in ("", "cpu") else f"{name} ({device})"
 
 
 def _with_speedup(case: Case) -> str:
-    gain = case["speedup"]
+    gain = case.get("speedup")
     text = digits(case["p50_ms"])
     return text if gain is None or gain["value"] == 1 else f"{text} ({gain['value']:.1f}x)"
 

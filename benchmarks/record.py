@@ -37,15 +37,6 @@ _TEXTS |= {"accuracy": ("model", "backend"), "graphs": ("name",), "export": ("fi
 _NUMBERS = {"latency": (*_TIMES, "batch"), "peers": (*_TIMES, "batch"), "accuracy": _SCORES}
 _NUMBERS |= {"graphs": ("p50_ms", "multiply_adds"), "export": ("bytes",)}
 
-# Newer rows have more: what an older result lacks is shown as not measured.
-_DEFAULTS: dict[str, Any] = {
-    "threads": None,
-    "precision": "",
-    "busy": False,
-    "speedup": None,
-    "floor": None,
-}
-
 
 def write_result(result: Result, path: Path) -> None:
     """Write a result as JSON, atomically; paths become text."""
@@ -135,8 +126,14 @@ def short_names(models: Iterable[str]) -> dict[str, str]:
 
 def contender_label(case: Case, names: dict[str, str]) -> str:
     """A case's name on two lines: the model; backend and threads."""
-    threads = "" if case["threads"] is None else f", {_count(case['threads'], 'thread')}"
+    threads = "" if case.get("threads") is None else f", {_count(case['threads'], 'thread')}"
     return f"{names[case['model']]}\n{case['backend']}{threads}"
+
+
+def floor_distance(case: Case) -> float | None:
+    """A row's median by its floor; None where no floor was measured."""
+    floor = case.get("floor")
+    return float(floor["distance"]) if floor else None
 
 
 def digits(value: float | None) -> str:
@@ -164,7 +161,7 @@ def _check_schema(result: Result, path: Path) -> None:
 
 
 def _check_row(row: Case, kind: str, path: Path) -> None:
-    """Refuse a row that could not be shown, and fill in what older results lack."""
+    """Refuse a row that could not be shown; what an older one lacks is not asked for."""
     for key in _TEXTS.get(kind, ()):
         if not isinstance(row.get(key), str):
             raise _unreadable(path, f"a row whose {key} is {row.get(key)!r}")
@@ -172,9 +169,6 @@ def _check_row(row: Case, kind: str, path: Path) -> None:
         value: Any = row.get(key)
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise _unreadable(path, f"a row whose {key} is {value!r}")
-    if kind in (*TIMED, "accuracy"):
-        for key, default in _DEFAULTS.items():
-            row.setdefault(key, default)
 
 
 def _unreadable(path: Path, found: str) -> ArtifactError:

@@ -10,7 +10,17 @@ import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.record import COMPUTE, END_TO_END, TIMED, Case, Result, digits, panels, rows_of
+from benchmarks.record import (
+    COMPUTE,
+    END_TO_END,
+    TIMED,
+    Case,
+    Result,
+    digits,
+    floor_distance,
+    panels,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -150,7 +160,7 @@ def latency_table(result: Result) -> Table:
     ]
     if result.get("baseline"):
         notes.append(f"speed-up: ratio of medians to {result['baseline']}, same work and threads")
-    if any(case["floor"] for case in cases):
+    if any(case.get("floor") for case in cases):
         notes.append(
             "x floor: p50 by the time of the network's multiply-adds at the measured peak of the "
             "format and threads"
@@ -176,7 +186,7 @@ def gpu_table(result: Result) -> Table:
         stages = case.get("stages") or {}
         joules = case.get("joules_per_image")
         if stages or joules is not None:
-            row = [case["model"], case["backend"], case["precision"], str(case["batch"])]
+            row = [case["model"], case["backend"], case.get("precision"), str(case["batch"])]
             row += [digits(stages.get(name)) for name in names]
             rows.append([*row, digits(None if joules is None else 1e3 * joules)])
     columns = ["Model", "Backend", "Precision", ">Batch", ">to device, ms", ">compute, ms"]
@@ -188,7 +198,7 @@ def cold_table(result: Result) -> Table:
     """One row per model and backend: the first label of a fresh process."""
     rows = [
         [
-            *(row["model"], row["backend"], row["precision"] or "?", _text(row["threads"])),
+            *(row["model"], row["backend"], row.get("precision") or "?", _text(row.get("threads"))),
             *(digits(row[key]) for key in ("p50_ms", "min_ms", "max_ms", "load_ms")),
             *(digits(row[key]) for key in ("first_label_ms", "process_ms")),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
@@ -302,7 +312,7 @@ def accuracy_table(result: Result) -> Table:
         difference = row.get("difference")
         rows.append(
             [
-                *(row["model"], row["backend"], row["precision"] or "?"),
+                *(row["model"], row["backend"], row.get("precision") or "?"),
                 _percent(row["accuracy"], row.get("accuracy_interval")),
                 _percent(row["macro_f1"], row.get("macro_f1_interval")),
                 _percent(row["ece"], None),
@@ -433,11 +443,11 @@ def _free_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 def _latency_cells(case: Case) -> list[str]:
     times = [digits(case.get(f"{key}_ms")) for key in ("p50", "p90", "p95", "p99", "min")]
     return [
-        *(case["model"], case["backend"], case["precision"] or "?", _text(case["threads"])),
+        *(case["model"], case["backend"], case.get("precision") or "?", _text(case.get("threads"))),
         *times,
         digits(case["images_per_second"]),
-        speedup_text(case["speedup"]),
-        digits(case["floor"]["distance"]) if case["floor"] else "",
+        speedup_text(case.get("speedup")),
+        digits(floor_distance(case)),
     ]
 
 
