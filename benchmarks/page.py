@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.comparison import Comparison
@@ -71,12 +72,13 @@ def as_html(results: Sequence[Result], comparison: Comparison | None = None) -> 
         parts.append(f'<ul class="tiles">{"".join(tiles)}</ul>')
     if comparison is not None:
         parts.append(_comparison(comparison))
-    parts += _tradeoffs(results)
+    numbers = itertools.count(1)
+    parts += _tradeoffs(results, numbers)
     for result, plots in plots_of(results):
         parts.append(f"<section><h2>{html.escape(_section(result))}</h2>")
         parts.append(f'<p class="meta">{html.escape(headline(result))}</p>')
         parts.append(_list("warnings", "Before you read on", result["warnings"]))
-        parts.append(_plots(plots))
+        parts.append(_plots(plots, numbers))
         parts += [table.to_html() for table in tables_of(result)]
         parts.append("</section>")
     parts.append("<h2>How it was measured, and what may not be concluded</h2>")
@@ -98,7 +100,7 @@ def _section(result: Result) -> str:
     return f"{name}, {date}" if date else name
 
 
-def _tradeoffs(results: Sequence[Result]) -> list[str]:
+def _tradeoffs(results: Sequence[Result], numbers: Iterator[int]) -> list[str]:
     """Accuracy by latency, of each pair of results that have models in common."""
     parts = []
     scored = [result for result in results if result["kind"] == "accuracy"]
@@ -115,14 +117,15 @@ def _tradeoffs(results: Sequence[Result]) -> list[str]:
                         f'<p class="meta">Not drawn, since their accuracy is not in the results: '
                         f"{html.escape(note)}</p>"
                     )
-                parts += [_plots(plots), "</section>"]
+                parts += [_plots(plots, numbers), "</section>"]
     return parts
 
 
-def _plots(plots: Sequence[Plot]) -> str:
+def _plots(plots: Sequence[Plot], numbers: Iterator[int]) -> str:
     figures = "".join(
         f'<figure class="plot"><figcaption>{html.escape(plot.title)}'
-        f"<small>{html.escape(plot.caption)}</small></figcaption>{plot.svg}</figure>"
+        f"<small>{html.escape(plot.caption)}</small></figcaption>"
+        f"{plot.numbered(next(numbers))}</figure>"
         for plot in plots
     )
     return f'<div class="plots">{figures}</div>' if figures else ""

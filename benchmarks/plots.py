@@ -79,12 +79,17 @@ class Plot:
     Attributes:
         title: Above it.
         caption: What is drawn how.
-        svg: The drawing, to stand in HTML as it is.
+        svg: The drawing, an SVG element.
     """
 
     title: str
     caption: str
     svg: str
+
+    def numbered(self, number: int) -> str:
+        """The drawing with ids of its own, since a page holds several."""
+        svg = re.sub(r'\bid="', f'id="plot{number}-', self.svg)
+        return re.sub(r'(href="#|url\(#)', rf"\g<1>plot{number}-", svg)
 
 
 def plots_of(results: Sequence[Result]) -> list[tuple[Result, list[Plot]]]:
@@ -422,10 +427,6 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, name in _NAMES.items():
         text = text.replace(colour, f"var(--{name})")
-    # Several drawings stand in one page: their ids must differ.
-    prefix = re.sub(r"[^a-z0-9]+", "-", label.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
     width, height = figure.get_size_inches() * 72
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} {height:g}" '
     head += f'role="img" aria-label="{label}">'
