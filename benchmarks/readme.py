@@ -12,10 +12,11 @@ What stands between is replaced; a test compares README with what its results gi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ceilings import FORMATS
 from benchmarks.machine import ROOT
 from benchmarks.record import (
     COMPUTE,
@@ -78,7 +79,7 @@ def render_readme(text: str, root: Path = ROOT, path: Path = README) -> str:
 
     def write(block: re.Match[str]) -> str:
         table = _table(block["kind"], read_result(root / block["path"]), root / block["path"])
-        return f"{block['head']}\n{table.to_markdown()}{block['end']}"
+        return f"{block['head']}\n\n{table.to_markdown()}\n{block['end']}"
 
     return _BLOCK.sub(write, text)
 
@@ -105,12 +106,14 @@ def latency_summary(result: Result) -> Table:
     for case in cases:
         key = case["model"], case["backend"], case.get("threads")
         found.setdefault(key, {})[case["stage"], case["batch"]] = case
+    ambiguous = _ambiguous(cases)
     rows = []
     for (model, backend, threads), own in sorted(found.items(), key=lambda item: item[0][2] or 0):
         first = own.get((COMPUTE, 1))
         if first is None:
             continue
-        row = [_name(first), "GPU" if threads is None else str(threads), _with_speedup(first)]
+        name = model if _name(first) in ambiguous else _name(first)
+        row = [name, "GPU" if threads is None else str(threads), _with_speedup(first)]
         row += [digits(first.get(f"{percentile}_ms")) for percentile in ("p90", "p99")]
         row.append(digits((own.get((COMPUTE, largest)) or {}).get("images_per_second")))
         row.append(digits((own.get((END_TO_END, 1)) or {}).get("p50_ms")))
@@ -144,25 +147,34 @@ def accuracy_summary(result: Result) -> Table:
 
 def export_summary(result: Result) -> Table:
     """One row per exported file; an engine that could not run here says so."""
+
+    def order(entry: Mapping[str, Any]) -> tuple[bool, int]:
+        precision = entry.get("precision")
+        rank = FORMATS.index(precision) if precision in FORMATS else len(FORMATS)
+        return not entry["file"].endswith(".onnx"), rank
+
     rows = []
-    for entry in rows_of(result):
+    for entry in sorted(rows_of(result), key=order):
         check = entry.get("verification") or {}
-        row = [
-            f"`{entry['file']}`",
-            f"{entry['bytes'] / 1e6:.2f}",
-            str(entry.get("arithmetic", "")),
-        ]
+        row = [f"`{entry['file']}`", f"{entry['bytes'] / 1e6:.2f}", _arithmetic(entry)]
         if check.get("agreement") is None:
             rows.append([*row, "not run here", "", ""])
             continue
-        low, high = check["accuracy_interval"]
-        difference = f"{100 * check['accuracy_difference']:+.2f} "
         row.append(_share(check["agreement"], check["agreement_interval"]))
-        rows.append(
-            [*row, difference + f"[{100 * low:+.2f}, {100 * high:+.2f}]", f"{check['kl']:.1e}"]
-        )
-    columns = ["file", ">MB", "arithmetic", ">same label", ">accuracy minus PyTorch's, points"]
-    return Table("", [*columns, ">mean KL"], [("", rows)])
+        low, high = check["accuracy_interval"]
+        difference = f"{100 * check['accuracy_difference']:+.2f}"
+        row.append(f"{difference} [{100 * low:+.2f}, {100 * high:+.2f}]")
+        rows.append([*row, f"{check['kl']:.1e}"])
+    columns = ["file", ">MB", "arithmetic (convolutions)", ">same label"]
+    columns += [">accuracy minus PyTorch's, points", ">mean KL"]
+    return Table("", columns, [("", rows)])
+
+
+def _arithmetic(entry: Mapping[str, Any]) -> str:
+    """``24 fp32 + 102 int8``; an engine's kernels, which its notes count."""
+    text = str(entry.get("arithmetic") or "").partition(" convolutions")[0]
+    kernels = re.search(r"\b\d+ kernels\b", " ".join(map(str, entry.get("notes") or [])))
+    return f"{text}, {kernels[0]}" if kernels else text
 
 
 def _name(case: Mapping[str, Any]) -> str:
@@ -172,6 +184,14 @@ def _name(case: Mapping[str, Any]) -> str:
     if family != "torch" and case.get("precision"):
         name += f" {case['precision'].upper()}"
     return name if device in ("", "cpu") else f"{name} ({device})"
+
+
+def _ambiguous(cases: Sequence[Case]) -> set[str]:
+    """Names that more than one model would have."""
+    models: dict[str, set[str]] = {}
+    for case in cases:
+        models.setdefault(_name(case), set()).add(case["model"])
+    return {name for name, own in models.items() if len(own) > 1}
 
 
 def _with_speedup(case: Case) -> str:

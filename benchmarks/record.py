@@ -5,9 +5,10 @@ docs/benchmarks.md describes the form. A reader takes what it knows and ignores 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def read_result(path: Path) -> Result:
     for row in rows_of(result, path):
         _check_row(row, result["kind"], path)
     return result
+
+
+@contextlib.contextmanager
+def refuse_damaged(*paths: Path) -> Iterator[None]:
+    """Turn what a damaged result does to the code that shows it into one line.
+
+    The rows' own figures are checked when a result is read; deeper parts, which anyone may have
+    edited, are not checked one by one.
+
+    Raises:
+        ArtifactError: Names the results.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        names = ", ".join(map(str, paths))
+        reason = f"a part of another form ({type(error).__name__}: {error})"
+        raise _unreadable(Path(names), reason) from error
 
 
 def rows_of(result: Result, path: Path | None = None) -> list[Case]:

@@ -31,6 +31,7 @@ from benchmarks.record import (
     headline,
     panels,
     read_result,
+    refuse_damaged,
     write_result,
 )
 from benchmarks.tables import absent_table, accuracy_table, latency_table, tables_of
@@ -135,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.print("README.md " + ("rewritten" if changed else "is up to date"), markup=False)
     results = [read_result(path) for path in config.results]
     _check(config, results)
+    read = [*config.results, *([config.compare] if config.compare else [])]
+    with refuse_damaged(*read):
+        return _report(config, results, output)
+
+
+def _report(config: ReportConfig, results: Sequence[Result], output: Console) -> int:
     comparison = None
     if config.compare is not None:
         comparison = compare(
@@ -143,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.plot is not None:
         plot_latency(results[0], config.plot)
     if config.out is not None:
-        write_text(config.out / "report.md", as_markdown(results, comparison))
-        write_text(config.out / "report.html", as_html(results, comparison))
+        markdown, page = as_markdown(results, comparison), as_html(results, comparison)
+        write_text(config.out / "report.md", markdown)
+        write_text(config.out / "report.html", page)
         output.print(f"wrote report.md and report.html to {config.out}", markup=False)
     elif comparison is not None:
         show_comparison(comparison, output)

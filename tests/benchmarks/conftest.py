@@ -164,14 +164,12 @@ def full_latency(latency: dict[str, Any]) -> dict[str, Any]:
     cold = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "fp32", "threads": 1, "runs": 5}
     cold |= {"p50_ms": 101.0, "min_ms": 95.0, "max_ms": 130.0, "load_ms": 80.0}
     cold |= {"first_label_ms": 21.0, "process_ms": 400.0, "peak_bytes": 88 * 2**20}
-    kinds = [
-        {"kind": "pointwise convolutions", "us": 600, "share": 0.6, "nodes": 3, "multiply_adds": 12_000_000},
-        {"kind": "the rest", "us": 400, "share": 0.4, "nodes": 2, "multiply_adds": 0},
-    ]  # fmt: skip
-    layers = [
-        {"name": "conv5", "operator": "Conv", "kind": "pointwise convolutions", "us": 500, "multiply_adds": 9_000_000},
-        {"name": "pool<1>", "operator": "MaxPool", "kind": "the rest", "us": 400, "multiply_adds": 0},
-    ]  # fmt: skip
+    pointwise = {"kind": "pointwise convolutions", "us": 600, "share": 0.6, "nodes": 3}
+    rest = {"kind": "the rest", "us": 400, "share": 0.4, "nodes": 2, "multiply_adds": 0}
+    kinds = [{**pointwise, "multiply_adds": 12_000_000}, rest]
+    conv = {"name": "conv5", "operator": "Conv", "kind": "pointwise convolutions", "us": 500}
+    pool = {"name": "pool<1>", "operator": "MaxPool", "kind": "the rest", "us": 400}
+    layers = [{**conv, "multiply_adds": 9_000_000}, {**pool, "multiply_adds": 0}]
     profile = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "fp32", "threads": 1}
     profile |= {"batch": 1, "runs": 9, "total_us": 1000, "kinds": kinds, "layers": layers}
     engine = {"model": "b[1].engine", "backend": "trt", "precision": "fp16", "threads": None}

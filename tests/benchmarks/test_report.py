@@ -180,6 +180,35 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cold", [{"model": "a"}]),
+        ("ceilings", 3),
+        ("profiles", {"kinds": 1}),
+        ("models", ["a.onnx"]),
+        ("goals", 7),
+        ("machine", "fast"),
+        ("absent", ["trt"]),
+    ],
+)
+def test_a_damaged_part_is_one_line_and_nothing_is_written(
+    key: str,
+    value: object,
+    latency: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = tmp_path / "latency.json"
+    write_result({**latency, key: value}, stored)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(stored), "--out", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "latency.json: expected a result of benchmarks/" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_libraries()
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
