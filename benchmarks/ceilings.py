@@ -10,7 +10,6 @@ last-level cache, by as many threads.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -179,15 +178,15 @@ def measure_library(library: str, threads: int) -> dict[str, float]:
     """Multiply-adds a second of one library for each format that it knows; its threads are set."""
     makers = {"numpy": _numpy_product, "torch": _torch_product, "onnxruntime": _onnx_product}
     rates: dict[str, float] = {}
-    for number_format, size in itertools.product(FORMATS, _SIZES):
-        product = makers[library](number_format, size, threads)
-        if product is None:
-            continue
-        seconds = _shortest(product)
-        rate = size**3 / seconds
-        rates[number_format] = max(rate, rates.get(number_format, 0.0))
-        if seconds > _SLOW:
-            break
+    for number_format in FORMATS:
+        for size in _SIZES:
+            product = makers[library](number_format, size, threads)
+            if product is None:
+                break
+            seconds = _shortest(product)
+            rates[number_format] = max(size**3 / seconds, rates.get(number_format, 0.0))
+            if seconds > _SLOW:
+                break
     return rates
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, shown_path
 from efficientface_deploy.artifact import (
     carries_spec,
     file_hash,
@@ -89,7 +89,7 @@ class Contender:
         path, spec = self.predictor.path, self.predictor.spec
         return {
             "name": self.model,
-            "path": _shown(path),
+            "path": shown_path(path),
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
             "network": spec.name,
@@ -257,15 +257,20 @@ def _is_teacher(path: Path) -> bool:
 
 
 def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """File names, or whole paths where two files have the same name."""
-    names = [path.name for path in paths]
-    return {path: path.name if names.count(path.name) == 1 else _shown(path) for path in paths}
+    """File names; where two files have the same, with as many folders as tell them apart."""
+    parts = {path: path.resolve().parts for path in paths}
 
+    def name(path: Path, length: int) -> str:
+        return "/".join(parts[path][-length:])
 
-def _shown(path: Path) -> str:
-    """Relative to the repository where the file lies in it, else as it was given."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(path)
+    names = {}
+    for path in paths:
+        length = 1
+        others = [other for other in paths if parts[other] != parts[path]]
+        while any(name(other, length) == name(path, length) for other in others):
+            length += 1
+        names[path] = name(path, length)
+    return names
 
 
 def _missing(backend: str) -> str | None:

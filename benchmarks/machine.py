@@ -7,7 +7,6 @@ person or a host.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -60,7 +59,7 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
     Returns:
         A JSON object; the measurement adds its own keys.
     """
-    options = dataclasses.asdict(config)
+    options = {name: _without_folders(value) for name, value in vars(config).items()}
     options.pop("out", None)  # where it was written says nothing about what was measured
     return {
         "schema": SCHEMA_VERSION,
@@ -71,6 +70,12 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
         "git": describe_commit(),
         "config": options,
     }
+
+
+def shown_path(path: Path) -> str:
+    """A path as a result may tell it: within the repository, or the file's name alone."""
+    resolved = path.resolve()
+    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
 
 
 def describe_machine() -> dict[str, Any]:
@@ -148,6 +153,12 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_folders(entry) for entry in value]
+    return shown_path(value) if isinstance(value, Path) else value
 
 
 def _cache_bytes(level: int) -> int | None:

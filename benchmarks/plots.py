@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SERIES = 10  # colours that the page has for models and kinds
 _WIDTH = 4.7  # inches; 338 units of the SVG's own, about as many pixels as a phone is wide
 _TOP_LAYERS = 12
+_EXTREMES: Any = ((min, "min_ms"), (max, "p99_ms"))
 
 # matplotlib needs colours of its own: these stand for the page's names until the SVG is written.
 _INK, _MUTED, _LINE, _SURFACE = "#010101", "#020202", "#030303", "#040404"
@@ -287,7 +288,10 @@ def _draw_distributions(
     _name_rows(axis, [contender_label(case, names) for case in cases])
     # Backends differ by an order of magnitude; equal distances are equal ratios.
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    shortest, longest = (function(case[key] for case in cases) for function, key in _EXTREMES)
+    decades = math.log10(max(longest, 1e-6) / max(shortest, 1e-6))
+    subs = (1, 2, 5) if decades < 1.4 else (1, 3) if decades < 2.4 else (1,)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.margins(x=0.16)

@@ -209,7 +209,7 @@ def cold_table(result: Result) -> Table:
     columns += [">first label", ">whole process", ">peak memory, MiB"]
     runs = max((row["runs"] for row in result.get("cold") or []), default=0)
     notes = (
-        f"from the start of load() to the first label, median of {runs} fresh processes; the "
+        f"from the start of load() to the first label, in fresh processes (up to {runs} each); the "
         "import of the backend's library is in it",
     )
     return Table("Cold start, milliseconds", columns, [("", rows)], notes)

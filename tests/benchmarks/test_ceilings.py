@@ -84,6 +84,9 @@ def test_rate_is_the_products_multiply_adds_by_its_time(
     # A library that is slow at a format is not asked for larger matrices.
     monkeypatch.setattr(module, "_shortest", lambda product: 1.0)
     assert measure_library("numpy", 1) == {"fp32": pytest.approx(100**3)}
+    monkeypatch.setattr(module, "_onnx_product", lambda *arguments: print)
+    slow = measure_library("onnxruntime", 1)
+    assert slow == dict.fromkeys(("fp32", "fp16", "int8"), pytest.approx(100**3))
 
 
 def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

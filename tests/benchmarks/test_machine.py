@@ -21,6 +21,14 @@ def test_a_result_says_how_where_when_and_with_what() -> None:
     assert set(result["git"]) == {"commit", "dirty"}
 
 
+def test_folders_of_this_machine_are_not_told(tmp_path: Path) -> None:
+    inside = machine.ROOT / "artifacts" / "a.onnx"
+    config = LatencyConfig(models=(tmp_path / "private" / "b.onnx", inside), out=tmp_path)
+    options = new_result("latency", config)["config"]
+    assert options["models"] == ["b.onnx", "artifacts/a.onnx"]
+    assert "out" not in options
+
+
 def test_what_cannot_be_read_is_left_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi
     monkeypatch.setattr(machine, "_CPU", tmp_path / "cpu0")
