@@ -2,7 +2,8 @@
 
 Run ``python benchmarks/accuracy.py --data DIR`` from a clone. Every image is decoded once and given
 to all models; agreement, KL and difference in probability are against one reference: the first
-PyTorch model, else the first in FP32, else the first.
+PyTorch model, else the first in FP32, else the first. What every model said of every image is kept
+beside the result, and ``--compare OLD.json`` sets a second run beside an older one image by image.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 
 import numpy as np
 
+from benchmarks.comparison import compare
 from benchmarks.contenders import (
     CANNOT_RUN,
     Absent,
@@ -30,7 +32,16 @@ from benchmarks.contenders import (
     require_contenders,
 )
 from benchmarks.machine import default_folder, new_result
-from benchmarks.report import console, require_libraries, show, write_result
+from benchmarks.predictions import NAME as PREDICTIONS
+from benchmarks.predictions import Predictions, keep, write_predictions
+from benchmarks.report import (
+    console,
+    read_result,
+    require_libraries,
+    show,
+    show_comparison,
+    write_result,
+)
 from efficientface_deploy import metrics
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import Dataset, Sample, image_list_hash, read_dataset
@@ -62,6 +73,9 @@ class AccuracyConfig:
     backends: str | None = option(
         None, metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
     )
+    compare: Path | None = option(
+        None, metavar="OLD", help="an older accuracy.json, with its predictions.npz beside it"
+    )
     out: Path | None = option(
         None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
     )
@@ -76,17 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Put the accuracy of every model and precision side by side.",
     )
     require_libraries()
-    result = run(config)
+    if config.compare is not None:
+        read_result(config.compare)  # before the work rather than after it
+    result, kept = run(config)
     folder = config.out or default_folder(result)
+    write_predictions(folder / PREDICTIONS, kept)
     write_result(result, folder / "accuracy.json")
     output = console()
     show(result, output)
-    output.print(f"wrote accuracy.json to {folder}", markup=False)
+    output.print(f"wrote accuracy.json and {PREDICTIONS} to {folder}", markup=False)
+    if config.compare is not None:
+        show_comparison(compare(config.compare, folder / "accuracy.json"), output)
     return 0
 
 
-def run(config: AccuracyConfig) -> dict[str, Any]:
-    """Evaluate, and give the result as a JSON object.
+def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
+    """Evaluate, and give the result as a JSON object, and every model's predictions.
 
     Raises:
         EfficientFaceError: The data set cannot be used, or no model runs here.
@@ -115,7 +134,8 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
             }
             for entry in contenders
         ]
-    return {
+    digest = image_list_hash(samples, dataset.root)
+    described = {
         **result,
         "data": {
             "name": dataset.name,
@@ -123,13 +143,16 @@ def run(config: AccuracyConfig) -> dict[str, Any]:
             "labels": list(dataset.labels),
             "images": len(samples),
             "images_per_class": np.bincount(labels, minlength=len(dataset.labels)).tolist(),
-            "images_sha256": image_list_hash(samples, dataset.root),
+            "images_sha256": digest,
         },
         "reference": f"{reference.model} on {reference.backend}",
         "rows": rows,
         "absent": [dataclasses.asdict(entry) for entry in absent],
         "warnings": warnings(rows),
     }
+    images = [sample.path.relative_to(dataset.root).as_posix() for sample in samples]
+    named = {f"{entry.model} on {entry.backend}": probabilities[entry] for entry in contenders}
+    return described, keep(digest, images, labels, named)
 
 
 def with_labels_of(
@@ -221,17 +244,26 @@ def score(
         labels: Integers (N,).
         reference: Probabilities of the reference, float32 (N, C).
     """
-    classes = probabilities.shape[1]
+    images, classes = probabilities.shape
     predictions = probabilities.argmax(axis=1)
-    recall = metrics.per_class_recall(labels, predictions, classes)
+    agreement = metrics.top1_agreement(reference, probabilities)
+    ends = metrics.bootstrap_intervals(labels, predictions, classes)
+    difference = metrics.paired_accuracy_difference(labels, reference.argmax(axis=1), predictions)
+    right = int((labels == predictions).sum())
     return {
         "accuracy": metrics.accuracy(labels, predictions),
+        "accuracy_interval": metrics.share_interval(right, images),
         "macro_f1": metrics.macro_f1(labels, predictions, classes),
+        "macro_f1_interval": ends.macro_f1,
         "ece": metrics.expected_calibration_error(probabilities, labels),
-        "agreement": metrics.top1_agreement(reference, probabilities),
+        "agreement": agreement,
+        "agreement_interval": metrics.share_interval(round(agreement * images), images),
+        "difference": dataclasses.asdict(difference),
         "mean_kl": metrics.mean_kl(reference, probabilities),
         "max_probability_difference": metrics.max_probability_difference(reference, probabilities),
-        "recall": [None if math.isnan(value) else value for value in recall.tolist()],
+        "recall": _finite(metrics.per_class_recall(labels, predictions, classes)),
+        "precision_per_class": _finite(metrics.per_class_precision(labels, predictions, classes)),
+        "f1": _finite(metrics.per_class_f1(labels, predictions, classes)),
         "confusion": metrics.confusion_matrix(labels, predictions, classes).tolist(),
     }
 
@@ -250,6 +282,11 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
             "much they differ, not what a precision costs"
         )
     return list(dict.fromkeys(found))
+
+
+def _finite(values: metrics.FloatArray) -> list[float | None]:
+    """JSON has no NaN: a figure of a class without images is None."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _geometry(contender: Contender) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, shown_path
 from efficientface_deploy.artifact import (
     carries_spec,
     file_hash,
@@ -53,11 +53,13 @@ class Contender:
         model: Its name in tables, unique among the models of a run.
         predictor: Runs it.
         threads: CPU threads of one inference; None where the library or a GPU decides.
+        preset: What a published checkpoint was trained on.
     """
 
     model: str
     predictor: Predictor
     threads: int | None
+    preset: str | None = None
 
     @property
     def backend(self) -> str:
@@ -69,6 +71,11 @@ class Contender:
         """``fp32``, ``fp16`` or ``int8``, as its provenance says; empty where it does not."""
         known = "fp32" if self.backend.startswith("torch") else ""
         return str(self.predictor.provenance.get("precision", known))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs on an NVIDIA GPU."""
+        return self.backend.startswith("trt") or self.backend.endswith((":cuda", ":tensorrt"))
 
     def prepare(self) -> None:
         """Set what is global to the process; to be called before each turn."""
@@ -82,7 +89,7 @@ class Contender:
         path, spec = self.predictor.path, self.predictor.spec
         return {
             "name": self.model,
-            "path": _shown(path),
+            "path": shown_path(path),
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
             "network": spec.name,
@@ -144,14 +151,16 @@ def choose_backends(text: str) -> tuple[str, ...]:
     )
 
 
-def find_models(given: Sequence[Path]) -> list[Path]:
+def find_models(given: Sequence[Path], *, artifacts: bool = True) -> list[Path]:
     """The models to measure.
 
     Args:
         given: Files, and folders to search; where there are none, the bundled models and what lies
             under ``artifacts/``.
+        artifacts: Whether to look there.
     """
-    sources = list(given) or [bundled_model("torch"), bundled_model("onnx"), ARTIFACTS]
+    default = [bundled_model("torch"), bundled_model("onnx"), *([ARTIFACTS] if artifacts else [])]
+    sources = list(given) or default
     paths = [path for source in sources for path in _files_of(source)]
     return list({path.resolve(): path for path in paths}.values())
 
@@ -193,7 +202,7 @@ def open_contenders(
                     for count in threads if backend in _CPU_BACKENDS else (None,):
                         opened = load(path, backend=backend, threads=count, preset=meaning)
                         predictor = stack.enter_context(opened)
-                        contenders.append(Contender(names[path], predictor, count))
+                        contenders.append(Contender(names[path], predictor, count, meaning))
                 except CANNOT_RUN as error:
                     absent.append(Absent(backend, names[path], one_line(error)))
         yield contenders, absent + _without_model(present, contenders, absent)
@@ -248,15 +257,20 @@ def _is_teacher(path: Path) -> bool:
 
 
 def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """File names, or whole paths where two files have the same name."""
-    names = [path.name for path in paths]
-    return {path: path.name if names.count(path.name) == 1 else _shown(path) for path in paths}
+    """File names; where two files have the same, with as many folders as tell them apart."""
+    parts = {path: path.resolve().parts for path in paths}
 
+    def name(path: Path, length: int) -> str:
+        return "/".join(parts[path][-length:])
 
-def _shown(path: Path) -> str:
-    """Relative to the repository where the file lies in it, else as it was given."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(path)
+    names = {}
+    for path in paths:
+        length = 1
+        others = [other for other in paths if parts[other] != parts[path]]
+        while any(name(other, length) == name(path, length) for other in others):
+            length += 1
+        names[path] = name(path, length)
+    return names
 
 
 def _missing(backend: str) -> str | None:

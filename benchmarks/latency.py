@@ -3,17 +3,20 @@
 Run ``python benchmarks/latency.py`` from a clone. Two kinds of work are timed: *compute*, a
 preprocessed batch through the backend (for a GPU: to the device, through the network, back), and
 *end to end*, one JPEG in memory to a label. All contenders take turns in rounds of random order;
-see :mod:`efficientface_deploy.timing`.
+see :mod:`efficientface_deploy.timing`. Beside them the start of a fresh process
+(:mod:`benchmarks.coldstart`) and the machine's peak, from which every row's distance is given
+(:mod:`benchmarks.floor`). docs/benchmarks.md has the method and the form of the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import numpy as np
 from PIL import Image
 
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.coldstart import measure_cold_starts
 from benchmarks.contenders import (
     CANNOT_RUN,
     Absent,
@@ -34,7 +39,17 @@ from benchmarks.contenders import (
     positive_integers,
     require_contenders,
 )
-from benchmarks.machine import default_folder, l2_bytes, new_result, usable_cpus
+from benchmarks.floor import count_multiply_adds, fewest_multiply_adds, floor_of
+from benchmarks.gpu_timing import measure_gpu, open_energy_meter, peak_by_torch
+from benchmarks.machine import (
+    default_folder,
+    l2_bytes,
+    last_level_cache_bytes,
+    new_result,
+    usable_cpus,
+)
+from benchmarks.precisions import default_models
+from benchmarks.profiling import inspect_engine, profile_onnx
 from benchmarks.report import (
     COMPUTE,
     END_TO_END,
@@ -51,6 +66,9 @@ from efficientface_deploy.timing import Call, Samples, measure, speedup
 
 FEWEST_CALLS_FOR_P99 = 100
 
+_LARGEST_INPUTS = 64 << 20  # bytes; some servers' caches are as large as a phone's memory
+_STAGED_CALLS = 100
+_PROFILED_RUNS = 100
 _PHOTOS = 16
 _PHOTO_SIDE = 224  # pixels, about what a face measures in a picture of 1 megapixel
 _JPEG_QUALITY = 90
@@ -64,7 +82,8 @@ class LatencyConfig:
         (),
         positional=True,
         metavar="MODEL",
-        help="model files or folders (default: the bundled models and those under artifacts/)",
+        help="model files or folders (default: the bundled model in all precisions, and those "
+        "under artifacts/)",
     )
     backends: str | None = option(
         None, metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
@@ -78,6 +97,11 @@ class LatencyConfig:
     )
     seconds: float = option(3.0, metavar="S", minimum=0, help="timed calls for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
+    cold: int = option(
+        5, metavar="N", minimum=0, help="fresh processes for each model and backend; 0: none"
+    )
+    floor: bool = option(True, help="measure the machine's peak, and each row's distance from it")
+    profile: bool = option(False, help="show where the time goes, by kind of operator and by layer")
     seed: int = option(0, minimum=0, help="seed of inputs and order")
     out: Path | None = option(
         None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
@@ -137,31 +161,115 @@ def run(config: LatencyConfig) -> dict[str, Any]:
     threads = positive_integers(config.threads or f"1,{usable_cpus()}", "--threads")
     backends = choose_backends(config.backends or "")
     result = new_result("latency", config)
-    with open_contenders(find_models(config.models), backends, threads) as (contenders, absent):
+    with (
+        _models(config) as (paths, unmade, notes),
+        open_contenders(paths, backends, threads) as (contenders, absent),
+    ):
+        absent += unmade
         require_contenders(contenders, absent)
         baseline = choose_baseline(contenders, config.baseline)
         cases, failed = try_cases(plan_cases(contenders, batches, config.seed))
         absent += failed
         require_contenders(cases, absent)
-        estimate = len(cases) * config.seconds
-        print(f"measuring {len(cases)} rows, {estimate:.0f} s or more", file=sys.stderr)
-        samples = measure(
-            {case.name: case.call for case in cases},
-            seconds=config.seconds,
-            rounds=config.rounds,
-            seed=config.seed,
-            before_turn=_before_turn(cases, config.rounds),
+        ceilings = _ceilings(threads, contenders) if config.floor else None
+        cold, failed = measure_cold_starts(
+            contenders, make_jpegs(config.seed)[0], runs=config.cold, seed=config.seed
         )
+        absent += failed
+        samples = _measure(cases, config)
+        counts = count_multiply_adds(contenders)
+        rows = [describe_case(case, cases, samples, baseline) for case in cases]
+        _add_floors(rows, cases, counts, ceilings)
+        _add_gpu_figures(rows, cases)
+        profiles, failed = profile(contenders, config.seed) if config.profile else ([], [])
+        absent += failed
         models = {contender.model: contender.describe() for contender in contenders}
     return {
         **result,
         "inputs": _describe_inputs(config.seed),
         "baseline": baseline,
-        "models": list(models.values()),
-        "cases": [describe_case(case, cases, samples, baseline) for case in cases],
+        "models": [{**model, "multiply_adds": counts[name]} for name, model in models.items()],
+        "cases": rows,
+        "cold": cold,
+        "ceilings": ceilings,
+        "profiles": profiles,
         "absent": [dataclasses.asdict(entry) for entry in absent],
-        "warnings": warnings(samples),
+        "warnings": [*warnings(samples), *notes],
     }
+
+
+@contextlib.contextmanager
+def _models(config: LatencyConfig) -> Iterator[tuple[list[Path], list[Absent], list[str]]]:
+    """The model files, what is missing of them, and what to say of them."""
+    if config.models:
+        yield find_models(config.models), [], []
+    else:
+        with default_models() as found:
+            yield found
+
+
+def _ceilings(threads: Sequence[int], contenders: Sequence[Contender]) -> dict[str, Any]:
+    print("measuring the machine's peak", file=sys.stderr)
+    ceilings = measure_ceilings(threads)
+    if any(contender.on_gpu for contender in contenders):
+        ceilings["gpu"] = peak_by_torch()
+    return ceilings
+
+
+def _measure(cases: Sequence[Case], config: LatencyConfig) -> dict[str, Samples]:
+    estimate = len(cases) * config.seconds
+    print(f"measuring {len(cases)} rows, {estimate:.0f} s or more", file=sys.stderr)
+    return measure(
+        {case.name: case.call for case in cases},
+        seconds=config.seconds,
+        rounds=config.rounds,
+        seed=config.seed,
+        before_turn=_before_turn(cases, config.rounds),
+    )
+
+
+def _add_floors(
+    rows: Sequence[dict[str, Any]],
+    cases: Sequence[Case],
+    counts: Mapping[str, int | None],
+    ceilings: Mapping[str, Any] | None,
+) -> None:
+    """Give each row its distance from the floor; None where that is not known."""
+    fewest = fewest_multiply_adds([case.contender for case in cases], counts)
+    for row, case in zip(rows, cases, strict=True):
+        row["floor"] = None
+        if ceilings is not None:
+            row["floor"] = floor_of(case.contender, case.batch, row["p50_ms"], fewest, ceilings)
+
+
+def _add_gpu_figures(rows: Sequence[dict[str, Any]], cases: Sequence[Case]) -> None:
+    """Stages and energy of the rows that ran on a GPU."""
+    if not any(case.contender.on_gpu for case in cases):
+        return
+    meter = open_energy_meter()
+    for row, case in zip(rows, cases, strict=True):
+        if case.stage == COMPUTE:
+            images = make_batches(case.contender.predictor.spec.input_size, case.batch, seed=0)
+            row |= measure_gpu(case.contender, images, case.call, meter, _STAGED_CALLS)
+
+
+def profile(
+    contenders: Sequence[Contender], seed: int
+) -> tuple[list[dict[str, Any]], list[Absent]]:
+    """Where the time goes in a pass of one picture, for each model on its first thread count."""
+    profiles, failed = [], []
+    for entry in {(entry.model, entry.backend): entry for entry in reversed(contenders)}.values():
+        try:
+            if entry.backend.startswith("onnx"):
+                images = make_batches(entry.predictor.spec.input_size, 1, seed)
+                profiles.append(profile_onnx(entry, images, _PROFILED_RUNS))
+            elif entry.backend.startswith("trt"):
+                profiles.append(inspect_engine(entry))
+            else:
+                failed.append(Absent(entry.backend, entry.model, "profile: for ONNX and engines"))
+        except CANNOT_RUN as error:
+            failed.append(Absent(entry.backend, entry.model, f"profile: {one_line(error)}"))
+    return profiles[::-1], failed
 
 
 def choose_baseline(contenders: Sequence[Contender], wanted: str | None) -> str:
@@ -237,7 +345,7 @@ def end_to_end_call(contender: Contender, jpegs: Sequence[bytes]) -> Call:
 
 
 def make_batches(side: int, batch: int, seed: int) -> list[UInt8Array]:
-    """Different inputs, together twice as large as a core's second-level cache.
+    """Different inputs, together twice as large as the last-level cache, or 64 MiB.
 
     A single input, used again and again, would be found in the cache as no camera's frame is.
 
@@ -249,9 +357,14 @@ def make_batches(side: int, batch: int, seed: int) -> list[UInt8Array]:
     Returns:
         At least four arrays, uint8 (N, S, S, 3).
     """
-    count = max(4, math.ceil(2 * l2_bytes() / (batch * side * side * 3)))
+    count = max(4, math.ceil(input_bytes() / (batch * side * side * 3)))
     rng = np.random.default_rng(seed)
     return list(rng.integers(0, 256, size=(count, batch, side, side, 3), dtype=np.uint8))
+
+
+def input_bytes() -> int:
+    """How much one set of inputs holds at least."""
+    return max(2 * l2_bytes(), min(2 * last_level_cache_bytes(), _LARGEST_INPUTS))
 
 
 def make_jpegs(seed: int) -> list[bytes]:
@@ -289,6 +402,7 @@ def describe_case(
         "min_ms": own.min_ms,
         "p50_ms": own.p50_ms,
         "p90_ms": own.p90_ms,
+        "p95_ms": own.p95_ms,
         "p99_ms": own.p99_ms,
         "images_per_second": own.calls_per_second * case.batch,
         "round_medians_ms": own.round_medians_ms.tolist(),
@@ -337,7 +451,7 @@ def _baseline_case(case: Case, cases: Sequence[Case], baseline: str) -> Case | N
 def _describe_inputs(seed: int) -> dict[str, Any]:
     jpegs = make_jpegs(seed)
     return {
-        COMPUTE: f"uint8 noise, at least four batches in turn, {2 * l2_bytes()} bytes or more",
+        COMPUTE: f"uint8 noise, at least four batches in turn, {input_bytes()} bytes or more",
         END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, {_PHOTO_SIDE}x{_PHOTO_SIDE}, "
         f"quality {_JPEG_QUALITY}, {sum(map(len, jpegs)) // len(jpegs)} bytes on average",
     }

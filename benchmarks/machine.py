@@ -7,7 +7,6 @@ person or a host.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of a result; 1 had no p95, cold start, floor and profile
 
 PACKAGES = (
     "efficientface-deploy",
@@ -34,12 +33,22 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx-cu12",
     "cuda-python",
+    "onnx",
 )
 # They decide how many threads a library starts and how long these spin.
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
-_GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm")
+# Clocks and power limit are read, never set.
+_GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+)
 _FALLBACK_L2 = 1 << 20
 
 
@@ -53,7 +62,7 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
     Returns:
         A JSON object; the measurement adds its own keys.
     """
-    options = dataclasses.asdict(config)
+    options = {name: _without_folders(value) for name, value in vars(config).items()}
     options.pop("out", None)  # where it was written says nothing about what was measured
     return {
         "schema": SCHEMA_VERSION,
@@ -66,6 +75,12 @@ def new_result(kind: str, config: Any) -> dict[str, Any]:
     }
 
 
+def shown_path(path: Path) -> str:
+    """A path as a result may tell it: within the repository, or the file's name alone."""
+    resolved = path.resolve()
+    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
+
+
 def describe_machine() -> dict[str, Any]:
     """CPU, memory, clock policy, load and GPUs."""
     return {
@@ -76,7 +91,8 @@ def describe_machine() -> dict[str, Any]:
         "logical_cpus": os.cpu_count(),
         "usable_cpus": usable_cpus(),
         "l2_bytes": l2_bytes(),
-        "memory_bytes": _memory_bytes(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "memory_bytes": memory_bytes(),
         "governor": _read(_CPU / "cpufreq/scaling_governor"),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "gpus": _gpus(),
@@ -126,10 +142,31 @@ def usable_cpus() -> int:
 
 def l2_bytes() -> int:
     """Size of a core's second-level cache, bytes; 1 MiB where the system does not say."""
-    match = re.fullmatch(r"(\d+)([KM])", _read(_CPU / "cache/index2/size") or "")
-    if match is None:
-        return _FALLBACK_L2
-    return int(match[1]) << (10 if match[2] == "K" else 20)
+    return _cache_bytes(2) or _FALLBACK_L2
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the third-level cache, bytes; of the second where there is none or it is not said."""
+    return _cache_bytes(3) or l2_bytes()
+
+
+def memory_bytes() -> int | None:
+    """Size of the main memory, bytes."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_folders(entry) for entry in value]
+    return shown_path(value) if isinstance(value, Path) else value
+
+
+def _cache_bytes(level: int) -> int | None:
+    match = re.fullmatch(r"(\d+)([KM])", _read(_CPU / f"cache/index{level}/size") or "")
+    return int(match[1]) << (10 if match[2] == "K" else 20) if match else None
 
 
 def _cpu_model() -> str | None:
@@ -142,13 +179,6 @@ def _physical_cores() -> int | None:
     pattern = "cpu[0-9]*/topology/thread_siblings_list"
     siblings = {_read(path) for path in _CPU.parent.glob(pattern)}
     return len(siblings) or None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _gpus() -> list[dict[str, str]]:

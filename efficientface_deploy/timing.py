@@ -56,6 +56,11 @@ class Samples:
         return self.percentile_ms(90)
 
     @property
+    def p95_ms(self) -> float:
+        """95th percentile, milliseconds."""
+        return self.percentile_ms(95)
+
+    @property
     def p99_ms(self) -> float:
         """99th percentile, milliseconds; near the maximum where there are under 100 calls."""
         return self.percentile_ms(99)

@@ -26,6 +26,9 @@ from efficientface_deploy.spec import ModelSpec
 OPSET = 19
 IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devices
 
+# What may stand between a stored weight and the layer that uses it.
+_KEEP_SHAPE = ("QuantizeLinear", "DequantizeLinear", "Cast")
+
 
 def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, Any]]:
     """Read an ONNX file of ours.
@@ -95,7 +98,7 @@ def multiply_adds(graph: onnx.ModelProto) -> int:
     """Multiply-adds of the convolutions and linear layers for one image, zero weights included.
 
     Args:
-        graph: FP32 or FP16, without Q/DQ pairs; but for the batch, all shapes are known.
+        graph: Of any precision, Q/DQ pairs included; but for the batch, all shapes are known.
     """
     inferred = onnx.shape_inference.infer_shapes(graph).graph
     shapes = {
@@ -103,6 +106,9 @@ def multiply_adds(graph: onnx.ModelProto) -> int:
         for value in [*inferred.value_info, *inferred.output]
     }
     weights = {weight.name: list(weight.dims) for weight in graph.graph.initializer}
+    for node in graph.graph.node:
+        if node.op_type in _KEEP_SHAPE and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
     total = 0
     for node in graph.graph.node:
         if node.op_type == "Conv":  # weight (out, in / groups, kH, kW), output (N, out, H, W)

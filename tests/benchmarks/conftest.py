@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,3 +101,98 @@ def colour_data(tmp_path: Path) -> Path:
             pixels = np.broadcast_to(colour.astype(np.uint8), (40, 24, 3))
             Image.fromarray(pixels).save(folder / f"{label}-{number}.png")
     return root
+
+
+HEAD: dict[str, Any] = {
+    "schema": 1,
+    "date": "2026-11-23T20:05:01+00:00",
+    "machine": {"board": None, "cpu": "AMD EPYC", "usable_cpus": 2, "gpus": []},
+    "software": {"os": "Debian", "python": "3.11.7", "packages": {"onnxruntime": "1.32.0"}},
+    "git": {"commit": "0123456789abcdef", "dirty": True},
+    "config": {},
+    "absent": [
+        {"backend": "trt", "model": "", "reason": "pip install 'efficientface-deploy[trt]'"},
+        {"backend": "onnx:cuda", "model": "a.onnx", "reason": "no provider"},
+        {"backend": "onnx:cuda", "model": "b.onnx", "reason": "no provider"},
+    ],
+    "warnings": ["the machine was busy: [3 of 4]"],
+}
+
+
+def case(model: str, stage: str, batch: int, **changes: Any) -> dict[str, Any]:
+    times = {"min_ms": 0.9, "p50_ms": 1.0, "p90_ms": 1.2, "p99_ms": 2.0}
+    fixed = {"backend": "onnx:cpu", "precision": "fp32", "threads": 1, "busy": False}
+    fixed |= {"images_per_second": 1234.5, "speedup": {"value": 2.0, "low": 1.9, "high": 2.1}}
+    return {"model": model, "stage": stage, "batch": batch, **fixed, **times, **changes}
+
+
+@pytest.fixture
+def latency() -> dict[str, Any]:
+    cases = [
+        case("a.onnx", "compute", 1),
+        case("a.onnx", "compute", 32),
+        case("a.onnx", "end to end", 1),
+        case("b[1].engine", "compute", 1, backend="trt", threads=None, speedup=None),
+    ]
+    return {**copy.deepcopy(HEAD), "kind": "latency", "baseline": "a.onnx", "cases": cases}
+
+
+@pytest.fixture
+def accuracy() -> dict[str, Any]:
+    row = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "", "bytes": 5 * 2**20}
+    row |= {"accuracy": 0.8765, "macro_f1": 0.7, "ece": 0.05, "agreement": 1.0}
+    row |= {"mean_kl": 1.5e-7, "max_probability_difference": 0.002}
+    data = {"name": "FER+", "split": "validation", "images": 3191}
+    return {
+        **copy.deepcopy(HEAD),
+        "kind": "accuracy",
+        "data": data,
+        "reference": "a.onnx on onnx:cpu",
+        "rows": [row],
+    }
+
+
+@pytest.fixture
+def make_case() -> Callable[..., dict[str, Any]]:
+    """A row of a latency result."""
+    return case
+
+
+@pytest.fixture
+def full_latency(latency: dict[str, Any]) -> dict[str, Any]:
+    """A result with everything that the current schema knows."""
+    cold = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "fp32", "threads": 1, "runs": 5}
+    cold |= {"p50_ms": 101.0, "min_ms": 95.0, "max_ms": 130.0, "load_ms": 80.0}
+    cold |= {"first_label_ms": 21.0, "process_ms": 400.0, "peak_bytes": 88 * 2**20}
+    pointwise = {"kind": "pointwise convolutions", "us": 600, "share": 0.6, "nodes": 3}
+    rest = {"kind": "the rest", "us": 400, "share": 0.4, "nodes": 2, "multiply_adds": 0}
+    kinds = [{**pointwise, "multiply_adds": 12_000_000}, rest]
+    conv = {"name": "conv5", "operator": "Conv", "kind": "pointwise convolutions", "us": 500}
+    pool = {"name": "pool<1>", "operator": "MaxPool", "kind": "the rest", "us": 400}
+    layers = [{**conv, "multiply_adds": 9_000_000}, {**pool, "multiply_adds": 0}]
+    profile = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "fp32", "threads": 1}
+    profile |= {"batch": 1, "runs": 9, "total_us": 1000, "kinds": kinds, "layers": layers}
+    engine = {"model": "b[1].engine", "backend": "trt", "precision": "fp16", "threads": None}
+    engine["engine_layers"] = [{"name": "x", "kind": "Convolution"}] * 3
+    peak = {"threads": 1, "format": "fp32", "multiply_adds_per_second": 8e10, "by": "torch"}
+    peak["tried"] = {"numpy": 6e10, "torch": 8e10}
+    copy_rate = {"threads": 1, "bytes_per_second": 2e10, "array_bytes": 1 << 28}
+    model = {"name": "a.onnx", "network": "FER+", "precision": "fp32", "input_size": 96}
+    model |= {"bytes": 5_540_000, "sha256": "ab" * 32, "multiply_adds": 31_200_000}
+    for row in latency["cases"]:
+        row["p95_ms"] = 1.5
+        row["floor"] = {"multiply_adds": 27_500_000, "ms": 0.5, "distance": 2.0}
+    latency["cases"][3] |= {
+        "stages": {"host_to_device_ms": 0.01, "compute_ms": 0.2, "device_to_host_ms": 0.005},
+        "joules_per_image": 0.0123,
+    }
+    return {
+        **latency,
+        "schema": 2,
+        "cold": [cold],
+        "profiles": [profile, engine],
+        "ceilings": {"arithmetic": [peak], "bandwidth": [copy_rate], "gpu": {"fp16": 4e14}},
+        "models": [model],
+        "goals": [{"goal": "x floor at most", "wanted": 1.5, "reached": 1.4, "met": True}],
+        "something new": {"a later version": "wrote this"},
+    }

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import accuracy as module
 from benchmarks.accuracy import main
+from benchmarks.predictions import read_predictions
 from benchmarks.report import read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.models import load_checkpoint
@@ -65,6 +66,46 @@ def test_models_side_by_side(
     assert result["data"]["images_per_class"] == [2, 4, 3, 3, 3, 3, 3]
     printed = capsys.readouterr().out
     assert "95.24" in printed and "66.67" in printed and "Macro-F1" in printed
+
+
+def test_rows_have_intervals_and_every_class(
+    make_onnx: Callable[..., Path], colours: np.ndarray, evaluate: Callable[..., dict]
+) -> None:
+    bad = make_onnx("int8.onnx", colours=swapped(colours), precision="int8")
+    first, second = evaluate(make_onnx("fp32.onnx", precision="fp32"), bad)["rows"]
+    low, high = first["accuracy_interval"]
+    assert low < 20 / 21 < high <= 1
+    low, high = first["macro_f1_interval"]
+    assert low < first["macro_f1"] <= high
+    assert first["difference"]["value"] == 0
+    assert second["difference"]["value"] == pytest.approx(-6 / 21)
+    assert second["difference"]["interval"][1] < 0
+    assert second["agreement_interval"][0] < 15 / 21 < second["agreement_interval"][1]
+    # Class 2 is never said of its own images: F1 0; precision of a class that is said is known.
+    assert second["f1"][2] == 0 and second["precision_per_class"][0] == pytest.approx(2 / 3)
+
+
+def test_predictions_are_kept_and_a_second_run_compares_image_by_image(
+    make_onnx: Callable[..., Path],
+    colours: np.ndarray,
+    evaluate: Callable[..., dict],
+    colour_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evaluate(make_onnx("a.onnx"))
+    kept = read_predictions(tmp_path / "out" / "predictions.npz")
+    assert kept.images[:3] == ["test/0/0-0.png", "test/0/0-1.png", "test/1/0-2.png"]
+    assert (kept.labels == kept.classes["a.onnx on onnx:cpu"]).sum() == 20
+    capsys.readouterr()
+    worse = str(make_onnx("a.onnx", colours=swapped(colours)))
+    old = str(tmp_path / "out" / "accuracy.json")
+    given = [worse, "--data", str(colour_data), *ARGUMENTS, "--out", str(tmp_path / "new")]
+    assert main([*given, "--compare", old]) == 0
+    printed = capsys.readouterr().out
+    assert "New minus old accuracy" in printed and "-28.57" in printed
+    assert "regression: a.onnx on onnx:cpu" in printed
+    assert "a.onnx is another file now" in printed
 
 
 def test_labels_are_matched_by_name(
@@ -147,6 +188,7 @@ def test_a_model_that_fails_does_not_spoil_the_rest(
         (["--preset", "ferplus"], "none (a.onnx: labels: expected those of FER+"),
         (["--preset", "nonsense"], "preset: expected one of rafdb"),
         (["--data", "/nowhere"], "/nowhere: expected a data set's folder"),
+        (["--compare", "/nowhere.json"], "/nowhere.json: expected a benchmark's result"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

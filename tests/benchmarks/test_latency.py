@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import latency
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Absent, Contender
 from benchmarks.latency import (
     Case,
     choose_baseline,
     describe_case,
+    input_bytes,
     main,
     make_batches,
     make_jpegs,
@@ -33,6 +35,7 @@ from efficientface_deploy.timing import Samples
 
 MS = 1_000_000
 QUICK = ["--seconds", "0", "--rounds", "3", "--threads", "1", "--batch", "1,2"]
+QUICK += ["--cold", "0", "--no-floor"]
 
 
 class FakePredictor:
@@ -74,11 +77,11 @@ def exit_code(argv: list[str]) -> object:
 def test_inputs_rotate_and_exceed_the_cache() -> None:
     batches = make_batches(32, 2, seed=0)
     assert len(batches) >= 4
-    assert sum(batch.nbytes for batch in batches) >= 2 * l2_bytes()
+    assert sum(batch.nbytes for batch in batches) >= input_bytes() >= 2 * l2_bytes()
     assert all(batch.shape == (2, 32, 32, 3) and batch.dtype == np.uint8 for batch in batches)
     assert all(batch.flags.c_contiguous for batch in batches)
     assert len({batch.tobytes() for batch in batches}) == len(batches)
-    assert len(make_batches(32, 4096, seed=0)) == 4
+    assert len(make_batches(32, 8192, seed=0)) == 4
 
     jpegs = make_jpegs(seed=0)
     assert len(set(jpegs)) == len(jpegs)
@@ -133,6 +136,7 @@ def test_a_row_holds_the_samples_figures() -> None:
     row = describe_case(case, [case], {case.name: Samples(durations)}, "a")
     assert row["p50_ms"] == pytest.approx(50.5)
     assert row["p90_ms"] == pytest.approx(90.1)
+    assert row["p95_ms"] == pytest.approx(95.05)
     assert row["p99_ms"] == pytest.approx(99.01)
     assert (row["min_ms"], row["calls"]) == (1.0, 100)
     assert row["images_per_second"] == pytest.approx(8 * 100 / 5.05)
@@ -210,6 +214,52 @@ def test_measures_prints_and_writes(
     printed = capsys.readouterr().out
     for text in ("model.onnx", "torch:cpu", "compute, batch 2", "end to end", "broken.onnx"):
         assert text in printed
+
+
+def test_cold_start_floor_and_profile_stand_in_the_result(
+    make_onnx: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = {"onnxruntime": {"fp32": 2.1e9}}
+    monkeypatch.setattr("benchmarks.ceilings.ask_libraries", lambda threads: rates)
+    monkeypatch.setattr("benchmarks.ceilings._copy_bytes", lambda: 1 << 20)
+    argv = [str(make_onnx("a.onnx", precision="fp32")), "--backends", "onnx:cpu", "--seconds", "0"]
+    argv += ["--rounds", "3", "--threads", "1", "--batch", "1,4", "--cold", "2", "--profile"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    result = read_result(tmp_path / "latency.json")
+    first, second, last = result["cases"]
+    # A Gemm of 3 by 7, at 2.1 G multiply-adds a second: 10 ns an image.
+    assert first["floor"]["ms"] == pytest.approx(21 / 2.1e9 * 1e3)
+    assert second["floor"]["distance"] == pytest.approx(second["p50_ms"] / (4 * 1e-5))
+    assert last["floor"]["multiply_adds"] == 21
+    assert result["models"][0]["multiply_adds"] == 21
+    assert result["ceilings"]["arithmetic"][0]["by"] == "onnxruntime"
+    (cold,) = result["cold"]
+    assert cold["runs"] == 2 and 0 < cold["min_ms"] <= cold["p50_ms"] <= cold["max_ms"]
+    (profiled,) = result["profiles"]
+    assert {row["kind"] for row in profiled["kinds"]} >= {"the rest", "Transpose and Cast"}
+    printed = capsys.readouterr().out
+    for text in ("Cold start", "peak memory", "Profile by kind", "x floor", "p95"):
+        assert text in printed
+
+
+def test_without_models_the_bundled_ones_are_taken_with_their_notes(
+    make_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def default_models() -> Iterator[object]:
+        absent = [Absent("", "int8.onnx", "export: no")]
+        yield [make_onnx("a.onnx")], absent, ["its answers mean nothing"]
+
+    monkeypatch.setattr(latency, "default_models", default_models)
+    assert main([*QUICK, "--backends", "onnx:cpu", "--out", str(tmp_path / "out")]) == 0
+    result = read_result(tmp_path / "out" / "latency.json")
+    assert [model["name"] for model in result["models"]] == ["a.onnx"]
+    assert "its answers mean nothing" in result["warnings"]
+    assert {"backend": "", "model": "int8.onnx", "reason": "export: no"} in result["absent"]
+    assert result["ceilings"] is None and result["cases"][0]["floor"] is None
 
 
 def test_without_out_the_result_goes_to_a_folder_of_its_own(

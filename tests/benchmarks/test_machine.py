@@ -21,6 +21,14 @@ def test_a_result_says_how_where_when_and_with_what() -> None:
     assert set(result["git"]) == {"commit", "dirty"}
 
 
+def test_folders_of_this_machine_are_not_told(tmp_path: Path) -> None:
+    inside = machine.ROOT / "artifacts" / "a.onnx"
+    config = LatencyConfig(models=(tmp_path / "private" / "b.onnx", inside), out=tmp_path)
+    options = new_result("latency", config)["config"]
+    assert options["models"] == ["b.onnx", "artifacts/a.onnx"]
+    assert "out" not in options
+
+
 def test_what_cannot_be_read_is_left_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi
     monkeypatch.setattr(machine, "_CPU", tmp_path / "cpu0")
@@ -33,7 +41,7 @@ def test_what_cannot_be_read_is_left_open(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB, 1980 MHz, 1980 MHz"
+    line = "NVIDIA H100 80GB HBM3, 550.54, 81559 MiB, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W"
     monkeypatch.setattr(machine, "_output_of", lambda *_: line)
     gpus = machine.describe_machine()["gpus"]
     assert [gpu["name"] for gpu in gpus] == ["NVIDIA H100 80GB HBM3"]

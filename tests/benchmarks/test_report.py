@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,54 +21,6 @@ from benchmarks.report import (
 )
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ArtifactError, ConfigError
-
-HEAD: dict[str, Any] = {
-    "schema": 1,
-    "date": "2026-11-23T20:05:01+00:00",
-    "machine": {"board": None, "cpu": "AMD EPYC", "usable_cpus": 2, "gpus": []},
-    "software": {"os": "Debian", "python": "3.11.7", "packages": {"onnxruntime": "1.32.0"}},
-    "git": {"commit": "0123456789abcdef", "dirty": True},
-    "config": {},
-    "absent": [
-        {"backend": "trt", "model": "", "reason": "pip install 'efficientface-deploy[trt]'"},
-        {"backend": "onnx:cuda", "model": "a.onnx", "reason": "no provider"},
-        {"backend": "onnx:cuda", "model": "b.onnx", "reason": "no provider"},
-    ],
-    "warnings": ["the machine was busy: [3 of 4]"],
-}
-
-
-def case(model: str, stage: str, batch: int, **changes: Any) -> dict[str, Any]:
-    times = {"min_ms": 0.9, "p50_ms": 1.0, "p90_ms": 1.2, "p99_ms": 2.0}
-    fixed = {"backend": "onnx:cpu", "precision": "fp32", "threads": 1, "busy": False}
-    fixed |= {"images_per_second": 1234.5, "speedup": {"value": 2.0, "low": 1.9, "high": 2.1}}
-    return {"model": model, "stage": stage, "batch": batch, **fixed, **times, **changes}
-
-
-@pytest.fixture
-def latency() -> dict[str, Any]:
-    cases = [
-        case("a.onnx", "compute", 1),
-        case("a.onnx", "compute", 32),
-        case("a.onnx", "end to end", 1),
-        case("b[1].engine", "compute", 1, backend="trt", threads=None, speedup=None),
-    ]
-    return {**copy.deepcopy(HEAD), "kind": "latency", "baseline": "a.onnx", "cases": cases}
-
-
-@pytest.fixture
-def accuracy() -> dict[str, Any]:
-    row = {"model": "a.onnx", "backend": "onnx:cpu", "precision": "", "bytes": 5 * 2**20}
-    row |= {"accuracy": 0.8765, "macro_f1": 0.7, "ece": 0.05, "agreement": 1.0}
-    row |= {"mean_kl": 1.5e-7, "max_probability_difference": 0.002}
-    data = {"name": "FER+", "split": "validation", "images": 3191}
-    return {
-        **copy.deepcopy(HEAD),
-        "kind": "accuracy",
-        "data": data,
-        "reference": "a.onnx on onnx:cpu",
-        "rows": [row],
-    }
 
 
 def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -179,6 +130,83 @@ def test_command_refuses_to_plot_accuracy(
         run_command(lambda: main([str(stored), "--plot", str(tmp_path / "x.png")]))
     assert stop.value.code == 2
     assert "--plot: expected a latency result, found accuracy" in capsys.readouterr().err
+
+
+def test_command_writes_markdown_and_a_page_of_several_results(
+    latency: dict[str, Any],
+    accuracy: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [tmp_path / "latency.json", tmp_path / "accuracy.json"]
+    for path, result in zip(paths, (latency, accuracy), strict=True):
+        write_result(result, path)
+    out = tmp_path / "page"
+    assert main([*map(str, paths), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"report.md", "report.html"}
+    for path in out.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "Latency, 2026-11-23" in text and "Accuracy, 2026-11-23" in text
+    assert "wrote report.md and report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "RESULT: expected a result"),
+        (["{0}", "{0}", "--compare", "{0}"], "--compare: expected one result"),
+        (["{0}", "--fail-on-regression"], "--fail-on-regression: expected --compare OLD"),
+        (["{0}", "--tolerance", "-1"], "--tolerance: expected at least 0"),
+        (["/nowhere.json"], "/nowhere.json: expected a benchmark's result, found no such file"),
+        (["{1}"], "found no JSON, or a truncated file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    argv: list[str],
+    message: str,
+    latency: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored, broken = tmp_path / "latency.json", tmp_path / "broken.json"
+    write_result(latency, stored)
+    broken.write_text('{"schema": 1,')
+    given = [word.format(stored, broken) for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([*given, "--out", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cold", [{"model": "a"}]),
+        ("ceilings", 3),
+        ("profiles", {"kinds": 1}),
+        ("models", ["a.onnx"]),
+        ("goals", 7),
+        ("machine", "fast"),
+        ("absent", ["trt"]),
+    ],
+)
+def test_a_damaged_part_is_one_line_and_nothing_is_written(
+    key: str,
+    value: object,
+    latency: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = tmp_path / "latency.json"
+    write_result({**latency, key: value}, stored)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(stored), "--out", str(tmp_path / "out")]))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "latency.json: expected a result of benchmarks/" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_percentiles_throughput_and_minimum() -> None:
     assert samples.count == 100
     assert samples.p50_ms == pytest.approx(50.5)
     assert samples.p90_ms == pytest.approx(90.1)
+    assert samples.p95_ms == pytest.approx(95.05)
     assert samples.p99_ms == pytest.approx(99.01)
     assert samples.min_ms == 1.0
     assert samples.calls_per_second == pytest.approx(100 / 5.05)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from efficientface_export.graph import read_onnx, write_onnx
+from efficientface_export.graph import multiply_adds, read_onnx, write_onnx
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, SPEC_KEY
 from efficientface_deploy.errors import ArtifactError, ExportError, SpecError
@@ -116,3 +116,20 @@ def test_missing(tmp_path: Path) -> None:
         read_onnx(tmp_path / "model.onnx")
     with pytest.raises(ArtifactError, match="a folder"):
         read_onnx(tmp_path)
+
+
+def test_multiply_adds_see_weights_through_qdq_pairs() -> None:
+    """A 3x3 convolution, 2 to 4 channels, on 5x5 without padding: 4 x 2 x 9 x 9."""
+    make, float32 = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    weight = onnx.numpy_helper.from_array(np.zeros((4, 2, 3, 3), np.int8), "stored")
+    scale = onnx.numpy_helper.from_array(np.float32(0.1), "scale")
+    zero = onnx.numpy_helper.from_array(np.int8(0), "zero")
+    nodes = [
+        make("DequantizeLinear", ["stored", "scale", "zero"], ["weight"]),
+        make("Conv", ["input", "weight"], ["output"]),
+    ]
+    inputs = [onnx.helper.make_tensor_value_info("input", float32, ["N", 2, 5, 5])]
+    outputs = [onnx.helper.make_tensor_value_info("output", float32, ["N", 4, 3, 3])]
+    graph = onnx.helper.make_graph(nodes, "qdq", inputs, outputs, [weight, scale, zero])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)])
+    assert multiply_adds(model) == 4 * 2 * 9 * 9

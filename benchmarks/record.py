@@ -1,0 +1,199 @@
+"""Results as JSON files: written, read back, checked; what their rows are called.
+
+docs/benchmarks.md describes the form. A reader takes what it knows and ignores other keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import SCHEMA_VERSION
+from efficientface_deploy.artifact import require_file, write_text
+from efficientface_deploy.errors import ArtifactError
+
+Result = dict[str, Any]
+Case = dict[str, Any]
+
+COMPUTE = "compute"
+END_TO_END = "end to end"
+
+TIMED = ("latency", "peers")  # kinds whose rows are calls that were timed
+# Where the rows of a kind are; other kinds have theirs under one of the first two.
+_ROWS = {"latency": "cases", "accuracy": "rows", "peers": "cases", "graphs": "graphs"}
+_ROWS |= {"training": "cases", "export": "artifacts"}
+_OTHER_ROWS = ("cases", "rows")
+
+_TIMES = ("min_ms", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
+_SCORES = ("accuracy", "macro_f1", "ece", "agreement", "mean_kl")
+_TEXTS: dict[str, tuple[str, ...]] = {
+    "latency": ("model", "backend", "stage"),
+    "peers": ("model", "backend", "stage"),
+}
+_TEXTS |= {"accuracy": ("model", "backend"), "graphs": ("name",), "export": ("file",)}
+_NUMBERS = {"latency": (*_TIMES, "batch"), "peers": (*_TIMES, "batch"), "accuracy": _SCORES}
+_NUMBERS |= {"graphs": ("p50_ms", "multiply_adds"), "export": ("bytes",)}
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write a result as JSON, atomically; paths become text."""
+    text = json.dumps(result, indent=1, default=str, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """Read what :func:`write_result` wrote, of this schema or an older one, or report.json.
+
+    Raises:
+        ArtifactError: The file is missing, truncated, something else, or of a newer schema.
+    """
+    require_file(path, "a benchmark's result")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise _unreadable(path, "no JSON, or a truncated file") from None
+    if not isinstance(result, dict):
+        raise _unreadable(path, "JSON without an object")
+    if "kind" not in result and "artifacts" in result:
+        result["kind"] = "export"  # report.json of efficientface-export, with a schema of its own
+    else:
+        _check_schema(result, path)
+    for key in ("absent", "warnings"):
+        if not isinstance(result.setdefault(key, []), list):
+            raise _unreadable(path, f"{key} that is no list")
+    for row in rows_of(result, path):
+        _check_row(row, result["kind"], path)
+    return result
+
+
+@contextlib.contextmanager
+def refuse_damaged(*paths: Path) -> Iterator[None]:
+    """Turn what a damaged result does to the code that shows it into one line.
+
+    The rows' own figures are checked when a result is read; deeper parts, which anyone may have
+    edited, are not checked one by one.
+
+    Raises:
+        ArtifactError: Names the results.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        names = ", ".join(map(str, paths))
+        reason = f"a part of another form ({type(error).__name__}: {error})"
+        raise _unreadable(Path(names), reason) from error
+
+
+def rows_of(result: Result, path: Path | None = None) -> list[Case]:
+    """The rows of a result of any kind.
+
+    Raises:
+        ArtifactError: There are none.
+    """
+    kind = result.get("kind")
+    keys = (_ROWS[kind],) if isinstance(kind, str) and kind in _ROWS else _OTHER_ROWS
+    for key in keys:
+        rows = result.get(key)
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return rows
+    raise _unreadable(path or Path("result"), f"kind {kind!r} without {' or '.join(keys)}")
+
+
+def headline(result: Result) -> str:
+    """Machine, versions, commit and date on one line."""
+    machine, software, git = (result.get(key) or {} for key in ("machine", "software", "git"))
+    packages = software.get("packages") or {}
+    shown = [name for name in ("onnxruntime", "onnxruntime-gpu", "torch") if name in packages]
+    shown += [name for name in packages if name.startswith("tensorrt")]
+    parts = [gpu["name"] for gpu in machine.get("gpus") or []]
+    if machine:
+        cpu = machine.get("board") or machine.get("cpu") or "unknown CPU"
+        parts.append(f"{cpu}, {machine.get('usable_cpus')} CPUs")
+    if software:
+        parts += [software.get("os") or "unknown system", f"Python {software.get('python')}"]
+    parts += [f"{name} {packages[name]}" for name in shown]
+    if git:
+        commit = (git.get("commit") or "no commit")[:9]
+        parts.append(commit + ("+changes" if git.get("dirty") else ""))
+    return " · ".join([*parts, *([result["date"]] if result.get("date") else [])])
+
+
+def panels(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
+    """Cases that do the same work, with the name of that work; compute first, by batch."""
+    found: dict[tuple[str, int], list[Case]] = {}
+    for case in cases:
+        found.setdefault((case["stage"], case["batch"]), []).append(case)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0] != COMPUTE, item[0][1]))
+    return [
+        (f"{stage}, batch {batch}" if stage == COMPUTE else stage, group)
+        for (stage, batch), group in ordered
+    ]
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Model names without the beginning that all of them share, for labels in plots."""
+    names = list(dict.fromkeys(models))
+    prefix = names[0].partition("-")[0] + "-" if names else ""
+    if len(names) > 1 and all(name.startswith(prefix) for name in names):
+        return {name: name.removeprefix(prefix) for name in names}
+    return {name: name for name in names}
+
+
+def contender_label(case: Case, names: dict[str, str]) -> str:
+    """A case's name on two lines: the model; backend and threads."""
+    threads = "" if case.get("threads") is None else f", {_count(case['threads'], 'thread')}"
+    return f"{names[case['model']]}\n{case['backend']}{threads}"
+
+
+def floor_distance(case: Case) -> float | None:
+    """A row's median by its floor; None where no floor was measured."""
+    floor = case.get("floor")
+    return float(floor["distance"]) if floor else None
+
+
+def digits(value: float | None) -> str:
+    """Three digits, and no exponent: 0.0123, 1.20, 1234; nothing for what was not measured."""
+    if value is None:
+        return ""
+    return f"{value:#.3g}".removesuffix(".") if value < 999.5 else f"{value:.0f}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _check_schema(result: Result, path: Path) -> None:
+    schema = result.get("schema")
+    if type(schema) is not int or schema < 1 or not isinstance(result.get("kind"), str):
+        raise _unreadable(path, "an object without schema and kind")
+    if schema > SCHEMA_VERSION:
+        raise ArtifactError(
+            path,
+            expected=f"a result of schema {SCHEMA_VERSION} or older",
+            found=f"schema {schema}, which a newer version wrote",
+            fix="show it with that version, or measure again with this one",
+        )
+
+
+def _check_row(row: Case, kind: str, path: Path) -> None:
+    """Refuse a row that could not be shown; what an older one lacks is not asked for."""
+    for key in _TEXTS.get(kind, ()):
+        if not isinstance(row.get(key), str):
+            raise _unreadable(path, f"a row whose {key} is {row.get(key)!r}")
+    for key in _NUMBERS.get(kind, ()):
+        value: Any = row.get(key)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise _unreadable(path, f"a row whose {key} is {value!r}")
+
+
+def _unreadable(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        path,
+        expected=f"a result of benchmarks/ (schema {SCHEMA_VERSION} or older)",
+        found=found,
+        fix="copy it again, or measure again with this version",
+    )
