@@ -81,6 +81,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.11",
             "ncnn>=1.0.20240410",
+            "onnxruntime-ep-openvino>=1.4",
             "openvino>=2024.4",
             "pnnx>=20240819",
             "pytest>=8",
