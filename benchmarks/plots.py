@@ -311,7 +311,7 @@ def _draw_scaling(all_cases: Sequence[Case], own: Sequence[Case], key: str, labe
     labels = [f"{names[model]} ({backend})" for model, backend in contenders]
     with _figure(3.0 + _legend_height(labels)) as figure:
         axis = figure.subplots()
-        for label, (model, backend) in zip(labels, contenders, strict=True):
+        for name, (model, backend) in zip(labels, contenders, strict=True):
             line = sorted(
                 (case[key], case["images_per_second"])
                 for case in own
@@ -325,7 +325,7 @@ def _draw_scaling(all_cases: Sequence[Case], own: Sequence[Case], key: str, labe
                 marker="o",
                 markersize=4.5,
                 color=colour,
-                label=label,
+                label=name,
             )
         steps = sorted({case[key] for case in own})
         axis.set_xscale("log", base=2)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 
+GOALS = "Goals"  # title
 TOP_LAYERS = 12
 KNOWN = (*TIMED, "accuracy", "graphs", "export")  # kinds with tables of their own
 
@@ -361,7 +362,7 @@ def per_class_table(result: Result) -> Table:
 
 def goals_table(result: Result) -> Table:
     """Goals and what was reached, whatever keys they have."""
-    return _free_table("Goals", result.get("goals") or [])
+    return _free_table(GOALS, result.get("goals") or [])
 
 
 def graphs_table(result: Result) -> Table:
@@ -449,7 +450,7 @@ def _free_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         if not any(_is_nested(row.get(key)) for row in usable)
     ]
     numbers = [
-        all(isinstance(row.get(key), (int, float, type(None))) for row in usable) for key in keys
+        all(type(row.get(key)) in (int, float, type(None)) for row in usable) for key in keys
     ]
     columns = [
         (">" if number else "") + key.replace("_", " ")
