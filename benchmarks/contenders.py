@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ ARTIFACTS = ROOT / "artifacts"
 # What a model that cannot run here may raise. Beside our own errors: an installed library whose
 # driver or shared object is missing, and a device that is out of memory.
 CANNOT_RUN = (EfficientFaceError, ImportError, OSError, RuntimeError)
+
+NO_GRAPHS = ", no CUDA graphs"
+_GRAPHS = "cuda_graphs"  # option of load()
 
 _SEARCHED = (".onnx", ".engine", ".safetensors")
 # Only here does a number of CPU threads mean anything.
@@ -171,6 +175,8 @@ def open_contenders(
     backends: Sequence[str],
     threads: Sequence[int | None] = (None,),
     preset: str | None = None,
+    *,
+    without_graphs: bool = False,
 ) -> Iterator[tuple[list[Contender], list[Absent]]]:
     """Open every model on every backend that runs it here; close them all at the end.
 
@@ -179,6 +185,8 @@ def open_contenders(
         backends: From :func:`choose_backends`.
         threads: Numbers of CPU threads; a model on a CPU is opened once for each.
         preset: What published checkpoints were trained on, which they do not say themselves.
+        without_graphs: Whether to open an engine a second time without CUDA graphs, where the
+            runtime can turn them off.
 
     Yields:
         What opened, in the order of ``paths``, and what did not.
@@ -203,6 +211,10 @@ def open_contenders(
                         opened = load(path, backend=backend, threads=count, preset=meaning)
                         predictor = stack.enter_context(opened)
                         contenders.append(Contender(names[path], predictor, count, meaning))
+                    if without_graphs and backend.startswith("trt") and _GRAPHS in _load_options():
+                        options: dict[str, Any] = {_GRAPHS: False}
+                        predictor = stack.enter_context(load(path, backend=backend, **options))
+                        contenders.append(Contender(names[path] + NO_GRAPHS, predictor, None))
                 except CANNOT_RUN as error:
                     absent.append(Absent(backend, names[path], one_line(error)))
         yield contenders, absent + _without_model(present, contenders, absent)
@@ -271,6 +283,10 @@ def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
             length += 1
         names[path] = name(path, length)
     return names
+
+
+def _load_options() -> set[str]:
+    return set(inspect.signature(load).parameters)
 
 
 def _missing(backend: str) -> str | None:

@@ -163,7 +163,7 @@ def run(config: LatencyConfig) -> dict[str, Any]:
     result = new_result("latency", config)
     with (
         _models(config) as (paths, unmade, notes),
-        open_contenders(paths, backends, threads) as (contenders, absent),
+        open_contenders(paths, backends, threads, without_graphs=True) as (contenders, absent),
     ):
         absent += unmade
         require_contenders(contenders, absent)

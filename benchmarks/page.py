@@ -19,7 +19,7 @@ from benchmarks.record import (
     headline,
     rows_of,
 )
-from benchmarks.tables import tables_of
+from benchmarks.tables import GOALS, tables_of
 
 TITLE = "EfficientFace Deploy: measured"
 
@@ -78,8 +78,11 @@ def as_html(results: Sequence[Result], comparison: Comparison | None = None) -> 
         parts.append(f"<section><h2>{html.escape(_section(result))}</h2>")
         parts.append(f'<p class="meta">{html.escape(headline(result))}</p>')
         parts.append(_list("warnings", "Before you read on", result["warnings"]))
+        tables = tables_of(result)
+        goals = [table for table in tables if table.title == GOALS]
+        parts += [table.to_html() for table in goals]
         parts.append(_plots(plots, numbers))
-        parts += [table.to_html() for table in tables_of(result)]
+        parts += [table.to_html() for table in tables if table not in goals]
         parts.append("</section>")
     parts.append("<h2>How it was measured, and what may not be concluded</h2>")
     parts.append(f"<p>{html.escape(METHOD)}</p>")

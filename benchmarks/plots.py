@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SERIES = 10  # colours that the page has for models and kinds
 _WIDTH = 4.7  # inches; 338 units of the SVG's own, about as many pixels as a phone is wide
 _TOP_LAYERS = 12
+_LONGEST_LABEL = 30  # letters, of a legend in two columns
 _EXTREMES: Any = ((min, "min_ms"), (max, "p99_ms"))
 
 # matplotlib needs colours of its own: these stand for the page's names until the SVG is written.
@@ -71,6 +72,9 @@ _STYLE: Any = {
     "svg.fonttype": "path",  # letters as shapes: nothing is clipped where a font is missing
     "svg.hashsalt": "efficientface",
 }
+
+
+Contender = tuple[str, str]  # model and backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +120,7 @@ def distribution_plots(result: Result) -> list[Plot]:
     """One plot for each kind of work: how long the calls of each contender took."""
     cases = rows_of(result)
     names = short_names(case["model"] for case in cases)
-    colours = _model_colours(cases)
+    colours = _colours(cases)
     plots = []
     for title, own in panels(cases):
         with _figure(1.0 + 0.42 * len(own)) as figure:
@@ -172,12 +176,12 @@ def accuracy_plot(result: Result) -> Plot:
     """Accuracy of each model with its interval."""
     rows = rows_of(result)
     names = short_names(row["model"] for row in rows)
-    colours = _model_colours(rows)
+    colours = _colours(rows)
     with _figure(1.0 + 0.42 * len(rows)) as figure:
         axis = figure.subplots()
         for position, row in enumerate(rows):
             low, high = row.get("accuracy_interval") or (row["accuracy"],) * 2
-            colour = colours[row["model"]]
+            colour = colours[_contender(row)]
             axis.plot([100 * low, 100 * high], [position] * 2, color=colour, linewidth=2)
             axis.plot(100 * row["accuracy"], position, "o", color=colour, markeredgecolor=_SURFACE)
         labels = [contender_label(row, names) for row in rows]
@@ -247,7 +251,8 @@ def plot_latency(result: Result, path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = {case["model"]: case["model"] for case in cases}
-    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    contenders = dict.fromkeys(map(_contender, cases))
+    colours = {one: f"C{number}" for number, one in enumerate(contenders)}
     for axis, (title, own) in zip(axes, groups, strict=False):
         _draw_distributions(axis, own, names, colours, edge="white")
         axis.tick_params(axis="both", which="both", labelsize=7)
@@ -267,13 +272,13 @@ def _draw_distributions(
     axis: Axes,
     cases: Sequence[Case],
     names: dict[str, str],
-    colours: Mapping[str, str],
+    colours: Mapping[Contender, str],
     edge: str = _SURFACE,
 ) -> None:
     from matplotlib.ticker import LogLocator
 
     for position, case in enumerate(cases):
-        colour = colours[case["model"]]
+        colour = colours[_contender(case)]
         axis.plot([case["min_ms"], case["p99_ms"]], [position] * 2, color=colour, linewidth=1.2)
         axis.plot([case["min_ms"], case["p90_ms"]], [position] * 2, color=colour, linewidth=5)
         axis.plot(case["p50_ms"], position, "o", color=colour, markeredgecolor=edge)
@@ -301,21 +306,27 @@ def _draw_distributions(
 def _draw_scaling(all_cases: Sequence[Case], own: Sequence[Case], key: str, label: str) -> str:
     """Images a second by ``key``; a line for each model and backend."""
     names = short_names(case["model"] for case in all_cases)
-    colours = _model_colours(all_cases)
-    contenders = dict.fromkeys((case["model"], case["backend"]) for case in own)
-    with _figure(3.0 + 0.2 * math.ceil(len(contenders) / 2)) as figure:
+    colours = _colours(all_cases)
+    contenders = dict.fromkeys(map(_contender, own))
+    labels = [f"{names[model]} ({backend})" for model, backend in contenders]
+    with _figure(3.0 + _legend_height(labels)) as figure:
         axis = figure.subplots()
-        for model, backend in contenders:
+        for name, (model, backend) in zip(labels, contenders, strict=True):
             line = sorted(
                 (case[key], case["images_per_second"])
                 for case in own
-                if (case["model"], case["backend"]) == (model, backend)
+                if _contender(case) == (model, backend)
             )
             style = "-" if backend.partition(":")[0] != "torch" else "--"
+            colour = colours[model, backend]
             axis.plot(
-                *zip(*line, strict=True), style, marker="o", markersize=4.5, color=colours[model],
-                label=f"{names[model]} ({backend})",
-            )  # fmt: skip
+                *zip(*line, strict=True),
+                style,
+                marker="o",
+                markersize=4.5,
+                color=colour,
+                label=name,
+            )
         steps = sorted({case[key] for case in own})
         axis.set_xscale("log", base=2)
         axis.set_xticks(steps, [str(step) for step in steps])
@@ -323,28 +334,29 @@ def _draw_scaling(all_cases: Sequence[Case], own: Sequence[Case], key: str, labe
         axis.set_ylim(bottom=0)
         axis.set_xlabel(label)
         axis.set_ylabel("images/s")
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=_legend_columns(labels))
         return _svg(figure, f"throughput by {key}")
 
 
 def _draw_tradeoff(all_cases: Sequence[Case], own: Sequence[tuple[Case, Case]]) -> str:
     names = short_names(case["model"] for case in all_cases)
-    colours = _model_colours(all_cases)
-    with _figure(3.2 + 0.2 * math.ceil(len(own) / 2)) as figure:
+    colours = _colours(all_cases)
+    labels = [f"{names[case['model']]} ({case['backend']})" for case, _ in own]
+    with _figure(3.2 + _legend_height(labels)) as figure:
         axis = figure.subplots()
-        for case, score in own:
+        for label, (case, score) in zip(labels, own, strict=True):
             low, high = score.get("accuracy_interval") or (score["accuracy"],) * 2
-            colour = colours[case["model"]]
+            colour = colours[_contender(case)]
             axis.plot([case["p50_ms"]] * 2, [100 * low, 100 * high], color=colour, linewidth=1.2)
             axis.plot(
                 case["p50_ms"], 100 * score["accuracy"], "o", color=colour, markersize=8,
-                markeredgecolor=_SURFACE, label=f"{names[case['model']]} ({case['backend']})",
+                markeredgecolor=_SURFACE, label=label,
             )  # fmt: skip
         axis.set_xlim(left=0)
         axis.margins(0.12)
         axis.set_xlabel("p50, ms a call")
         axis.set_ylabel("accuracy, %")
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=_legend_columns(labels))
         return _svg(figure, "accuracy by latency")
 
 
@@ -406,10 +418,24 @@ def _name_rows(axis: Axes, labels: Sequence[str]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _model_colours(cases: Sequence[Case]) -> dict[str, str]:
-    """A colour for each model, the same in all plots of a result."""
-    models = dict.fromkeys(case["model"] for case in cases)
-    return {model: _SERIES_COLOURS[index % SERIES] for index, model in enumerate(models)}
+def _contender(case: Case) -> Contender:
+    return case["model"], case["backend"]
+
+
+def _colours(cases: Sequence[Case]) -> dict[Contender, str]:
+    """A colour for each model and backend, the same in all plots of a result."""
+    contenders = dict.fromkeys(map(_contender, cases))
+    return {one: _SERIES_COLOURS[index % SERIES] for index, one in enumerate(contenders)}
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Two columns where the labels are short enough for the figure's width."""
+    return 2 if max(map(len, labels), default=0) <= _LONGEST_LABEL else 1
+
+
+def _legend_height(labels: Sequence[str]) -> float:
+    """What a legend below the figure adds to its height, inches."""
+    return 0.2 * math.ceil(len(labels) / _legend_columns(labels))
 
 
 @contextlib.contextmanager

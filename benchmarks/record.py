@@ -23,10 +23,9 @@ COMPUTE = "compute"
 END_TO_END = "end to end"
 
 TIMED = ("latency", "peers")  # kinds whose rows are calls that were timed
-# Where the rows of a kind are; other kinds have theirs under one of the first two.
+# Where the rows of a kind are; another kind may have its own form.
 _ROWS = {"latency": "cases", "accuracy": "rows", "peers": "cases", "graphs": "graphs"}
 _ROWS |= {"training": "cases", "export": "artifacts"}
-_OTHER_ROWS = ("cases", "rows")
 
 _TIMES = ("min_ms", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
 _SCORES = ("accuracy", "macro_f1", "ece", "agreement", "mean_kl")
@@ -89,18 +88,18 @@ def refuse_damaged(*paths: Path) -> Iterator[None]:
 
 
 def rows_of(result: Result, path: Path | None = None) -> list[Case]:
-    """The rows of a result of any kind.
+    """The rows of a result; none of a kind that has a form of its own.
 
     Raises:
-        ArtifactError: There are none.
+        ArtifactError: There are none where there must be.
     """
-    kind = result.get("kind")
-    keys = (_ROWS[kind],) if isinstance(kind, str) and kind in _ROWS else _OTHER_ROWS
-    for key in keys:
-        rows = result.get(key)
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-            return rows
-    raise _unreadable(path or Path("result"), f"kind {kind!r} without {' or '.join(keys)}")
+    kind = result["kind"]
+    if kind not in _ROWS:
+        return []
+    rows = result.get(_ROWS[kind])
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return rows
+    raise _unreadable(path or Path("result"), f"kind {kind!r} without {_ROWS[kind]}")
 
 
 def headline(result: Result) -> str:
@@ -168,8 +167,11 @@ def _count(number: int, thing: str) -> str:
 
 def _check_schema(result: Result, path: Path) -> None:
     schema = result.get("schema")
-    if type(schema) is not int or schema < 1 or not isinstance(result.get("kind"), str):
+    kind = result.get("kind")
+    if type(schema) is not int or schema < 1 or not isinstance(kind, str):
         raise _unreadable(path, "an object without schema and kind")
+    if kind not in _ROWS and not isinstance(result.get("machine"), dict):
+        raise _unreadable(path, f"kind {kind!r} without a machine")
     if schema > SCHEMA_VERSION:
         raise ArtifactError(
             path,

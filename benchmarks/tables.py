@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 
+GOALS = "Goals"  # title
 TOP_LAYERS = 12
+KNOWN = (*TIMED, "accuracy", "graphs", "export")  # kinds with tables of their own
+
+# What a kind without tables of its own has beside its figures.
+_HEAD = {"schema", "kind", "date", "machine", "software", "git", "config"}
+_HEAD |= {"absent", "warnings", "goals"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +141,10 @@ def tables_of(result: Result) -> list[Table]:
     elif kind == "export":
         makers = (export_table,)
     else:
-        makers = (goals_table, generic_table)
+        makers = (goals_table,)
     tables = [make(result) for make in makers]
+    if kind not in KNOWN:
+        tables += generic_tables(result)
     if result["absent"]:
         tables.append(absent_table(result["absent"]))
     full = [table for table in tables if any(rows for _, rows in table.groups)]
@@ -354,7 +362,7 @@ def per_class_table(result: Result) -> Table:
 
 def goals_table(result: Result) -> Table:
     """Goals and what was reached, whatever keys they have."""
-    return _free_table("Goals", result.get("goals") or [])
+    return _free_table(GOALS, result.get("goals") or [])
 
 
 def graphs_table(result: Result) -> Table:
@@ -404,9 +412,20 @@ def export_table(result: Result) -> Table:
     return Table(title, [*columns, ">Mean KL", "Status"], [("", rows)])
 
 
-def generic_table(result: Result) -> Table:
-    """A kind that has no table of its own: every key that holds a single value."""
-    return _free_table(f"{result['kind']}", rows_of(result))
+def generic_tables(result: Result) -> list[Table]:
+    """A kind that has no tables of its own: each list of objects, and each object of objects."""
+    tables = []
+    for key, value in result.items():
+        if key in _HEAD:
+            continue
+        if isinstance(value, dict):
+            parts = {name: part for name, part in value.items() if isinstance(part, dict)}
+            alone = {name: part for name, part in value.items() if name not in parts}
+            value = [{"part": name, **part} for name, part in parts.items()]
+            value += [{"part": "all", **alone}] if alone else []
+        if isinstance(value, list):
+            tables.append(_free_table(key.replace("_", " "), value))
+    return tables
 
 
 def absent_table(absent: Sequence[Mapping[str, str]]) -> Table:
@@ -428,10 +447,10 @@ def _free_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = [
         key
         for key in dict.fromkeys(key for row in usable for key in row)
-        if not any(isinstance(row.get(key), (dict, list)) for row in usable)
+        if not any(_is_nested(row.get(key)) for row in usable)
     ]
     numbers = [
-        all(isinstance(row.get(key), (int, float, type(None))) for row in usable) for key in keys
+        all(type(row.get(key)) in (int, float, type(None)) for row in usable) for key in keys
     ]
     columns = [
         (">" if number else "") + key.replace("_", " ")
@@ -505,9 +524,17 @@ def _points(difference: Mapping[str, Any]) -> str:
     return f"{100 * difference['value']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and "value" not in value)
+
+
 def _text(value: Any) -> str:
+    """A single value; an object is a figure with its interval."""
     if value is None:
         return ""
+    if isinstance(value, dict):
+        ends = f" ({_text(value['low'])} to {_text(value['high'])})" if "low" in value else ""
+        return _text(value["value"]) + ends
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

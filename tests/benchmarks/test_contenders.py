@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,39 @@ def test_models_of_one_name_are_told_apart(make_onnx: Callable[..., Path]) -> No
     with open_contenders(paths, ("onnx:cpu",)) as (opened, _):
         names = [entry.model for entry in opened]
     assert names == ["x/m.onnx", "y/m.onnx", "n.onnx"]
+
+
+def test_an_engine_is_opened_with_and_without_cuda_graphs_where_they_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened_with: list[dict[str, object]] = []
+
+    class Opened(contextlib.nullcontext):
+        backend, provenance = "trt", {"precision": "fp16"}
+
+    def load(path: Path, *, backend: str, threads=None, preset=None, cuda_graphs=True) -> Opened:
+        opened_with.append({"backend": backend, "cuda_graphs": cuda_graphs})
+        found = Opened()
+        found.enter_result = found
+        return found
+
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"plan")
+    monkeypatch.setattr(module, "missing_reason", lambda name: None)
+    monkeypatch.setattr(module, "load", load)
+    with open_contenders([path], ("trt",), (1, 2), without_graphs=True) as (opened, _):
+        assert [(one.model, one.threads) for one in opened] == [
+            ("m.engine", None),
+            ("m.engine, no CUDA graphs", None),
+        ]
+    assert [entry["cuda_graphs"] for entry in opened_with] == [True, False]
+    # Not asked for, and where load() has no such option.
+    with open_contenders([path], ("trt",)) as (opened, _):
+        assert len(opened) == 1
+    older = lambda path, backend, threads=None, preset=None: load(path, backend=backend)  # noqa: E731
+    monkeypatch.setattr(module, "load", older)
+    with open_contenders([path], ("trt",), without_graphs=True) as (opened, _):
+        assert len(opened) == 1
 
 
 def test_torch_threads_are_set_before_a_turn(student: Path) -> None:

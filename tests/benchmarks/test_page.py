@@ -89,6 +89,26 @@ def test_colours_are_the_style_sheets(full_latency: dict[str, Any]) -> None:
     assert drawn and all("var(--ink)" in svg and "#0" not in svg for svg in drawn)
 
 
+def test_axes_say_what_they_are(full_latency: dict[str, Any], make_case: Any) -> None:
+    full_latency["cases"] += [make_case("a.onnx", "compute", batch, threads=2) for batch in (1, 32)]
+    drawn = {plot.title: plot.svg for _, plots in plots_of([full_latency]) for plot in plots}
+    # matplotlib draws letters as shapes, and what they say as a comment.
+    for title, text in (
+        ("Latency: compute, batch 1", "ms a call"),
+        ("Throughput by batch, 1 thread", "images in a call"),
+        ("Throughput by threads, batch 1", "threads of an inference"),
+        ("Where the time goes", "ms a pass, under the profiler"),
+    ):
+        assert f"<!-- {text} -->" in drawn[title]
+    assert "<!-- a.onnx (onnx:cpu) -->" in drawn["Throughput by batch, 1 thread"]
+
+
+def test_goals_stand_before_the_plots(full_latency: dict[str, Any]) -> None:
+    page = as_html([full_latency])
+    assert 0 < page.index("x floor at most") < page.index("<svg")
+    assert page.count("x floor at most") == 1
+
+
 def test_scaling_is_drawn_where_there_is_any(full_latency: dict[str, Any], make_case: Any) -> None:
     titles = [plot.title for _, plots in plots_of([full_latency]) for plot in plots]
     assert "Throughput by batch, 1 thread" in titles

@@ -73,12 +73,25 @@ def test_peers_show_their_group_and_note(latency: dict[str, Any]) -> None:
     assert "its best setting" in cells(table(latency, "Latency"))
 
 
+def test_goals_may_have_intervals(latency: dict[str, Any]) -> None:
+    reached = {"value": 1.25, "low": 1.2, "high": 1.3}
+    latency["goals"] = [{"goal": "faster", "wanted": 1.2, "reached": reached, "met": None}]
+    shown = table(latency, "Goals")
+    assert shown.columns == ["goal", ">wanted", "reached"]
+    assert cells(shown) == ["faster", "1.2", "1.25 (1.2 to 1.3)"]
+
+
 def test_an_unknown_kind_shows_its_single_values(latency: dict[str, Any]) -> None:
-    rows = [{"step": "import", "ms": 1.25, "runs": [1, 2]}, {"step": "load", "ms": None}]
-    found = tables_of({**latency, "kind": "runtime", "cases": rows, "absent": []})
-    assert [one.title for one in found] == ["runtime"]
+    result = {key: latency[key] for key in ("schema", "machine", "software", "git", "config")}
+    result |= {"kind": "runtime", "absent": [], "warnings": [], "nothing": [], "text": "x"}
+    result["calls"] = [{"step": "import", "ms": 1.25, "runs": [1, 2]}, {"step": "load", "ms": None}]
+    result["start"] = {"ours": {"ms": 3, "deep": {"a": 1}}, "bare": {"ms": 2}, "ratio": 1.5}
+    found = tables_of(result)
+    assert [one.title for one in found] == ["calls", "start"]
     assert found[0].columns == ["step", ">ms"]
     assert cells(found[0]) == ["import", "1.25", "load", ""]
+    assert found[1].columns == ["part", ">ms", ">ratio"]
+    assert cells(found[1]) == ["ours", "3", "", "bare", "2", "", "all", "", "1.5"]
 
 
 @pytest.mark.parametrize(
