@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never half of one; on an error, an interrupt
     included, the temporary file is removed and ``path`` is as it was.
     """
+    import tempfile  # here, for what it imports: a program that only predicts never writes
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -58,6 +58,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
+    import hashlib  # here, since it loads OpenSSL, which an ONNX model has no need of
+
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):

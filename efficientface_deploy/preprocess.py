@@ -111,6 +111,9 @@ def to_model_input(source: ImageSource, spec: ModelSpec) -> UInt8Array:
     Raises:
         ImageError: See :func:`load_image`.
     """
+    fitting = (spec.input_size, spec.input_size, 3)
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == fitting:
+        return np.array(source, order="C")  # what Pillow would make of it, less its copies
     return resize(load_image(source), spec)
 
 
@@ -259,7 +262,8 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
             fix="check the crop that made it",
         )
     _check_size((shape[1], shape[0]), "image array")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    image = Image.fromarray(np.ascontiguousarray(array))  # a copy in RGB, a view in grey
+    return image.convert("RGB") if grey else image
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
