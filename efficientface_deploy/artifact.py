@@ -24,6 +24,7 @@ OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
 TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
+_MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
 
 
 @contextlib.contextmanager
@@ -68,15 +69,20 @@ def file_hash(path: str | Path) -> str:
 
 
 def require_file(path: str | Path, kind: str) -> Path:
-    """The path, if a file is there.
+    """The path, if a file is there that one of ours could be.
 
     Raises:
-        ArtifactError: Nothing is there, or it is not a file.
+        ArtifactError: Nothing is there, or it is not a file, or larger than 1 GiB.
     """
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
+        if found == "no such file" and path.exists():
+            found = "a pipe or device"
         raise ArtifactError(path, expected=kind, found=found, fix="check the path")
+    if (size := path.stat().st_size) > _MAX_FILE:
+        found = f"a file of {size / _MAX_FILE:.1f} GiB"
+        raise ArtifactError(path, expected=f"{kind} below 1 GiB", found=found, fix="copy it again")
     return path
 
 
@@ -204,7 +210,7 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
             fix="copy both files; an engine alone does not say its labels or preprocessing",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
         spec_fields, provenance = content["spec"], content["provenance"]
         recorded = provenance["engine"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from efficientface_deploy.artifact import (
@@ -54,16 +55,30 @@ class OnnxBackend(Backend):
         # A GPU provider that cannot start is replaced by the CPU without an error.
         if provider not in session.get_providers():
             raise _missing_provider(device, "which could not be started on this machine")
-        metadata = session.get_modelmeta().custom_metadata_map
-        self.spec = spec_from_metadata(metadata, self.path)
-        self.provenance = provenance_from_metadata(metadata, self.path)
-        self._check_signature(session)
+        self._read(session)
         if self._has_fp32_scales():
             session = self._load(provider)
         self._takes_floats = session.get_inputs()[0].name == FLOAT_INPUT
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
+
+    def _read(self, session: Any) -> None:
+        """Spec and provenance from the metadata, and whether the graph is what they say."""
+        try:
+            metadata = session.get_modelmeta().custom_metadata_map
+            self.spec = spec_from_metadata(metadata, self.path)
+            self.provenance = provenance_from_metadata(metadata, self.path)
+            self._check_signature(session)
+        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
+            raise ArtifactError(
+                self.path,
+                expected="metadata and names in UTF-8",
+                found="other bytes",
+                fix="copy the file again, or export the model again",
+            ) from None
 
     def _load(self, provider: str, **keywords: Any) -> Any:
         import onnxruntime
@@ -119,7 +134,9 @@ class OnnxBackend(Backend):
     def _infer(self, images: UInt8Array) -> Output:
         feed: Any = normalise(images, self.spec) if self._takes_floats else images
         try:
-            logits, probabilities = self._session.run(OUTPUTS, {self._input_name: feed})
+            logits, probabilities = self._session.run(
+                OUTPUTS, {self._input_name: feed}, self._run_options
+            )
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             raise BackendError(
                 self.path.name,
@@ -143,4 +160,7 @@ def _missing_provider(device: str, found: str) -> BackendError:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else "no message"
+    """What ONNX Runtime says, without its status, our path, and the place in its own source."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", line)
+    return re.sub(r"/onnxruntime_src/\S+:\d+ .*?\) ", "", line)[:160]
