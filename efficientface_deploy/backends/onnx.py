@@ -89,7 +89,11 @@ class OnnxBackend(Backend):
             options.intra_op_num_threads = self.options.threads
         try:
             return onnxruntime.InferenceSession(
-                str(self.path), sess_options=options, providers=[provider], **keywords
+                str(self.path),
+                sess_options=options,
+                providers=[provider],
+                enable_fallback=0,  # to another provider, with a note on standard output
+                **keywords,
             )
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             raise ArtifactError(

@@ -33,7 +33,7 @@ def model() -> onnx.ModelProto:
 
 @pytest.fixture
 def refused(tmp_path, capfd):
-    """The line that a file is refused with, by the time that it has been run; nothing is printed."""
+    """The line that a file is refused with when it is loaded and run; nothing is printed."""
 
     def use(
         content: onnx.ModelProto | bytes, kind: type[EfficientFaceError] = ArtifactError
@@ -104,6 +104,12 @@ def test_text_that_is_not_utf8(refused, text):
     assert text in data
     message = refused(data.replace(text, text[:-1] + b"\x95"), EfficientFaceError)
     assert "UTF-8" in message or "spec says" in message or "can load" in message
+
+
+def test_error_that_is_not_utf8(model, refused):
+    """Found by fuzzing: ONNX Runtime fell back to the CPU and said so on standard output."""
+    model.graph.node[0].op_type = "Teleport"
+    refused(model.SerializeToString().replace(b"Teleport", b"Telepor\xff"))
 
 
 def test_file_cut_anywhere(refused):
