@@ -7,12 +7,15 @@ STAMP := $(VENV)/.installed
 # An editable install with real files: a new or deleted module needs a reinstall (strict mode).
 SOURCES := $(wildcard efficientface_deploy/*.py efficientface_deploy/*/*.py export/*.py)
 
-.PHONY: help setup demo test test-fast lint format clean
+FUZZ_SECONDS ?= 60
+
+.PHONY: help setup demo test test-fast fuzz lint format clean
 
 help:
 	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
 	@echo "make test       set up, then lint, type-check and run the whole test suite"
 	@echo "make test-fast  the tests without those marked slow"
+	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make lint       ruff and mypy"
 
 setup: $(STAMP)
@@ -39,6 +42,12 @@ test: lint
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+fuzz: setup
+	$(BIN)/python -m pip install --quiet 'atheris>=2.3'
+	for target in image onnx safetensors sidecar; do \
+		$(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -69,6 +69,8 @@ setup(
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2", "rich>=13.7"],
         # Enough to build engines from an ONNX file on a device, without torch.
         "engine": EXPORT,
+        # Wheels for Linux on x86-64 alone, so not in [dev]; `make fuzz` installs it.
+        "fuzz": [*CPU, "atheris>=2.3", "onnx>=1.16"],
         "bench": ["matplotlib>=3.8", "rich>=13.7", "torchmetrics>=1.4"],
         "dev": [
             *CPU,

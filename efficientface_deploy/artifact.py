@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
 TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
+_MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
 
 
 @contextlib.contextmanager
@@ -35,6 +34,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never half of one; on an error, an interrupt
     included, the temporary file is removed and ``path`` is as it was.
     """
+    import tempfile  # here, for what it imports: a program that only predicts never writes
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -58,6 +59,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
+    import hashlib  # here, since it loads OpenSSL, which an ONNX model has no need of
+
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -66,15 +69,20 @@ def file_hash(path: str | Path) -> str:
 
 
 def require_file(path: str | Path, kind: str) -> Path:
-    """The path, if a file is there.
+    """The path, if a file is there that one of ours could be.
 
     Raises:
-        ArtifactError: Nothing is there, or it is not a file.
+        ArtifactError: Nothing is there, or it is not a file, or larger than 1 GiB.
     """
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
+        if found == "no such file" and path.exists():
+            found = "a pipe or device"
         raise ArtifactError(path, expected=kind, found=found, fix="check the path")
+    if (size := path.stat().st_size) > _MAX_FILE:
+        found = f"a file of {size / _MAX_FILE:.1f} GiB"
+        raise ArtifactError(path, expected=f"{kind} below 1 GiB", found=found, fix="copy it again")
     return path
 
 
@@ -202,7 +210,7 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
             fix="copy both files; an engine alone does not say its labels or preprocessing",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
         spec_fields, provenance = content["spec"], content["provenance"]
         recorded = provenance["engine"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):

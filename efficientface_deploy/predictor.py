@@ -41,6 +41,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
 BUNDLED_WEIGHTS = WEIGHTS / "efficientface-ferplus.safetensors"
 
+MAX_THREADS = 256  # more would wait for each other; a library given thousands hangs
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -321,15 +323,16 @@ def _load_again(path: Path, backend: str, keywords: dict[str, Any]) -> Predictor
 
 
 def _check_several(images: object) -> None:
-    """Refuse a single image: its rows, bytes or characters would pass for images."""
+    """Refuse a single image, whose rows, bytes or characters would pass for images."""
     single = isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image))
     if isinstance(images, np.ndarray):
         single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
-    if single:
+    if single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+        kind = type(images).__name__
         raise ImageError(
             "batch",
             expected="several images",
-            found=f"a single one ({type(images).__name__})",
+            found=f"a single one ({kind})" if single else kind,
             fix="call the predictor itself, or put the image into a list",
         )
 
@@ -359,9 +362,12 @@ def load(
         EfficientFaceError: The file is unusable or contradicts the preset, or the backend is not
             available here.
     """
-    if threads is not None and threads < 1:
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
         raise BackendError(
-            "threads", expected="at least 1", found=str(threads), fix="leave it out for all cores"
+            "threads",
+            expected=f"a whole number, at least 1 and at most {MAX_THREADS}",
+            found=repr(threads)[:40],
+            fix="leave it out for all cores",
         )
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)

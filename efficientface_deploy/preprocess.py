@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from pathlib import Path
 from typing import Any, Union
 
@@ -28,6 +29,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 # A small file can claim to hold gigabytes. Pillow warns from this size on; we refuse.
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, not compressed
+
+# Each scan of a JPEG goes over all its pixels again, in 30 bytes if there is nothing to change: a
+# small file can keep a decoder busy for hours. Cameras and optimisers write about ten.
+_MAX_SCANS_OF_PIXELS = 16 * MAX_PIXELS
+_JPEG, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 
 # ITU-R BT.601 luma, as Pillow's mode "L" and OpenCV's COLOR_RGB2GRAY have it; sums to one, so a
 # grey picture passes unchanged.
@@ -72,7 +79,8 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         return _decode(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
-        return _decode(_read(Path(source)), str(source))
+        path = Path(os.fsdecode(source))
+        return _decode(_read(path), str(source))
     raise ImageError(
         "image",
         expected="a path, bytes, a PIL image or a uint8 array",
@@ -111,6 +119,9 @@ def to_model_input(source: ImageSource, spec: ModelSpec) -> UInt8Array:
     Raises:
         ImageError: See :func:`load_image`.
     """
+    fitting = (spec.input_size, spec.input_size, 3)
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == fitting:
+        return np.array(source, order="C")  # what Pillow would make of it, less its copies
     return resize(load_image(source), spec)
 
 
@@ -142,6 +153,13 @@ def normalisation(spec: ModelSpec) -> tuple[Float32Array, Float32Array]:
 
 def _read(path: Path) -> bytes:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe may never end, a device neither
+            found = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise ImageError(
+                path, expected="an image file", found=found, fix="give a file, or its bytes"
+            )
+        _check_bytes(status.st_size, str(path))
         return path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -154,11 +172,22 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
+def _check_bytes(count: int, name: str) -> None:
+    if count > MAX_BYTES:
+        raise ImageError(
+            name,
+            expected=f"at most {MAX_BYTES // 1_000_000} MB",
+            found=f"{count // 1_000_000} MB",
+            fix="shrink it first, or crop the face",
+        )
+
+
 def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(
             name, expected="an image", found="an empty file", fix="copy the file again"
         )
+    _check_bytes(len(data), name)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -172,7 +201,22 @@ def _decode(data: bytes, name: str) -> Image.Image:
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
+    _check_scans(data, image.size, name)
     return _to_rgb(image, name)
+
+
+def _check_scans(data: bytes, size: tuple[int, int], name: str) -> None:
+    """Refuse a JPEG that is meant to keep us busy; the marker cannot occur in compressed data."""
+    if not data.startswith(_JPEG):
+        return
+    scans = data.count(_JPEG_SCAN)
+    if scans * size[0] * size[1] > _MAX_SCANS_OF_PIXELS:
+        raise ImageError(
+            name,
+            expected="a JPEG of some ten scans",
+            found=f"{scans} of {size[0]}x{size[1]} pixels",
+            fix="encode it again",
+        )
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -259,7 +303,8 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
             fix="check the crop that made it",
         )
     _check_size((shape[1], shape[0]), "image array")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    image = Image.fromarray(np.ascontiguousarray(array))  # a copy in RGB, a view in grey
+    return image.convert("RGB") if grey else image
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

@@ -234,16 +234,15 @@ class Backend(abc.ABC):
 
     def _check_input(self, images: Any) -> None:
         side = self.spec.input_size
-        shape = (side, side, 3)
-        found = f"{getattr(images, 'dtype', type(images).__name__)}"
-        found += f" of shape {getattr(images, 'shape', 'unknown')}"
         valid = (
             isinstance(images, (np.ndarray, DeviceImages))
             and images.dtype == np.uint8
             and images.ndim == 4
-            and images.shape[1:] == shape
+            and images.shape[1:] == (side, side, 3)
         )
         if not valid:
+            found = f"{getattr(images, 'dtype', type(images).__name__)}"
+            found += f" of shape {getattr(images, 'shape', 'unknown')}"
             raise ImageError(
                 "batch",
                 expected=f"uint8 array of shape (N, {side}, {side}, 3)",
@@ -252,11 +251,12 @@ class Backend(abc.ABC):
             )
 
     def _check_output(self, output: Output, batch: int) -> None:
+        shape = (batch, self.spec.num_classes)
         shapes = {output.logits.shape, output.probabilities.shape}
-        if shapes != {(batch, self.spec.num_classes)}:
+        if shapes != {shape}:
             raise BackendError(
                 self.path.name,
-                expected=f"outputs of shape {(batch, self.spec.num_classes)}",
+                expected=f"outputs of shape {shape}",
                 found=" and ".join(map(str, sorted(shapes))),
                 fix="export the model again with efficientface-export",
             )

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,25 @@ class OnnxBackend(Backend):
         # A GPU provider that cannot start is replaced by the CPU without an error.
         if provider.name not in session.get_providers():
             raise _missing_provider(device, "one which could not be started on this machine")
-        self._check_signature(session)
+        self._check_names(session)
         self._takes_floats = session.get_inputs()[0].name == FLOAT_INPUT
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
+
+    def _check_names(self, session: Any) -> None:
+        """Whether the graph is what its spec says."""
+        try:
+            self._check_signature(session)
+        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
+            raise ArtifactError(
+                self.path,
+                expected="names in UTF-8",
+                found="other bytes",
+                fix="copy the file again, or export the model again",
+            ) from None
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
         import onnxruntime
@@ -205,7 +220,9 @@ class OnnxBackend(Backend):
     def _infer(self, images: UInt8Array) -> Output:
         feed: Any = normalise(images, self.spec) if self._takes_floats else images
         try:
-            logits, probabilities = self._session.run(OUTPUTS, {self._input_name: feed})
+            logits, probabilities = self._session.run(
+                OUTPUTS, {self._input_name: feed}, self._run_options
+            )
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             raise BackendError(
                 self.path.name,
@@ -292,6 +309,8 @@ def _missing_provider(device: str, found: str) -> BackendError:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    # "Failed to load library <path> with error: <what matters>"
-    return lines[0].rpartition("with error: ")[2][:160] if lines else "no message"
+    """What ONNX Runtime says, without its status, our path, and the place in its own source."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    line = line.rpartition("with error: ")[2]  # "Failed to load library <path> with error: ..."
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", line)
+    return re.sub(r"/onnxruntime_src/\S+:\d+ .*?\) ", "", line)[:160]

@@ -6,7 +6,7 @@ import os
 import stat
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficientface_deploy.artifact import (
@@ -100,6 +100,19 @@ def test_require_file(tmp_path):
         require_file(tmp_path / "x.onnx", "an ONNX model")
     with pytest.raises(ArtifactError, match="found a folder"):
         require_file(tmp_path, "an ONNX model")
+
+
+def test_require_file_refuses_what_is_not_worth_reading(tmp_path):
+    path = tmp_path / "x.onnx"
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(ArtifactError, match=r"an ONNX model below 1 GiB, found a file of 1\.0 GiB"):
+        require_file(path, "an ONNX model")
+    path.unlink()
+    os.mkfifo(path)
+    for pipe in (path, "/dev/zero"):
+        with pytest.raises(ArtifactError, match="found a pipe or device"):
+            require_file(pipe, "an ONNX model")
 
 
 # ---- metadata
@@ -210,12 +223,64 @@ def test_damaged_sidecar(engine, content):
         read_sidecar(engine)
 
 
+def test_sidecar_too_long_to_be_one(engine):
+    with sidecar_path(engine).open("r+b") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ArtifactError, match=r"model\.engine\.json: expected a sidecar below 1 GiB"):
+        read_sidecar(engine)
+
+
 @pytest.mark.parametrize("spec", [None, [], "text", {}, {"schema": 1}])
 def test_sidecar_with_a_bad_spec(engine, spec):
     content = json.loads(sidecar_path(engine).read_text())
     sidecar_path(engine).write_text(json.dumps({**content, "spec": spec}))
     with pytest.raises(SpecError, match=r"model\.engine\.json"):
         read_sidecar(engine)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["spec", "provenance", "engine", "sha256", "__metadata__", SPEC_KEY]),
+            inner,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50)
+@given(JSON)
+def test_any_json_as_sidecar(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.engine"
+    path.write_bytes(b"plan")
+    sidecar_path(path).write_text(json.dumps(content))
+    with pytest.raises((ArtifactError, SpecError)) as caught:
+        read_sidecar(path)
+    assert str(caught.value).isprintable()
+
+
+@given(JSON)
+def test_any_json_as_a_safetensors_header(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(safetensors_file(json.dumps(content).encode()))
+    try:
+        metadata = read_safetensors_metadata(path)
+    except ArtifactError:
+        return
+    assert all(type(text) is str for pair in metadata.items() for text in pair)
+    with pytest.raises((ArtifactError, SpecError)):
+        spec_from_metadata(metadata, path)
+
+
+@given(st.dictionaries(st.sampled_from([PROVENANCE_KEY, "other"]), st.text(max_size=30)))
+def test_any_text_as_provenance(metadata):
+    try:
+        assert isinstance(provenance_from_metadata(metadata, "a.onnx"), dict)
+    except ArtifactError as error:
+        assert str(error).isprintable()
 
 
 @given(st.binary(max_size=64))

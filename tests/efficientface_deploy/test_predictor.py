@@ -104,6 +104,13 @@ def test_single_image_is_no_batch(predictor, single):
         predictor.predict_batch(single)
 
 
+@pytest.mark.parametrize("nothing", [None, 5, object(), 1.5])
+def test_what_holds_no_images_is_no_batch(predictor, nothing):
+    for use in (predictor.predict_batch, predictor.predict_stream):
+        with pytest.raises(ImageError, match=f"several images, found {type(nothing).__name__}"):
+            use(nothing)
+
+
 def test_one_bad_image_fails_the_batch_by_name(predictor, tmp_path):
     with pytest.raises(ImageError, match=r"missing\.jpg"):
         predictor.predict_batch([flat(0), tmp_path / "missing.jpg"])
@@ -333,9 +340,9 @@ def test_pickle_of_a_file_that_is_gone(model_files, tmp_path):
 # ---- load
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_below_one(threads):
-    with pytest.raises(BackendError, match="at least 1"):
+@pytest.mark.parametrize("threads", [0, -1, 257, 10**30, 1.5, "2", True, [1], float("nan")])
+def test_threads_that_cannot_be(threads):
+    with pytest.raises(BackendError, match="at least 1 and at most 256"):
         ef.load("model.onnx", threads=threads)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from efficientface_deploy import preprocess
 from efficientface_deploy.errors import ImageError
 from efficientface_deploy.preprocess import (
     MAX_PIXELS,
@@ -357,6 +359,52 @@ def test_read_only_arrays_are_taken_and_nothing_is_written(pixels):
 
 
 @settings(max_examples=60)
+@given(hnp.arrays(np.uint8, (32, 32, 3)), st.sampled_from(["C", "F", "reversed", "read-only"]))
+def test_array_of_the_right_size_is_what_pillow_would_make_of_it(array, layout):
+    source = np.asarray(array, order="F" if layout == "F" else "C")
+    source = source[::-1, :, ::-1] if layout == "reversed" else source
+    source.flags.writeable = layout != "read-only"
+    got = to_model_input(source, SMALL)
+    np.testing.assert_array_equal(got, resize(load_image(source), SMALL))
+    assert got.flags.c_contiguous and got.flags.writeable and got.dtype == np.uint8
+    assert type(got) is np.ndarray and not np.shares_memory(got, source)
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16", "LAB"]
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(MODES), st.integers(1, 40), st.integers(1, 40), st.binary(min_size=1))
+def test_any_pil_image_becomes_the_models_input(mode, width, height, noise):
+    image = Image.frombytes("L", (width, height), (noise * width * height)[: width * height])
+    image = image.convert("I;16" if mode == "I;16" else "RGB" if mode != "LA" else "LA")
+    if mode == "PA":
+        image = image.convert("P").convert("PA")
+    elif mode == "LAB":
+        image = Image.new("LAB", (width, height), (noise[0], 128, 128))
+    elif mode == "HSV":
+        image = image.convert("HSV")
+    else:
+        image = image.convert(mode)
+    try:
+        array = to_model_input(image, SMALL)
+    except ImageError:
+        assert mode == "LAB"  # Pillow has no way from LAB to RGB without a profile
+    else:
+        assert array.shape == (32, 32, 3) and array.dtype == np.uint8
+
+
+@settings(max_examples=80)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["bilinear", "bicubic"]), st.data())
+def test_flat_picture_stays_flat(width, height, filter_name, data):
+    """A resize neither overshoots nor darkens, whatever the size."""
+    colour = data.draw(st.tuples(*[st.integers(0, 255)] * 3))
+    array = np.broadcast_to(np.array(colour, np.uint8), (height, width, 3))
+    got = to_model_input(array, SMALL.replace(resize=filter_name))
+    assert (got == colour).all()
+
+
+@settings(max_examples=60)
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=50)))
 def test_any_grey_array(array):
     assert to_model_input(array, SMALL).shape == (32, 32, 3)
@@ -421,6 +469,10 @@ def test_other_types_are_refused(source):
         (b"\xff\xd8\xff", "image bytes"),
         (b"\x89PNG\r\n\x1a\n", "image bytes"),
         (b"RIFF\0\0\0\0WEBPVP8 ", "image bytes"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 500, "none of these"),
+        (b"\0\0\0\x18ftypavif" + b"\0" * 500, "none of these"),
+        (b"\xff\x0a" + b"\0" * 500, "none of these"),  # JPEG XL
+        (b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x94.", "none of these"),  # a pickle
     ],
 )
 def test_bytes_that_are_no_picture(data, hint, tmp_path):
@@ -444,6 +496,64 @@ def test_paths_that_are_no_picture(tmp_path):
     refused(tmp_path / "loop")
     assert "too long" in refused("x" * 300)
     refused("http://example.com/face.jpg")
+
+
+@pytest.mark.timeout(30)
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "a pipe or device" in refused(tmp_path / "pipe.jpg")
+    for device in ("/dev/zero", "/dev/urandom", "/dev/null"):
+        assert "a pipe or device" in refused(device)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("size", [800 << 20, 3 << 30, 1 << 40])
+def test_file_too_long_to_be_a_picture_is_not_read(tmp_path, size):
+    path = tmp_path / "sparse.jpg"
+    with path.open("wb") as file:
+        file.truncate(size)
+    assert "at most 715 MB" in refused(path)
+
+
+def test_bytes_have_the_same_limit_as_a_file(monkeypatch, pixels):
+    data = encode(pixels, "PNG")
+    monkeypatch.setattr(preprocess, "MAX_BYTES", len(data))
+    assert as_array(data).shape == pixels.shape
+    assert "at most" in refused(data + b"\0")
+
+
+def test_path_of_bytes(tmp_path, pixels):
+    (tmp_path / "face.png").write_bytes(encode(pixels, "PNG"))
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    np.testing.assert_array_equal(as_array(entry), pixels)
+
+
+def _jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan, of some 30 bytes, comes again and again."""
+    data = encode(Image.new("RGB", (side, side), (120, 130, 140)), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+@pytest.mark.timeout(30)
+def test_jpeg_of_endless_scans_is_refused_before_it_is_unpacked():
+    data = _jpeg_of_scans(2000, 20_000)  # 620 kB and minutes of work
+    assert "20000 of 2000x2000 pixels" in refused(data)
+
+
+def test_jpeg_of_many_scans_is_read_where_it_is_small(photo):
+    assert as_array(_jpeg_of_scans(64, 500)).shape == (64, 64, 3)
+    assert as_array(encode(photo, "JPEG", progressive=True)).shape == photo.shape
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"IDAT"])
+def test_chunk_that_unpacks_to_much_more(name):
+    """64 MB of zeros in 64 kB, as a text, a profile, or more pixels than there are."""
+    bomb = (b"" if name == b"IDAT" else b"a\0\0") + zlib.compress(b"\0" * (64 << 20))
+    good = _png(4, 4)
+    at = good.find(b"IDAT") - 4
+    image_or_error(good[:at] + _chunk(name, bomb) + good[at:])
 
 
 def test_floating_point_tiff(pixels):
@@ -492,11 +602,16 @@ def _bombs(side: int) -> dict[str, bytes]:
     bmp[18:26] = struct.pack("<ii", side, side)
     gif = bytearray(encode(small, "GIF"))
     gif[6:10] = struct.pack("<HH", side, side)
+    webp = bytearray(encode(small, "WEBP", lossless=True))
+    at = webp.find(b"VP8L") + 9  # fourteen bits of width and of height, each less one
+    largest = min(side, 16_384) - 1
+    webp[at : at + 4] = struct.pack("<I", largest | largest << 14)
     return {
         "png": _png(side, side),
         "jpeg": bytes(jpeg),
         "bmp": bytes(bmp),
         "gif": bytes(gif),
+        "webp": bytes(webp),
         "tiff": encode(small, "TIFF")
         .replace(
             struct.pack("<HHIHH", 0x100, 4, 1, 16, 0), struct.pack("<HHII", 0x100, 4, 1, side * 9)
@@ -510,7 +625,7 @@ def _bombs(side: int) -> dict[str, bytes]:
 # Pillow warns between its limit and twice that; both are refused.
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 50_000])
-@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "tiff", "webp"])
 def test_bomb_is_refused_before_it_is_unpacked(kind, side, monkeypatch):
     data = _bombs(side)[kind]
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))

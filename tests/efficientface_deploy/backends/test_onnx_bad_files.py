@@ -1,0 +1,189 @@
+"""ONNX files that are not ours, or not whole, or meant to hurt: one line, and nothing more."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzz_targets import SPEC, seeds
+
+from efficientface_deploy import load
+from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from efficientface_deploy.artifact import SPEC_KEY  # noqa: E402
+
+pytestmark = pytest.mark.timeout(60)
+
+PICTURE = np.zeros((32, 32, 3), np.uint8)
+HUGE = 1 << 40
+
+
+@pytest.fixture
+def model() -> onnx.ModelProto:
+    """A small graph of ours that works."""
+    return onnx.load_from_string(seeds("onnx")[0])
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """The line that a file is refused with when it is loaded and run; nothing is printed."""
+
+    def use(
+        content: onnx.ModelProto | bytes, kind: type[EfficientFaceError] = ArtifactError
+    ) -> str:
+        path = tmp_path / "bad.onnx"
+        data = content if isinstance(content, bytes) else content.SerializeToString()
+        path.write_bytes(data)
+        with pytest.raises(kind) as caught, load(path, threads=1) as predictor:
+            predictor(PICTURE)
+        message = str(caught.value)
+        assert "bad.onnx" in message and message.isprintable() and len(message) < 800
+        assert capfd.readouterr() == ("", "")
+        return message
+
+    return use
+
+
+def test_the_graph_works_unchanged(model, tmp_path):
+    onnx.save(model, tmp_path / "good.onnx")
+    with load(tmp_path / "good.onnx") as predictor:
+        assert predictor(PICTURE).label in SPEC.labels
+
+
+def test_opset_that_is_not_known(model, refused):
+    model.opset_import[0].version = 99
+    message = refused(model)
+    assert "Opset 99 is under development" in message and "update onnxruntime" in message
+    assert "/onnxruntime_src/" not in message and message.count("bad.onnx") == 1
+    del model.opset_import[:]
+    assert "Missing opset" in refused(model)
+
+
+def test_format_that_is_not_known(model, refused):
+    model.ir_version = 99
+    assert "Unsupported model IR version: 99" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("schema", 2),
+        ("architecture", "vgg"),
+        ("labels", [*SPEC.labels[:-1], SPEC.labels[0]]),
+        ("labels", SPEC.labels[1:]),
+        ("input_size", 64),
+        ("input_size", -32),
+        ("mean", [float("nan")] * 3),
+        ("std", [0, 1, 1]),
+        ("colour", "bgr"),
+        ("resize", "nearest"),
+        ("face_crop", "tight"),
+        ("name", None),
+        ("preliminary", "no"),
+        ("unknown", 1),
+    ],
+)
+def test_every_field_of_the_spec_is_checked(model, refused, key, value):
+    spec = {**json.loads(SPEC.to_json()), key: value}
+    helper.set_model_props(model, {SPEC_KEY: json.dumps(spec)})
+    message = refused(model, EfficientFaceError)
+    assert key in message or "as its spec says" in message
+
+
+@pytest.mark.parametrize("text", [b"int8", b"image", b"logits"])
+def test_text_that_is_not_utf8(refused, text):
+    """Found by fuzzing: ONNX Runtime hands out what Python cannot decode."""
+    data = seeds("onnx")[1]
+    assert text in data
+    message = refused(data.replace(text, text[:-1] + b"\x95"), EfficientFaceError)
+    assert "UTF-8" in message or "spec says" in message or "can load" in message
+
+
+def test_error_that_is_not_utf8(model, refused):
+    """Found by fuzzing: ONNX Runtime fell back to the CPU and said so on standard output."""
+    model.graph.node[0].op_type = "Teleport"
+    refused(model.SerializeToString().replace(b"Teleport", b"Telepor\xff"))
+
+
+def test_file_cut_anywhere(refused):
+    data = seeds("onnx")[0]
+    for end in range(0, len(data), 11):
+        refused(data[:end], EfficientFaceError)
+
+
+@pytest.mark.parametrize("size", [2 << 30, 1 << 40])
+def test_file_of_gigabytes_is_not_read(model, tmp_path, size):
+    path = tmp_path / "sparse.onnx"
+    onnx.save(model, path)
+    os.truncate(path, size)
+    with pytest.raises(ArtifactError, match="an ONNX model below 1 GiB"):
+        load(path)
+
+
+@pytest.mark.parametrize("dims", [(HUGE, HUGE), (-1, 7), (3, 8), (0,)])
+def test_weights_of_absurd_shape(model, refused, dims):
+    model.graph.initializer[0].dims[:] = dims
+    refused(model)
+
+
+@pytest.mark.parametrize("dims", [(HUGE,), (1 << 31,) * 3, (-5,)])
+def test_node_that_asks_for_terabytes(model, refused, dims):
+    """The size is computed while it runs, so that no check of the file could see it."""
+    nodes = [
+        helper.make_node("Shape", ["image"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["batch"]),
+        helper.make_node("Mul", ["batch", "dims"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["huge"]),
+        helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["kept", "sum"], ["logits"]),
+    ]
+    weights = [("zero", np.array([0])), ("dims", np.array(dims))]
+    model.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in weights)
+    (product,) = (node for node in model.graph.node if "logits" in node.output)
+    product.output[0] = "kept"
+    softmax = model.graph.node.pop()
+    model.graph.node.extend([*nodes, softmax])
+    assert "to run on onnx:cpu" in refused(model, BackendError)
+
+
+@pytest.mark.parametrize("place", ["missing.bin", "/dev/zero", "../../../../../../etc/passwd"])
+def test_weights_that_lie_elsewhere(model, refused, place):
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=place)
+    refused(model)
+
+
+def test_operator_of_others(model, refused):
+    model.graph.node[1].domain = "com.example"
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    refused(model)
+
+
+class Touch:
+    """Pickles as a call that would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "engine", "rtx.engine", "safetensors", "pth.tar", "pt"])
+def test_pickle_under_any_name_is_refused_and_not_run(tmp_path, suffix):
+    executed, path = tmp_path / "executed", tmp_path / f"model.{suffix}"
+    path.write_bytes(pickle.dumps(Touch(executed)))
+    with pytest.raises(EfficientFaceError) as caught:
+        load(path)
+    assert str(caught.value).isprintable() and not executed.exists()
+    pickle.loads(path.read_bytes())  # what it would have done
+    assert executed.exists()
