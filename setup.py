@@ -28,6 +28,8 @@ TRT_RTX = [
     "tensorrt-rtx-cu12-bindings>=1.2",
     "tensorrt-rtx-cu12>=1.2",
 ]
+# We call a function of MNN's converter; its command mnnconvert would install a telemetry package.
+PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 VIDEO = ["opencv-python-headless>=4.8"]
 
 setup(
@@ -70,6 +72,8 @@ setup(
         # Enough to build engines from an ONNX file on a device, without torch.
         "engine": EXPORT,
         "bench": ["matplotlib>=3.8", "rich>=13.7", "torchmetrics>=1.4"],
+        # For benchmarks/peers.py, beside [cpu,export,bench].
+        "peers": PEERS,
         "dev": [
             *CPU,
             *TRAIN,
