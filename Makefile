@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # An editable install with real files: a new or deleted module needs a reinstall (strict mode).
 SOURCES := $(wildcard efficientface_deploy/*.py efficientface_deploy/*/*.py export/*.py)
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast lint format gpu-check clean
 
 help:
 	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
 	@echo "make test       set up, then lint, type-check and run the whole test suite"
 	@echo "make test-fast  the tests without those marked slow"
 	@echo "make lint       ruff and mypy"
+	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
 
 setup: $(STAMP)
 
@@ -48,6 +49,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# READY names a Python that has everything: nothing is installed then. Exit codes: see gpu.py.
+gpu-check:
+	PYTHON='$(PYTHON)' benchmarks/gpu.sh $(if $(WHEELS),--wheels '$(WHEELS)') \
+		$(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+		$(if $(READY),--python '$(READY)') $(if $(OUT),--out '$(OUT)')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
