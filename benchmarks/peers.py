@@ -26,10 +26,8 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import onnx
 import torch
 import torchvision
-from efficientface_export.graph import multiply_adds
 from onnx import TensorProto, helper
 
 from benchmarks.contenders import Absent, comma_list, one_line
@@ -169,7 +167,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
             cases += rows
             absent |= dict.fromkeys(missing)
             peak = peak or _PRODUCT**3 / (product_ms / 1e3)
-        arithmetic = multiply_adds(onnx.load(networks[0].onnx(STRAIGHT)))
+        arithmetic = networks[0].multiply_adds()
     return {
         **result,
         "packages": _versions(),

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import torch
 from efficientface_export.deploy_graph import PROFILES, deploy_graph
-from efficientface_export.graph import write_onnx
+from efficientface_export.graph import multiply_adds, write_onnx
 from efficientface_export.trace import UInt8Model, export_onnx
 from torch import Tensor, nn
 
@@ -91,6 +91,10 @@ class Network:
                 )
                 write_onnx(laid_out, path, self.spec, {"precision": "fp32", "target": "cpu"})
         return path
+
+    def multiply_adds(self) -> int:
+        """Those that the network needs for a picture, without what a layout adds."""
+        return multiply_adds(onnx.load(self.onnx(STRAIGHT)))
 
 
 Open = Callable[[Network, Work, contextlib.ExitStack], Infer]
