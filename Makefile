@@ -9,7 +9,7 @@ SOURCES := $(wildcard efficientface_deploy/*.py efficientface_deploy/*/*.py expo
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup demo test test-fast fuzz lint format clean
+.PHONY: help setup demo test test-fast fuzz lint format gpu-check clean
 
 help:
 	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-fast  the tests without those marked slow"
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make lint       ruff and mypy"
+	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
 
 setup: $(STAMP)
 
@@ -57,6 +58,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# READY names a Python that has everything: nothing is installed then. Exit codes: see gpu.py.
+gpu-check:
+	PYTHON='$(PYTHON)' benchmarks/gpu.sh $(if $(WHEELS),--wheels '$(WHEELS)') \
+		$(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+		$(if $(READY),--python '$(READY)') $(if $(OUT),--out '$(OUT)')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -28,6 +28,8 @@ TRT_RTX = [
     "tensorrt-rtx-cu12-bindings>=1.2",
     "tensorrt-rtx-cu12>=1.2",
 ]
+# We call a function of MNN's converter; its command mnnconvert would install a telemetry package.
+PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 VIDEO = ["opencv-python-headless>=4.8"]
 
 setup(
@@ -72,6 +74,8 @@ setup(
         # Wheels for Linux on x86-64 alone, so not in [dev]; `make fuzz` installs it.
         "fuzz": [*CPU, "atheris>=2.3", "onnx>=1.16"],
         "bench": ["matplotlib>=3.8", "rich>=13.7", "torchmetrics>=1.4"],
+        # For benchmarks/peers.py, beside [cpu,export,bench].
+        "peers": PEERS,
         "dev": [
             *CPU,
             *TRAIN,

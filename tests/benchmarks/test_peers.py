@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import peers as bench
+from benchmarks import toolchains
+from benchmarks.toolchains import (
+    DEPLOY,
+    ONNXRUNTIME,
+    OURS,
+    STRAIGHT,
+    TOOLCHAINS,
+    Toolchain,
+    UnavailableError,
+    Work,
+)
+from efficientface_deploy.errors import ConfigError
+
+SMALL = bench.PeersConfig(
+    networks=False, input_size=32, batch=3, seconds=0.02, rounds=3, libraries="onnxruntime"
+)
+LATENCY_KEYS = {
+    *("model", "backend", "precision", "threads", "stage", "batch", "calls", "min_ms", "p50_ms"),
+    *("p90_ms", "p99_ms", "images_per_second", "round_medians_ms", "spread", "drift", "busy"),
+    "speedup",
+}
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_cpu(monkeypatch):
+    """PyTorch's second thread is very slow where others use the CPU too."""
+    monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(bench, "_PAUSE", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick_export(monkeypatch):
+    """Our graph in the place of torch's, which takes long to trace."""
+
+    def export(module, spec, path, *, float_input):
+        weights = {key: value.numpy() for key, value in module.state_dict().items()}
+        graph = toolchains.deploy_graph(
+            weights, spec, toolchains.PROFILES["gpu"], float_input=float_input
+        )
+        toolchains.write_onnx(graph, path, spec, {})
+
+    monkeypatch.setattr(toolchains, "export_onnx", export)
+
+
+@pytest.fixture
+def network(tmp_path):
+    return bench.make_networks(SMALL, tmp_path)[0]
+
+
+@pytest.fixture
+def beside_ours(monkeypatch):
+    """Compare with these toolchains instead of the real ones."""
+
+    def compare_with(*made: Toolchain) -> None:
+        monkeypatch.setattr(bench, "TOOLCHAINS", (OURS[0], *made))
+
+    return compare_with
+
+
+def fake(name, open_, **fields):
+    return Toolchain(name, "onnxruntime", open_, "as it is", **fields)
+
+
+def changed_by(share):
+    """ONNX Runtime with an error in each logit."""
+
+    def open_(network, work, stack):
+        infer = toolchains.open_onnxruntime(network, work, stack)
+        return lambda pictures: infer(pictures) * np.float32(1 + share)
+
+    return open_
+
+
+def rows_by_name(result, batch=1):
+    return {row["backend"]: row for row in result["cases"] if row["batch"] == batch}
+
+
+def test_result_compares_every_toolchain_with_ours(tmp_path, capsys):
+    arguments = ["--input-size", "32", "--batch", "3", "--seconds", "0.02", "--rounds", "3"]
+    arguments += ["--libraries", "onnxruntime", "--no-networks", "--out", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    result = json.loads((tmp_path / "peers.json").read_text())
+    for row in result["cases"]:
+        assert set(row) > LATENCY_KEYS
+        assert row["group"] == bench.SAME and row["note"] == ""
+        assert row["ranked"] and row["max_difference"] < bench.MAX_DIFFERENCE
+        assert 0 < row["cpus"] <= 1.1
+        assert row["ours_faster"]["value"] == pytest.approx(1 / row["speedup"]["value"])
+    single, batch = rows_by_name(result), rows_by_name(result, batch=3)
+    ours, other = single[OURS[0].name], single[ONNXRUNTIME.name]
+    assert len(single) == 2 and len(batch) == 4  # a picture to each thread is for batches
+    assert ours["ours_faster"]["value"] == 1
+    assert other["ours_faster"]["value"] == pytest.approx(other["p50_ms"] / ours["p50_ms"])
+    table = (tmp_path / "peers.md").read_text()
+    assert "## Batch 1, 1 thread" in table and "## Batch 3, 1 thread" in table
+    assert f"- **{ONNXRUNTIME.name}**: {ONNXRUNTIME.setting}" in table
+    assert "wrote peers.json and peers.md" in capsys.readouterr().out
+
+
+def test_goals_name_what_they_were_measured_against(beside_ours):
+    beside_ours(ONNXRUNTIME)
+    result = bench.run(SMALL)
+    goals = {entry["goal"]: entry for entry in result["goals"]}
+    best = goals["faster than the best peer on the same network"]
+    assert best["against"] == "EfficientFace on ONNX Runtime"
+    assert best["met"] == (best["reached"]["value"] >= 1.2)
+    floor = goals["at most this many times the arithmetic floor"]
+    floor_ms = 1e3 * result["multiply_adds"] / result["peak_multiply_adds_per_second"]
+    ours = rows_by_name(result)[OURS[0].name]
+    assert floor["reached"]["value"] == pytest.approx(ours["p50_ms"] / floor_ms)
+    for missing in ("faster than PyTorch eager", "faster than EfficientNet-B0 on ONNX Runtime"):
+        assert goals[missing]["met"] is None and goals[missing]["against"] == "not measured"
+
+
+def test_wrong_outputs_are_marked_and_not_ranked(beside_ours):
+    beside_ours(
+        fake("wrong", lambda *_: lambda pictures: np.ones((len(pictures), 7), np.float32)),
+        fake("nearly right", changed_by(0.001)),
+        fake("right", changed_by(0)),
+        fake("other shape", lambda *_: lambda pictures: np.ones((len(pictures), 6), np.float32)),
+    )
+    result = bench.run(SMALL)
+    rows = rows_by_name(result)
+    for name in ("wrong", "nearly right", "other shape"):
+        assert not rows[name]["ranked"]
+        assert "computes something else" in rows[name]["note"]
+    assert rows["other shape"]["max_difference"] is None
+    assert rows["right"]["ranked"] and rows["right"]["note"] == ""
+    best = result["goals"][0]
+    assert best["against"] == "EfficientFace on right"  # not "wrong", which takes no time at all
+    assert "not finite" in bench.as_markdown(result)
+
+
+def test_logits_that_are_not_numbers_are_no_match():
+    expected = np.ones((1, 7), np.float32)
+    assert bench.relative_difference(expected * np.nan, expected) == math.inf
+    assert bench.relative_difference(expected * 1.5, expected) == 0.5
+
+
+def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours):
+    def fail(network, work, stack):
+        raise OSError("libsomething.so.1: cannot open shared object file")
+
+    def refuse(network, work, stack):
+        raise UnavailableError("its converter failed")
+
+    beside_ours(
+        fake("not installed", fail, needs=("json", "no_such_package")),
+        fake("broken", fail),
+        fake("refusing", refuse),
+    )
+    result = bench.run(SMALL)
+    absent = [(entry["backend"], entry["reason"]) for entry in result["absent"]]
+    broken = "OSError: libsomething.so.1: cannot open shared object file"
+    assert absent == [
+        ("not installed", "no no_such_package here; pip install 'efficientface-deploy[peers]'"),
+        ("broken", f"batch 1, 1 thread: {broken}"),
+        ("refusing", "its converter failed"),
+        ("broken", f"batch 3, 1 thread: {broken}"),
+    ]
+    assert set(rows_by_name(result)) == {OURS[0].name}
+    assert "- EfficientFace on refusing: its converter failed" in bench.as_markdown(result)
+
+
+def test_unknown_library():
+    with pytest.raises(ConfigError, match=r"--libraries: expected pytorch, .*, found 'tvm'"):
+        bench.choose_toolchains("ncnn,tvm")
+
+
+def test_too_many_threads_are_found_out(monkeypatch):
+    clock = {"cpu": 0.0, "wall": 0.0}
+    monkeypatch.setattr(bench.time, "process_time", lambda: clock["cpu"])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(bench.time, "sleep", lambda seconds: pass_time(0.05, cpus=1))
+
+    def pass_time(seconds, cpus):
+        clock["wall"] += seconds
+        clock["cpu"] += seconds * cpus
+
+    watch = bench.CpuWatch(pause=0.05)
+    for _ in range(3):
+        watch.begin("greedy")
+        pass_time(1, cpus=1.8)
+        watch.begin("modest")  # what still spins during the pause is nobody's
+        pass_time(2, cpus=1)
+        watch.end()
+        pass_time(9, cpus=2)
+    assert watch.cpus("greedy") == pytest.approx(1.8)
+    assert watch.cpus("modest") == pytest.approx(1)
+
+
+def test_rows_with_too_many_threads_are_not_ranked(beside_ours, monkeypatch):
+    beside_ours(ONNXRUNTIME)
+    monkeypatch.setattr(bench.CpuWatch, "cpus", lambda self, name: 1.4 if "ONNX" in name else 1.0)
+    rows = rows_by_name(bench.run(SMALL))
+    assert not rows[ONNXRUNTIME.name]["ranked"]
+    assert rows[ONNXRUNTIME.name]["note"] == "not ranked: it used more threads than it was given"
+    assert rows[OURS[0].name]["ranked"]
+
+
+def test_other_networks_are_opened_by_export_and_by_pytorch(tmp_path):
+    networks = [
+        dataclasses.replace(bench.make_networks(SMALL, tmp_path)[0], name=name)
+        for name in (bench.EFFICIENTFACE, "EfficientNet-B0")
+    ]
+    entries = bench.plan_entries(networks, [*OURS, ONNXRUNTIME], Work(1, 1))
+    assert [(entry.group, entry.toolchain.name) for entry in entries] == [
+        (bench.SAME, "EfficientFace Deploy"),
+        (bench.SAME, "ONNX Runtime"),
+        (bench.OTHER, "ONNX Runtime"),
+        (bench.OTHER, "PyTorch eager"),
+    ]
+    opened = bench.Opened(entries[-1], lambda pictures: pictures, 0.0)
+    assert bench.note_of(opened, threads_kept=True) == bench.RANDOM_WEIGHTS
+
+
+def test_works_begin_with_one_thread(monkeypatch):
+    monkeypatch.setattr(bench, "usable_cpus", lambda: 8)
+    assert bench.plan_works(32) == [Work(1, 1), Work(2, 1), Work(2, 32)]
+    monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
+    assert bench.plan_works(32) == [Work(1, 1), Work(1, 32)]
+
+
+CONVERTED = [
+    one
+    for one in TOOLCHAINS
+    # torch.compile takes minutes on a busy machine; pnnx misreads the stand-in's Gather.
+    if one.name != "torch.compile" and not (one.library == "ncnn" and one.graph == STRAIGHT)
+]
+
+
+@pytest.mark.parametrize("toolchain", CONVERTED, ids=lambda one: one.name)
+@pytest.mark.parametrize("work", [Work(1, 1), Work(2, 3)], ids=lambda work: work.name)
+def test_real_toolchains_compute_what_pytorch_computes(toolchain, work, network):
+    for package in toolchain.needs:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    if not toolchain.takes(work):
+        pytest.skip("is for batches alone")
+    first, second = bench.make_pictures(work.batch, SMALL)[:2]
+    with contextlib.ExitStack() as stack:
+        infer = toolchain.open(network, work, stack)
+        kept = infer(first)
+        found = infer(second)  # the first answer must not change
+        limit = 1e-4 if toolchain.precision == "fp32" else 0.2
+        assert bench.relative_difference(kept, bench.reference_logits(network, first)) < limit
+        assert bench.relative_difference(found, bench.reference_logits(network, second)) < limit
+
+
+@pytest.mark.slow
+def test_compiled_pytorch_computes_the_same(network):
+    pictures = bench.make_pictures(1, SMALL)[0]
+    with contextlib.ExitStack() as stack:
+        found = toolchains.open_compiled(network, Work(1, 1), stack)(pictures)
+    assert bench.relative_difference(found, bench.reference_logits(network, pictures)) < 1e-4
+
+
+def test_no_compiler_is_said(network, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with contextlib.ExitStack() as stack, pytest.raises(UnavailableError, match="install g"):
+        toolchains.open_compiled(network, Work(1, 1), stack)
+
+
+def test_a_picture_to_each_thread_keeps_the_order():
+    def infer(pictures):
+        time.sleep(0.02 if pictures[0, 0] == 0 else 0)
+        return pictures.astype(np.float32)
+
+    pictures = np.arange(6, dtype=np.uint8)[:, None]
+    with contextlib.ExitStack() as stack:
+        found = toolchains.one_by_one(infer, Work(2, 6), stack)(pictures)
+    assert found.tolist() == pictures.tolist()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; sys.exit('no such operator\\nGatherND')", "exit code 1: GatherND"),
+        ("print('done')", "exit code 0: done"),  # says so, and wrote nothing
+        ("import os; os.abort()", "exit code -6: it said nothing"),
+    ],
+)
+def test_a_converter_that_writes_nothing_is_said(code, reason, tmp_path):
+    command = [sys.executable, "-c", code]
+    with pytest.raises(UnavailableError, match=reason):
+        toolchains._run_converter(command, tmp_path, tmp_path / "model.bin")
+
+
+def test_what_libraries_print_does_not_reach_standard_output(capfd):
+    print("before")
+    with toolchains.native_output_to_stderr():
+        ctypes.CDLL(None).puts(b"using high precision")
+    print("after")
+    captured = capfd.readouterr()
+    assert captured.out == "before\nafter\n"
+    assert captured.err == "using high precision\n"
+
+
+def test_files_are_made_once(network):
+    path = network.onnx(DEPLOY)
+    before = path.stat().st_mtime_ns
+    assert network.onnx(DEPLOY) == path and path.stat().st_mtime_ns == before
+    assert network.onnx(DEPLOY, float_input=True) != path
