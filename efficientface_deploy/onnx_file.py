@@ -41,7 +41,7 @@ def read_onnx_metadata(path: str | Path) -> dict[str, str]:
                     entry = _texts(file, end)
                     metadata[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
     except ValueError as error:
-        raise _not_onnx(path, str(error)) from None
+        raise _not_onnx(path, _reason(error)) from None
     if not has_graph:
         raise _not_onnx(path, "no graph in it")
     return metadata
@@ -62,8 +62,12 @@ def read_onnx_input(path: str | Path) -> str:
                         if part == _GRAPH_INPUT:
                             return _texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, "")
     except ValueError as error:
-        raise _not_onnx(path, str(error)) from None
+        raise _not_onnx(path, _reason(error)) from None
     return ""
+
+
+def _reason(error: ValueError) -> str:
+    return "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
