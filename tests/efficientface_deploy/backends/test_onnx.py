@@ -80,6 +80,13 @@ def copy_of(path: Path, folder: Path) -> Path:
     return copy
 
 
+def test_waiting_threads_sleep(model_files: dict[str, Path], recorded: Recorded) -> None:
+    load(model_files["onnx"], threads=2).close()
+    key = "session.intra_op.allow_spinning"
+    assert recorded.options.get_session_config_entry(key) == "0"
+    assert recorded.options.intra_op_num_threads == 2
+
+
 def test_options_of_cuda(model_files: dict[str, Path], recorded: Recorded) -> None:
     with load(model_files["onnx"], backend="onnx:cuda") as predictor:
         assert predictor.backend == "onnx:cuda"
