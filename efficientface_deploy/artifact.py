@@ -148,7 +148,7 @@ def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> 
             path,
             expected=f"labels {', '.join(spec.labels)}, as its spec says",
             found=f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
-            fix="leave the preset out; data with other classes needs a model that was trained on them",
+            fix="leave the preset out; data with other classes needs a model trained on them",
         )
 
 

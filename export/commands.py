@@ -66,7 +66,7 @@ def _check_something_to_make(plan: Plan, source: Source) -> None:
             "--engine onnx",
             expected="a checkpoint, or another --precision than the file's",
             found=f"{source.path}, an ONNX file in {source.precision}",
-            fix=f"it can be used as it is (check it with --verify {source.path}); a checkpoint takes "
+            fix=f"use it as it is (--verify {source.path} checks it); for a checkpoint "
             "pip install 'efficientface-deploy[export,cpu]'",
         )
 

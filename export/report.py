@@ -230,9 +230,9 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
     lines = [
         f"# Export of {header['weights']}",
         "",
-        f"{header['model']}. Differences in probability, and all else, are to the reference network "
-        "in FP32 (PyTorch; where it is missing, the ONNX file that they were made from) on the same "
-        "images, with 95 % intervals over images.",
+        f"{header['model']}. Differences in probability, and all else, are to the reference "
+        "network in FP32 (PyTorch; where it is missing, the ONNX file that they were made from) "
+        "on the same images, with 95 % intervals over images.",
         "",
         "| file | MB | arithmetic | images | largest difference | agreement | mean KL "
         "| accuracy | accuracy minus reference | macro-F1 | status | made |",
