@@ -113,7 +113,7 @@ def latency_summary(result: Result) -> Table:
         if first is None:
             continue
         name = model if _name(first) in ambiguous else _name(first)
-        row = [name, "its own" if threads is None else str(threads), _with_speedup(first)]
+        row = [name, "-" if threads is None else str(threads), _with_speedup(first)]
         row += [digits(first.get(f"{percentile}_ms")) for percentile in ("p90", "p99")]
         row.append(digits((own.get((COMPUTE, largest)) or {}).get("images_per_second")))
         row.append(digits((own.get((END_TO_END, 1)) or {}).get("p50_ms")))

@@ -29,7 +29,7 @@ def test_a_block_is_written_from_its_result(latency: dict[str, Any], tmp_path: P
     assert text.endswith("|\n\n<!-- end -->\nafter\n")
     assert "old figures" not in text
     assert "| ONNX FP32 | 1 | 1.00 (2.0x) | 1.20 | 2.00 | 1234 | 1.00 |" in text
-    assert "| TensorRT FP32 | GPU | 1.00 | 1.20 | 2.00 |  |  |" in text
+    assert "| TensorRT FP32 | - | 1.00 | 1.20 | 2.00 |  |  |" in text
     assert render_readme(text, tmp_path) == text
 
 

@@ -32,7 +32,7 @@ def test_every_committed_result_can_be_read() -> None:
     assert paths
     for path in paths:
         result = read_result(path)
-        assert rows_of(result)
+        assert rows_of(result) or result["goals"]
         assert headline(result) or result["kind"] == "export"
 
 
