@@ -170,7 +170,7 @@ def write_report(
     """Write both reports.
 
     Rows of earlier exports of the same model stay while the files that they describe are there,
-    unchanged.
+    unchanged; so does what a file that was used again has shown on more images.
 
     Args:
         folder: Where the artifacts are.
@@ -181,7 +181,9 @@ def write_report(
     merged = {row.file: row for row in _earlier_rows(folder, header)}
     for row in rows:
         merged.pop(failed_name(row.file), None)
-        merged[row.file] = row
+        earlier = merged.get(row.file)
+        if earlier is None or not _says_more(earlier, row):
+            merged[row.file] = row
     artifacts = [row for _, row in sorted(merged.items())]
     content = {
         "schema": SCHEMA_VERSION,
@@ -191,6 +193,15 @@ def write_report(
     target = folder if into is None else into
     write_text(target / JSON_FILE, json.dumps(content, indent=2) + "\n")
     write_text(target / MARKDOWN_FILE, _markdown(header, artifacts))
+
+
+def _says_more(earlier: Row, row: Row) -> bool:
+    """Whether the same file was verified on more images before, and nothing is wrong with it."""
+    return (
+        earlier.sha256 == row.sha256
+        and not row.verification.problems
+        and earlier.verification.images > row.verification.images
+    )
 
 
 def reports_other_model(folder: Path, header: Mapping[str, Any]) -> bool:

@@ -92,11 +92,11 @@ def test_rows_are_merged_and_vanished_files_dropped(tmp_path: Path) -> None:
     add(tmp_path, "a.onnx")
     add(tmp_path, "b.onnx")
     assert files(tmp_path) == ["a.onnx", "b.onnx"]
-    again = Verification("onnx:cpu", 5, "other", 0.5)
+    again = Verification("onnx:cpu", 500, "other", 0.5)
     add(tmp_path, "a.onnx", again)
     assert files(tmp_path) == ["a.onnx", "b.onnx"]
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["artifacts"][0]["verification"]["images"] == 5
+    assert content["artifacts"][0]["verification"]["images"] == 500
     (tmp_path / "a.onnx").unlink()
     add(tmp_path, "c.onnx")
     assert files(tmp_path) == ["b.onnx", "c.onnx"]
@@ -115,6 +115,20 @@ def test_success_takes_the_place_of_failure(tmp_path: Path) -> None:
     add(tmp_path, "a.failed.rtx.engine")
     add(tmp_path, "a.rtx.engine")
     assert files(tmp_path) == ["a.rtx.engine"]
+
+
+def test_what_more_images_showed_of_the_same_file_stays(tmp_path: Path) -> None:
+    few = dataclasses.replace(GOOD, images=16, accuracy=None, macro_f1=None)
+    rows = [add(tmp_path, "a.onnx"), add(tmp_path, "b.onnx"), add(tmp_path, "c.onnx")]
+    write_report(tmp_path, rows, HEADER)
+    again = [
+        dataclasses.replace(rows[0], verification=few),
+        dataclasses.replace(rows[1], verification=few, sha256="b" * 64),  # another file
+        dataclasses.replace(rows[2], verification=dataclasses.replace(few, problems=("KL 9",))),
+    ]
+    write_report(tmp_path, again, HEADER)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["verification"]["images"] for row in content["artifacts"]] == [120, 16, 16]
 
 
 def test_failure_does_not_hide_an_earlier_success(tmp_path: Path) -> None:
