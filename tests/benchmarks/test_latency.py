@@ -185,7 +185,8 @@ def test_measures_prints_and_writes(
     models = [make_onnx("model.onnx", precision="int8"), student, broken]
     threads = torch.get_num_threads()
     try:
-        assert main([*map(str, models), *QUICK, "--out", str(tmp_path / "out")]) == 0
+        backends = ["--backends", "onnx:cpu,torch:cpu"]  # whatever else is installed
+        assert main([*map(str, models), *QUICK, *backends, "--out", str(tmp_path / "out")]) == 0
     finally:
         torch.set_num_threads(threads)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"latency.json", "latency.png"}
