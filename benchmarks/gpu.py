@@ -370,7 +370,7 @@ def measure_latency(check: Check) -> str:
     """PyTorch, ONNX Runtime on CUDA, and every engine."""
     check.need_gpu()
     folder = check.out / "latency"
-    options = ("--batch", "1,8,32", "--seconds", "1", "--out", folder)
+    options = ("--batch", "1,8,32", "--seconds", "1", "--cold", "1", "--out", folder)
     check.run("benchmarks/latency.py", *_models(check), "--backends", _BACKENDS, *options)
     return str(folder / "latency.json")
 
