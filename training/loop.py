@@ -39,6 +39,7 @@ from training.run import (
     save_state,
     start_run,
 )
+from training.small_maps import use_matrix_products
 from training.targets import Teach
 
 
@@ -166,6 +167,9 @@ class Trainer:
 
         if config.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        self.amp = config.amp_type
+        if self.amp is not None and ranks.device.type == "cpu":
+            use_matrix_products(model)
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(memory_format=self.format).to(ranks.device)
         self.optimizer = recipe.optimizer(self.model)
@@ -173,7 +177,6 @@ class Trainer:
         if recipe.ema:
             average = _moving_average(recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.amp = config.amp_type
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.forward = ranks.wrap(self.model)
         if config.compile:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as transform
 from efficientface_deploy.errors import CheckpointError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import ModelSpec
+from training.small_maps import use_matrix_products
 
 TARGETS = ("ldg", "onehot", "votes", "ldg+onehot", "ldg+votes")
 
@@ -90,6 +91,8 @@ class Teacher:
                 found="an EfficientFace",
                 fix="give the teacher's checkpoint",
             )
+        if amp is not None and device.type == "cpu":
+            use_matrix_products(model)
         self.path = path
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device
