@@ -79,7 +79,9 @@ class _Product(torch.autograd.Function):
             mirrored = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)  # (9 C', C)
             of_input = (_windows(gradient, 1) @ mirrored).permute(0, 3, 1, 2)
         else:
-            of_input = conv2d_input(x.shape, weight, gradient, stride=ctx.stride, padding=1)
+            of_input = conv2d_input(  # type: ignore[no-untyped-call]
+                x.shape, weight, gradient, stride=ctx.stride, padding=1
+            )
         return of_input, of_weight.float(), None
 
 
