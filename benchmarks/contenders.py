@@ -79,7 +79,8 @@ class Contender:
     @property
     def on_gpu(self) -> bool:
         """Whether the network runs on an NVIDIA GPU."""
-        return self.backend.startswith("trt") or self.backend.endswith((":cuda", ":tensorrt"))
+        family, _, device = self.backend.partition(":")
+        return family.startswith("trt") or device.startswith(("cuda", "tensorrt"))
 
     def prepare(self) -> None:
         """Set what is global to the process; to be called before each turn."""

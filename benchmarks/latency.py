@@ -49,7 +49,7 @@ from benchmarks.machine import (
     usable_cpus,
 )
 from benchmarks.precisions import default_models
-from benchmarks.profiling import inspect_engine, profile_onnx
+from benchmarks.profiling import PROFILED, inspect_engine, profile_onnx
 from benchmarks.report import (
     COMPUTE,
     END_TO_END,
@@ -260,13 +260,14 @@ def profile(
     profiles, failed = [], []
     for entry in {(entry.model, entry.backend): entry for entry in reversed(contenders)}.values():
         try:
-            if entry.backend.startswith("onnx"):
+            if entry.backend in PROFILED:
                 images = make_batches(entry.predictor.spec.input_size, 1, seed)
                 profiles.append(profile_onnx(entry, images, _PROFILED_RUNS))
             elif entry.backend.startswith("trt"):
                 profiles.append(inspect_engine(entry))
             else:
-                failed.append(Absent(entry.backend, entry.model, "profile: for ONNX and engines"))
+                reason = f"profile: for {', '.join(PROFILED)} and engines"
+                failed.append(Absent(entry.backend, entry.model, reason))
         except CANNOT_RUN as error:
             failed.append(Absent(entry.backend, entry.model, f"profile: {one_line(error)}"))
     return profiles[::-1], failed

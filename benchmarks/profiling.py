@@ -36,6 +36,9 @@ REST = "the rest"
 UNKNOWN = "convolutions of unknown shape"
 KINDS = (POINTWISE, DEPTHWISE, GROUPED, DENSE, UNKNOWN, MOVES, LAYOUT, CASTS, QUANTISE, REST)
 
+# Other providers run the whole graph as one node of ONNX Runtime's.
+PROFILED = ("onnx:cpu", "onnx:cuda")
+
 _WARM_UP = 20
 _SUFFIX = "_kernel_time"  # of a node's name in ONNX Runtime's trace
 _CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger")
@@ -54,7 +57,7 @@ def profile_onnx(contender: Contender, images: Sequence[UInt8Array], runs: int) 
     """Profile a model that ONNX Runtime runs.
 
     Args:
-        contender: On a backend ``onnx:...``.
+        contender: On one of :data:`PROFILED`.
         images: Batches, each uint8 (N, S, S, 3), taken in turn.
         runs: Passes that count, after a warm-up.
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import contenders as module
 from benchmarks.contenders import (
     Absent,
+    Contender,
     choose_backends,
     find_models,
     open_contenders,
@@ -162,6 +164,23 @@ def test_an_engine_is_opened_with_and_without_cuda_graphs_where_they_can_be_turn
     monkeypatch.setattr(module, "load", older)
     with open_contenders([path], ("trt",), without_graphs=True) as (opened, _):
         assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "on_gpu"),
+    [
+        ("trt", True),
+        ("trt-rtx", True),
+        ("onnx:cuda", True),
+        ("onnx:tensorrt-rtx", True),
+        ("torch:cuda", True),
+        ("onnx:cpu", False),
+        ("onnx:openvino", False),
+    ],
+)
+def test_what_runs_on_a_gpu(backend: str, on_gpu: bool) -> None:
+    predictor = SimpleNamespace(backend=backend)
+    assert Contender("m", predictor, None).on_gpu is on_gpu  # type: ignore[arg-type]
 
 
 def test_torch_threads_are_set_before_a_turn(student: Path) -> None:

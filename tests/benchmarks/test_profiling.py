@@ -156,7 +156,7 @@ def test_a_checkpoint_has_no_profile_and_says_so(
     assert found == []
     assert sorted(entry.reason for entry in failed) == [
         "profile: RuntimeError: no trace",
-        "profile: for ONNX and engines",
+        "profile: for onnx:cpu, onnx:cuda and engines",
     ]
 
 
