@@ -43,6 +43,7 @@ from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.preprocess import Float32Array
 from training.data import hold_out
 from training.evaluation_plots import plot_confusion, plot_reliability
+from training.markdown import escaped, table
 from training.progress import track
 from training.targets import Blend
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         EvaluateConfig, argv, prog="python -m training.evaluate", description=__doc__ or ""
     )
-    _check_out(config.out)
+    check_out(config.out)
     require_preset(config.weights, config.preset)
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
@@ -96,13 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else dataset.split(split)
     )
     with load(config.weights, preset=config.preset) as predictor:
-        if predictor.spec.labels != dataset.labels:
-            raise DatasetError(
-                config.data,
-                expected="the model's labels: " + ", ".join(predictor.spec.labels),
-                found=", ".join(dataset.labels),
-                fix="give the data set that the model was trained for",
-            )
+        check_labels(predictor, dataset)
         probabilities = predict_samples(predictor, samples)
         described = repr(predictor)
         temperature = kept_temperature(predictor)
@@ -123,6 +118,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_evaluation(config.out, figures)
         print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
     return 0
+
+
+def check_labels(predictor: Predictor, dataset: Dataset) -> None:
+    """Refuse a model of other classes, or in another order.
+
+    Raises:
+        DatasetError: It is one.
+    """
+    if predictor.spec.labels != dataset.labels:
+        raise DatasetError(
+            dataset.root,
+            expected="the model's labels: " + ", ".join(predictor.spec.labels),
+            found=", ".join(dataset.labels),
+            fix="give the data set that the model was trained for",
+        )
 
 
 def kept_temperature(predictor: Predictor) -> float | None:
@@ -247,13 +257,13 @@ def as_markdown(figures: Figures) -> str:
     percent = round(100 * LEVEL)
     return "\n\n".join(
         (
-            f"# Evaluation of {_escaped(Path(figures['weights']).name)}",
-            f"{_escaped(figures['model'])}, sha256 `{figures['weights_sha256'][:12]}`, on "
-            f"{_escaped(_described_data(figures))}. Always the largest class: "
+            f"# Evaluation of {escaped(Path(figures['weights']).name)}",
+            f"{escaped(figures['model'])}, sha256 `{figures['weights_sha256'][:12]}`, on "
+            f"{escaped(_described_data(figures))}. Always the largest class: "
             f"{figures['largest_class']:.4f}.",
-            _table(("", "value", f"{percent} % interval"), rows),
+            table(("", "value", f"{percent} % interval"), rows),
             f"Intervals: percentile bootstrap over images, {RESAMPLES} resamples, seed {SEED}.",
-            _table(("class", "images", "precision", "recall", "F1"), classes),
+            table(("class", "images", "precision", "recall", "F1"), classes),
             "`-`: not defined, since the class is never predicted (precision) or has no images "
             "(recall).",
             "![Confusion matrix](confusion.png)",
@@ -276,7 +286,7 @@ def write_evaluation(folder: Path, figures: Figures) -> None:
     write_text(folder / "evaluation.json", text + "\n")
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
     """Complain before the evaluation rather than after it."""
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(out, expected="a folder", found="a file", fix="choose another --out")
@@ -308,20 +318,6 @@ def _interval(figures: Figures, name: str) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(
-        "| " + " | ".join(_escaped(str(cell)) for cell in line) + " |" for line in lines
-    )
-
-
-def _escaped(text: str) -> str:
-    """Text in which Markdown finds no table cell, emphasis, link or tag."""
-    for char in "\\`*_[]<>|":
-        text = text.replace(char, "\\" + char)
-    return text
 
 
 if __name__ == "__main__":

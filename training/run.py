@@ -26,8 +26,8 @@ from training.recipe import SELECTIONS, Recipe
 CONFIG = "config.json"
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What may change when a run goes on.
-_FREE_OPTIONS = (
+# What may change when a run goes on: it changes no result, rounding on another device aside.
+FREE_OPTIONS = (
     "out",
     "workers",
     "device",
@@ -135,7 +135,7 @@ class Job:
     def identity(self) -> dict[str, str]:
         """What must stay the same for a run to go on, by name."""
         settings = self.settings()
-        fixed = {name: str(value) for name, value in settings.items() if name not in _FREE_OPTIONS}
+        fixed = {name: str(value) for name, value in settings.items() if name not in FREE_OPTIONS}
         return {**fixed, "spec": self.spec.to_json()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from training.parallel import Ranks
 from training.progress import track
 from training.targets import Teacher
 
+STORE = "distributions.safetensors"
 BINDING_KEY = "efficientface.distributions"
+SECONDS_KEY = "efficientface.seconds"
 PROBES = 32
 _BATCH = 64
 
@@ -81,13 +84,16 @@ def stored_distributions(
             another augmentation.
     """
     done = _read_store(path, images, binding) if path.exists() else []
+    seconds = seconds_per_view(path) if done else []
     ranks.wait()  # nobody writes before all have read
     if ranks.is_first and len(done) < views:
         print(f"asking the teacher about {views - len(done)} views of {len(images):,} images")
     for view in range(len(done), views):
+        started = time.perf_counter()
         done.append(_ask(images, teacher, view, views, ranks, workers))
+        seconds.append(round(time.perf_counter() - started, 1))
         if ranks.is_first:
-            _write_store(path, done, images, binding)
+            _write_store(path, done, images, binding, seconds)
     ranks.wait()
     return np.stack(done[:views])  # (views, N, C)
 
@@ -112,8 +118,20 @@ def _ask(
     return whole
 
 
+def seconds_per_view(path: Path) -> list[float]:
+    """How long the teacher was asked about each view of a store; empty where it does not say."""
+    try:
+        return [float(x) for x in json.loads(read_safetensors_metadata(path)[SECONDS_KEY])]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
 def _write_store(
-    path: Path, done: list[np.ndarray], images: TrainingImages, binding: Mapping[str, str]
+    path: Path,
+    done: list[np.ndarray],
+    images: TrainingImages,
+    binding: Mapping[str, str],
+    seconds: list[float],
 ) -> None:
     seeds = [
         [view_seed(images.seed, view, index) for index in range(len(images))]
@@ -123,7 +141,8 @@ def _write_store(
         "distributions": np.stack(done),  # (views, N, C)
         "seeds": np.array(seeds, dtype=np.int64),  # (views, N)
     }
-    encoded = safetensors.numpy.save(content, {BINDING_KEY: json.dumps(binding)})
+    metadata = {BINDING_KEY: json.dumps(binding), SECONDS_KEY: json.dumps(seconds)}
+    encoded = safetensors.numpy.save(content, metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded)
 

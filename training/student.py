@@ -21,10 +21,8 @@ from training.loop import check_amp, choose_samples, start_logging, train
 from training.parallel import Ranks, join_ranks
 from training.recipe import DEFAULT_STUDENT, published_student
 from training.run import Job, TrainConfig, check_folder
-from training.store import check_store_options, store_binding, stored_distributions
+from training.store import STORE, check_store_options, store_binding, stored_distributions
 from training.targets import TARGETS, Blend, Teach, Teacher, own_targets
-
-STORE = "distributions.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from efficientface_deploy.spec import ModelSpec, preset
 from training import student
 from training.data import TrainingImages
 from training.recipe import DEFAULT_STUDENT
+from training.store import STORE
 from training.targets import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +157,7 @@ def test_student_of_a_teacher(train_student, save_ldg):
     assert (spec.architecture, spec.input_size) == ("efficientface", 32)
     record = json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
     assert record["config"]["teacher"].endswith("teacher.safetensors")
-    assert (path.parent / student.STORE).is_file()
+    assert (path.parent / STORE).is_file()
 
 
 @pytest.mark.parametrize("views", [0, 2])
@@ -221,7 +222,7 @@ def test_store_serves_several_runs_and_longer_ones(train_student, save_ldg, tmp_
     (tmp_path / "run").rename(tmp_path / "first")
     train_student(*options, "--views", "1", "--learning-rate", "0.01")
     assert "asking" not in capsys.readouterr().out
-    assert not (tmp_path / "run" / student.STORE).exists()
+    assert not (tmp_path / "run" / STORE).exists()
 
 
 def test_folder_of_another_run_is_refused_before_the_teacher_is_asked(

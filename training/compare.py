@@ -1,0 +1,247 @@
+"""Compare trainings: what differs in their options, how good each is, and what it took.
+
+``python -m training.compare runs/a runs/b runs/c --data data/ferplus --out runs/comparison``
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficientface_deploy.artifact import write_text
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.dataset import Dataset, Sample, read_dataset
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.metrics import paired_accuracy_difference
+from efficientface_deploy.predictor import load
+from training.data import hold_out
+from training.evaluate import HOLDOUT, check_labels, check_out, predict_samples, score
+from training.markdown import table
+from training.record import METRICS
+from training.run import CONFIG, FREE_OPTIONS
+from training.store import STORE, seconds_per_view
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Options of ``training.compare``."""
+
+    runs: tuple[Path, ...] = option(
+        positional=True, help="folders of trainings; the others are compared with the first"
+    )
+    data: Path = option(help="the prepared data set")
+    split: str = option(
+        HOLDOUT,
+        choices=("validation", "test", HOLDOUT),
+        help="holdout is the tenth of train that chose the epochs",
+    )
+    out: Path | None = option(
+        None, metavar="DIR", help="write comparison.json and comparison.md there"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training's folder.
+
+    Attributes:
+        folder: The folder.
+        settings: Its options, with the values that stood for those left out.
+        weights: The network that it kept.
+        history: One row of figures for each epoch.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    weights: Path
+    history: list[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        """What the folder is called."""
+        return self.folder.resolve().name
+
+    def training_seconds(self, images: int) -> float:
+        """How long its steps took, by the rates of its epochs.
+
+        Args:
+            images: How many it was trained on.
+        """
+        batch = int(self.settings["batch_size"])
+        return sum(images // batch * batch / row["images_per_second"] for row in self.history)
+
+    def store_seconds(self) -> float | None:
+        """How long its LDG was asked beforehand: 0 without one, None where no file says."""
+        views = min(int(self.settings.get("views", 0)), int(self.settings["epochs"]))
+        if views == 0:
+            return 0.0
+        path = Path(self.settings["store"] or self.folder / STORE)
+        seconds = seconds_per_view(path)[:views] if path.is_file() else []
+        return sum(seconds) if len(seconds) == views else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m training.compare``."""
+    config = parse_config(
+        CompareConfig, argv, prog="python -m training.compare", description=__doc__ or ""
+    )
+    check_out(config.out)
+    runs = [read_run(folder) for folder in config.runs]
+    _check_seeds(runs, config.split)
+    dataset = read_dataset(config.data)
+    rows = compare(runs, dataset, config.split)
+    page = as_markdown(rows, dataset, config.split)
+    print(page)
+    if config.out is not None:
+        write_text(config.out / "comparison.json", json.dumps(rows, indent=2) + "\n")
+        write_text(config.out / "comparison.md", page + "\n")
+        print(f"wrote comparison.json and comparison.md to {config.out}")
+    return 0
+
+
+def read_run(folder: Path) -> Run:
+    """A training's folder, with at least one epoch done.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    weights = [folder / f"{kind}.safetensors" for kind in ("student", "teacher")]
+    found = [path for path in weights if path.is_file()]
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with (folder / METRICS).open(newline="", encoding="utf-8") as file:
+            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        whole = bool(found and history and settings["batch_size"] and settings["epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ConfigError(
+            folder,
+            expected=f"the folder of a training: {CONFIG}, {METRICS} and weights",
+            found="a folder without" if folder.is_dir() else "no such folder",
+            fix="give the --out of training.student or training.teacher, after an epoch",
+        )
+    return Run(folder, settings, found[0], history)
+
+
+def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
+    """One row of figures for each run, ready for JSON.
+
+    Args:
+        runs: Trainings; the first is what the others are compared with.
+        dataset: What they were trained on.
+        split: Whose images they are compared on.
+    """
+    samples = _samples(dataset, split, runs[0])
+    truth = np.array([sample.label for sample in samples])
+    differing = _differing_options(runs)
+    rows: list[Row] = []
+    reference = None
+    for run in runs:
+        with load(run.weights) as predictor:
+            check_labels(predictor, dataset)
+            probabilities = predict_samples(predictor, samples)
+        predicted = probabilities.argmax(axis=1)
+        reference = predicted if reference is None else reference
+        difference = paired_accuracy_difference(truth, reference, predicted)
+        figures = score(probabilities, samples, dataset.labels)
+        kept = ("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval")
+        confidence = ("expected_calibration_error", "mean_kl_from_votes")
+        rows.append(
+            {
+                "run": run.name,
+                "options": {name: run.settings.get(name) for name in differing},
+                "epochs_done": len(run.history),
+                **{key: figures[key] for key in (*kept, *confidence) if key in figures},
+                "difference": difference.value,
+                "difference_interval": list(difference.interval),
+                "training_seconds": run.training_seconds(_trained_on(dataset, run)),
+                "store_seconds": run.store_seconds(),
+            }
+        )
+    return rows
+
+
+def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
+    """The rows as a page."""
+    votes = "mean_kl_from_votes" in rows[0]
+    head = ["run", "options", "accuracy, %", "against the first, points", "macro-F1, %", "ECE, %"]
+    head += ["KL, nats"] if votes else []
+    head += ["training, min", "store, min"]
+    lines = []
+    for row in rows:
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        against = f"{100 * row['difference']:+.2f} {_span(row['difference_interval'], '+.2f')}"
+        store = row["store_seconds"]
+        lines.append(
+            [
+                row["run"],
+                options or "-",
+                f"{100 * row['accuracy']:.2f} {_span(row['accuracy_interval'], '.2f')}",
+                "-" if row is rows[0] else against,
+                f"{100 * row['macro_f1']:.2f} {_span(row['macro_f1_interval'], '.2f')}",
+                f"{100 * row['expected_calibration_error']:.2f}",
+                *([f"{row['mean_kl_from_votes']:.4f}"] if votes else []),
+                f"{row['training_seconds'] / 60:.1f}",
+                "-" if store is None else f"{store / 60:.1f}",
+            ]
+        )
+    note = (
+        f"{dataset.name}, {split}. In brackets 95 % intervals over images, of a difference paired "
+        "by image; they say nothing of how another seed would end. Minutes are by this machine's "
+        "clock, and compare only runs that had it to themselves alike."
+    )
+    return table(head, lines) + "\n\n" + note
+
+
+def _span(interval: Sequence[float], form: str) -> str:
+    return "(" + " to ".join(format(100 * end, form) for end in interval) + ")"
+
+
+def _check_seeds(runs: Sequence[Run], split: str) -> None:
+    """Every run must have kept the same tenth of train out of its training."""
+    if split != HOLDOUT:
+        return
+    for run in runs:
+        for name, wanted in (("select", HOLDOUT), ("seed", runs[0].settings["seed"])):
+            if run.settings[name] != wanted:
+                raise ConfigError(
+                    run.folder,
+                    expected=f"--{name} {wanted}, so that none was trained on the tenth of train",
+                    found=f"--{name} {run.settings[name]}",
+                    fix="leave the run out, or compare on --split validation",
+                )
+
+
+def _samples(dataset: Dataset, split: str, run: Run) -> Sequence[Sample]:
+    if split == HOLDOUT:
+        return hold_out(dataset.split("train"), int(run.settings["seed"]))[1]
+    return dataset.split(split)
+
+
+def _trained_on(dataset: Dataset, run: Run) -> int:
+    train = dataset.split("train")
+    if run.settings["select"] == HOLDOUT:
+        return len(hold_out(train, int(run.settings["seed"]))[0])
+    return len(train)
+
+
+def _differing_options(runs: Sequence[Run]) -> list[str]:
+    """Options that are not the same in all runs, but for those that change no result."""
+    names = [name for name in runs[0].settings if name not in FREE_OPTIONS]
+    for run in runs[1:]:
+        names += [name for name in run.settings if name not in (*FREE_OPTIONS, *names)]
+    first = runs[0].settings
+    return [name for name in names if any(r.settings.get(name) != first.get(name) for r in runs)]
+
+
+if __name__ == "__main__":
+    run_command(main)
