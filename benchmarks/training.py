@@ -1,4 +1,4 @@
-"""What a training step costs: alone, with stored label distributions, and beside its teacher.
+"""What a training step costs: alone, with stored label distributions, beside its teacher; an LDG's.
 
 ``python benchmarks/training.py --data data/ferplus --teacher runs/ldg/teacher.safetensors``. A step
 is all that an epoch consists of: loading, augmenting, forward, backward, optimiser, moving average.
@@ -23,7 +23,7 @@ from benchmarks.machine import default_folder, new_result, usable_cpus
 from benchmarks.report import console, require_libraries, write_result
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import read_dataset
-from efficientface_deploy.models import EfficientFace
+from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.timing import Call, Samples, measure, speedup
 from training.data import AUGMENTATIONS, Batch, TrainingImages
 from training.loop import Trainer, choose_samples
@@ -55,10 +55,12 @@ class TrainingBenchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: where the targets come from, and how the step is computed."""
+    """One row: what is trained, where the targets come from, and how the step is computed."""
 
     name: str
+    network: str = "student"
     targets: str = "own"
+    amp: str = "off"
     threads: int = 1
     workers: int = 0
     channels_last: bool = True
@@ -73,10 +75,13 @@ def plan_cases() -> list[Case]:
         Case("teacher in every step", targets="online"),
         Case("contiguous memory", channels_last=False),
         Case("one loading worker", workers=1),
+        Case("bf16", amp="bf16"),
     ]
     if cores > 1:
         cases.append(Case(f"{cores} threads", threads=cores))
         cases.append(Case(f"{cores} threads, one loading worker", threads=cores, workers=1))
+    cases.append(Case("the LDG's own training", network="ldg"))
+    cases.append(Case("the LDG's own training, bf16", network="ldg", amp="bf16"))
     return cases
 
 
@@ -118,16 +123,19 @@ def run(config: TrainingBenchConfig) -> dict[str, Any]:
 def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     """A function that does the next step of a training."""
     dataset = read_dataset(config.data)
+    kept_ldg, ldg_spec = load_checkpoint(config.teacher)
     options = TrainConfig(
         config.data,
         folder,
-        input_size=config.input_size,
+        input_size=ldg_spec.input_size if case.network == "ldg" else config.input_size,
         batch_size=config.batch_size,
         seed=config.seed,
         workers=case.workers,
         channels_last=case.channels_last,
+        amp=case.amp,
     )
-    spec = options.model_spec(dataset, "efficientface")
+    architecture = ldg_spec.architecture if case.network == "ldg" else "efficientface"
+    spec = options.model_spec(dataset, architecture)
     recipe = dataclasses.replace(options.change(DEFAULT_STUDENT), epochs=1_000, views=1)
     job = Job("student", spec, recipe, dataset, options)
     ranks = Ranks(torch.device("cpu"))
@@ -146,7 +154,8 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
             path = folder / "store.safetensors"
             images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
     torch.manual_seed(config.seed)
-    trainer = Trainer(job, EfficientFace(spec.num_classes), images, teach, ranks)
+    model = kept_ldg if case.network == "ldg" else EfficientFace(spec.num_classes)
+    trainer = Trainer(job, model, images, teach, ranks)
     trainer.forward.train()
     batches = endless(trainer)
 

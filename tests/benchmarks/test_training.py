@@ -35,6 +35,9 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
     assert {row["targets"] for row in rows.values()} == {"own", "stored", "online"}
     assert {row["workers"] for row in rows.values()} == {0, 1}
     assert not rows["contiguous memory"]["channels_last"]
+    assert {(row["network"], row["amp"]) for row in rows.values()} == {
+        (network, amp) for network in ("student", "ldg") for amp in ("off", "bf16")
+    }
     assert rows[bench.BASELINE]["cost"]["value"] == 1
     for row in rows.values():
         assert row["images_per_second"] == pytest.approx(8000 / row["p50_ms"])
