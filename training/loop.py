@@ -321,15 +321,20 @@ def _split(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample], list
     return samples, list(dataset.split(select))
 
 
-def check_amp(amp: str, device: torch.device) -> None:
-    """Refuse a precision in which this device would not train.
+def check_amp(name: str, amp: str, device: torch.device) -> None:
+    """Refuse a precision in which this device would not compute.
+
+    Args:
+        name: The option.
+        amp: Its value.
+        device: Where the training computes.
 
     Raises:
         ConfigError: fp16 on a CPU.
     """
     if amp == "fp16" and device.type == "cpu":
         raise ConfigError(
-            "--amp fp16", expected="a CUDA device", found="a CPU", fix="leave --amp out"
+            f"{name} fp16", expected="a CUDA device", found="a CPU", fix=f"leave {name} out"
         )
 
 

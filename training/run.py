@@ -24,7 +24,7 @@ from training.data import AUGMENTATIONS
 from training.recipe import SELECTIONS, Recipe
 
 CONFIG = "config.json"
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What may change when a run goes on: it changes no result, rounding on another device aside.
 FREE_OPTIONS = (
@@ -65,7 +65,7 @@ class TrainConfig:
     seed: int = option(0, minimum=0, help="of weights, order and augmentation")
     workers: int = option(1, minimum=0, help="processes that load images, per rank")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    amp: str = option("off", choices=("off", "bf16", "fp16"), help="mixed precision")
+    amp: str = option("off", choices=tuple(AMP), help="mixed precision")
     channels_last: bool = option(True, help="memory format of images and weights")
     compile: bool = option(False, help="torch.compile the network")
     sync_batch_norm: bool = option(False, help="batch norm over all GPUs of a torchrun")
@@ -85,7 +85,7 @@ class TrainConfig:
     @property
     def amp_type(self) -> torch.dtype | None:
         """The lower precision of mixed precision; None where it is off."""
-        return AMP_TYPES.get(self.amp)
+        return AMP[self.amp]
 
     def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
         """The spec of the network that is trained on this data set."""

@@ -20,7 +20,7 @@ from training.data import AUGMENTATIONS, TrainingImages
 from training.loop import check_amp, choose_samples, start_logging, train
 from training.parallel import Ranks, join_ranks
 from training.recipe import DEFAULT_STUDENT, published_student
-from training.run import Job, TrainConfig, check_folder
+from training.run import AMP, Job, TrainConfig, check_folder
 from training.store import STORE, check_store_options, store_binding, stored_distributions
 from training.targets import TARGETS, Blend, Teach, Teacher, own_targets
 
@@ -40,11 +40,19 @@ class StudentConfig(TrainConfig):
     store: Path | None = option(
         None, help=f"file of the LDG's answers, for several runs; default: OUT/{STORE}"
     )
+    teacher_amp: str | None = option(
+        None, choices=tuple(AMP), help="mixed precision of the LDG; default: as --amp"
+    )
     ldg_share: float | None = option(
         None, minimum=0, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
     )
     temperature: float | None = option(None, minimum=0.01, help="softens the LDG; 1 as published")
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
+
+    @property
+    def teacher_amp_type(self) -> torch.dtype | None:
+        """The lower precision in which the LDG computes; None for float32."""
+        return AMP[self.amp if self.teacher_amp is None else self.teacher_amp]
 
     @property
     def asks_teacher(self) -> bool:
@@ -72,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = dataclasses.replace(recipe, views=0)
     job = Job("student", spec, recipe, dataset, config, config.votes)
     with join_ranks(config.device) as ranks:
-        check_amp(config.amp, ranks.device)
+        check_amp("--amp", config.amp, ranks.device)
+        if config.teacher_amp is not None:
+            check_amp("--teacher-amp", config.teacher_amp, ranks.device)
         check_folder(job)
         samples, selection = choose_samples(job)
         images, teach = choose_targets(job, config, samples, ranks)
@@ -131,7 +141,7 @@ def choose_targets(
     images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
     if config.teacher is None:
         return images, own_targets
-    teacher = Teacher(config.teacher, config.preset, spec, ranks.device, config.amp_type)
+    teacher = Teacher(config.teacher, config.preset, spec, ranks.device, config.teacher_amp_type)
     blend = Blend(recipe.temperature, 1.0 if config.targets == "ldg" else recipe.ldg_share)
     if recipe.views == 0:
         return images, lambda batch, own: blend(teacher(batch), own)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = config.change(DEFAULT_TEACHER)
     job = Job("teacher", spec, recipe, dataset, config, votes=config.votes)
     with join_ranks(config.device) as ranks:
-        check_amp(config.amp, ranks.device)
+        check_amp("--amp", config.amp, ranks.device)
         samples, selection = choose_samples(job)
         augmentation = AUGMENTATIONS[recipe.augmentation](spec)
         images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)

@@ -282,9 +282,9 @@ def test_mixed_precision_learns_the_same(make_job, fit, tmp_path):
 
 
 def test_fp16_needs_a_gpu():
-    check_amp("fp16", torch.device("cuda"))
+    check_amp("--amp", "fp16", torch.device("cuda"))
     with pytest.raises(ConfigError, match="--amp fp16: expected a CUDA device, found a CPU"):
-        check_amp("fp16", torch.device("cpu"))
+        check_amp("--amp", "fp16", torch.device("cpu"))
 
 
 @pytest.mark.slow  # a minute and a half of compiling

@@ -195,6 +195,30 @@ def test_targets_of_the_data_set(targets, votes, train_student, monkeypatch):
     assert (images.targets.max(axis=2) < 1).any() == votes
 
 
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ([], None),
+        (["--amp", "bf16"], torch.bfloat16),
+        (["--teacher-amp", "bf16"], torch.bfloat16),
+        (["--amp", "bf16", "--teacher-amp", "off"], None),
+    ],
+)
+def test_precision_of_the_teacher(options, precision, train_student, save_ldg, monkeypatch):
+    spy_on_training(monkeypatch)
+    teachers = []
+    monkeypatch.setattr(
+        student, "Teacher", lambda *args: teachers.append(args[-1]) or Teacher(*args)
+    )
+    train_student("--teacher", str(save_ldg()), "--views", "1", *options)
+    assert teachers == [precision]
+
+
+def test_precision_that_a_cpu_has_not_is_refused(train_student, save_ldg):
+    with pytest.raises(ConfigError, match="--teacher-amp fp16: expected a CUDA device"):
+        train_student("--teacher", str(save_ldg()), "--teacher-amp", "fp16", "--device", "cpu")
+
+
 def losses_of(path: Path) -> list[float]:
     with (path.parent / "metrics.csv").open(newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
