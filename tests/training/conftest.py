@@ -75,6 +75,17 @@ def student_file(
     return path
 
 
+@pytest.fixture(scope="session")
+def teacher_file(
+    face_set: Path, ldg: LabelDistributionGenerator, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Checkpoint of the LDG for the data set."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    spec = read_dataset(face_set).spec.replace(architecture="resnet18", input_size=48)
+    save_checkpoint(path, ldg, spec)
+    return path
+
+
 @pytest.fixture
 def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
     """A student's job; keywords change its recipe, its options, or ``votes``."""

@@ -14,7 +14,7 @@ import torch
 from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError
-from efficientface_deploy.models import load_checkpoint, save_checkpoint
+from efficientface_deploy.models import load_checkpoint
 from training import compare, student
 from training.compare import read_run
 from training.data import hold_out
@@ -24,15 +24,7 @@ from training.store import STORE, seconds_per_view
 
 
 @pytest.fixture(scope="module")
-def ldg_file(ldg, face_set, tmp_path_factory) -> Path:
-    spec = read_dataset(face_set).spec.replace(architecture="resnet18", input_size=32)
-    path = tmp_path_factory.mktemp("ldg") / "teacher.safetensors"
-    save_checkpoint(path, ldg, spec)
-    return path
-
-
-@pytest.fixture(scope="module")
-def runs(face_set, ldg_file, tmp_path_factory) -> Path:
+def runs(face_set, teacher_file, tmp_path_factory) -> Path:
     """Folder of four short trainings: onehot, mild, ldg, and one on all images."""
     root = tmp_path_factory.mktemp("runs")
     common = ["--data", str(face_set), "--input-size", "32", "--epochs", "2", "--workers", "0"]
@@ -41,7 +33,7 @@ def runs(face_set, ldg_file, tmp_path_factory) -> Path:
     options = {
         "onehot": own,
         "mild": [*own, "--augmentation", "mild"],
-        "ldg": ["--teacher", str(ldg_file), "--views", "2"],
+        "ldg": ["--teacher", str(teacher_file), "--views", "2"],
         "all": [*own, "--select", "last"],
     }
     for name, given in options.items():

@@ -23,14 +23,6 @@ CPU = torch.device("cpu")
 VIEWS = 2
 
 
-@pytest.fixture(scope="module")
-def teacher_file(face_set, ldg, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    spec = read_dataset(face_set).spec.replace(architecture="resnet18", input_size=48)
-    save_checkpoint(path, ldg, spec)
-    return path
-
-
 @dataclasses.dataclass
 class Setting:
     """Everything that a store is made from."""
