@@ -171,14 +171,16 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
 
 
 def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
-    """The rows as a page."""
+    """The rows as a page; of the others' options only what differs from the first's."""
     votes = "mean_kl_from_votes" in rows[0]
     head = ["run", "options", "accuracy, %", "against the first, points", "macro-F1, %", "ECE, %"]
     head += ["KL, nats"] if votes else []
     head += ["training, min", "store, min"]
     lines = []
+    first = rows[0]["options"]
     for row in rows:
-        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        shown = {k: v for k, v in row["options"].items() if row is rows[0] or v != first[k]}
+        options = ", ".join(f"{name} {value}" for name, value in shown.items())
         against = f"{100 * row['difference']:+.2f} {_span(row['difference_interval'], '+.2f')}"
         store = row["store_seconds"]
         lines.append(

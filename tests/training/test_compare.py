@@ -77,7 +77,9 @@ def test_rows_name_what_differs_and_score_the_holdout(run_compare, runs, face_se
 
     page = (tmp_path / "out/comparison.md").read_text()
     assert page.count("\n| ") == 1 + 3 and "| run | options | accuracy, %" in page
-    assert "| - |" in page.splitlines()[2] and "augmentation mild, targets onehot" in page
+    assert "| - |" in page.splitlines()[2]
+    assert "| onehot | augmentation strong, targets onehot, teacher None, views 0 |" in page
+    assert "| mild | augmentation mild |" in page and "| ldg | targets ldg, teacher /" in page
 
 
 def test_time_is_that_of_the_steps_and_of_the_store(run_compare, runs):
