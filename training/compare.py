@@ -16,12 +16,12 @@ import numpy as np
 
 from efficientface_deploy.artifact import write_text
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Dataset, Sample, read_dataset
+from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.metrics import paired_accuracy_difference
 from efficientface_deploy.predictor import load
-from training.data import hold_out
-from training.evaluate import HOLDOUT, check_labels, check_out, predict_samples, score
+from training.evaluate import HOLDOUT, check_labels, check_out, predict_samples, samples_of, score
+from training.loop import split_samples
 from training.markdown import table
 from training.record import METRICS
 from training.run import CONFIG, FREE_OPTIONS
@@ -140,7 +140,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
         dataset: What they were trained on.
         split: Whose images they are compared on.
     """
-    samples = _samples(dataset, split, runs[0])
+    samples = samples_of(dataset, split, int(runs[0].settings["seed"]))
     truth = np.array([sample.label for sample in samples])
     differing = _differing_options(runs)
     rows: list[Row] = []
@@ -154,6 +154,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
         difference = paired_accuracy_difference(truth, reference, predicted)
         figures = score(probabilities, samples, dataset.labels)
         kept = ("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval")
+        trained_on, _ = split_samples(dataset, run.settings["select"], int(run.settings["seed"]))
         confidence = ("expected_calibration_error", "mean_kl_from_votes")
         rows.append(
             {
@@ -163,7 +164,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
                 **{key: figures[key] for key in (*kept, *confidence) if key in figures},
                 "difference": difference.value,
                 "difference_interval": list(difference.interval),
-                "training_seconds": run.training_seconds(_trained_on(dataset, run)),
+                "training_seconds": run.training_seconds(len(trained_on)),
                 "store_seconds": run.store_seconds(),
             }
         )
@@ -221,19 +222,6 @@ def _check_seeds(runs: Sequence[Run], split: str) -> None:
                     found=f"--{name} {run.settings[name]}",
                     fix="leave the run out, or compare on --split validation",
                 )
-
-
-def _samples(dataset: Dataset, split: str, run: Run) -> Sequence[Sample]:
-    if split == HOLDOUT:
-        return hold_out(dataset.split("train"), int(run.settings["seed"]))[1]
-    return dataset.split(split)
-
-
-def _trained_on(dataset: Dataset, run: Run) -> int:
-    train = dataset.split("train")
-    if run.settings["select"] == HOLDOUT:
-        return len(hold_out(train, int(run.settings["seed"]))[0])
-    return len(train)
 
 
 def _differing_options(runs: Sequence[Run]) -> list[str]:

@@ -91,11 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_preset(config.weights, config.preset)
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
-    samples = (
-        hold_out(dataset.split("train"), config.seed)[1]
-        if split == HOLDOUT
-        else dataset.split(split)
-    )
+    samples = samples_of(dataset, split, config.seed)
     with load(config.weights, preset=config.preset) as predictor:
         check_labels(predictor, dataset)
         probabilities = predict_samples(predictor, samples)
@@ -118,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_evaluation(config.out, figures)
         print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
     return 0
+
+
+def samples_of(dataset: Dataset, split: str, seed: int) -> Sequence[Sample]:
+    """A split, or the tenth of train that a training with this seed held out."""
+    return hold_out(dataset.split("train"), seed)[1] if split == HOLDOUT else dataset.split(split)
 
 
 def check_labels(predictor: Predictor, dataset: Dataset) -> None:

@@ -168,8 +168,7 @@ class Trainer:
         if config.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.amp = config.amp_type
-        if self.amp is not None and ranks.device.type == "cpu":
-            use_matrix_products(model)
+        use_matrix_products(model, ranks.device, self.amp)
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(memory_format=self.format).to(ranks.device)
         self.optimizer = recipe.optimizer(self.model)
@@ -307,12 +306,13 @@ def choose_samples(job: Job) -> tuple[list[Sample], list[Sample]]:
         ConfigError: A class has no image to train on.
         DatasetError: There is no such split.
     """
-    samples, selection = _split(job.dataset, job.recipe.select, job.config.seed)
+    samples, selection = split_samples(job.dataset, job.recipe.select, job.config.seed)
     check_classes(job.dataset, samples)
     return samples, selection
 
 
-def _split(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split_samples(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """As :func:`choose_samples`, by the option ``select`` and the seed."""
     samples = list(dataset.split("train"))
     if select == "holdout":
         return hold_out(samples, seed)

@@ -19,11 +19,14 @@ from torch.nn.grad import conv2d_input
 _MOST_POSITIONS = 64
 
 
-def use_matrix_products(model: nn.Module) -> None:
+def use_matrix_products(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
     """Replace a network's dense 3x3 convolutions by :class:`SmallMapConv2d`, in place.
 
-    The parameters stay the same objects under the same names.
+    The parameters stay the same objects under the same names. On a GPU, and in float32, nothing
+    is replaced.
     """
+    if amp is None or device.type != "cpu":
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Conv2d and _fits(child):

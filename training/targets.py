@@ -91,8 +91,7 @@ class Teacher:
                 found="an EfficientFace",
                 fix="give the teacher's checkpoint",
             )
-        if amp is not None and device.type == "cpu":
-            use_matrix_products(model)
+        use_matrix_products(model, device, amp)
         self.path = path
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device

@@ -57,7 +57,7 @@ def test_a_network_keeps_its_parameters_and_their_names() -> None:
     before = dict(model.named_parameters())
     keys = list(model.state_dict())
 
-    use_matrix_products(model)
+    use_matrix_products(model, torch.device("cpu"), torch.bfloat16)
 
     assert sum(isinstance(module, SmallMapConv2d) for module in model.modules()) == 16
     assert list(model.state_dict()) == keys
