@@ -18,6 +18,7 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
 
 from benchmarks.machine import default_folder, new_result, usable_cpus
 from benchmarks.report import console, require_libraries, write_result
@@ -30,6 +31,7 @@ from training.loop import Trainer, choose_samples
 from training.parallel import Ranks
 from training.recipe import DEFAULT_STUDENT
 from training.run import Job, Progress, TrainConfig
+from training.small_maps import SmallMapConv2d
 from training.store import store_binding, stored_distributions
 from training.targets import Blend, Teach, Teacher, own_targets
 
@@ -64,6 +66,7 @@ class Case:
     threads: int = 1
     workers: int = 0
     channels_last: bool = True
+    matrix_products: bool = True
 
 
 def plan_cases() -> list[Case]:
@@ -80,8 +83,11 @@ def plan_cases() -> list[Case]:
     if cores > 1:
         cases.append(Case(f"{cores} threads", threads=cores))
         cases.append(Case(f"{cores} threads, one loading worker", threads=cores, workers=1))
-    cases.append(Case("the LDG's own training", network="ldg"))
-    cases.append(Case("the LDG's own training, bf16", network="ldg", amp="bf16"))
+    ldg = Case("the LDG's own training", network="ldg")
+    cases.append(ldg)
+    cases.append(dataclasses.replace(ldg, name=f"{ldg.name}, bf16", amp="bf16"))
+    name = f"{ldg.name}, bf16, no matrix products"
+    cases.append(dataclasses.replace(ldg, name=name, amp="bf16", matrix_products=False))
     return cases
 
 
@@ -123,21 +129,25 @@ def run(config: TrainingBenchConfig) -> dict[str, Any]:
 def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     """A function that does the next step of a training."""
     dataset = read_dataset(config.data)
-    kept_ldg, ldg_spec = load_checkpoint(config.teacher)
+    torch.manual_seed(config.seed)
+    if case.network == "ldg":
+        model, own = load_checkpoint(config.teacher)
+    else:
+        own = dataset.spec.replace(architecture="efficientface", input_size=config.input_size)
+        model = EfficientFace(own.num_classes)
     options = TrainConfig(
         config.data,
         folder,
-        input_size=ldg_spec.input_size if case.network == "ldg" else config.input_size,
+        input_size=own.input_size,
         batch_size=config.batch_size,
         seed=config.seed,
         workers=case.workers,
         channels_last=case.channels_last,
         amp=case.amp,
     )
-    architecture = ldg_spec.architecture if case.network == "ldg" else "efficientface"
-    spec = options.model_spec(dataset, architecture)
+    spec = options.model_spec(dataset, own.architecture)
     recipe = dataclasses.replace(options.change(DEFAULT_STUDENT), epochs=1_000, views=1)
-    job = Job("student", spec, recipe, dataset, options)
+    job = Job("teacher" if case.network == "ldg" else "student", spec, recipe, dataset, options)
     ranks = Ranks(torch.device("cpu"))
     samples = choose_samples(job)[0][:: len(dataset.split("train")) // config.images + 1]
     augmentation = AUGMENTATIONS[recipe.augmentation](spec)
@@ -153,9 +163,9 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
             binding = store_binding(images, teacher, recipe.augmentation, data_hash)
             path = folder / "store.safetensors"
             images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
-    torch.manual_seed(config.seed)
-    model = kept_ldg if case.network == "ldg" else EfficientFace(spec.num_classes)
     trainer = Trainer(job, model, images, teach, ranks)
+    if not case.matrix_products:
+        use_library_convolutions(model)
     trainer.forward.train()
     batches = endless(trainer)
 
@@ -163,6 +173,13 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
         trainer.train_step(*next(batches), Progress())
 
     return step
+
+
+def use_library_convolutions(model: nn.Module) -> None:
+    """Undo :func:`training.small_maps.use_matrix_products`, in place."""
+    for module in model.modules():
+        if type(module) is SmallMapConv2d:
+            module.__class__ = nn.Conv2d  # the parameters are the same
 
 
 def endless(trainer: Trainer) -> Iterator[Batch]:
@@ -188,11 +205,11 @@ def describe(case: Case, samples: dict[str, Samples], batch_size: int) -> dict[s
 
 def as_table(result: dict[str, Any]) -> str:
     """The result for a terminal."""
-    lines = [f"{'':34} {'images/s':>9} {'cost of a step':>22}"]
+    lines = [f"{'':50} {'images/s':>9} {'cost of a step':>22}"]
     for row in result["cases"]:
         cost = row["cost"]
         interval = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
-        lines.append(f"{row['name']:34} {row['images_per_second']:9.0f} {interval:>22}")
+        lines.append(f"{row['name']:50} {row['images_per_second']:9.0f} {interval:>22}")
     if any(row["busy"] for row in result["cases"]):
         lines.append("the machine was busy with something else: read the costs with care")
     return "\n".join(lines)

@@ -101,8 +101,8 @@ def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
     """Refuse options that contradict each other.
 
     Raises:
-        ConfigError: ``ldg`` without a teacher, a teacher or a store that would not be asked, or a
-            share that is none.
+        ConfigError: ``ldg`` without a teacher; a teacher, its precision or a store that would not
+            be used; or a share that is none.
     """
     if config.asks_teacher and config.teacher is None:
         raise ConfigError(
@@ -117,6 +117,13 @@ def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
             expected=f"none with --targets {config.targets}",
             found=str(config.teacher),
             fix="leave --teacher out, or choose --targets ldg",
+        )
+    if not config.asks_teacher and config.teacher_amp is not None:
+        raise ConfigError(
+            "--teacher-amp",
+            expected=f"none with --targets {config.targets}, which asks no LDG",
+            found=config.teacher_amp,
+            fix="leave --teacher-amp out, or choose --targets ldg",
         )
     if ldg_share > 1:
         raise ConfigError(

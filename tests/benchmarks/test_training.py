@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import training as bench
 from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.timing import Samples
 from training import prepare
+from training.small_maps import use_matrix_products
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,7 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
     assert {(row["network"], row["amp"]) for row in rows.values()} == {
         (network, amp) for network in ("student", "ldg") for amp in ("off", "bf16")
     }
+    assert sum(not row["matrix_products"] for row in rows.values()) == 1
     assert rows[bench.BASELINE]["cost"]["value"] == 1
     for row in rows.values():
         assert row["images_per_second"] == pytest.approx(8000 / row["p50_ms"])
@@ -46,8 +49,18 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
     assert "teacher in every step" in capsys.readouterr().out
 
 
-def test_cost_is_a_steps_time_by_the_baselines(setting):
+def test_library_convolutions_are_put_back():
+    model = LabelDistributionGenerator(7, "resnet18")
+    kinds = [type(module) for module in model.modules()]
+    keys = list(model.state_dict())
+    use_matrix_products(model, torch.device("cpu"), torch.bfloat16)
+    assert [type(module) for module in model.modules()] != kinds
+    bench.use_library_convolutions(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
 
+
+def test_cost_is_a_steps_time_by_the_baselines(setting):
     samples = {
         bench.BASELINE: Samples(np.full((3, 4), 2_000_000)),
         "stored distributions": Samples(np.full((3, 4), 3_000_000)),

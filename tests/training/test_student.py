@@ -275,6 +275,11 @@ def test_teacher_that_would_not_be_asked(targets, train_student, save_ldg):
         train_student("--targets", targets, "--teacher", str(save_ldg()))
 
 
+def test_a_precision_without_an_ldg_is_refused(train_student):
+    with pytest.raises(ConfigError, match="--teacher-amp: expected none with --targets votes"):
+        train_student("--targets", "votes", "--teacher-amp", "bf16")
+
+
 def test_missing_teacher(train_student, tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.safetensors.*no such file"):
         train_student("--teacher", str(tmp_path / "none.safetensors"))
