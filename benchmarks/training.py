@@ -179,7 +179,7 @@ def use_library_convolutions(model: nn.Module) -> None:
     """Undo :func:`training.small_maps.use_matrix_products`, in place."""
     for module in model.modules():
         if type(module) is SmallMapConv2d:
-            module.__class__ = nn.Conv2d  # the parameters are the same
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # of the same parameters
 
 
 def endless(trainer: Trainer) -> Iterator[Batch]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+from onnx import TensorProto
 
 from efficientface_deploy.artifact import (
     atomic_path,
@@ -257,6 +258,7 @@ def build_engine(
     targets = _targets(module, kind, options.compute_capabilities)
     built_for = _built_for(kind, options.compute_capabilities)
     _check_batch(graph, onnx_path)
+    _check_rounding(graph, onnx_path)
     _check_turing(graph, kind, built_for, onnx_path)
     timings = folder / f"tensorrt-{built_for[0]}.timings" if folder and kind == "trt" else None
 
@@ -622,6 +624,24 @@ def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
             found=f"{image.name} of shape ({', '.join(map(str, shape))})",
             fix="export the ONNX file again with efficientface-export",
         )
+
+
+def _check_rounding(graph: onnx.ModelProto, path: Path) -> None:
+    """Refuse INT8 as ONNX Runtime's CPU wants it.
+
+    Raises:
+        ExportError: Activations are uint8.
+    """
+    types = {weight.name: weight.data_type for weight in graph.graph.initializer}
+    for node in graph.graph.node:
+        rounds = node.op_type == "QuantizeLinear"
+        if rounds and TensorProto.UINT8 in map(types.get, node.input[2:]):
+            raise ExportError(
+                path,
+                expected="INT8 for a GPU, with activations of int8",
+                found="INT8 for a CPU, with activations of uint8",
+                fix="export it from the checkpoint or the FP32 file with --target gpu",
+            )
 
 
 def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], path: Path) -> None:

@@ -20,14 +20,9 @@ from .calibrate import Calibration
 from .config import ExportConfig
 from .folder import OutputFolder, failed_name
 from .graph import read_onnx, write_onnx
+from .int8 import ROUNDINGS, quantise, rounded_groups
 from .plan import Plan, request
-from .precision import (
-    quantise,
-    quantised_inputs,
-    require_fp16_range,
-    require_precision,
-    to_fp16,
-)
+from .precision import require_fp16_range, require_precision, to_fp16
 from .progress import build_progress
 from .provenance import Provenance, now
 from .ranges import activation_limits, tensor_ranges
@@ -189,7 +184,9 @@ def _quantise(
     """The graph in INT8, what is to be recorded about it, and what to warn about."""
     config, calibration = job.config, job.calibration
     assert calibration is not None  # the plan sees to it
-    largest = {name: ranges[name] for name in quantised_inputs(graph)}
+    rounding = ROUNDINGS[job.plan.target]
+    groups = rounded_groups(graph, rounding)
+    largest = {name: ranges[name] for group in groups for name in group.tensors}
     images = _graph_input(job, graph, calibration.images)
     limits = activation_limits(graph, largest, images, config.calib_method)
     details: dict[str, Any] = {}
@@ -198,12 +195,13 @@ def _quantise(
     if config.int8_search:
         weight_bytes = 2 if job.plan.target == "gpu" else 4
         apart = _graph_input(job, graph, calibration.apart)
-        search = find_sensitive_layers(graph, limits, apart, excluded, weight_bytes)
+        search = find_sensitive_layers(graph, limits, rounding, apart, excluded, weight_bytes)
         details["search"] = search.record()
         notes += (search.describe(),)
         excluded = excluded.union(search.left_out)
     details["excluded"] = sorted(excluded)
-    return quantise(graph, limits, excluded), details, notes
+    details["rounding"] = dataclasses.asdict(rounding)
+    return quantise(graph, limits, rounding, excluded), details, notes
 
 
 def _graph_input(job: Job, graph: onnx.ModelProto, images: UInt8Array) -> npt.NDArray[Any]:

@@ -7,28 +7,20 @@ nothing by itself.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from efficientface_deploy.errors import ExportError
 
+from .int8 import QUANTISED_OPERATORS, quantisable_layers
 from .packages import require_package
 
 FP16_MAX = 65_504.0
-FP16_TINY = 2.0**-24  # the smallest number above zero: a scale must not become zero
 # A range measured on some hundred faces will be exceeded by others.
 FP16_MARGIN = 4.0
-INT8_MAX = 127  # -128 is not used: ranges are symmetric
-
-QUANTISED_OPERATORS = ("Conv", "Gemm")
-LUMA = "luma"
 
 _TYPE_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -65,144 +57,6 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
     _softmax_in_fp32(converted)
     del converted.graph.value_info[:]  # types of before; shape inference makes them anew
     return onnx.shape_inference.infer_shapes(converted)
-
-
-def quantise(
-    graph: onnx.ModelProto, limits: Mapping[str, float], exclude: Collection[str] = ()
-) -> onnx.ModelProto:
-    """INT8 by symmetric Q/DQ pairs at the inputs of convolutions and linear layers.
-
-    Weights per channel, activations per tensor, biases not quantised, no pair between a
-    convolution and its ReLU: what TensorRT 10, 11 and for RTX accept and fuse.
-
-    Args:
-        graph: FP32.
-        limits: Magnitude that 127 stands for, for each of :func:`quantised_inputs`.
-        exclude: Names of layers that stay in higher precision.
-
-    Returns:
-        A new graph, FP32 with Q/DQ pairs.
-
-    Raises:
-        ExportError: ``exclude`` names something that is not a convolution or linear layer.
-    """
-    _check_excluded(graph, exclude)
-    chosen = {layer.name for layer in quantisable_layers(graph)} - set(exclude)
-    quantised = _copy(graph)
-    del quantised.graph.node[:]
-    pairs = _PairWriter(quantised.graph)
-    for node in graph.graph.node:
-        if node.name not in chosen:
-            quantised.graph.node.append(node)
-            continue
-        data, weight = node.input[:2]
-        inputs = [pairs.activation(data, limits[data]), pairs.weight(weight, _output_axis(node))]
-        quantised.graph.node.append(node)
-        quantised.graph.node[-1].input[:2] = inputs
-    read = {name for node in quantised.graph.node for name in node.input}
-    for initializer in list(quantised.graph.initializer):
-        if initializer.name not in read:  # FP32 weights that are INT8 now
-            quantised.graph.initializer.remove(initializer)
-    return quantised
-
-
-def quantisable_layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Convolutions and linear layers of the network, those of its preprocessing left out."""
-    preprocessing = _preprocessing_nodes(graph)
-    return [
-        node
-        for node in graph.graph.node
-        if node.op_type in QUANTISED_OPERATORS and node.name not in preprocessing
-    ]
-
-
-def quantised_inputs(graph: onnx.ModelProto, exclude: Collection[str] = ()) -> dict[str, list[str]]:
-    """The activations that INT8 rounds, each with the names of the layers that read it."""
-    readers: dict[str, list[str]] = {}
-    for layer in quantisable_layers(graph):
-        if layer.name not in exclude:
-            readers.setdefault(layer.input[0], []).append(layer.name)
-    return readers
-
-
-class _PairWriter:
-    """Appends Q/DQ pairs to a graph, one for each tensor however many layers read it."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.weights = {weight.name: weight for weight in graph.initializer}
-        self.dequantised: dict[str, str] = {}
-
-    def activation(self, name: str, limit: float) -> str:
-        """Round an activation to one scale.
-
-        Returns:
-            The name of what it becomes.
-        """
-        if name not in self.dequantised:
-            parameters = self.parameters(name, _scale(np.float32(limit)))
-            rounded = f"{name}_quantized"
-            self.node("QuantizeLinear", name, [name, *parameters], rounded)
-            self.node("DequantizeLinear", name, [rounded, *parameters], f"{name}_dequantized")
-            self.dequantised[name] = f"{name}_dequantized"
-        return self.dequantised[name]
-
-    def weight(self, name: str, axis: int) -> str:
-        """Store a weight as INT8, with a scale for each output channel on ``axis``.
-
-        Returns:
-            The name of what it becomes.
-        """
-        if name not in self.dequantised:
-            values = numpy_helper.to_array(self.weights[name])
-            others = tuple(other for other in range(values.ndim) if other != axis)
-            scale = _scale(np.abs(values).max(axis=others))  # (C,)
-            rounded = np.rint(values / np.expand_dims(scale, others)).astype(np.int8)
-            parameters = self.parameters(name, scale)
-            inputs = [self.array(f"{name}_quantized", rounded), *parameters]
-            self.node("DequantizeLinear", name, inputs, f"{name}_dequantized", axis=axis)
-            self.dequantised[name] = f"{name}_dequantized"
-        return self.dequantised[name]
-
-    def parameters(self, name: str, scale: Any) -> tuple[str, str]:
-        zero_point = np.zeros_like(scale, dtype=np.int8)
-        return self.array(f"{name}_scale", scale), self.array(f"{name}_zero_point", zero_point)
-
-    def array(self, name: str, values: Any) -> str:
-        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
-        return name
-
-    def node(
-        self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any
-    ) -> None:
-        named = f"{name}_{operator}"
-        self.graph.node.append(
-            onnx.helper.make_node(operator, inputs, [output], named, **attributes)
-        )
-
-
-def _scale(magnitude: Any) -> Any:
-    """What one step of INT8 is worth; what was always zero keeps a range of 1."""
-    step = np.where(magnitude > 0, magnitude, 1) / INT8_MAX
-    return np.maximum(step, FP16_TINY).astype(np.float32)
-
-
-def _output_axis(layer: onnx.NodeProto) -> int:
-    """Axis of a layer's weights that its output channels lie on."""
-    transposed = any(a.name == "transB" and a.i for a in layer.attribute)
-    return 0 if layer.op_type == "Conv" or transposed else 1
-
-
-def _check_excluded(graph: onnx.ModelProto, exclude: Collection[str]) -> None:
-    layers = [layer.name for layer in quantisable_layers(graph)]
-    if unknown := [name for name in exclude if name not in layers]:
-        near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
-        raise ExportError(
-            "--exclude",
-            expected="names of convolutions or linear layers, such as " + ", ".join(near),
-            found=", ".join(unknown),
-            fix="look them up in the FP32 ONNX file, e.g. with Netron",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,15 +150,6 @@ def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, flo
             fix="export with --precision fp32",
         )
     return name, ranges[name]
-
-
-def _preprocessing_nodes(graph: onnx.ModelProto) -> list[str]:
-    """Convolutions that make luminance of colour: not the network's, and not to be rounded."""
-    return [
-        node.name
-        for node in graph.graph.node
-        if node.op_type == "Conv" and node.input[1].endswith(LUMA)
-    ]
 
 
 def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:

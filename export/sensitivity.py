@@ -20,7 +20,7 @@ import onnx
 from efficientface_deploy.artifact import OUTPUTS
 from efficientface_deploy.metrics import mean_kl
 
-from .precision import quantisable_layers, quantise, quantised_inputs
+from .int8 import Rounding, quantisable_layers, quantise, rounded_groups
 from .ranges import run_tensors
 
 SEARCH_IMAGES = 256
@@ -66,18 +66,20 @@ class Search:
 def find_sensitive_layers(
     graph: onnx.ModelProto,
     limits: Mapping[str, float],
+    rounding: Rounding,
     images: npt.NDArray[Any],
     exclude: Collection[str],
     weight_bytes: int,
 ) -> Search:
     """Leave out of INT8 as few layers as bring the divergence below :data:`KL_TARGET`.
 
-    A rounded tensor and the layers that read it go together, the most harmful first; one that
-    would make the file too large is passed over.
+    What is rounded with one scale and the layers that read it go together, the most harmful first;
+    what would make the file too large is passed over.
 
     Args:
         graph: FP32.
         limits: Ranges of its activations, as :func:`quantise` takes them.
+        rounding: How the processor wants INT8.
         images: As the graph takes them; not those that the ranges come from.
         exclude: Layers that are left out in any case.
         weight_bytes: What a weight of a layer that is left out takes in the file: 4 or 2.
@@ -85,25 +87,27 @@ def find_sensitive_layers(
     reference = _probabilities(graph, images)
 
     def divergence(left_out: Collection[str], count: int = len(images)) -> float:
-        found = _probabilities(quantise(graph, limits, left_out), images[:count])
+        found = _probabilities(quantise(graph, limits, rounding, left_out), images[:count])
         return mean_kl(reference[:count], found)
 
     first = divergence(exclude)
     left_out: list[str] = []
     kl = first
     if kl > KL_TARGET:
-        readers = quantised_inputs(graph, exclude)
+        groups = rounded_groups(graph, rounding, exclude)
         layers = {layer.name for layer in quantisable_layers(graph)}
-        harm = {name: divergence(layers - set(readers[name]), _RANKING_IMAGES) for name in readers}
+        alone = [layers.difference(group.layers) for group in groups]
+        harm = [divergence(others.union(exclude), _RANKING_IMAGES) for others in alone]
         growth = _growth(graph, weight_bytes)
-        allowed = GROWTH * quantise(graph, limits, exclude).ByteSize()
-        for name in sorted(harm, key=harm.__getitem__, reverse=True):
+        allowed = GROWTH * quantise(graph, limits, rounding, exclude).ByteSize()
+        for index in np.argsort(harm)[::-1]:
             if kl <= KL_TARGET:
                 break
-            added = sum(growth[layer] for layer in readers[name])
+            more = set(groups[index].layers).difference(exclude, left_out)
+            added = sum(growth[layer] for layer in more)
             if added <= allowed:
                 allowed -= added
-                left_out += readers[name]
+                left_out += sorted(more)
                 kl = divergence([*exclude, *left_out])
     return Search(tuple(left_out), len(images), first, kl)
 

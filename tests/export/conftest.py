@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ import onnx
 import onnxruntime
 import pytest
 from efficientface_export.cli import main
+from efficientface_export.int8 import ROUNDINGS, quantise, rounded_groups
+from efficientface_export.ranges import activation_limits, tensor_ranges
 
 from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import iterate_batches, read_dataset
@@ -129,6 +131,33 @@ def artifacts(exported: Path, tmp_path: Path) -> Path:
 def graph(exported: Path) -> onnx.ModelProto:
     """The FP32 graph of :func:`student`."""
     return onnx.load(exported / "efficientface-fp32-cpu.onnx")
+
+
+@pytest.fixture(scope="session")
+def int8_of() -> Callable[..., onnx.ModelProto]:
+    """Gives INT8 of a graph, with ranges of some images, as a kind of processor wants it."""
+
+    def convert(
+        graph: onnx.ModelProto,
+        images: np.ndarray,
+        method: str = "minmax",
+        exclude: Iterable[str] = (),
+        target: str = "gpu",
+    ) -> onnx.ModelProto:
+        ranges, rounding = tensor_ranges(graph, images), ROUNDINGS[target]
+        names = [name for group in rounded_groups(graph, rounding) for name in group.tensors]
+        limits = activation_limits(graph, {name: ranges[name] for name in names}, images, method)
+        return quantise(graph, limits, rounding, exclude)
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def int8(
+    graph: onnx.ModelProto, images: np.ndarray, int8_of: Callable[..., onnx.ModelProto]
+) -> onnx.ModelProto:
+    """:func:`graph` in INT8 for a GPU."""
+    return int8_of(graph, images)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from efficientface_export import trace as trace_module
 from efficientface_export.cli import main
 from efficientface_export.folder import open_folder
 from efficientface_export.graph import read_onnx, write_onnx
+from efficientface_export.int8 import ROUNDINGS, Rounding
 from efficientface_export.sensitivity import Search
 from tensorrt_stand_in import Library
 
@@ -366,9 +367,14 @@ class TestOptions:
         asked = []
 
         def find(
-            graph: Any, limits: Any, images: np.ndarray, exclude: set[str], weight_bytes: int
+            graph: Any,
+            limits: Any,
+            rounding: Rounding,
+            images: np.ndarray,
+            exclude: set[str],
+            weight_bytes: int,
         ) -> Search:
-            asked.append((len(images), exclude, weight_bytes))
+            asked.append((rounding, len(images), exclude, weight_bytes))
             return Search((second, third), len(images), 1e-3, 2e-4)
 
         monkeypatch.setattr(make, "find_sensitive_layers", find)
@@ -376,7 +382,7 @@ class TestOptions:
         command += ["--calib", faces, "--calib-images", 20, "--exclude", first]
         code, output, _ = exit_code(*command, "--out", artifacts, "--overwrite")
         assert code == 0
-        assert asked == [(35, {first}, 4)]
+        assert asked == [(ROUNDINGS["cpu"], 35, {first}, 4)]
         assert f"3 fp32 + {len(others)} int8 convolutions" in output
         assert "2 layers left in higher precision, mean KL 1.0e-03 -> 2.0e-04" in output
         record = read_onnx(artifacts / INT8)[2]

@@ -199,6 +199,20 @@ def test_turing_is_explained_before_the_build(
         build_engine(path, "trt-rtx", both)
 
 
+def test_int8_for_a_cpu_is_refused_before_the_build(
+    rtx: types.ModuleType, onnx_file: Callable[..., Path], spec: ModelSpec
+) -> None:
+    path = onnx_file("int8")
+    graph = onnx.load(path)
+    zeros = {n.input[2] for n in graph.graph.node if n.op_type == "QuantizeLinear"}
+    for weight in graph.graph.initializer:
+        if weight.name in zeros:
+            weight.CopyFrom(numpy_helper.from_array(np.array(128, dtype=np.uint8), weight.name))
+    onnx.save(graph, path)
+    with pytest.raises(ExportError, match=r"expected INT8 for a GPU.*--target gpu"):
+        build_engine(path, "trt-rtx", SM89)
+
+
 def test_graph_that_the_parser_refuses(
     rtx: types.ModuleType, tmp_path: Path, spec: ModelSpec
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 from efficientface_export.deploy_graph import PROFILES, deploy_graph
 from efficientface_export.engine import EngineOptions, build_engine
 from efficientface_export.graph import write_onnx
-from efficientface_export.precision import quantise, to_fp16
+from efficientface_export.int8 import ROUNDINGS, quantise
+from efficientface_export.precision import to_fp16
 from efficientface_export.ranges import tensor_ranges
 from efficientface_export.trace import trace
 
@@ -65,7 +66,7 @@ def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
             weights = {name: value.numpy() for name, value in network.state_dict().items()}
             graph = deploy_graph(weights, spec, PROFILES["gpu"])
         if precision == "int8":
-            graph = quantise(graph, tensor_ranges(graph, images))
+            graph = quantise(graph, tensor_ranges(graph, images), ROUNDINGS["gpu"])
         return graph if precision == "fp32" else to_fp16(graph)
 
     def make(layout: str, precision: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,11 @@ from efficientface_export.graph import write_onnx
 from efficientface_export.precision import (
     FP16_MARGIN,
     FP16_MAX,
-    FP16_TINY,
-    quantise,
-    quantised_inputs,
     require_fp16_range,
     require_precision,
-    summarise_precision,
     to_fp16,
 )
-from efficientface_export.ranges import activation_limits, tensor_ranges
+from efficientface_export.ranges import tensor_ranges
 from efficientface_export.source import open_source
 from onnx import TensorProto, numpy_helper
 
@@ -31,35 +26,9 @@ from efficientface_deploy.backends import onnx as onnx_backend
 from efficientface_deploy.dataset import iterate_batches, read_dataset
 from efficientface_deploy.errors import BackendError, ExportError
 from efficientface_deploy.metrics import accuracy, max_probability_difference, top1_agreement
-from efficientface_deploy.preprocess import normalise
-from efficientface_deploy.spec import ModelSpec
+from tests.export.graphs import by_output, types_of
 
 LAYERS = ("Conv", "Gemm")
-
-
-def types_of(graph: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(graph).graph
-    values = [*inferred.value_info, *inferred.input, *inferred.output]
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return types | {weight.name: weight.data_type for weight in inferred.initializer}
-
-
-def by_output(graph: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    return {name: node for node in graph.graph.node for name in node.output}
-
-
-def int8_of(
-    graph: onnx.ModelProto, images: np.ndarray, method: str = "minmax", exclude: Any = ()
-) -> onnx.ModelProto:
-    """INT8 with ranges of these images."""
-    ranges = tensor_ranges(graph, images)
-    largest = {name: ranges[name] for name in quantised_inputs(graph)}
-    return quantise(graph, activation_limits(graph, largest, images, method), exclude)
-
-
-@pytest.fixture(scope="module")
-def int8(graph: onnx.ModelProto, images: np.ndarray) -> onnx.ModelProto:
-    return int8_of(graph, images)
 
 
 @pytest.fixture(scope="module")
@@ -144,173 +113,6 @@ class TestFP16Range:
         assert require_fp16_range({"a": 3.0, "b": 16_375.0}, "x") == ("b", 16_375.0)
 
 
-class TestINT8:
-    def test_symmetric_and_per_channel(self, int8: onnx.ModelProto) -> None:
-        weights = {weight.name: weight for weight in int8.graph.initializer}
-        pairs = Counter()
-        for node in int8.graph.node:
-            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-                continue
-            zero_point = weights[node.input[2]]
-            assert zero_point.data_type == TensorProto.INT8
-            assert not numpy_helper.to_array(zero_point).any()
-            scale = numpy_helper.to_array(weights[node.input[1]])
-            stored = weights.get(node.input[0])
-            if stored is None:
-                assert scale.size == 1
-                pairs[node.op_type] += 1
-            else:  # a layer's weights
-                assert stored.data_type == TensorProto.INT8
-                assert scale.shape == (stored.dims[0],)
-                pairs["weights"] += 1
-        assert pairs["weights"] == 71
-        assert pairs["QuantizeLinear"] == pairs["DequantizeLinear"] > 40
-
-    def test_every_layer_takes_int8_and_a_float_bias(self, int8: onnx.ModelProto) -> None:
-        producers, types = by_output(int8), types_of(int8)
-        layers = [node for node in int8.graph.node if node.op_type in LAYERS]
-        assert len(layers) == 71
-        for node in layers:
-            data, weight, *bias = node.input
-            assert producers[data].op_type == producers[weight].op_type == "DequantizeLinear"
-            for name in bias:
-                assert name not in producers and types[name] == TensorProto.FLOAT
-        assert "int32" not in {
-            onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).name
-            for weight in int8.graph.initializer
-            if "bias" in weight.name
-        }
-
-    def test_nothing_between_a_convolution_and_its_relu(self, int8: onnx.ModelProto) -> None:
-        producers = by_output(int8)
-        relus = [node for node in int8.graph.node if node.op_type == "Relu"]
-        assert len(relus) > 30
-        assert {producers[node.input[0]].op_type for node in relus} <= {"Conv", "Gemm"}
-        quantised = [node for node in int8.graph.node if node.op_type == "QuantizeLinear"]
-        made_by = {producers[node.input[0]].op_type for node in quantised}
-        assert not made_by & {"QuantizeLinear", "DequantizeLinear"}
-
-    def test_no_pair_directly_after_a_layer_that_has_a_relu(self, int8: onnx.ModelProto) -> None:
-        consumers: dict[str, list[str]] = {}
-        for node in int8.graph.node:
-            for name in node.input:
-                consumers.setdefault(name, []).append(node.op_type)
-        for node in int8.graph.node:
-            if node.op_type == "Conv" and "Relu" in consumers[node.output[0]]:
-                assert consumers[node.output[0]] == ["Relu"]
-
-    def test_weights_are_rounded_to_the_nearest_step(
-        self, graph: onnx.ModelProto, int8: onnx.ModelProto
-    ) -> None:
-        full = {weight.name: numpy_helper.to_array(weight) for weight in graph.graph.initializer}
-        stored = {weight.name: numpy_helper.to_array(weight) for weight in int8.graph.initializer}
-        pairs = [n for n in int8.graph.node if n.op_type == "DequantizeLinear"]
-        rounded = [n for n in pairs if n.input[0] in stored]
-        assert len(rounded) == 71
-        for node in rounded:
-            name = node.input[0].removesuffix("_quantized")
-            weight = full[name]
-            values, scale, _ = (stored[name] for name in node.input)
-            step = scale.reshape(-1, *[1] * (weight.ndim - 1))
-            assert (np.abs(values * step - weight) <= 0.5001 * step).all()
-            assert (np.abs(values).reshape(len(weight), -1).max(axis=1) == 127).all()
-            assert name not in stored  # FP32 is gone from the file
-
-    def test_ranges_arrive(
-        self, graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
-    ) -> None:
-        largest = tensor_ranges(graph, images)
-        weights = {weight.name: weight for weight in int8.graph.initializer}
-        pairs = [node for node in int8.graph.node if node.op_type == "QuantizeLinear"]
-        for node in pairs:
-            scale = float(numpy_helper.to_array(weights[node.input[1]]))
-            assert scale * 127 == pytest.approx(largest[node.input[0]], rel=1e-5)
-
-    def test_methods_give_other_graphs(
-        self, graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
-    ) -> None:
-        scales = []
-        for quantised in (int8, *(int8_of(graph, images, m) for m in ("entropy", "percentile"))):
-            weights = {weight.name: weight for weight in quantised.graph.initializer}
-            pairs = [node for node in quantised.graph.node if node.op_type == "QuantizeLinear"]
-            found = [float(numpy_helper.to_array(weights[node.input[1]])) for node in pairs]
-            scales.append(np.array(found))
-        minmax, entropy, percentile = scales
-        assert (entropy <= minmax * 1.0001).all() and (percentile <= minmax * 1.0001).all()
-        assert entropy.sum() < 0.97 * minmax.sum()
-        assert not np.allclose(entropy, percentile)
-
-    def test_result(
-        self, graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray, infer: Any
-    ) -> None:
-        full, rounded = infer(graph, images), infer(int8, images)
-        assert top1_agreement(full[1], rounded[1]) > 0.8
-        assert 0.001 < max_probability_difference(full[1], rounded[1]) < 0.7
-
-    def test_excluded_layers_stay(self, graph: onnx.ModelProto, images: np.ndarray) -> None:
-        names = [node.name for node in graph.graph.node if node.op_type == "Conv"][:2]
-        quantised = int8_of(graph, images[:4], exclude=[*names, names[0]])
-        summary = summarise_precision(quantised)
-        assert summary.convolutions == {"int8": 66, "fp32": 2}
-        assert str(summary) == "2 fp32 + 66 int8 convolutions, 3 int8 linear"
-        assert require_precision(quantised, "int8", 2, "x") == str(summary)
-        assert summarise_precision(to_fp16(quantised)).convolutions == {"int8": 66, "fp16": 2}
-        with pytest.raises(ExportError, match="in int8 but 1 that were excluded, found 2 fp32"):
-            require_precision(quantised, "int8", 1, "x")
-
-    def test_unknown_node(self, graph: onnx.ModelProto, images: np.ndarray) -> None:
-        name = next(node.name for node in graph.graph.node if node.op_type == "Conv")
-        with pytest.raises(ExportError, match=f"such as {name}, .*found {name}x, nonsense"):
-            int8_of(graph, images[:4], exclude=[name + "x", "nonsense"])
-        other = next(node.name for node in graph.graph.node if node.op_type == "Relu")
-        with pytest.raises(ExportError, match="names of convolutions or linear layers"):
-            int8_of(graph, images[:4], exclude=[other])
-
-
-@pytest.mark.parametrize("transposed", [0, 1])
-def test_scales_lie_on_the_output_channels(transposed: int) -> None:
-    """Also of a linear layer whose weights are (in, out), and of channels of zeros or nearly so."""
-    weight = np.array([[1, 0, 0], [-20, 0, 1e-9], [4, 0, 0]], dtype=np.float32)  # (in, out)
-    stored = weight.T if transposed else weight
-    values = [
-        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width])
-        for name, width in (("x", 3), ("y", 3))
-    ]
-    node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], "fc", transB=transposed)
-    initializer = numpy_helper.from_array(np.ascontiguousarray(stored), "w")
-    graph = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "test", values[:1], values[1:], [initializer])
-    )
-    quantised = quantise(graph, {"x": 0.0})
-    arrays = {w.name: numpy_helper.to_array(w) for w in quantised.graph.initializer}
-    np.testing.assert_allclose(arrays["w_scale"], [20 / 127, 1 / 127, FP16_TINY])
-    assert (arrays["w_scale"].astype(np.float16) > 0).all()
-    rounded = arrays["w_quantized"].T if transposed else arrays["w_quantized"]
-    np.testing.assert_array_equal(rounded, [[6, 0, 0], [-127, 0, 0], [25, 0, 0]])
-    assert arrays["x_scale"] == np.float32(1 / 127)  # of what was always zero
-
-
-def test_float_input_is_rounded_too(
-    float_graph: onnx.ModelProto, images: np.ndarray, small_spec: ModelSpec
-) -> None:
-    """Then the first convolution reads what the user gives, and no node makes it."""
-    quantised = int8_of(float_graph, normalise(images[:4], small_spec), "percentile")
-    assert require_precision(quantised, "int8", 0, "x").startswith("68 int8")
-
-
-def test_luminance_is_not_quantised(grey_graph: onnx.ModelProto, images: np.ndarray) -> None:
-    quantised = int8_of(grey_graph, images[:4])
-    (luma,) = [
-        node
-        for node in quantised.graph.node
-        if node.op_type == "Conv" and node.input[1].endswith("luma")
-    ]
-    assert by_output(quantised)[luma.input[0]].op_type != "DequantizeLinear"
-    assert summarise_precision(quantised).convolutions == {"int8": 68}
-    assert summarise_precision(to_fp16(quantised)).convolutions == {"int8": 68}
-    assert summarise_precision(to_fp16(grey_graph)).convolutions == {"fp16": 68}
-
-
 class TestNoSilentFP32:
     """The complaint about other tools: asked for FP16 or INT8, got FP32."""
 
@@ -351,7 +153,12 @@ class TestNoSilentFP32:
 
 
 def test_fp16_with_pairs_gives_the_same_as_fp32_with_pairs(
-    prototype: Path, ferplus: Path, tmp_path: Path, infer: Any, monkeypatch: pytest.MonkeyPatch
+    prototype: Path,
+    ferplus: Path,
+    tmp_path: Path,
+    infer: Any,
+    int8_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Real weights: one optimisation of ONNX Runtime breaks INT8 in FP16, and ours avoids it."""
     source = open_source(prototype, "ferplus")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from efficientface_export import sensitivity
-from efficientface_export.precision import quantise, quantised_inputs
+from efficientface_export.int8 import ROUNDINGS, quantise, rounded_groups
 from efficientface_export.ranges import tensor_ranges
 from efficientface_export.sensitivity import KL_TARGET, Search, find_sensitive_layers
 from onnx import TensorProto, helper, numpy_helper
@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from efficientface_deploy.metrics import mean_kl
 
 CLASSES = 4
+GPU = ROUNDINGS["gpu"]
 WIDTH = 16
 
 
@@ -75,7 +76,7 @@ def pictures() -> np.ndarray:
 def limits_of(graph: onnx.ModelProto, pictures: np.ndarray, **worse: float) -> dict[str, float]:
     """Ranges of all rounded tensors, some of them too wide by a factor: their steps are coarse."""
     ranges = tensor_ranges(graph, pictures)
-    limits = {name: ranges[name] for name in quantised_inputs(graph)}
+    limits = {name: ranges[name] for group in rounded_groups(graph, GPU) for name in group.tensors}
     return {name: limit * worse.get(name.split(".")[0], 1.0) for name, limit in limits.items()}
 
 
@@ -88,13 +89,15 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
 def divergence(
     graph: onnx.ModelProto, limits: dict[str, float], left_out: Any, pictures: Any, infer: Any
 ) -> float:
-    return mean_kl(infer(graph, pictures)[1], infer(quantise(graph, limits, left_out), pictures)[1])
+    return mean_kl(
+        infer(graph, pictures)[1], infer(quantise(graph, limits, GPU, left_out), pictures)[1]
+    )
 
 
 def test_nothing_is_left_out_where_nothing_hurts(
     small: onnx.ModelProto, pictures: np.ndarray
 ) -> None:
-    found = find_sensitive_layers(small, limits_of(small, pictures), pictures, (), 4)
+    found = find_sensitive_layers(small, limits_of(small, pictures), GPU, pictures, (), 4)
     assert found.left_out == ()
     assert found.kl_before == found.kl_after <= KL_TARGET
     assert found.images == 200
@@ -107,7 +110,7 @@ def test_the_layer_that_hurts_is_left_out_alone(
     """Ranges of the layer's input are sixty times too wide: three or so levels remain."""
     source = {"third": "both", "fourth": "third"}[name]
     limits = limits_of(small, pictures, **{source: 60.0})
-    found = find_sensitive_layers(small, limits, pictures, (), 4)
+    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
     assert found.left_out == (name,)
     assert found.kl_after <= KL_TARGET < found.kl_before
     assert found.kl_before == pytest.approx(
@@ -122,7 +125,7 @@ def test_layers_that_read_one_tensor_go_together_and_the_worst_first(
     small: onnx.ModelProto, pictures: np.ndarray, roomy: None
 ) -> None:
     limits = limits_of(small, pictures, input=60.0, features=15.0)
-    found = find_sensitive_layers(small, limits, pictures, (), 4)
+    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
     assert found.left_out == ("left", "right", "fc")
 
 
@@ -130,7 +133,7 @@ def test_excluded_layers_are_not_measured(
     small: onnx.ModelProto, pictures: np.ndarray, roomy: None
 ) -> None:
     limits = limits_of(small, pictures, both=60.0, features=60.0)
-    found = find_sensitive_layers(small, limits, pictures, ("third",), 4)
+    found = find_sensitive_layers(small, limits, GPU, pictures, ("third",), 4)
     assert found.left_out == ("fc",)
 
 
@@ -139,15 +142,15 @@ def test_the_file_may_grow_by_a_tenth(
 ) -> None:
     """A layer too large is passed over for the next; FP16 takes a third of what FP32 adds."""
     limits = limits_of(small, pictures, both=60.0, features=40.0)
-    size = quantise(small, limits).ByteSize()
+    size = quantise(small, limits, GPU).ByteSize()
     room = CLASSES * WIDTH * 3 + 1  # for the linear layer in FP32
     monkeypatch.setattr(sensitivity, "GROWTH", room / size)
-    found = find_sensitive_layers(small, limits, pictures, (), 4)
+    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
     assert "fc" in found.left_out and "third" not in found.left_out
     assert found.kl_after > KL_TARGET
     assert "not 0.0002: more would make the file over" in found.describe()
     monkeypatch.setattr(sensitivity, "GROWTH", (WIDTH * WIDTH + CLASSES * WIDTH + 1) / size)
-    in_halves = find_sensitive_layers(small, limits, pictures, (), 2)
+    in_halves = find_sensitive_layers(small, limits, GPU, pictures, (), 2)
     assert in_halves.left_out == ("third", "fc")
     assert "not" not in in_halves.describe()
 

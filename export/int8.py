@@ -1,0 +1,307 @@
+"""INT8 by pairs of QuantizeLinear and DequantizeLinear, placed as a kind of processor wants them.
+
+For GPUs, what TensorRT 10, 11 and for RTX accept and fuse: symmetric int8, pairs at the inputs of
+convolutions and linear layers, none between a convolution and its ReLU.
+
+For CPUs, what ONNX Runtime turns into integer convolutions. It does so only where inputs and output
+are rounded, and drops a ReLU only where the smallest value stands for zero: so activations are
+uint8, and every tensor between two layers is rounded, also where it is only moved. Before VNNI, x86
+adds two products of uint8 and int8 in 16 bits: weights of 7 bits are exact there (ONNX Runtime's
+manual calls it ``reduce_range``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from efficientface_deploy.errors import ExportError
+
+QUANTISED_OPERATORS = ("Conv", "Gemm")
+LUMA = "luma"
+FP16_TINY = 2.0**-24  # FP16's smallest number above zero: a scale must not become zero
+
+# What gives out nothing but values that it got.
+_MOVERS = (
+    "Concat",
+    "Flatten",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+)
+_NEVER_NEGATIVE = ("Relu", "Sigmoid", "Softmax")
+_KEEPS_SIGNS = (*_MOVERS, "Add", "AveragePool", "GlobalAveragePool", "Mul")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How a kind of processor wants INT8.
+
+    Attributes:
+        unsigned: Activations are uint8, from zero on where they cannot be negative.
+        everywhere: Tensors between layers are rounded where they are made, and once for all that
+            read them; else at the inputs of layers alone.
+        weight_max: Largest magnitude of a weight.
+    """
+
+    unsigned: bool
+    everywhere: bool
+    weight_max: int
+
+
+# -128 is not used: ranges of weights are symmetric.
+ROUNDINGS = {
+    "cpu": Rounding(unsigned=True, everywhere=True, weight_max=64),
+    "gpu": Rounding(unsigned=False, everywhere=False, weight_max=127),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Activations that are rounded with one scale.
+
+    Attributes:
+        tensors: Their names.
+        layers: Layers that must stay in higher precision for these not to be rounded: those that
+            read them, or where no layer does, those that make them.
+    """
+
+    tensors: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def quantise(
+    graph: onnx.ModelProto,
+    limits: Mapping[str, float],
+    rounding: Rounding,
+    exclude: Collection[str] = (),
+) -> onnx.ModelProto:
+    """INT8 by Q/DQ pairs: weights per channel, activations per tensor, biases not quantised.
+
+    Args:
+        graph: FP32.
+        limits: Magnitude that the largest value stands for, for each tensor of
+            :func:`rounded_groups`.
+        rounding: Where the pairs go and what is between them.
+        exclude: Names of layers that stay in higher precision.
+
+    Returns:
+        A new graph, FP32 with Q/DQ pairs.
+
+    Raises:
+        ExportError: ``exclude`` names something that is not a convolution or linear layer.
+    """
+    _check_excluded(graph, exclude)
+    chosen = {layer.name for layer in quantisable_layers(graph)} - set(exclude)
+    scales = _group_limits(rounded_groups(graph, rounding, exclude), limits)
+    quantised = onnx.ModelProto()
+    quantised.CopyFrom(graph)
+    del quantised.graph.node[:]
+    pairs = _PairWriter(quantised.graph, rounding, _never_negative(graph))
+    for node in graph.graph.node:
+        is_chosen = node.name in chosen
+        inputs = [
+            pairs.activation(name, scales[name])
+            if name in scales and (is_chosen or rounding.everywhere)
+            else name
+            for name in node.input
+        ]
+        if is_chosen:
+            inputs[1] = pairs.weight(node.input[1], _output_axis(node))
+        quantised.graph.node.append(node)
+        quantised.graph.node[-1].input[:] = inputs
+    read = {name for node in quantised.graph.node for name in node.input}
+    for initializer in list(quantised.graph.initializer):
+        if initializer.name not in read:  # FP32 weights that are INT8 now
+            quantised.graph.initializer.remove(initializer)
+    return quantised
+
+
+def quantisable_layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Convolutions and linear layers of the network, those of its preprocessing left out.
+
+    Convolutions that make luminance of colour are not the network's, and not to be rounded.
+    """
+    return [
+        node
+        for node in graph.graph.node
+        if node.op_type in QUANTISED_OPERATORS and not node.input[1].endswith(LUMA)
+    ]
+
+
+def rounded_groups(
+    graph: onnx.ModelProto, rounding: Rounding, exclude: Collection[str] = ()
+) -> list[Group]:
+    """The activations that INT8 rounds."""
+    layers = quantisable_layers(graph)
+    readers = _by_tensor((layer.input[0], layer.name) for layer in layers)
+    if not rounding.everywhere:
+        groups = [Group((name,), tuple(names)) for name, names in readers.items()]
+    else:
+        makers = _by_tensor(
+            (name, layer.name) for layer in layers for name in _result(graph, layer)
+        )
+        groups = [
+            Group(tuple(tensors), tuple(_of(tensors, readers) or _of(tensors, makers)))
+            for tensors in _moved_together(graph, [*readers, *makers])
+        ]
+    return [group for group in groups if not set(group.layers) <= set(exclude)]
+
+
+def _by_tensor(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Layers by the name of a tensor."""
+    found: dict[str, list[str]] = {}
+    for tensor, layer in pairs:
+        found.setdefault(tensor, []).append(layer)
+    return found
+
+
+def _of(tensors: Sequence[str], layers: Mapping[str, list[str]]) -> list[str]:
+    return [layer for tensor in tensors for layer in layers.get(tensor, ())]
+
+
+def _result(graph: onnx.ModelProto, layer: onnx.NodeProto) -> list[str]:
+    """What a layer gives, after its ReLU; nothing where that is a result of the network."""
+    (name,) = layer.output
+    followers = [node for node in graph.graph.node if name in node.input]
+    if [node.op_type for node in followers] == ["Relu"]:
+        (name,) = followers[0].output
+    outputs = {value.name for value in graph.graph.output}
+    return [] if name in outputs else [name]
+
+
+def _moved_together(graph: onnx.ModelProto, names: Sequence[str]) -> list[list[str]]:
+    """Tensors among which values are only moved, in groups: ``names`` and their company."""
+    group_of: dict[str, list[str]] = {name: [name] for name in names}
+    for node in graph.graph.node:
+        if node.op_type not in _MOVERS:
+            continue
+        # Of Reshape, Slice and Split only the first input is data.
+        data = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
+        merged: list[str] = []
+        for name in [*data, *node.output]:
+            members = group_of.get(name, [name])
+            merged += [member for member in members if member not in merged]
+        for member in merged:
+            group_of[member] = merged
+    kept = {id(group_of[name]): group_of[name] for name in names}
+    return list(kept.values())
+
+
+def _group_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> dict[str, float]:
+    """For each tensor, the largest limit in its group."""
+    return {
+        name: max(limits[member] for member in group.tensors)
+        for group in groups
+        for name in group.tensors
+    }
+
+
+def _never_negative(graph: onnx.ModelProto) -> set[str]:
+    """Tensors that have no negative values, whatever the picture."""
+    found: set[str] = set()
+    for node in graph.graph.node:
+        data = node.input[:1] if node.op_type in ("Reshape", "Slice", "Split") else node.input
+        keeps = node.op_type in _KEEPS_SIGNS and found.issuperset(data)
+        if node.op_type in _NEVER_NEGATIVE or keeps:
+            found.update(node.output)
+    return found
+
+
+class _PairWriter:
+    """Appends Q/DQ pairs to a graph, one for each tensor however many nodes read it."""
+
+    def __init__(
+        self, graph: onnx.GraphProto, rounding: Rounding, never_negative: Collection[str]
+    ) -> None:
+        self.graph = graph
+        self.rounding = rounding
+        self.never_negative = never_negative
+        self.weights = {weight.name: weight for weight in graph.initializer}
+        self.dequantised: dict[str, str] = {}
+
+    def activation(self, name: str, limit: float) -> str:
+        """Round an activation to one scale.
+
+        Returns:
+            The name of what it becomes.
+        """
+        if name not in self.dequantised:
+            zero_point: np.int8 | np.uint8
+            if not self.rounding.unsigned:
+                steps, zero_point = 127, np.int8(0)
+            elif name in self.never_negative:
+                steps, zero_point = 255, np.uint8(0)
+            else:
+                steps, zero_point = 127, np.uint8(128)
+            parameters = self.parameters(name, _scale(np.float32(limit), steps), zero_point)
+            rounded = f"{name}_quantized"
+            self.node("QuantizeLinear", name, [name, *parameters], rounded)
+            self.node("DequantizeLinear", name, [rounded, *parameters], f"{name}_dequantized")
+            self.dequantised[name] = f"{name}_dequantized"
+        return self.dequantised[name]
+
+    def weight(self, name: str, axis: int) -> str:
+        """Store a weight as INT8, with a scale for each output channel on ``axis``.
+
+        Returns:
+            The name of what it becomes.
+        """
+        if name not in self.dequantised:
+            values = numpy_helper.to_array(self.weights[name])
+            others = tuple(other for other in range(values.ndim) if other != axis)
+            scale = _scale(np.abs(values).max(axis=others), self.rounding.weight_max)  # (C,)
+            rounded = np.rint(values / np.expand_dims(scale, others)).astype(np.int8)
+            parameters = self.parameters(name, scale, np.zeros_like(scale, dtype=np.int8))
+            inputs = [self.array(f"{name}_quantized", rounded), *parameters]
+            self.node("DequantizeLinear", name, inputs, f"{name}_dequantized", axis=axis)
+            self.dequantised[name] = f"{name}_dequantized"
+        return self.dequantised[name]
+
+    def parameters(self, name: str, scale: Any, zero_point: Any) -> tuple[str, str]:
+        return self.array(f"{name}_scale", scale), self.array(f"{name}_zero_point", zero_point)
+
+    def array(self, name: str, values: Any) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def node(
+        self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any
+    ) -> None:
+        named = f"{name}_{operator}"
+        self.graph.node.append(
+            onnx.helper.make_node(operator, inputs, [output], named, **attributes)
+        )
+
+
+def _scale(magnitude: Any, steps: int) -> Any:
+    """What one of ``steps`` is worth; what was always zero keeps a range of 1."""
+    step = np.where(magnitude > 0, magnitude, 1) / steps
+    return np.maximum(step, FP16_TINY).astype(np.float32)
+
+
+def _output_axis(layer: onnx.NodeProto) -> int:
+    """Axis of a layer's weights that its output channels lie on."""
+    transposed = any(a.name == "transB" and a.i for a in layer.attribute)
+    return 0 if layer.op_type == "Conv" or transposed else 1
+
+
+def _check_excluded(graph: onnx.ModelProto, exclude: Collection[str]) -> None:
+    layers = [layer.name for layer in quantisable_layers(graph)]
+    if unknown := [name for name in exclude if name not in layers]:
+        near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
+        raise ExportError(
+            "--exclude",
+            expected="names of convolutions or linear layers, such as " + ", ".join(near),
+            found=", ".join(unknown),
+            fix="look them up in the FP32 ONNX file, e.g. with Netron",
+        )
