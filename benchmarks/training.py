@@ -149,7 +149,7 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     recipe = dataclasses.replace(options.change(DEFAULT_STUDENT), epochs=1_000, views=1)
     job = Job("teacher" if case.network == "ldg" else "student", spec, recipe, dataset, options)
     ranks = Ranks(torch.device("cpu"))
-    samples = choose_samples(job)[0][:: len(dataset.split("train")) // config.images + 1]
+    samples = choose_samples(job, ranks)[0][:: len(dataset.split("train")) // config.images + 1]
     augmentation = AUGMENTATIONS[recipe.augmentation](spec)
     images = TrainingImages(samples, spec, augmentation, config.seed)
     teach: Teach = own_targets

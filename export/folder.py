@@ -12,11 +12,7 @@ from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ConfigError, ExportError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from efficientface_deploy.lock import lock_folder
 
 SCRATCH = ".efficientface-export"
 
@@ -63,15 +59,15 @@ def open_folder(path: Path) -> Iterator[OutputFolder]:
         path: The folder.
 
     Raises:
-        ConfigError: It cannot be made or written.
-        ExportError: Another export works in it, or the disk is full.
+        ConfigError: It cannot be made or written, or another export works in it.
+        ExportError: The disk is full.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     scratch = path / SCRATCH
     try:
         with _writable(path):
             path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with lock_folder(path, "export"):
             try:
                 with _writable(path):
                     shutil.rmtree(scratch, ignore_errors=True)
@@ -93,34 +89,6 @@ def open_folder(path: Path) -> Iterator[OutputFolder]:
         with interrupts_wait(), contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees even when the process is killed.
-
-    The folder itself is locked, so that no file is needed. Where the system or the file system
-    has no such locks (Windows, some network shares), there is none.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExportError(
-                path,
-                expected="no other export at work in this folder",
-                found="one",
-                fix="wait for its end, or choose another --out",
-            ) from None
-        except OSError as error:
-            print(f"note: {path} cannot be locked ({_words(error)}); run one export at a time")
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -200,7 +200,6 @@ def _quantise(
         notes += (search.describe(),)
         excluded = excluded.union(search.left_out)
     details["excluded"] = sorted(excluded)
-    details["rounding"] = dataclasses.asdict(rounding)
     return quantise(graph, limits, rounding, excluded), details, notes
 
 

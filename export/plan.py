@@ -13,6 +13,7 @@ from . import engine as engines
 from .calibrate import Calibration
 from .config import PRECISIONS, ExportConfig
 from .graph import read_onnx
+from .int8 import ROUNDINGS
 from .provenance import versions
 from .report import report_header, reports_other_model
 from .source import Source
@@ -217,6 +218,7 @@ def request(
         decided["calibration"] = {**calibration.record, "method": config.calib_method}
         decided["exclude"] = sorted(set(config.exclude))
         decided["int8_search"] = config.int8_search
+        decided["rounding"] = dataclasses.asdict(ROUNDINGS[plan.target])
     return decided
 
 

@@ -39,6 +39,11 @@ def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
     return 2 / (low + high)
 
 
+def is_certain(temperature: float) -> bool:
+    """Whether the cross-entropy falls for ever towards T = 0, as when every image is told right."""
+    return temperature < 1.01 * _RANGE[0]
+
+
 def calibration_errors(
     logits: Float32Array, labels: IndexArray, temperature: float
 ) -> tuple[float, float]:

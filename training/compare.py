@@ -20,7 +20,8 @@ from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.metrics import paired_accuracy_difference
 from efficientface_deploy.predictor import load
-from training.evaluate import HOLDOUT, check_labels, check_out, predict_samples, samples_of, score
+from training.data import HOLDOUT
+from training.evaluate import check_labels, check_out, predict_samples, samples_of, score
 from training.loop import split_samples
 from training.markdown import table
 from training.record import METRICS
@@ -38,6 +39,7 @@ class CompareConfig:
         positional=True, help="folders of trainings; the others are compared with the first"
     )
     data: Path = option(help="the prepared data set")
+    preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
     split: str = option(
         HOLDOUT,
         choices=("validation", "test", HOLDOUT),
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_out(config.out)
     runs = [read_run(folder) for folder in config.runs]
     _check_seeds(runs, config.split)
-    dataset = read_dataset(config.data)
+    dataset = read_dataset(config.data, config.preset)
     rows = compare(runs, dataset, config.split)
     page = as_markdown(rows, dataset, config.split)
     print(page)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +19,17 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from efficientface_deploy.dataset import Sample, image_list_hash, label_distributions
-from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError, EfficientFaceError
 from efficientface_deploy.preprocess import load_image, normalise, resize
 from efficientface_deploy.spec import ModelSpec
+
+# The name of the tenth of train that chooses epochs, among the names of splits.
+HOLDOUT = "holdout"
 
 Augmentation = Callable[[Image.Image], Image.Image]
 Batch = tuple[Tensor, Tensor]
 
-# View 17 of image 5 must be the same picture in every run: three primes keep the seeds apart.
+# View 17 of image 5 must be the same picture in every run: two primes keep the seeds apart.
 _VIEW_STRIDE, _INDEX_STRIDE = 1_000_003, 7_919
 
 
@@ -154,14 +159,27 @@ class TrainingImages(TorchDataset[tuple[np.ndarray, np.ndarray]]):
             image = self.augmentation(image)
         return resize(image, self.spec), self.targets[view % len(self.targets), index]
 
+    def __getitems__(
+        self, keys: Sequence[tuple[int, int]]
+    ) -> list[tuple[np.ndarray, np.ndarray]] | EfficientFaceError:
+        """A batch for a loader, or the error: what a worker raises arrives as a traceback."""
+        try:
+            return [self[key] for key in keys]
+        except EfficientFaceError as error:
+            return error
+
     def content_hash(self, root: Path) -> str:
         """Hash of the images' bytes and places below ``root``, in order; read once."""
         if self._hash is None:
             self._hash = image_list_hash(self.samples, root)
         return self._hash
 
-    def collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    def collate(
+        self, items: list[tuple[np.ndarray, np.ndarray]] | EfficientFaceError
+    ) -> Batch | EfficientFaceError:
         """Stack items into a normalised batch (N, 3, S, S) and targets (N, C)."""
+        if isinstance(items, EfficientFaceError):
+            return items
         images = np.stack([image for image, _ in items])  # (N, S, S, 3)
         targets = np.stack([target for _, target in items])  # (N, C)
         return torch.from_numpy(normalise(images, self.spec)), torch.from_numpy(targets)
@@ -196,13 +214,15 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     the r-th on: the ranks' parts are disjoint and together are the batch of a single process.
 
     A last batch that is not full is left out: batch norm on two images would disturb the
-    statistics. Every image comes in some epoch.
+    statistics. Every image comes in some epoch. The published code keeps it.
 
     Args:
         length: Number of images.
         batch_size: Images of one batch of all ranks together; a multiple of their number.
         seed: Of the permutations.
         views: Views of each image that are used in turn, one per epoch; 0 for a new one always.
+        whole: Leave out a last batch that is not full; else it comes with as many images as all
+            ranks have equally many of, two at least.
         rank: This process.
         ranks: How many there are.
 
@@ -218,63 +238,117 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         seed: int,
         *,
         views: int = 0,
+        whole: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        if batch_size % ranks:
-            raise ConfigError(
-                "--batch-size",
-                expected=f"a multiple of the {ranks} processes",
-                found=str(batch_size),
-                fix="change one of them",
-            )
-        if length < batch_size:
-            raise DatasetError(
-                "training split",
-                expected=f"at least one batch of {batch_size} images",
-                found=f"{length} images",
-                fix="give a smaller --batch-size or more images",
-            )
+        check_batches(length, batch_size, ranks)
         self.length, self.batch_size, self.seed, self.views = length, batch_size, seed, views
         self.rank, self.ranks = rank, ranks
+        each = 0 if whole else length % batch_size // ranks
+        self.rest = each * ranks if each > 1 else 0
         self.epoch = 0
         self.start = 0
 
     @property
     def steps(self) -> int:
         """Batches of a whole epoch."""
-        return self.length // self.batch_size
+        return self.length // self.batch_size + bool(self.rest)
+
+    @property
+    def images(self) -> int:
+        """Images of a whole epoch, over all ranks."""
+        return self.length // self.batch_size * self.batch_size + self.rest
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed + _VIEW_STRIDE * self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
+        order = torch.randperm(self.length, generator=generator).tolist()[: self.images]
         view = self.epoch % self.views if self.views else self.epoch
         for step in range(self.start, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield [(view, index) for index in batch[self.rank :: self.ranks]]
 
 
+def check_batches(length: int, batch_size: int, ranks: int) -> None:
+    """Refuse batches that cannot be shared, or that these images do not fill.
+
+    Raises:
+        ConfigError: The ranks would have other numbers of images, or one each, on which batch norm
+            has no statistics.
+        DatasetError: There are too few images.
+    """
+    if batch_size % ranks or batch_size < 2 * ranks:
+        raise ConfigError(
+            "--batch-size",
+            expected=f"a multiple of the {ranks} processes, with two images or more for each",
+            found=str(batch_size),
+            fix="change one of them",
+        )
+    if length < batch_size:
+        raise DatasetError(
+            "training split",
+            expected=f"at least one batch of {batch_size} images",
+            found=f"{length} images",
+            fix="give a smaller --batch-size or more images",
+        )
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """A loader whose workers' errors are raised here as what they are. Close it at the end."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches.
+
+        Raises:
+            EfficientFaceError: An image cannot be read.
+        """
+        for batch in super().__iter__():
+            if isinstance(batch, EfficientFaceError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the workers, which heed no signal; torch itself waits for the garbage collector."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None
+
+
 def training_loader(
     images: TrainingImages, batches: Iterable[list[tuple[int, int]]], workers: int
-) -> DataLoader[Batch]:
+) -> TrainingLoader:
     """A loader over batches of images named by (view, index)."""
-    return DataLoader(
+    return TrainingLoader(
         images,  # type: ignore[arg-type]  # items are named by (view, index)
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=images.collate,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_leave_signals,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all, to the training, which ends its workers."""
+@atexit.register
+def _kill_workers() -> None:
+    """Python ends workers that are left by SIGTERM, which these ignore, and waits for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports a killed worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _leave_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the training, which saves its state and then ends its workers.
+
+    A terminal, a batch system or torchrun sends them to all processes of a group.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def hold_out(

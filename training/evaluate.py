@@ -41,7 +41,7 @@ from efficientface_deploy.metrics import (
 )
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.preprocess import Float32Array
-from training.data import hold_out
+from training.data import HOLDOUT, hold_out
 from training.evaluation_plots import plot_confusion, plot_reliability
 from training.markdown import escaped, table
 from training.progress import track
@@ -52,7 +52,6 @@ BINS = 15
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
-HOLDOUT = "holdout"
 
 Figures = dict[str, Any]
 
@@ -67,9 +66,11 @@ class EvaluateConfig:
         None,
         choices=("train", "validation", "test", HOLDOUT),
         help="default: validation where there is one, else test; holdout is the tenth of train "
-        "that chose the epochs of a training with --seed",
+        "that chose the epochs of the training",
     )
-    seed: int = option(0, minimum=0, help="of the training, for --split holdout")
+    seed: int | None = option(
+        None, minimum=0, help="of the training, for --split holdout; default: what the file says"
+    )
     preset: str | None = option(
         None,
         help="what a published checkpoint was trained on, and what numbered folders mean, without "
@@ -91,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_preset(config.weights, config.preset)
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
-    samples = samples_of(dataset, split, config.seed)
     with load(config.weights, preset=config.preset) as predictor:
         check_labels(predictor, dataset)
+        seed = holdout_seed(predictor, config.seed) if split == HOLDOUT else 0
+        samples = samples_of(dataset, split, seed)
         probabilities = predict_samples(predictor, samples)
         described = repr(predictor)
         temperature = kept_temperature(predictor)
@@ -119,6 +121,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def samples_of(dataset: Dataset, split: str, seed: int) -> Sequence[Sample]:
     """A split, or the tenth of train that a training with this seed held out."""
     return hold_out(dataset.split("train"), seed)[1] if split == HOLDOUT else dataset.split(split)
+
+
+def holdout_seed(predictor: Predictor, given: int | None) -> int:
+    """The seed with which a training held out a tenth of train.
+
+    Args:
+        predictor: The model, which may say how it was trained.
+        given: What the user says.
+
+    Raises:
+        ConfigError: It was trained on those images.
+    """
+    record = predictor.provenance
+    select, seed = record.get("select"), record.get("seed", 0)
+    if select is None:  # it does not say
+        return int(seed if given is None else given)
+    if select != HOLDOUT or given not in (None, seed):
+        raise ConfigError(
+            "--split holdout",
+            expected="images that the model was not trained on",
+            found=f"a model of --select {select} --seed {seed}",
+            fix="leave --seed out" if select == HOLDOUT else "choose another --split",
+        )
+    return int(seed)
 
 
 def check_labels(predictor: Predictor, dataset: Dataset) -> None:

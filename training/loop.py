@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
 from efficientface_deploy.dataset import Dataset, Sample, iterate_batches
@@ -23,8 +23,20 @@ from efficientface_deploy.metrics import IndexArray, accuracy, macro_f1
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.preprocess import Float32Array, normalise
 from efficientface_deploy.spec import ModelSpec
-from training.calibration import calibration_errors, fit_temperature, fold_temperature
-from training.data import Batch, BatchOrder, TrainingImages, hold_out, training_loader
+from training.calibration import (
+    calibration_errors,
+    fit_temperature,
+    fold_temperature,
+    is_certain,
+)
+from training.data import (
+    HOLDOUT,
+    BatchOrder,
+    TrainingImages,
+    check_batches,
+    hold_out,
+    training_loader,
+)
 from training.losses import LOSSES
 from training.parallel import Ranks
 from training.progress import TrainingProgress, duration
@@ -32,6 +44,7 @@ from training.record import EventWriter, write_curves
 from training.run import (
     Job,
     Progress,
+    TrainConfig,
     check_classes,
     provenance,
     restore_state,
@@ -74,42 +87,45 @@ def train(
         InterruptError: The user stopped it; the state is saved.
         ConfigError: The loss is not finite.
     """
+    inputs = {"images": images.content_hash(job.dataset.root), **job.inputs}
+    job = dataclasses.replace(job, inputs=inputs)
     trainer = Trainer(job, model, images, teach, ranks)
     progress = trainer.start()
     if ranks.is_first:
         _announce(job, images, selection, ranks)
     events = EventWriter(job.config.out) if job.config.tensorboard and ranks.is_first else None
 
-    with _StopRequest() as stop, contextlib.closing(events) if events else contextlib.nullcontext():
+    with (
+        contextlib.closing(trainer.loader),
+        contextlib.closing(events) if events else contextlib.nullcontext(),
+        _StopRequest() as stop,
+    ):
         while progress.epoch < job.recipe.epochs:
-            started = time.perf_counter()
-            first_step = progress.step
             trainer.train_epoch(progress, stop, events)
-            seconds = time.perf_counter() - started
-            steps = trainer.order.steps
+            trainer.check_finite(progress)
             row: dict[str, float] = {
                 "epoch": progress.epoch + 1,
-                "loss": sum(ranks.gather(progress.total_loss)) / ranks.size / steps,
+                "loss": progress.total_loss / trainer.order.steps,
                 "learning_rate": trainer.optimizer.param_groups[0]["lr"],  # the last step's
-                "images_per_second": (steps - first_step) * job.recipe.batch_size / seconds,
+                "images_per_second": trainer.order.images / progress.seconds,
             }
             if selection:
                 logits, labels = trainer.judge(selection)
                 predicted = logits.argmax(axis=1)
                 row["accuracy"] = accuracy(labels, predicted)
                 row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
+            seconds = progress.seconds
             progress = Progress(history=[*progress.history, row])
             if ranks.is_first:
                 if _is_best(progress.history):
-                    data_hash = images.content_hash(job.dataset.root)
-                    save_result(job, trainer.kept, provenance(job, progress, data_hash))
+                    save_result(job, trainer.kept, provenance(job, progress))
                 trainer.save(progress)
                 title = f"{job.kind}, {job.dataset.name}"
                 write_curves(job.config.out, progress.history, title, job.recipe.select)
                 if events:
                     events.add_row(row)
                 _print_row(job, row, seconds)
-    if ranks.is_first and job.recipe.calibrate and job.recipe.select in ("holdout", "validation"):
+    if ranks.is_first and job.recipe.calibrate and job.recipe.select in (HOLDOUT, "validation"):
         calibrate(job, selection, ranks.device)
     ranks.wait()
     return progress
@@ -128,6 +144,12 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
     model = model.to(memory_format=torch.channels_last).to(device)
     logits, labels = predict(model, selection, job.spec, device)
     temperature = fit_temperature(logits, labels)
+    if is_certain(temperature):
+        print(
+            f"note: all {len(selection):,} images of {job.recipe.select} are told right, which "
+            "gives no temperature; the confidences are not calibrated"
+        )
+        temperature = 1.0
     before, after = calibration_errors(logits, labels, temperature)
     folded = job.kind == "student"
     if folded:
@@ -160,10 +182,11 @@ class Trainer:
             recipe.batch_size,
             config.seed,
             views=recipe.views,
+            whole=recipe.whole_batches,
             rank=ranks.rank,
             ranks=ranks.size,
         )
-        self.loader: DataLoader[Batch] = training_loader(images, self.order, config.workers)
+        self.loader = training_loader(images, self.order, config.workers)
 
         if config.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -196,7 +219,12 @@ class Trainer:
     def start(self) -> Progress:
         """Make the run's folder, or go on where it stopped."""
         if self.job.config.resume:
-            progress = restore_state(self.job, self.parts, self.ranks.device)
+            progress, processes = restore_state(self.job, self.parts, self.ranks.device)
+            if self.ranks.is_first and processes != self.ranks.size:
+                print(
+                    f"note: begun by {processes} processes, now {self.ranks.size}: batch norm sees "
+                    "other parts of a batch, and the weights will not be those of an unbroken run"
+                )
             if self.ranks.is_first:
                 print(f"going on after epoch {progress.epoch}, step {progress.step}")
             return progress
@@ -207,10 +235,24 @@ class Trainer:
         return Progress()
 
     def save(self, progress: Progress) -> None:
-        """Write the state that ``--resume`` goes on from; the first rank alone does."""
+        """Write the state that ``--resume`` goes on from; the first rank alone does.
+
+        Raises:
+            ConfigError: The weights are not finite; the state before stays.
+        """
         if self.ranks.is_first:
-            save_state(self.job, self.parts, progress)
+            self.check_finite(progress)
+            save_state(self.job, self.parts, progress, self.ranks.size)
         self.saved_at = time.monotonic()
+
+    def check_finite(self, progress: Progress) -> None:
+        """Refuse weights that a step has spoilt, which the next step's loss would show.
+
+        Raises:
+            ConfigError: They are not finite.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+            raise _diverged(self.job, "weights", "NaN or infinity", progress)
 
     def train_epoch(
         self, progress: Progress, stop: _StopRequest, events: EventWriter | None
@@ -219,23 +261,27 @@ class Trainer:
         recipe, steps = self.job.recipe, self.order.steps
         self.order.epoch, self.order.start = progress.epoch, progress.step
         self.forward.train()
+        since = time.perf_counter() - progress.seconds
         with TrainingProgress(
             progress.epoch, recipe.epochs, steps, recipe.batch_size, progress.step, self.ranks.rank
         ) as shown:
             for images, targets in self.loader:
                 if events and progress.epoch == progress.step == 0:
                     events.add_views(images, self.job.spec)
-                progress.total_loss += self.train_step(images, targets, progress)
+                loss = self.train_step(images, targets, progress)
+                total, stops = self.ranks.sums(loss, stop.requested)
+                progress.total_loss += total / self.ranks.size
                 progress.step += 1
+                progress.seconds = time.perf_counter() - since
                 shown.update(progress.step, progress.total_loss / progress.step)
-                if self.ranks.any(stop.requested):
+                if stops:
                     self.save(progress)
                     raise _interrupted(self.job, progress)
                 if time.monotonic() - self.saved_at > 60 * self.job.config.save_minutes:
                     self.save(progress)
 
     def train_step(self, images: Tensor, targets: Tensor, progress: Progress) -> float:
-        """One step of the optimiser on images (N, 3, S, S) with targets (N, C); the loss."""
+        """One step of the optimiser on images (N, 3, S, S) with targets (N, C); its own loss."""
         recipe, device = self.job.recipe, self.ranks.device
         dtype = next(self.model.parameters()).dtype
         images = images.to(
@@ -247,7 +293,7 @@ class Trainer:
             logits = self.forward(images)  # (N, C)
         loss = LOSSES[recipe.loss](logits.to(dtype), distribution)
         if not torch.isfinite(loss):
-            raise _diverged(self.job, loss.item(), progress)
+            raise _diverged(self.job, "loss", str(loss.item()), progress)
         rate = recipe.learning_rate_at(progress.epoch + progress.step / self.order.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -299,26 +345,43 @@ def predict(
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def choose_samples(job: Job) -> tuple[list[Sample], list[Sample]]:
+def choose_samples(job: Job, ranks: Ranks) -> tuple[list[Sample], list[Sample]]:
     """The images to train on, and those that choose the epoch (none for ``last``).
 
     Raises:
-        ConfigError: A class has no image to train on.
-        DatasetError: There is no such split.
+        ConfigError: A class has no image to train on, or the ranks cannot share a batch.
+        DatasetError: There is no such split, or it does not fill a batch.
     """
     samples, selection = split_samples(job.dataset, job.recipe.select, job.config.seed)
     check_classes(job.dataset, samples)
+    check_batches(len(samples), job.recipe.batch_size, ranks.size)
     return samples, selection
 
 
 def split_samples(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample], list[Sample]]:
     """As :func:`choose_samples`, by the option ``select`` and the seed."""
     samples = list(dataset.split("train"))
-    if select == "holdout":
+    if select == HOLDOUT:
         return hold_out(samples, seed)
     if select == "last":
         return samples, []
     return samples, list(dataset.split(select))
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse options that this device does not have.
+
+    Raises:
+        ConfigError: fp16 or SyncBatchNorm on a CPU.
+    """
+    check_amp("--amp", config.amp, device)
+    if config.sync_batch_norm and device.type == "cpu":
+        raise ConfigError(
+            "--sync-batch-norm",
+            expected="CUDA devices",
+            found="a CPU",
+            fix="leave --sync-batch-norm out",
+        )
 
 
 def check_amp(name: str, amp: str, device: torch.device) -> None:
@@ -370,13 +433,13 @@ def _interrupted(job: Job, progress: Progress) -> InterruptError:
     )
 
 
-def _diverged(job: Job, loss: float, progress: Progress) -> ConfigError:
+def _diverged(job: Job, what: str, found: str, progress: Progress) -> ConfigError:
     good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
     return ConfigError(
         f"learning rate {job.recipe.learning_rate:g}",
-        expected="a finite loss",
-        found=f"{loss} in epoch {progress.epoch + 1} step {progress.step + 1}",
-        fix="give a smaller --learning-rate" + good,
+        expected=f"a finite {what}" if what == "loss" else f"finite {what}",
+        found=f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
+        fix="start again with a smaller --learning-rate in a new --out" + good,
     )
 
 

@@ -60,13 +60,13 @@ class Ranks:
         dist.all_gather_object(parts, part)
         return parts
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set at any rank; every rank must ask."""
+    def sums(self, *values: float) -> list[float]:
+        """Each value summed over the ranks; every rank must ask."""
         if self.size == 1:
-            return flag
-        told = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told.item())
+            return list(values)
+        told = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(told)
+        return [float(value) for value in told]
 
     def wait(self) -> None:
         """Go on when every rank has come here."""

@@ -22,6 +22,7 @@ from efficientface_deploy.command import (
     OneLineParser,
     add_options,
     config_from,
+    interrupts_wait,
     run_command,
 )
 from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX, read_dataset
@@ -57,7 +58,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     Args:
         out: Its folder; one that was prepared in the same way is left as it is.
         preparation: What to write.
-        overwrite: Replace a data set that was prepared differently.
+        overwrite: Replace a data set that is there.
 
     Returns:
         Number of images for each (split, label).
@@ -68,10 +69,10 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     description = preparation.description
     if out.exists():
         found = _description_of(out)
-        if found == description:
+        if found == description and not overwrite:
             print(
                 f"{out} is there already and was prepared in the same way; nothing to do "
-                "(remove it to prepare it again)"
+                "(add --overwrite to prepare it again)"
             )
             return _count(out)
         replaceable = found is not None and overwrite
@@ -84,6 +85,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    before = work.with_name(f"{work.name}.before")
     try:
         counts = _write_files(work, preparation)
         if not counts:
@@ -93,11 +95,18 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
         if preparation.every_class:
             check_every_class(counts, description["labels"], out)
         work.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        work.rename(out)
+        with interrupts_wait():
+            if out.exists():
+                out.rename(before)
+            try:
+                work.rename(out)
+            except OSError:
+                if before.exists():
+                    before.rename(out)
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
     _print_counts(out, description["labels"], counts)
     return counts
 

@@ -43,6 +43,7 @@ class Recipe:
             training; 0 asks it in every step, as published.
         select: Which images choose the epoch that is kept: ``holdout`` (a seeded tenth of train,
             then not trained on), ``validation``, ``test`` (as published), or ``last`` (none).
+        whole_batches: Leave out an epoch's last batch where it is not full.
         calibrate: Fit a temperature on the images of ``holdout`` or ``validation`` at the end.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     ldg_share: float = 0.5
     views: int = 0
     select: str = "holdout"
+    whole_batches: bool = True
     calibrate: bool = True
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -118,5 +120,6 @@ def published_student(preset: str) -> Recipe:
         step_epochs=step_epochs,
         decay=decay,
         select="test",
+        whole_batches=False,
         calibrate=False,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from efficientface_deploy.artifact import atomic_path, write_text
 from efficientface_deploy.command import option
 from efficientface_deploy.dataset import Dataset, Sample
 from efficientface_deploy.errors import CheckpointError, ConfigError
+from efficientface_deploy.lock import lock_folder
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from training.data import AUGMENTATIONS
+from training.parallel import Ranks
 from training.recipe import SELECTIONS, Recipe
 
 CONFIG = "config.json"
@@ -103,7 +108,7 @@ class Job:
         recipe: How it is trained.
         dataset: The prepared data set.
         config: The command's options.
-        votes: The data set's own targets are its votes, not its labels.
+        inputs: Hashes of what is read beside the options, by name.
     """
 
     kind: str
@@ -111,7 +116,7 @@ class Job:
     recipe: Recipe
     dataset: Dataset
     config: TrainConfig
-    votes: bool = False
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def result(self) -> Path:
@@ -136,7 +141,7 @@ class Job:
         """What must stay the same for a run to go on, by name."""
         settings = self.settings()
         fixed = {name: str(value) for name, value in settings.items() if name not in FREE_OPTIONS}
-        return {**fixed, "spec": self.spec.to_json()}
+        return {**fixed, "spec": self.spec.to_json(), **self.inputs}
 
 
 @dataclasses.dataclass
@@ -145,12 +150,14 @@ class Progress:
 
     Attributes:
         step: Steps done in the epoch ``len(history)``.
-        total_loss: Their losses' sum.
+        total_loss: The sum of their losses, each the mean over all processes.
+        seconds: How long they took.
         history: One row of figures for each whole epoch.
     """
 
     step: int = 0
     total_loss: float = 0.0
+    seconds: float = 0.0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     @property
@@ -177,15 +184,16 @@ def check_classes(dataset: Dataset, samples: list[Sample]) -> None:
 
 
 def check_folder(job: Job) -> None:
-    """Refuse a folder that holds another run, unless this one goes on with it.
+    """Refuse a folder that holds another run, or with ``--resume`` one that this cannot go on with.
 
     Raises:
-        ConfigError: It does.
+        CheckpointError: There is no run to go on with, or its file is damaged.
+        ConfigError: There is another run.
     """
     out = job.config.out
     if job.config.resume:
-        return
-    if job.state.exists() or job.result.exists():
+        _read_state(job, torch.device("cpu"))
+    elif job.state.exists() or job.result.exists():
         raise ConfigError(
             out,
             expected="a new folder",
@@ -195,49 +203,84 @@ def check_folder(job: Job) -> None:
         )
 
 
-def start_run(job: Job) -> None:
-    """Make the run's folder.
+@contextlib.contextmanager
+def claim_folder(job: Job, ranks: Ranks) -> Iterator[None]:
+    """Make the run's folder and keep other trainings out of it; one that stays empty goes again.
 
     Raises:
-        ConfigError: It holds another run.
+        CheckpointError: As :func:`check_folder`.
+        ConfigError: The folder holds another run, or one is at work in it.
     """
     check_folder(job)
+    if not ranks.is_first:
+        yield
+        return
     out = job.config.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / CONFIG, json.dumps(job.settings(), indent=2, default=str) + "\n")
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with lock_folder(out, "training"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
 
 
-def save_state(job: Job, parts: dict[str, Any], progress: Progress) -> None:
+def start_run(job: Job) -> None:
+    """Write down the run's options."""
+    write_text(job.config.out / CONFIG, json.dumps(job.settings(), indent=2, default=str) + "\n")
+
+
+def save_state(job: Job, parts: dict[str, Any], progress: Progress, processes: int) -> None:
     """Write what a run goes on from, atomically.
 
     Args:
         job: The run.
         parts: Objects with ``state_dict``, by name.
         progress: How far it is.
+        processes: How many train together.
     """
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"identity": job.identity(), "progress": dataclasses.asdict(progress)}
+    state |= {
+        "identity": job.identity(),
+        "progress": dataclasses.asdict(progress),
+        "processes": processes,
+        "made_by": made_by(),
+    }
     encoded = io.BytesIO()  # torch reports a full disk as an error of its own, not as OSError
     torch.save(state, encoded)
     with atomic_path(job.state) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 
 
-def restore_state(job: Job, parts: dict[str, Any], device: torch.device) -> Progress:
+def restore_state(job: Job, parts: dict[str, Any], device: torch.device) -> tuple[Progress, int]:
     """Put a run back to where :func:`save_state` left it.
+
+    Returns:
+        How far it is, and how many processes trained it.
 
     Raises:
         CheckpointError: There is no such run, or its file is damaged.
-        ConfigError: It was started with other options.
+        ConfigError: It was started with other options, images or another teacher.
     """
+    state = _read_state(job, device)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return Progress(**state["progress"]), state["processes"]
+
+
+def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
+    """What :func:`save_state` wrote, of this very job."""
     if not job.state.is_file():
         raise CheckpointError(
             job.state, expected="a run to go on with", found="none", fix="leave --resume out"
         )
     try:
-        state = torch.load(job.state, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(job.state, map_location=device, weights_only=True)
         started_with: dict[str, str] = state["identity"]
-        progress = Progress(**state["progress"])
+        Progress(**state["progress"])
+        int(state["processes"])
     except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
         raise CheckpointError(
             job.state,
@@ -249,13 +292,11 @@ def restore_state(job: Job, parts: dict[str, Any], device: torch.device) -> Prog
     if changed := [name for name in now if now[name] != started_with.get(name)]:
         raise ConfigError(
             job.config.out,
-            expected="the options that the run was started with",
+            expected="the options, images and teacher that the run was started with",
             found="others for " + ", ".join(changed),
             fix=f"repeat those in {job.config.out / CONFIG}, or choose another --out",
         )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return progress
+    return state
 
 
 def save_result(job: Job, model: nn.Module, record: dict[str, Any]) -> None:
@@ -263,12 +304,12 @@ def save_result(job: Job, model: nn.Module, record: dict[str, Any]) -> None:
     save_checkpoint(job.result, model, job.spec, json.dumps(record, default=str))
 
 
-def provenance(job: Job, progress: Progress, data_hash: str) -> dict[str, Any]:
+def provenance(job: Job, progress: Progress) -> dict[str, Any]:
     """How the network that is saved now was made, ready for JSON."""
     return {
         "kind": job.kind,
         "dataset": job.dataset.name,
-        "data_hash": data_hash,
+        "data_hash": job.inputs["images"],
         "select": job.recipe.select,
         "epoch": progress.epoch,
         "epochs": job.recipe.epochs,
@@ -276,15 +317,23 @@ def provenance(job: Job, progress: Progress, data_hash: str) -> dict[str, Any]:
         "recipe": dataclasses.asdict(job.recipe),
         "config": dataclasses.asdict(job.config),
         "seed": job.config.seed,
+        **made_by(),
+    }
+
+
+def made_by() -> dict[str, Any]:
+    """The code and the libraries that run."""
+    return {
         "git_commit": git_commit(),
         "versions": {
             "efficientface_deploy": efficientface_deploy.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which no state may hold
             "python": platform.python_version(),
         },
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of the clone that runs, with a + when files differ from it; None elsewhere."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]

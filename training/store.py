@@ -7,6 +7,7 @@ and the file refuses another data set, teacher, augmentation or image library.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -19,7 +20,7 @@ import safetensors.numpy
 import torch
 
 from efficientface_deploy.artifact import atomic_path, file_hash, read_safetensors_metadata
-from efficientface_deploy.errors import ArtifactError, ConfigError, DatasetError
+from efficientface_deploy.errors import ArtifactError, ConfigError
 from training.data import Batch, TrainingImages, training_loader, view_seed
 from training.parallel import Ranks
 from training.progress import track
@@ -104,13 +105,14 @@ def _ask(
     """The distributions of one view of all images, float32 (N, C); each rank asks for its share."""
     keys = [(view, index) for index in range(ranks.rank, len(images), ranks.size)]
     batches = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
-    steps: Iterable[Batch] = training_loader(images, batches, workers)
-    if ranks.is_first:
-        steps = track(steps, f"view {view + 1} of {views}", len(batches))
     answers = []
-    for batch, _ in steps:
-        batch = batch.to(teacher.device, memory_format=torch.channels_last)  # (B, 3, S, S)
-        answers.append(teacher(batch).cpu().numpy())  # (B, C)
+    with contextlib.closing(training_loader(images, batches, workers)) as loader:
+        steps: Iterable[Batch] = loader
+        if ranks.is_first:
+            steps = track(loader, f"view {view + 1} of {views}", len(batches))
+        for batch, _ in steps:
+            batch = batch.to(teacher.device, memory_format=torch.channels_last)  # (B, 3, S, S)
+            answers.append(teacher(batch).cpu().numpy())  # (B, C)
     parts = ranks.gather(np.concatenate(answers))
     whole = np.empty((len(images), parts[0].shape[1]), dtype=np.float32)  # (N, C)
     for rank, part in enumerate(parts):
@@ -191,7 +193,7 @@ def check_store_options(store: Path | None, views: int, asks_teacher: bool) -> N
     """Refuse ``--store`` where nothing would be stored.
 
     Raises:
-        ConfigError: There is no teacher, or it is asked in every step.
+        ConfigError: There is no teacher, or it is asked in every step, or the name ends otherwise.
     """
     if store is not None and not (asks_teacher and views):
         raise ConfigError(
@@ -201,6 +203,9 @@ def check_store_options(store: Path | None, views: int, asks_teacher: bool) -> N
             fix="leave --store out",
         )
     if store is not None and store.suffix != ".safetensors":
-        raise DatasetError(
-            store, expected="a .safetensors file", found=store.suffix or "no suffix", fix="rename"
+        raise ConfigError(
+            "--store",
+            expected="a name that ends in .safetensors",
+            found=store.name,
+            fix="give it that ending",
         )

@@ -12,17 +12,21 @@ from pathlib import Path
 
 import torch
 
+from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import EfficientFace, load_backbone
 from training.data import AUGMENTATIONS, TrainingImages
-from training.loop import check_amp, choose_samples, start_logging, train
+from training.loop import check_amp, check_device, choose_samples, start_logging, train
 from training.parallel import Ranks, join_ranks
 from training.recipe import DEFAULT_STUDENT, published_student
-from training.run import AMP, Job, TrainConfig, check_folder
+from training.run import AMP, Job, TrainConfig, claim_folder
 from training.store import STORE, check_store_options, store_binding, stored_distributions
 from training.targets import TARGETS, Blend, Teach, Teacher, own_targets
+
+# Options that have an effect only where an LDG is asked.
+_FOR_LDG = ("teacher", "teacher_amp", "temperature", "views")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_targets(config, recipe.views, recipe.ldg_share)
     if not config.asks_teacher:
         recipe = dataclasses.replace(recipe, views=0)
-    job = Job("student", spec, recipe, dataset, config, config.votes)
+    inputs = {}
+    if config.teacher is not None and config.teacher.is_file():
+        inputs["teacher"] = file_hash(config.teacher)
+    job = Job("student", spec, recipe, dataset, config, inputs)
     with join_ranks(config.device) as ranks:
-        check_amp("--amp", config.amp, ranks.device)
+        check_device(config, ranks.device)
         if config.teacher_amp is not None:
             check_amp("--teacher-amp", config.teacher_amp, ranks.device)
-        check_folder(job)
-        samples, selection = choose_samples(job)
-        images, teach = choose_targets(job, config, samples, ranks)
-
-        torch.manual_seed(config.seed)
-        model = EfficientFace(spec.num_classes)
-        if config.init is not None:
-            load_backbone(model, spec, config.init)
-        train(job, model, images, selection, teach, ranks)
-        if ranks.is_first:
-            print(f"student: {job.result}")
+        with claim_folder(job, ranks):
+            samples, selection = choose_samples(job, ranks)
+            torch.manual_seed(config.seed)
+            model = EfficientFace(spec.num_classes)
+            if config.init is not None:
+                load_backbone(model, spec, config.init)
+            images, teach = choose_targets(job, config, samples, ranks)
+            train(job, model, images, selection, teach, ranks)
+            if ranks.is_first:
+                print(f"student: {job.result}")
     return 0
 
 
@@ -111,25 +117,28 @@ def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
             found="none",
             fix="train one with python -m training.teacher, or choose --targets onehot or votes",
         )
-    if not config.asks_teacher and config.teacher is not None:
-        raise ConfigError(
-            "--teacher",
-            expected=f"none with --targets {config.targets}",
-            found=str(config.teacher),
-            fix="leave --teacher out, or choose --targets ldg",
-        )
-    if not config.asks_teacher and config.teacher_amp is not None:
-        raise ConfigError(
-            "--teacher-amp",
-            expected=f"none with --targets {config.targets}, which asks no LDG",
-            found=config.teacher_amp,
-            fix="leave --teacher-amp out, or choose --targets ldg",
-        )
+    if not config.asks_teacher:
+        _refuse(config, _FOR_LDG, "which asks no LDG")
+    if "+" not in config.targets:
+        _refuse(config, ("ldg_share",), "which blends nothing")
     if ldg_share > 1:
         raise ConfigError(
             "--ldg-share", expected="0 to 1", found=f"{ldg_share:g}", fix="give a share of 1"
         )
     check_store_options(config.store, views, config.asks_teacher)
+
+
+def _refuse(config: StudentConfig, names: Sequence[str], reason: str) -> None:
+    """Refuse options that would have no effect."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            shown = "--" + name.replace("_", "-")
+            raise ConfigError(
+                shown,
+                expected=f"none with --targets {config.targets}, {reason}",
+                found=str(value),
+                fix=f"leave {shown} out, or choose other --targets",
+            )
 
 
 def choose_targets(

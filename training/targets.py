@@ -42,8 +42,8 @@ class Blend:
     def __call__(self, distribution: Tensor, own: Tensor) -> Tensor:
         """Blend float (N, C) distributions with own targets (N, C)."""
         if self.temperature != 1:
-            softened = distribution.pow(1 / self.temperature)
-            distribution = softened / softened.sum(dim=-1, keepdim=True)
+            # By logarithms, since at low temperatures the powers would all be zero.
+            distribution = (distribution.log() / self.temperature).softmax(dim=-1)
         if self.ldg_share == 1:
             return distribution
         return self.ldg_share * distribution + (1 - self.ldg_share) * own

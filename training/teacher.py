@@ -14,10 +14,10 @@ from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
 from training.data import AUGMENTATIONS, TrainingImages
-from training.loop import check_amp, choose_samples, start_logging, train
+from training.loop import check_device, choose_samples, start_logging, train
 from training.parallel import join_ranks
 from training.recipe import DEFAULT_TEACHER
-from training.run import Job, TrainConfig
+from training.run import Job, TrainConfig, claim_folder
 from training.targets import own_targets
 
 
@@ -38,20 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, config.arch)
     recipe = config.change(DEFAULT_TEACHER)
-    job = Job("teacher", spec, recipe, dataset, config, votes=config.votes)
+    job = Job("teacher", spec, recipe, dataset, config)
     with join_ranks(config.device) as ranks:
-        check_amp("--amp", config.amp, ranks.device)
-        samples, selection = choose_samples(job)
-        augmentation = AUGMENTATIONS[recipe.augmentation](spec)
-        images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
+        check_device(config, ranks.device)
+        with claim_folder(job, ranks):
+            samples, selection = choose_samples(job, ranks)
+            augmentation = AUGMENTATIONS[recipe.augmentation](spec)
+            images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
 
-        torch.manual_seed(config.seed)
-        model = LabelDistributionGenerator(spec.num_classes, config.arch)
-        if config.init is not None:
-            load_backbone(model, spec, config.init)
-        train(job, model, images, selection, own_targets, ranks)
-        if ranks.is_first:
-            print(f"teacher: {job.result}")
+            torch.manual_seed(config.seed)
+            model = LabelDistributionGenerator(spec.num_classes, config.arch)
+            if config.init is not None:
+                load_backbone(model, spec, config.init)
+            train(job, model, images, selection, own_targets, ranks)
+            if ranks.is_first:
+                print(f"teacher: {job.result}")
     return 0
 
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from efficientface_export import folder as folder_module
 from efficientface_export.folder import SCRATCH, OutputFolder, failed_name, open_folder
 
 from efficientface_deploy.errors import ConfigError, ExportError
@@ -100,7 +99,7 @@ def test_second_export_is_refused(tmp_path: Path) -> None:
     with open_folder(tmp_path / "out") as first:
         make(first, a_onnx="1")
         with (
-            pytest.raises(ExportError, match="expected no other export at work in this folder"),
+            pytest.raises(ConfigError, match="expected no other export at work in this folder"),
             open_folder(tmp_path / "out"),
         ):
             pytest.fail("two at once")
@@ -163,28 +162,3 @@ def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         open_folder(tmp_path),
     ):
         pytest.fail("no folder")
-
-
-@pytest.mark.parametrize("reason", ["no fcntl", "no locks"])
-def test_without_locks(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    reason: str,
-) -> None:
-    """Another system, or a network share: it is said where it can be known."""
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    if reason == "no fcntl":
-        monkeypatch.setattr(folder_module, "fcntl", None)
-    else:
-        monkeypatch.setattr(folder_module.fcntl, "flock", fail)
-    with open_folder(tmp_path) as folder:
-        make(folder, a_onnx="1")
-        folder.publish()
-    assert content(tmp_path) == {"a.onnx": "1"}
-    assert ("cannot be locked (no locks available)" in capsys.readouterr().out) == (
-        reason == "no locks"
-    )

@@ -26,7 +26,7 @@ from training.data import AUGMENTATIONS, TrainingImages
 from training.loop import choose_samples, train
 from training.parallel import Ranks
 from training.recipe import Recipe
-from training.run import Job, TrainConfig
+from training.run import Job, TrainConfig, claim_folder
 from training.targets import Teach, own_targets
 
 RECIPE = Recipe(
@@ -88,19 +88,18 @@ def teacher_file(
 
 @pytest.fixture
 def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
-    """A student's job; keywords change its recipe, its options, or ``votes``."""
+    """A student's job; keywords change its recipe or its options."""
 
     def make(**changes: Any) -> Job:
         changes = {"out": tmp_path / "run", "input_size": 32, "workers": 0} | changes
         changes = {"tensorboard": False} | changes
-        votes = changes.pop("votes", False)
         options = {field.name for field in dataclasses.fields(TrainConfig)}
         of_recipe = {name: changes.pop(name) for name in set(changes) - options}
         config = TrainConfig(data=face_set, **changes)
         recipe = config.change(dataclasses.replace(RECIPE, **of_recipe))
         dataset = read_dataset(face_set)
         spec = config.model_spec(dataset, "efficientface")
-        return Job("student", spec, recipe, dataset, config, votes)
+        return Job("student", spec, recipe, dataset, config)
 
     return make
 
@@ -109,13 +108,15 @@ def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
 def fit() -> Callable[..., Path]:
     """Do a job with a fresh EfficientFace."""
 
-    def fit(job: Job, teach: Teach = own_targets) -> Path:
-        samples, selection = choose_samples(job)
-        augmentation = AUGMENTATIONS[job.recipe.augmentation](job.spec)
-        images = TrainingImages(samples, job.spec, augmentation, job.config.seed, votes=job.votes)
-        torch.manual_seed(job.config.seed)
-        model = EfficientFace(job.spec.num_classes)
-        train(job, model, images, selection, teach, Ranks(torch.device("cpu")))
+    def fit(job: Job, teach: Teach = own_targets, votes: bool = False) -> Path:
+        ranks = Ranks(torch.device("cpu"))
+        with claim_folder(job, ranks):
+            samples, selection = choose_samples(job, ranks)
+            augmentation = AUGMENTATIONS[job.recipe.augmentation](job.spec)
+            images = TrainingImages(samples, job.spec, augmentation, job.config.seed, votes=votes)
+            torch.manual_seed(job.config.seed)
+            model = EfficientFace(job.spec.num_classes)
+            train(job, model, images, selection, teach, ranks)
         return job.result
 
     return fit

@@ -20,7 +20,7 @@ from training import loop
 from training.data import AUGMENTATIONS, TrainingImages
 from training.parallel import join_ranks
 from training.recipe import DEFAULT_STUDENT
-from training.run import Job, TrainConfig
+from training.run import Job, TrainConfig, claim_folder
 from training.targets import own_targets
 
 
@@ -47,8 +47,8 @@ def main() -> None:
     job = Job("student", spec, config.change(DEFAULT_STUDENT), dataset, config)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    with join_ranks("cpu") as ranks:
-        samples, selection = loop.choose_samples(job)
+    with join_ranks("cpu") as ranks, claim_folder(job, ranks):
+        samples, selection = loop.choose_samples(job, ranks)
         images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
         torch.manual_seed(ranks.rank)  # the first rank's weights must reach the others
         model = FixedNorms(7).double()

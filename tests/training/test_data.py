@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from efficientface_deploy.dataset import Sample, read_dataset
-from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.preprocess import normalise, to_model_input
 from efficientface_deploy.spec import ModelSpec
 from training.data import (
@@ -159,8 +160,44 @@ def test_ranks_have_disjoint_parts_of_the_single_processs_batches(ranks):
 
 
 def test_batch_that_the_ranks_cannot_share():
-    with pytest.raises(ConfigError, match="a multiple of the 2 processes, found 5"):
+    with pytest.raises(ConfigError, match=r"a multiple of the 2 processes, .*found 5"):
         BatchOrder(20, 5, seed=0, ranks=2)
+
+
+def test_one_image_for_a_rank_is_no_batch():
+    """Batch norm has no statistics of it."""
+    with pytest.raises(ConfigError, match=r"with two images or more for each, found 3"):
+        BatchOrder(20, 3, seed=0, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("length", "ranks", "rest"), [(23, 1, 3), (23, 2, 0), (30, 2, 4), (25, 1, 0), (24, 1, 0)]
+)
+def test_published_code_keeps_the_last_batch(length, ranks, rest):
+    """As far as the ranks have equally many of it, and more than one."""
+    batch = 4 if rest != 4 else 26
+    orders = [
+        BatchOrder(length, batch, seed=0, whole=False, rank=r, ranks=ranks) for r in range(ranks)
+    ]
+    epochs = [keys_of(order, 0) for order in orders]
+    assert {len(epoch) for epoch in epochs} == {orders[0].steps} == {length // batch + (rest > 0)}
+    keys = [key for epoch in epochs for step in epoch for key in step]
+    assert len(set(keys)) == len(keys) == orders[0].images == length // batch * batch + rest
+    assert {len(epoch[-1]) for epoch in epochs} == {(rest or batch) // ranks}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_is_one_line_from_a_worker_too(workers, dataset, spec, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    samples = [*dataset.split("train")[:7], Sample(broken, 0)]
+    images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
+    with (
+        contextlib.closing(training_loader(images, BatchOrder(8, 4, 0), workers)) as loader,
+        pytest.raises(ImageError, match=r"^\S*broken\.png: expected an image") as caught,
+    ):
+        list(loader)
+    assert "Traceback" not in str(caught.value)
 
 
 def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[tuple[torch.Tensor, ...]]:

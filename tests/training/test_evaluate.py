@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,11 @@ from efficientface_deploy.command import run_command
 from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
 from efficientface_deploy.metrics import expected_calibration_error
-from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
+from efficientface_deploy.models import (
+    LabelDistributionGenerator,
+    load_checkpoint,
+    save_checkpoint,
+)
 from efficientface_deploy.preprocess import normalise, to_model_input
 from training import evaluate, evaluation_plots
 from training.data import hold_out
@@ -103,6 +108,41 @@ def test_holdout_is_the_trainings_tenth(student_file, face_set, tmp_path):
     assert (figures["images"], figures["split"]) == (len(expected), "holdout")
     counts = [row["images"] for row in figures["classes"]]
     assert counts == np.bincount([sample.label for sample in expected]).tolist()
+
+
+@pytest.fixture
+def trained_with(student_file, tmp_path):
+    """The student with a record of how it was trained."""
+
+    def save(**record) -> Path:
+        model, spec = load_checkpoint(student_file)
+        save_checkpoint(tmp_path / "trained.safetensors", model, spec, json.dumps(record))
+        return tmp_path / "trained.safetensors"
+
+    return save
+
+
+def test_holdout_is_that_of_the_files_own_training(trained_with, face_set, tmp_path):
+    weights = trained_with(select="holdout", seed=3)
+    figures = evaluate_json(weights, face_set, tmp_path, "--split", "holdout")
+    expected = hold_out(read_dataset(face_set).split("train"), 3)[1]
+    counts = [row["images"] for row in figures["classes"]]
+    assert counts == np.bincount([sample.label for sample in expected]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "fix"),
+    [
+        ({"select": "holdout", "seed": 3}, ["--seed", "0"], "leave --seed out"),
+        ({"select": "last", "seed": 0}, [], "choose another --split"),
+        ({"select": "validation", "seed": 0}, ["--seed", "0"], "choose another --split"),
+    ],
+)
+def test_holdout_that_was_trained_on_is_refused(
+    record, options, fix, trained_with, face_set, tmp_path
+):
+    with pytest.raises(ConfigError, match=f"not trained on, found a model of --select .*{fix}"):
+        evaluate_json(trained_with(**record), face_set, tmp_path, "--split", "holdout", *options)
 
 
 @pytest.mark.parametrize("folded", [False, True])

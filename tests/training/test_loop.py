@@ -27,6 +27,8 @@ from training.parallel import Ranks
 from training.recipe import published_student
 from training.targets import own_targets
 
+ALONE = Ranks(torch.device("cpu"))
+
 STEPS = 3  # 56 images, 7 held out, batches of 16
 CPU = Ranks(torch.device("cpu"))
 
@@ -110,7 +112,7 @@ def test_votes_reach_the_loss(make_job, fit):
         seen.append(targets)
         return targets
 
-    fit(make_job(epochs=1, votes=True), teach)
+    fit(make_job(epochs=1), teach, votes=True)
     assert ((torch.cat(seen) > 0) & (torch.cat(seen) < 1)).any()
 
 
@@ -206,13 +208,13 @@ def test_last_epoch_is_kept_without_a_selection(make_job, fit):
 
 def test_selection_decides_what_is_trained_on(make_job):
     train = set(make_job().dataset.split("train"))
-    rest, held = choose_samples(make_job(select="holdout"))
+    rest, held = choose_samples(make_job(select="holdout"), ALONE)
     assert set(rest) | set(held) == train and len(held) == 7
-    rest, chosen = choose_samples(make_job(select="test"))
+    rest, chosen = choose_samples(make_job(select="test"), ALONE)
     assert set(rest) == train and chosen == list(make_job().dataset.split("test"))
-    assert choose_samples(make_job(select="last")) == (rest, [])
+    assert choose_samples(make_job(select="last"), ALONE) == (rest, [])
     with pytest.raises(DatasetError, match="a validation split"):
-        choose_samples(make_job(select="validation"))
+        choose_samples(make_job(select="validation"), ALONE)
 
 
 def test_class_without_images_is_named(make_job):
@@ -220,7 +222,7 @@ def test_class_without_images_is_named(make_job):
     without = tuple(s for s in job.dataset.split("train") if s.label not in (2, 5))
     dataset = dataclasses.replace(job.dataset, samples={"train": without})
     with pytest.raises(ConfigError, match="of every class, found none of Sadness, Disgust; add"):
-        choose_samples(dataclasses.replace(job, dataset=dataset))
+        choose_samples(dataclasses.replace(job, dataset=dataset), ALONE)
 
 
 # ---- Moving average, calibration, precision ------------------------------------------------------
@@ -323,7 +325,7 @@ def test_published_recipe_step_for_step(make_job, make_network, monkeypatch):
     changes = {"batch_size": 28, "select": "last", "epochs": 10}
     recipe = dataclasses.replace(published_student("rafdb"), **changes, step_epochs=4)
     job = dataclasses.replace(make_job(input_size=48), recipe=recipe)
-    samples, _ = choose_samples(job)
+    samples, _ = choose_samples(job, ALONE)
     images = TrainingImages(samples, job.spec, AUGMENTATIONS["published"](job.spec), 0)
     torch.manual_seed(0)
     model = EfficientFace(7).double()
@@ -367,3 +369,40 @@ def test_published_recipe_step_for_step(make_job, make_network, monkeypatch):
     found = [loss.item() for loss in losses]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert max(found) - min(found) > 1e-3
+
+
+def test_weights_that_a_step_has_spoilt_are_not_saved(make_job, fit, monkeypatch):
+    """The loss was finite; the weights after the step are not, and the next loss would say so."""
+    job = make_job(epochs=2, save_minutes=0)
+    step = loop.Trainer.train_step
+
+    def spoil(trainer, images, targets, progress):
+        loss = step(trainer, images, targets, progress)
+        if progress.epoch == 1:
+            next(trainer.model.parameters()).data[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "train_step", spoil)
+    with pytest.raises(ConfigError, match=r"finite weights, found NaN .*in a new --out") as caught:
+        fit(job)
+    assert "is the best epoch before" in str(caught.value)
+    state = torch.load(job.state, weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_perfect_holdout_gives_no_temperature(make_job, fit, monkeypatch, capsys):
+    """Its cross-entropy falls for ever: dividing by the limit would make every answer certain."""
+    job = make_job(epochs=1, select="holdout", calibrate=True)
+    logits = 5 * np.eye(7, dtype=np.float32)
+    monkeypatch.setattr(loop, "predict", lambda *_: (logits, np.arange(7)))
+    before = {}
+    fold = loop.fold_temperature
+    monkeypatch.setattr(
+        loop, "fold_temperature", lambda model, t: before.update(t=t) or fold(model, t)
+    )
+    fit(job)
+    assert before["t"] == 1
+    assert (
+        "all 7 images of holdout are told right, which gives no temperature"
+        in capsys.readouterr().out
+    )

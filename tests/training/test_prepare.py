@@ -70,6 +70,35 @@ def test_interrupted_preparation_leaves_things_as_they_were(
     assert len(list(tmp_path.iterdir())) == int(existing)
 
 
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_overwrite_replaces_what_is_there(seed, tmp_path):
+    """Also what was prepared in the same way: its source may have been incomplete."""
+    out = tmp_path / "faces"
+    synthetic(out)
+    lost = next(out.rglob("*.jpg"))
+    lost.unlink()
+    synthetic(out, "--seed", seed, "--overwrite")
+    assert len(list(out.rglob("*.jpg"))) == 21
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
+
+
+def test_replaced_folder_comes_back_where_the_new_one_cannot_be_moved(
+    content, tmp_path, monkeypatch
+):
+    synthetic(tmp_path / "faces")
+    before, rename = content(tmp_path), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.startswith(".") and not path.name.endswith(".before"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        synthetic(tmp_path / "faces", "--seed", "1", "--overwrite")
+    assert content(tmp_path) == before
+
+
 def test_folder_is_readable_by_others(tmp_path):
     synthetic(tmp_path / "faces")
     assert (tmp_path / "faces").stat().st_mode & 0o777 == 0o755

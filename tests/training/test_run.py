@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.models.checkpoint import read_weights
 from training import loop, run
 from training.loop import InterruptError
-from training.run import Job
+from training.parallel import Ranks
+from training.run import Job, claim_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3  # 56 images, 7 held out, batches of 16
@@ -216,6 +219,75 @@ def test_damaged_state_is_reported(damage, make_run, fit, whole):
         fit(job)
 
 
+def test_other_images_are_refused(make_run, fit, whole, face_set, tmp_path):
+    """Of the same number and names: their content has changed."""
+    data = Path(shutil.copytree(face_set, tmp_path / "data"))
+    pictures = sorted((data / "train").rglob("*.jpg"))
+    shutil.copy(pictures[1], pictures[0])
+    job = make_run(resume=True)
+    shutil.copytree(whole.config.out, job.config.out)
+    job = dataclasses.replace(job, dataset=read_dataset(data))
+    with pytest.raises(ConfigError, match=r"images and teacher .* found others for images"):
+        fit(job)
+
+
+def test_other_number_of_processes_is_said(make_run, fit, whole, capsys):
+    job = make_run(resume=True)
+    shutil.copytree(whole.config.out, job.config.out)
+    state = torch.load(job.state, weights_only=True)
+    torch.save({**state, "processes": 2}, job.state)
+    fit(job)
+    assert "note: begun by 2 processes, now 1: batch norm sees" in capsys.readouterr().out
+
+
+def test_an_epochs_time_is_that_of_all_its_parts(make_run, fit):
+    """Also when it was stopped after its last step, so that nothing of it is left to do."""
+    job = make_run()
+    with pytest.raises(InterruptError):
+        fit(job, At(STEPS, ctrl_c))
+    before = torch.load(job.state, weights_only=True)["progress"]["seconds"]
+    fit(make_run(resume=True))
+    first = torch.load(job.state, weights_only=True)["progress"]["history"][0]
+    assert first["images_per_second"] == pytest.approx(16 * STEPS / before)
+
+
+def test_state_says_what_made_it(whole):
+    state = torch.load(whole.state, weights_only=True)
+    assert state["made_by"]["versions"]["torch"] == torch.__version__
+    assert len(state["identity"]["images"]) == 64 and "git_commit" in state["made_by"]
+
+
+# ---- One training in a folder --------------------------------------------------------------------
+
+
+def test_second_training_is_refused(make_run, fit):
+    """Before the first has written anything that could be seen."""
+    message = "expected no other training at work in this folder"
+    with (
+        claim_folder(make_run(), Ranks(torch.device("cpu"))),
+        pytest.raises(ConfigError, match=message),
+    ):
+        fit(make_run())
+
+
+def test_second_resume_is_refused(make_run, fit, whole):
+    job = make_run(resume=True)
+    shutil.copytree(whole.config.out, job.config.out)
+    with (
+        claim_folder(job, Ranks(torch.device("cpu"))),
+        pytest.raises(ConfigError, match="expected no other training at work in this folder"),
+    ):
+        fit(job)
+
+
+def test_folder_that_stays_empty_goes_again(make_run, tmp_path):
+    job = make_run(out=tmp_path / "a" / "b")
+    with pytest.raises(Killed), claim_folder(job, Ranks(torch.device("cpu"))):
+        assert job.config.out.is_dir()
+        raise Killed
+    assert not (tmp_path / "a").exists()
+
+
 # ---- The command, killed for real ----------------------------------------------------------------
 
 
@@ -268,15 +340,17 @@ def test_sigkill_at_any_moment(face_set, tmp_path):
     assert_same_bits(states[0]["model"], states[1]["model"])
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_ctrl_c_in_a_terminal(workers, face_set, tmp_path):
-    """The signal goes to the whole process group, as a terminal sends it."""
+@pytest.mark.parametrize(
+    ("workers", "number"), [("0", signal.SIGINT), ("1", signal.SIGINT), ("1", signal.SIGTERM)]
+)
+def test_signal_to_all_processes(workers, number, face_set, tmp_path):
+    """As a terminal, ``timeout``, a batch system or torchrun sends it: workers get it too."""
     out = tmp_path / "run"
     options = ("--epochs", "500", "--workers", workers, "--save-minutes", "0", "--no-tensorboard")
     process = start(face_set, out, *options)
     try:
         wait_for(out / "student.safetensors", process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=150)
     finally:
         if process.poll() is None:
@@ -311,4 +385,6 @@ def test_commit_of_a_clone_and_of_a_copy(monkeypatch, tmp_path):
     commit = run.git_commit()
     assert commit is None or len(commit.rstrip("+")) == 40
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    run.git_commit.cache_clear()
     assert run.git_commit() is None
+    run.git_commit.cache_clear()

@@ -10,7 +10,7 @@ import safetensors.numpy
 import torch
 
 from efficientface_deploy.dataset import read_dataset
-from efficientface_deploy.errors import ArtifactError, ConfigError, DatasetError
+from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.preprocess import normalise
 from training import store
@@ -202,6 +202,6 @@ def test_store_without_a_use(store_path, views, asks, said):
 
 
 def test_store_by_another_name():
-    with pytest.raises(DatasetError, match=r"a \.safetensors file, found \.npz"):
+    with pytest.raises(ConfigError, match=r"ends in \.safetensors, found store\.npz"):
         check_store_options(Path("store.npz"), 4, True)
     check_store_options(None, 0, False)

@@ -22,3 +22,10 @@ def test_share():
     torch.testing.assert_close(blended, 0.3 * distribution + 0.7 * own)
     torch.testing.assert_close(blended.sum(dim=1), torch.ones(4))
     assert Blend()(distribution, own) is distribution  # as published: nothing is touched
+
+
+def test_low_temperature_leaves_the_largest():
+    """The powers themselves would all be zero."""
+    distribution = torch.tensor([[0.3, 0.4, 0.3], [0.0, 0.1, 0.9]])
+    blended = Blend(0.005)(distribution, distribution)
+    torch.testing.assert_close(blended, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))

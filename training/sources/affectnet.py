@@ -69,7 +69,7 @@ class AffectNetConfig:
     )
     out: Path = option(help="folder to make")
     classes: str = option("7", choices=("7", "8"), help="8 is with Contempt")
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 @dataclasses.dataclass(frozen=True)

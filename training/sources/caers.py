@@ -32,7 +32,7 @@ class CaersConfig:
 
     source: Path = option(help="CAER-S's folder with train and test, or a zip of it")
     out: Path = option(help="folder to make")
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_caers(config: CaersConfig) -> Preparation:

@@ -59,7 +59,7 @@ class FerPlusConfig:
         choices=PROTOCOLS,
         help="which images of train are kept, and what their votes become",
     )
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_ferplus(config: FerPlusConfig) -> Preparation:

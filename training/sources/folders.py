@@ -31,7 +31,7 @@ class FoldersConfig:
     preset: str = option(
         "rafdb", choices=tuple(PRESETS), help="whose normalisation and input size fit your images"
     )
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_folders(config: FoldersConfig) -> Preparation:

@@ -44,7 +44,7 @@ class RafDbConfig:
 
     source: Path = option(help="RAF-DB's folder basic (with EmoLabel and Image), or a zip of it")
     out: Path = option(help="folder to make")
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 @dataclasses.dataclass(frozen=True)

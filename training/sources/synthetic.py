@@ -25,7 +25,7 @@ class SyntheticConfig:
     test: int = option(350, minimum=7, help="number of test faces")
     size: int = option(100, minimum=32, help="side of the pictures, pixels")
     seed: int = option(0, minimum=0, help="seed of every face")
-    overwrite: bool = option(False, help="replace a data set that was prepared differently")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_synthetic(config: SyntheticConfig) -> Preparation:

@@ -1,0 +1,66 @@
+"""One job at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from efficientface_deploy.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_held: set[int] = set()
+
+
+def _close_inherited() -> None:
+    """A forked worker that outlives its parent must not hold the parent's lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path, work: str) -> Iterator[None]:
+    """Hold a folder's lock, which the system frees even when the process is killed.
+
+    The folder itself is locked, so that no file is needed. Where the system or the file system
+    has no such locks (Windows, some network shares), there is none.
+
+    Args:
+        path: The folder.
+        work: What is done in it, as one word, for messages.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    _held.add(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                path,
+                expected=f"no other {work} at work in this folder",
+                found="one",
+                fix="wait for its end, or choose another --out",
+            ) from None
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            print(f"note: {path} cannot be locked ({reason}); run one {work} at a time")
+        yield
+    finally:
+        if handle in _held:  # not in a child, which has closed it
+            _held.remove(handle)
+            os.close(handle)
