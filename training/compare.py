@@ -77,8 +77,9 @@ class Run:
         Args:
             images: How many it was trained on.
         """
-        batch = int(self.settings["batch_size"])
-        return sum(images // batch * batch / row["images_per_second"] for row in self.history)
+        if self.settings.get("whole_batches", True):
+            images -= images % int(self.settings["batch_size"])
+        return sum(images / row["images_per_second"] for row in self.history)
 
     def store_seconds(self) -> float | None:
         """How long its LDG was asked beforehand: 0 without one, None where no file says."""

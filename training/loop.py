@@ -252,7 +252,7 @@ class Trainer:
             ConfigError: They are not finite.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
-            raise _diverged(self.job, "weights", "NaN or infinity", progress)
+            raise _diverged(self.job, "finite weights", "NaN or infinity", progress)
 
     def train_epoch(
         self, progress: Progress, stop: _StopRequest, events: EventWriter | None
@@ -293,7 +293,7 @@ class Trainer:
             logits = self.forward(images)  # (N, C)
         loss = LOSSES[recipe.loss](logits.to(dtype), distribution)
         if not torch.isfinite(loss):
-            raise _diverged(self.job, "loss", str(loss.item()), progress)
+            raise _diverged(self.job, "a finite loss", str(loss.item()), progress)
         rate = recipe.learning_rate_at(progress.epoch + progress.step / self.order.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -433,11 +433,11 @@ def _interrupted(job: Job, progress: Progress) -> InterruptError:
     )
 
 
-def _diverged(job: Job, what: str, found: str, progress: Progress) -> ConfigError:
+def _diverged(job: Job, expected: str, found: str, progress: Progress) -> ConfigError:
     good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
     return ConfigError(
         f"learning rate {job.recipe.learning_rate:g}",
-        expected=f"a finite {what}" if what == "loss" else f"finite {what}",
+        expected=expected,
         found=f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
         fix="start again with a smaller --learning-rate in a new --out" + good,
     )
