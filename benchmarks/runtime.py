@@ -179,9 +179,15 @@ def announce(what: str) -> None:
 # ---- start
 
 
+def bundled_side() -> int:
+    """Side of the bundled model's input."""
+    with load(BUNDLED_ONNX) as predictor:
+        return predictor.spec.input_size
+
+
 def measure_starts(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str, Any]:
     """From starting Python to a label, by the runtime and by a bare script."""
-    names = {"photo": str(photo), "model": str(BUNDLED_ONNX), "side": preset("ferplus").input_size}
+    names = {"photo": str(photo), "model": str(BUNDLED_ONNX), "side": bundled_side()}
     scripts = {"runtime": _OURS.format(**names), "bare": _BARE.format(**names)}
     for script in scripts.values():
         start_once(script, folder)  # compiles the bytecode, and brings the files into memory
@@ -470,7 +476,7 @@ def measure_settings(config: RuntimeConfig, folder: Path) -> list[dict[str, Any]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     job = {
         "model": str(BUNDLED_ONNX),
-        "side": preset("ferplus").input_size,
+        "side": bundled_side(),
         "calls": _SETTING_CALLS,
         "pause_s": _PAUSE_S,
     }

@@ -9,7 +9,6 @@ import pytest
 from benchmarks import probe
 from benchmarks import runtime as bench
 from benchmarks.latency import make_jpegs
-from efficientface_deploy import load
 from efficientface_deploy.timing import Samples
 
 SMALL = ["--starts", "3", "--seconds", "0.02", "--rounds", "3", "--input-size", "32"]
@@ -114,9 +113,8 @@ def test_memory_that_is_kept_is_seen(tmp_path, run_python):
 
 
 def test_settings_reach_the_library(tmp_path):
-    with load(bench.BUNDLED_ONNX) as predictor:
-        side = predictor.spec.input_size
-    job = {"model": str(bench.BUNDLED_ONNX), "side": side, "calls": 4, "pause_s": 0.001}
+    job = {"model": str(bench.BUNDLED_ONNX), "side": bench.bundled_side(), "calls": 4}
+    job["pause_s"] = 0.001
     setting = {"threads": 1, "arena": False, "level": "basic", "spinning": False}
     found = probe.run_with_setting({**job, **setting})
     assert len(found["calls_ms"]) == 4 and len(found["paced_ms"]) == 1
