@@ -31,7 +31,7 @@ def test_one_command_measures_everything(few_settings, tmp_path, capsys):
     assert start["ratio"]["value"] == pytest.approx(
         start["runtime"]["p50_ms"] / start["bare"]["p50_ms"]
     )
-    assert {row["input_size"] for row in result["calls"]} == {32, 96}
+    assert {row["input_size"] for row in result["calls"]} == {32, bench.bundled_side()}
     for row in result["calls"]:
         assert row["ratio"]["value"] == pytest.approx(
             row["predictor"]["p50_ms"] / row["session"]["p50_ms"]
