@@ -1,4 +1,4 @@
-"""One job at a time in a folder."""
+"""One job at a time in a folder, and no empty folder left by a job that came to nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ConfigError
 
 try:
@@ -64,3 +65,15 @@ def lock_folder(path: Path, work: str) -> Iterator[None]:
         if handle in _held:  # not in a child, which has closed it
             _held.remove(handle)
             os.close(handle)
+
+
+@contextlib.contextmanager
+def empty_folders_removed(path: Path) -> Iterator[None]:
+    """Remove, of a path's folders, those that the block makes and leaves empty."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        with interrupts_wait(), contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ConfigError, ExportError
-from efficientface_deploy.lock import lock_folder
+from efficientface_deploy.lock import empty_folders_removed, lock_folder
 
 SCRATCH = ".efficientface-export"
 
@@ -62,33 +62,29 @@ def open_folder(path: Path) -> Iterator[OutputFolder]:
         ConfigError: It cannot be made or written, or another export works in it.
         ExportError: The disk is full.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     scratch = path / SCRATCH
-    try:
-        with _writable(path):
-            path.mkdir(parents=True, exist_ok=True)
-        with lock_folder(path, "export"):
-            try:
-                with _writable(path):
-                    shutil.rmtree(scratch, ignore_errors=True)
-                    scratch.mkdir()
-                yield OutputFolder(path, scratch)
-            finally:
-                with interrupts_wait():
-                    shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise ExportError(
-            error.filename or path,
-            expected="space for what is written",
-            found=_words(error),
-            fix="free some on that disk, or choose another --out",
-        ) from None
-    finally:
-        with interrupts_wait(), contextlib.suppress(OSError):  # not empty
-            for folder in missing:
-                folder.rmdir()
+    with empty_folders_removed(path):
+        try:
+            with _writable(path):
+                path.mkdir(parents=True, exist_ok=True)
+            with lock_folder(path, "export"):
+                try:
+                    with _writable(path):
+                        shutil.rmtree(scratch, ignore_errors=True)
+                        scratch.mkdir()
+                    yield OutputFolder(path, scratch)
+                finally:
+                    with interrupts_wait():
+                        shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise ExportError(
+                error.filename or path,
+                expected="space for what is written",
+                found=_words(error),
+                fix="free some on that disk, or choose another --out",
+            ) from None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from efficientface_deploy.artifact import atomic_path, write_text
 from efficientface_deploy.command import option
 from efficientface_deploy.dataset import Dataset, Sample
 from efficientface_deploy.errors import CheckpointError, ConfigError
-from efficientface_deploy.lock import lock_folder
+from efficientface_deploy.lock import empty_folders_removed, lock_folder
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from training.data import AUGMENTATIONS
@@ -216,15 +216,10 @@ def claim_folder(job: Job, ranks: Ranks) -> Iterator[None]:
         yield
         return
     out = job.config.out
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
+    with empty_folders_removed(out):
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out, "training"):
             yield
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            for folder in missing:
-                folder.rmdir()
 
 
 def start_run(job: Job) -> None:
