@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 SELECTIONS = ("holdout", "validation", "test", "last")
+SCHEDULES = ("one-cycle", "cosine", "step")
 
 # The public code's settings: epochs, epochs between steps, factor of a step.
 PUBLISHED_SCHEDULES = {
@@ -28,7 +29,9 @@ class Recipe:
         batch_size: Images of one step, over all processes.
         learning_rate: Largest learning rate of SGD with momentum 0.9.
         weight_decay: L2 penalty on all weights.
-        schedule: ``step`` (multiplied by ``decay`` every ``step_epochs``) or ``one-cycle``.
+        schedule: Name in :data:`SCHEDULES`: ``one-cycle`` (up for a fifth of the training, then
+            down a cosine), ``cosine`` (down from the first step), or ``step`` (multiplied by
+            ``decay`` every ``step_epochs``).
         loss: Name in :data:`training.losses.LOSSES`.
         augmentation: Name in :data:`training.data.AUGMENTATIONS`.
         nesterov: Nesterov's momentum.
@@ -80,10 +83,11 @@ class Recipe:
         if self.schedule == "step":
             return float(self.learning_rate * self.decay ** int(progress // self.step_epochs))
         # One cycle (Smith 2018): up linearly over the first fifth, then down a cosine to zero.
+        rise = 0.2 if self.schedule == "one-cycle" else 0.0
         position = progress / self.epochs
-        if position < 0.2:
-            return self.learning_rate * (0.04 + 0.96 * position / 0.2)
-        angle = math.pi * (position - 0.2) / 0.8
+        if position < rise:
+            return self.learning_rate * (0.04 + 0.96 * position / rise)
+        angle = math.pi * (position - rise) / (1 - rise)
         return self.learning_rate * 0.5 * (1 + math.cos(angle))
 
 

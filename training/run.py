@@ -26,7 +26,7 @@ from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from training.data import AUGMENTATIONS
 from training.parallel import Ranks
-from training.recipe import SELECTIONS, Recipe
+from training.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +58,13 @@ class TrainConfig:
         None, minimum=2, help="images of a step, over all processes; default: the recipe's"
     )
     learning_rate: float | None = option(None, minimum=0, help="largest; default: the recipe's")
+    schedule: str | None = option(
+        None, choices=SCHEDULES, help="of the learning rate; default: the recipe's"
+    )
+    step_epochs: int | None = option(
+        None, minimum=1, help="epochs between two steps of --schedule step; default: the recipe's"
+    )
+    weight_decay: float | None = option(None, minimum=0, help="default: the recipe's")
     augmentation: str | None = option(
         None, choices=tuple(AUGMENTATIONS), help="random changes; default: the recipe's"
     )
@@ -79,13 +86,25 @@ class TrainConfig:
     resume: bool = option(False, help="go on with the run in --out")
 
     def change(self, recipe: Recipe) -> Recipe:
-        """The recipe with what the command line says otherwise."""
+        """The recipe with what the command line says otherwise.
+
+        Raises:
+            ConfigError: Steps are given to a schedule that has none.
+        """
         names = {field.name for field in dataclasses.fields(Recipe)}
         own = {field.name for field in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in sorted(names & own)}
-        return dataclasses.replace(
+        changed = dataclasses.replace(
             recipe, **{name: value for name, value in given.items() if value is not None}
         )
+        if self.step_epochs is not None and changed.schedule != "step":
+            raise ConfigError(
+                "--step-epochs",
+                expected=f"none with the schedule {changed.schedule}",
+                found=str(self.step_epochs),
+                fix="leave it out, or add --schedule step",
+            )
+        return changed
 
     @property
     def amp_type(self) -> torch.dtype | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import EfficientFace
 from training.losses import LOSSES
 from training.recipe import DEFAULT_STUDENT, DEFAULT_TEACHER, Recipe, published_student
@@ -37,6 +38,12 @@ def test_one_cycle():
     assert abs(slopes).max() < 0.003  # no jump
 
 
+def test_cosine():
+    cosine = recipe(schedule="cosine")
+    rates = [cosine.learning_rate_at(at) for at in (0, 2.5, 5, 10)]
+    assert rates == pytest.approx([0.2, 0.1 * (1 + 0.5**0.5), 0.1, 0], abs=1e-12)
+
+
 def test_steps():
     steps = recipe(schedule="step", step_epochs=3, decay=0.5)
     rates = [steps.learning_rate_at(at) for at in (0, 2.99, 3, 5.99, 6, 9.5)]
@@ -56,8 +63,16 @@ def test_optimizer_is_sgd_over_all_parameters():
 def test_options_change_the_recipe(make_job):
     config = make_job().config
     assert config.change(recipe()) == recipe()
-    given = dataclasses.replace(config, epochs=4, learning_rate=0.0, ema=0.0, select="last")
-    assert given.change(recipe()) == recipe(epochs=4, learning_rate=0.0, ema=0.0, select="last")
+    changes = {"epochs": 4, "learning_rate": 0.0, "ema": 0.0, "select": "last", "weight_decay": 0.0}
+    changes |= {"schedule": "step", "step_epochs": 2}
+    assert dataclasses.replace(config, **changes).change(recipe()) == recipe(**changes)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_steps_of_a_schedule_without_any_are_refused(make_job, schedule):
+    config = dataclasses.replace(make_job().config, step_epochs=2, schedule=schedule)
+    with pytest.raises(ConfigError, match=f"none with the schedule {schedule}, found 2; leave it"):
+        config.change(recipe())
 
 
 @pytest.mark.parametrize("default", [DEFAULT_STUDENT, DEFAULT_TEACHER])
