@@ -1,7 +1,7 @@
 """Trains a few steps and writes down what every rank saw; run by test_parallel.py.
 
 ``torchrun --nproc_per_node 2 ranks_script.py DATA OUT DEATH`` or without torchrun. ``DEATH`` is the
-step in which rank 1 kills itself, 0 for never.
+step in which rank 1 kills itself, 0 for never. A run that is in OUT already is gone on with.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data, out, death = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     options = {"epochs": 2, "batch_size": 12, "learning_rate": 0.05, "augmentation": "mild"}
-    config = TrainConfig(
-        data, out, input_size=32, workers=0, tensorboard=False, save_minutes=0, **options
-    )
+    options |= {"input_size": 32, "workers": 0, "tensorboard": False, "save_minutes": 0}
+    config = TrainConfig(data, out, resume=(out / "last.pt").exists(), **options)
     dataset = read_dataset(data)
     spec = config.model_spec(dataset, "efficientface")
     job = Job("student", spec, config.change(DEFAULT_STUDENT), dataset, config)

@@ -34,9 +34,14 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(face_set, tmp_path_factory) -> dict[str, dict]:
+def folder(tmp_path_factory) -> Path:
+    """Where the runs of this module are."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def runs(face_set, folder) -> dict[str, dict]:
     """What one process alone and each of two ranks wrote down."""
-    folder = tmp_path_factory.mktemp("ranks")
     alone = run(sys.executable, str(SCRIPT), str(face_set), str(folder / "alone"), "0")
     assert alone.returncode == 0, alone.stderr
     both = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(folder / "two"), "0")
@@ -86,13 +91,25 @@ def test_every_image_of_the_selection_is_judged_once(runs):
         torch.testing.assert_close(ours.sum(dim=0), alone.sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
-def test_death_of_a_rank_ends_the_job_and_leaves_a_state(face_set, tmp_path):
-    out = tmp_path / "run"
+def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(face_set, folder, runs):
+    out = folder / "died"
     died = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(out), "7")
     assert died.returncode != 0
     state = torch.load(out / "last.pt", weights_only=True)
     assert len(state["progress"]["history"]) == 1
     load_checkpoint(out / "student.safetensors")
+
+    resumed = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(out), "0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("epoch 1/2:") == 0  # it did not begin anew
+    seen = torch.load(folder / "died-rank0.pt", weights_only=True)
+    assert 0 < len(seen["weights"]) < STEPS // 2
+    assert torch.equal(seen["weights"][-1], runs["first"]["weights"][-1])
+    ours, unbroken = (
+        load_checkpoint(folder / name / "student.safetensors")[0].state_dict()
+        for name in ("died", "two")
+    )
+    assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
 
 
 def test_command_under_torchrun(face_set, tmp_path):

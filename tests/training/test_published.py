@@ -56,6 +56,7 @@ CHECKPOINTS = {
         f"EfficientFace-{name}": ("efficientface", len(labels)) for name, labels, _ in DATA.values()
     },
 }
+IMAGENET = "resnet18-f37072fd.pth"  # as torchvision's: tensors by name and nothing around them
 
 # One step at the smallest size; the weights stay where they were, so that they can be compared.
 SHORT = ["--input-size", "32", "--epochs", "1", "--batch-size", "14", "--workers", "0"]
@@ -134,6 +135,9 @@ def workspace(face_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "best_acc": torch.tensor(88.36),
             }
             torch.save(content, root / f"checkpoints/{name}.pth.tar")
+        state = networks["resnet18"].state_dict()
+        head = {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.zeros(1000)}
+        torch.save({**state, **head}, root / "checkpoints" / IMAGENET)
     return root
 
 
@@ -156,7 +160,8 @@ def parse(line: str) -> tuple[str, dict[str, str], list[str]]:
 
 def state_of(path: str) -> dict[str, torch.Tensor]:
     content = torch.load(path, weights_only=True)
-    return {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
+    state = content.get("state_dict", content)
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def plain_network(path: str) -> torch.nn.Module:
@@ -206,7 +211,7 @@ def test_page_names_every_checkpoint_and_uses_each():
     assert found == CHECKPOINTS and len(found) == 11
     for name in CHECKPOINTS:
         assert any(f"checkpoints/{name}.pth.tar" in line for line in COMMANDS), name
-    assert len(COMMANDS) == 20 and len(SLOW) == 5
+    assert len(COMMANDS) == 21 and len(SLOW) == 5
 
 
 def test_page_gives_the_normalisations():
