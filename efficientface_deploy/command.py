@@ -34,6 +34,7 @@ def option(
     metavar: str | None = None,
     positional: bool = False,
     minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
     """Declare a dataclass field as a command-line option.
 
@@ -44,6 +45,7 @@ def option(
         metavar: Name of the value in ``--help``.
         positional: True for an argument without dashes.
         minimum: Smallest accepted number.
+        maximum: Largest accepted number.
     """
     metadata = {
         "help": help,
@@ -51,6 +53,7 @@ def option(
         "metavar": metavar,
         "positional": positional,
         "minimum": minimum,
+        "maximum": maximum,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -86,31 +89,32 @@ def config_from(config_class: type[Config], namespace: argparse.Namespace) -> Co
     """Make the config from parsed arguments; reports numbers that cannot be meant.
 
     Raises:
-        ConfigError: A number is below the minimum that its option states, or not finite.
+        ConfigError: A number is outside the range that its option states, or not finite.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         value = getattr(namespace, field.name)
         values[field.name] = tuple(value) if isinstance(value, list) else value
-        minimum = field.metadata.get("minimum")
         numbers = value if isinstance(value, (list, tuple)) else [value]
         for number in numbers:
-            name = _option_name(field)
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(
-                    name,
-                    expected="a finite number",
-                    found=str(number),
-                    fix=f"give {name} a finite value",
-                )
-            if minimum is not None and number is not None and number < minimum:
-                raise ConfigError(
-                    name,
-                    expected=f"at least {minimum}",
-                    found=str(number),
-                    fix=f"give {name} a larger value",
-                )
+            _check_number(field, number)
     return config_class(**values)
+
+
+def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
+    """Refuse a number outside its option's range; anything else passes."""
+    name = _option_name(field)
+    minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
+    problem = None
+    if isinstance(number, float) and not math.isfinite(number):
+        problem = ("a finite number", "a finite value")
+    elif minimum is not None and number is not None and number < minimum:
+        problem = (f"at least {minimum}", "a larger value")
+    elif maximum is not None and number is not None and number > maximum:
+        problem = (f"at most {maximum}", "a smaller value")
+    if problem is not None:
+        expected, fix = problem
+        raise ConfigError(name, expected=expected, found=str(number), fix=f"give {name} {fix}")
 
 
 def _option_name(field: dataclasses.Field[Any]) -> str:

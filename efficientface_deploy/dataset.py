@@ -59,6 +59,7 @@ class Dataset:
         labels: Class names; a sample's label is an index into them.
         preset: Name of the ModelSpec preset that fits it.
         samples: The images of each split, sorted by path.
+        face_crop: How its faces were cut, as :attr:`ModelSpec.face_crop`; empty for the preset's.
     """
 
     root: Path
@@ -66,11 +67,14 @@ class Dataset:
     labels: tuple[str, ...]
     preset: str
     samples: dict[str, tuple[Sample, ...]]
+    face_crop: str = ""
 
     @property
     def spec(self) -> ModelSpec:
-        """The preset's ModelSpec, with this data set's name."""
-        return preset(self.preset).replace(labels=self.labels, name=self.name)
+        """The preset's ModelSpec, with this data set's name, labels and crop."""
+        spec = preset(self.preset)
+        crop = self.face_crop or spec.face_crop
+        return spec.replace(labels=self.labels, name=self.name, face_crop=crop)
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split.
@@ -81,7 +85,12 @@ class Dataset:
         samples = self.samples.get(name, ())
         if not samples:
             have = ", ".join(key for key, value in self.samples.items() if value) or "no images"
-            raise DatasetError(self.root, expected=f"a {name} split", found=have, fix=_PREPARE)
+            raise DatasetError(
+                self.root,
+                expected=f"a {name} split",
+                found=have,
+                fix=f"choose another split, or {_PREPARE}",
+            )
         return samples
 
     def evaluation_split(self) -> str:
@@ -196,6 +205,8 @@ def _not_empty(dataset: Dataset) -> Dataset:
 
 def _read_described(root: Path, preset_name: str | None) -> Dataset:
     description = _read_description(root / DESCRIPTION)
+    if preset_name is not None:
+        preset(preset_name)  # a name that is none is the first thing to say
     if preset_name not in (None, description["preset"]):
         raise DatasetError(
             root,
@@ -208,7 +219,8 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
         samples = _read_manifest(root, labels)
     else:
         samples = {name: _scan_split(root, name, labels) for name in SPLITS}
-    return _not_empty(Dataset(root, description["name"], labels, description["preset"], samples))
+    name, crop = description["name"], description.get("face_crop", "")
+    return _not_empty(Dataset(root, name, labels, description["preset"], samples, crop))
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -216,7 +228,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         labels = description["labels"]
         labels = tuple(labels) if isinstance(labels, list) else labels
-        preset(description["preset"]).replace(labels=labels, name=description["name"])
+        spec = preset(description["preset"]).replace(labels=labels, name=description["name"])
+        spec.replace(face_crop=description.get("face_crop", spec.face_crop))
     except (ValueError, KeyError, TypeError, RecursionError, SpecError) as error:
         raise DatasetError(
             path,

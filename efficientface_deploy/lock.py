@@ -1,9 +1,11 @@
-"""One job at a time in a folder, and no empty folder left by a job that came to nothing."""
+"""Folders to write to: refused early, used by one job at a time, not left behind empty."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+# What the system says when a file cannot be written for want of space.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _held: set[int] = set()
 
@@ -58,13 +63,59 @@ def lock_folder(path: Path, work: str) -> Iterator[None]:
                 fix="wait for its end, or choose another --out",
             ) from None
         except OSError as error:
-            reason = (error.strerror or type(error).__name__).lower()
+            reason = system_words(error)
             print(f"note: {path} cannot be locked ({reason}); run one {work} at a time")
         yield
     finally:
         if handle in _held:  # not in a child, which has closed it
             _held.remove(handle)
             os.close(handle)
+
+
+def make_folder(path: Path, option: str = "--out") -> None:
+    """Make a folder where it is missing, and see that files can be made in it.
+
+    Args:
+        path: The folder.
+        option: What names it, for messages.
+
+    Raises:
+        ConfigError: The system refuses.
+        OSError: The disk is full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(
+            path,
+            expected="a folder that can be written",
+            found="a file" if path.is_file() else system_words(error),
+            fix=f"choose another {option}",
+        ) from None
+
+
+def check_writable(path: Path | None, option: str = "--out") -> None:
+    """Refuse a folder now that could not be written after the work; nothing is left of the trial.
+
+    Args:
+        path: The folder, which may be missing; None for none.
+        option: What names it, for messages.
+
+    Raises:
+        ConfigError: It cannot be made or written.
+    """
+    if path is not None:
+        with empty_folders_removed(path):
+            make_folder(path, option)
+
+
+def system_words(error: OSError) -> str:
+    """``no space left on device``, and the like."""
+    return (error.strerror or type(error).__name__).lower()
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise ImageError(
             name,
             expected="an image in " + ", ".join(FORMATS),
-            found="a file that is none of these",
+            found="another kind of file",
             fix="convert it to JPEG or PNG",
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from efficientface_deploy.errors import SpecError
+from efficientface_deploy.errors import ConfigError, SpecError
 
 SCHEMA_VERSION = 1
 
@@ -100,6 +100,22 @@ class ModelSpec:
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def resized(self, size: int) -> ModelSpec:
+        """A copy for another input size, which a user asks for.
+
+        Raises:
+            ConfigError: The network cannot have it.
+        """
+        try:
+            return self.replace(input_size=size)
+        except SpecError as error:
+            raise ConfigError(
+                "--input-size",
+                expected=error.expected,
+                found=error.found,
+                fix="give another --input-size",
+            ) from None
 
     def to_json(self) -> str:
         """The spec as one line of JSON, keys sorted, floats exact."""

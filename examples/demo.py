@@ -1,4 +1,7 @@
-"""make demo: the whole path on embedded data, each step a command that you can type yourself."""
+"""make demo: the whole path on embedded data, each step a command that you can type yourself.
+
+Interrupted, it goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ STUDENT = DEMO / "student"
 ARTIFACTS = DEMO / "artifacts"
 PORTRAIT = DEMO / "portrait.jpg"
 BENCHMARK = DEMO / "benchmark"
+DONE = DEMO / "done.txt"  # the commands that came to their end
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -55,18 +59,28 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run every step; stop at the first that fails."""
-    if DEMO.exists():
+    """Run every step that is not done yet; stop at the first that fails."""
+    done = DONE.read_text(encoding="utf-8").splitlines() if DONE.is_file() else []
+    everything = [command for commands in COMMANDS.values() for command in commands]
+    if set(done) >= set(everything) or (DEMO.exists() and not DONE.is_file()):
         print(f"error: {DEMO}/ is there already; remove it to run the demo again (rm -r {DEMO})")
         return 2
+    DEMO.mkdir(exist_ok=True)
+    DONE.touch()
     started = time.monotonic()
     for number, (title, commands) in enumerate(COMMANDS.items(), start=1):
         print(f"\n== {number}/{len(COMMANDS)}: {title}", flush=True)
         for command in commands:
-            print(f"\n$ {command}", flush=True)
-            if code := subprocess.run(_resolve(command), check=False).returncode:
-                print(f"error: the command above ended with exit code {code}")
+            if command in done:
+                print(f"\n(done before) $ {command}", flush=True)
+                continue
+            resumed = _resumed(command)
+            print(f"\n$ {resumed}", flush=True)
+            if code := _run(resumed):
+                print(f"error: the command above ended with exit code {code}; make demo goes on")
                 return code
+            with DONE.open("a", encoding="utf-8") as file:
+                file.write(command + "\n")
     minutes = (time.monotonic() - started) / 60
     print(
         f"\nDone in {minutes:.1f} minutes. What was made:\n"
@@ -77,6 +91,22 @@ def main() -> int:
         "Next: README.md, your own data set and weights."
     )
     return 0
+
+
+def _run(command: str) -> int:
+    """The command's exit code; Ctrl-C reaches it too, and it has the last word."""
+    with subprocess.Popen(_resolve(command)) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+def _resumed(command: str) -> str:
+    """The command; a training that left a state goes on from it."""
+    out = Path(shlex.split(command)[-1])
+    return f"{command} --resume" if (out / "last.pt").is_file() else command
 
 
 def _resolve(command: str) -> list[str]:

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import efficientface_deploy as ef
 
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
 
 def main(folder: str) -> None:
-    """Count the expressions in the JPEG files of a folder."""
+    """Count the expressions in the JPEG and PNG files of a folder."""
+    pictures = [path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        sys.exit(f"error: {folder}: expected a folder of JPEG or PNG files, found none")
     counts: Counter[str] = Counter()
     happiest, most = None, 0.0
     detector = ef.open_detector("centerface")
     with ef.load() as predictor:
-        for path in sorted(Path(folder).glob("*.jpg")):
+        for path in sorted(pictures):
             try:
                 faces = predictor.predict_faces(path, detector)
             except ef.EfficientFaceError as error:
@@ -34,4 +39,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/photos.py FOLDER")
     main(sys.argv[1])

@@ -25,4 +25,9 @@ def main(file: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) > 2:
+        sys.exit("usage: python examples/video.py [FILE]")
+    try:
+        main(*sys.argv[1:])
+    except ef.EfficientFaceError as error:  # no such file, no camera
+        sys.exit(f"error: {error}")

@@ -39,7 +39,7 @@ class ExportConfig:
         "is one",
     )
     input_size: int | None = option(
-        None, minimum=32, help="side of the input, pixels; default: what the model was trained at"
+        None, help="side of the input, pixels; default: what the model was trained at"
     )
     float_input: bool = option(
         False, help="input float32 (N, 3, S, S), normalised, for toolchains without uint8"

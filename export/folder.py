@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
-from efficientface_deploy.errors import ConfigError, ExportError
-from efficientface_deploy.lock import empty_folders_removed, lock_folder
+from efficientface_deploy.errors import ExportError
+from efficientface_deploy.lock import (
+    FULL,
+    empty_folders_removed,
+    lock_folder,
+    make_folder,
+    system_words,
+)
 
 SCRATCH = ".efficientface-export"
-
-# What the system says when a file cannot be written for want of space.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,44 +67,21 @@ def open_folder(path: Path) -> Iterator[OutputFolder]:
     scratch = path / SCRATCH
     with empty_folders_removed(path):
         try:
-            with _writable(path):
-                path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             with lock_folder(path, "export"):
                 try:
-                    with _writable(path):
-                        shutil.rmtree(scratch, ignore_errors=True)
-                        scratch.mkdir()
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    scratch.mkdir()
                     yield OutputFolder(path, scratch)
                 finally:
                     with interrupts_wait():
                         shutil.rmtree(scratch, ignore_errors=True)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise
             raise ExportError(
                 error.filename or path,
                 expected="space for what is written",
-                found=_words(error),
+                found=system_words(error),
                 fix="free some on that disk, or choose another --out",
             ) from None
-
-
-@contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """Name the folder when the system refuses to write there."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        raise ConfigError(
-            path,
-            expected="a folder that can be written",
-            found=_words(error),
-            fix="choose another --out",
-        ) from None
-
-
-def _words(error: OSError) -> str:
-    """``no space left on device``, and the like."""
-    return (error.strerror or type(error).__name__).lower()

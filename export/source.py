@@ -215,7 +215,7 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     model, spec = load_checkpoint(path, preset)
     require_preset(path, preset)
     if input_size is not None:
-        spec = spec.replace(input_size=input_size)
+        spec = spec.resized(input_size)
 
     def infer_batch(batch: UInt8Array) -> Float32Array:
         with torch.inference_mode():

@@ -44,6 +44,11 @@ def is_certain(temperature: float) -> bool:
     return temperature < 1.01 * _RANGE[0]
 
 
+def says_nothing(temperature: float) -> bool:
+    """Whether the cross-entropy falls for ever towards equal probabilities."""
+    return temperature > 0.99 * _RANGE[1]
+
+
 def calibration_errors(
     logits: Float32Array, labels: IndexArray, temperature: float
 ) -> tuple[float, float]:

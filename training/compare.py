@@ -18,10 +18,11 @@ from efficientface_deploy.artifact import write_text
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.lock import check_writable
 from efficientface_deploy.metrics import paired_accuracy_difference
 from efficientface_deploy.predictor import load
 from training.data import HOLDOUT
-from training.evaluate import check_labels, check_out, predict_samples, samples_of, score
+from training.evaluate import check_labels, predict_samples, samples_of, score
 from training.loop import split_samples
 from training.markdown import table
 from training.record import METRICS
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         CompareConfig, argv, prog="python -m training.compare", description=__doc__ or ""
     )
-    check_out(config.out)
+    check_writable(config.out)
     runs = [read_run(folder) for folder in config.runs]
     _check_seeds(runs, config.split)
     dataset = read_dataset(config.data, config.preset)
@@ -183,8 +184,8 @@ def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
     lines = []
     first = rows[0]["options"]
     for row in rows:
-        shown = {k: v for k, v in row["options"].items() if row is rows[0] or v != first[k]}
-        options = ", ".join(f"{name} {value}" for name, value in shown.items())
+        shown = {k: v for k, v in row["options"].items() if row is rows[0] or v != first.get(k)}
+        options = " ".join(_as_option(name, value) for name, value in shown.items())
         against = f"{100 * row['difference']:+.2f} {_span(row['difference_interval'], '+.2f')}"
         store = row["store_seconds"]
         lines.append(
@@ -206,6 +207,16 @@ def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
         "clock, and compare only runs that had it to themselves alike."
     )
     return table(head, lines) + "\n\n" + note
+
+
+def _as_option(name: str, value: object) -> str:
+    """As it is typed: ``--learning-rate 0.05``, ``--no-votes``; what a run has not is left out."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return f"no --{flag}"
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
 
 
 def _span(interval: Sequence[float], form: str) -> str:

@@ -198,10 +198,10 @@ def own_distributions(samples: Sequence[Sample], classes: int, *, votes: bool) -
     """
     if votes and any(sample.votes is None for sample in samples):
         raise DatasetError(
-            "--targets votes",
+            "votes as targets",
             expected="a data set with a column of votes for each class",
             found="one without",
-            fix="choose --targets ldg or onehot",
+            fix="choose other --targets for a student; leave --votes out for a teacher",
         )
     plain = samples if votes else [Sample(sample.path, sample.label) for sample in samples]
     return label_distributions(plain, classes)

@@ -27,6 +27,7 @@ from efficientface_deploy.dataset import (
     read_dataset,
 )
 from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.lock import check_writable
 from efficientface_deploy.metrics import (
     accuracy,
     bootstrap_intervals,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         EvaluateConfig, argv, prog="python -m training.evaluate", description=__doc__ or ""
     )
-    check_out(config.out)
+    check_writable(config.out)
     require_preset(config.weights, config.preset)
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
@@ -311,12 +312,6 @@ def write_evaluation(folder: Path, figures: Figures) -> None:
     write_text(folder / "evaluation.md", as_markdown(figures))
     text = json.dumps(figures, indent=2, allow_nan=False)
     write_text(folder / "evaluation.json", text + "\n")
-
-
-def check_out(out: Path | None) -> None:
-    """Complain before the evaluation rather than after it."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(out, expected="a folder", found="a file", fix="choose another --out")
 
 
 def _read_dataset(config: EvaluateConfig) -> Dataset:

@@ -6,6 +6,7 @@ runs/explained``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -22,11 +23,13 @@ from torch import nn
 
 from efficientface_deploy.artifact import atomic_path, require_preset
 from efficientface_deploy.cli import find_images
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import interrupts_wait, option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError, ImageError
+from efficientface_deploy.lock import check_writable
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise, to_model_input
 from efficientface_deploy.spec import ModelSpec
+from training.progress import track
 
 SHEETS = "sheet-*.png"
 COLUMNS = 4  # faces beside each other on a sheet
@@ -81,16 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = None if config.class_ is None else _class_index(config.class_, spec)
     names = list(find_images(config.images))
     unreadable: list[ImageError] = []
-    sheets = 0
-    for faces in _sheets_of_faces(names, spec, config.per_sheet, unreadable):
-        sheets += 1
-        explanations = explain(model, spec, faces, target)
-        draw_sheet(config.out / SHEETS.replace("*", f"{sheets:03d}"), explanations)
+    sheets: list[Path] = []
+    with _all_or_none(sheets):
+        for faces in _sheets_of_faces(names, spec, config.per_sheet, unreadable):
+            sheets.append(config.out / SHEETS.replace("*", f"{len(sheets) + 1:03d}"))
+            draw_sheet(sheets[-1], explain(model, spec, faces, target))
     if not sheets:
         raise _none_readable(config, unreadable)
     for error in unreadable:
         print(f"error: {error}", file=sys.stderr)
-    print(f"{len(names) - len(unreadable)} faces on {sheets} sheet(s) in {config.out}")
+    print(f"faces: {len(names) - len(unreadable)}; sheets: {len(sheets)}; in {config.out}")
     if unreadable:
         print(f"{len(unreadable)} image(s) could not be read", file=sys.stderr)
     return 2 if unreadable else 0
@@ -192,12 +195,24 @@ def caption(explanation: Explanation) -> str:
     return text if explanation.heat.any() else text + " (nothing speaks for it)"
 
 
+@contextlib.contextmanager
+def _all_or_none(sheets: list[Path]) -> Iterator[None]:
+    """Take away the sheets written so far when the block does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        with interrupts_wait():
+            for path in sheets:
+                path.unlink(missing_ok=True)
+        raise
+
+
 def _sheets_of_faces(
     names: Sequence[str], spec: ModelSpec, per_sheet: int, unreadable: list[ImageError]
 ) -> Iterator[list[tuple[str, UInt8Array]]]:
     """The readable faces, a sheet's worth at a time; errors go to ``unreadable``."""
     faces: list[tuple[str, UInt8Array]] = []
-    for name in names:
+    for name in track(names, "explaining", len(names)):
         try:
             faces.append((name, to_model_input(name, spec)))
         except ImageError as error:
@@ -232,8 +247,7 @@ def _class_index(name: str, spec: ModelSpec) -> int:
 
 def _check_out(out: Path) -> None:
     """Complain before the work; sheets of an earlier run would mix with those of this one."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(out, expected="a folder", found="a file", fix="choose another --out")
+    check_writable(out)
     if any(out.glob(SHEETS)):
         raise ConfigError(
             out,

@@ -28,6 +28,7 @@ from training.calibration import (
     fit_temperature,
     fold_temperature,
     is_certain,
+    says_nothing,
 )
 from training.data import (
     HOLDOUT,
@@ -150,6 +151,11 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
             "gives no temperature; the confidences are not calibrated"
         )
         temperature = 1.0
+    elif says_nothing(temperature):
+        print(
+            f"note: on {job.recipe.select} its confidences fit best when all classes are equally "
+            "likely; it has not learned to tell them apart"
+        )
     before, after = calibration_errors(logits, labels, temperature)
     folded = job.kind == "student"
     if folded:
@@ -434,12 +440,14 @@ def _interrupted(job: Job, progress: Progress) -> InterruptError:
 
 
 def _diverged(job: Job, expected: str, found: str, progress: Progress) -> ConfigError:
+    again = "start again with a smaller --learning-rate or --weight-decay"
     good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
+    recipe = job.recipe
     return ConfigError(
-        f"learning rate {job.recipe.learning_rate:g}",
+        f"learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}",
         expected=expected,
         found=f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
-        fix="start again with a smaller --learning-rate in a new --out" + good,
+        fix=again + (" in a new --out" if job.state.exists() else "") + good,
     )
 
 

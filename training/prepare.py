@@ -27,6 +27,7 @@ from efficientface_deploy.command import (
 )
 from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX, read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
+from efficientface_deploy.lock import make_folder
 from efficientface_deploy.preprocess import load_image
 from training.sources.affectnet import AffectNetConfig, prepare_affectnet
 from training.sources.caers import CaersConfig, prepare_caers
@@ -83,7 +84,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
                 found="another data set" if found is not None else "other files",
                 fix="choose another --out" + (" or add --overwrite" if found is not None else ""),
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     before = work.with_name(f"{work.name}.before")
     try:
@@ -125,7 +126,8 @@ def _write_files(root: Path, preparation: Preparation) -> Counts:
             except ImageError as error:
                 left_out += 1
                 if left_out <= _SHOWN:
-                    print(f"left out {error.subject}: {error.found}", file=sys.stderr)
+                    where = f"{face.split}, {labels[face.label]}"
+                    print(f"left out {error.subject} ({where}): {error.found}", file=sys.stderr)
                 continue
             votes = [f"{vote:g}" for vote in face.votes] if face.votes is not None else []
             writer.writerow([relative.as_posix(), face.split, face.label, *votes])
@@ -243,7 +245,9 @@ def _compare_with_published(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.prepare``."""
     parser = OneLineParser("python -m training.prepare", description=__doc__)
-    commands = parser.add_subparsers(dest="dataset", required=True)
+    commands = parser.add_subparsers(
+        dest="dataset", required=True, metavar="{" + ",".join(COMMANDS) + "}"
+    )
     for name, (config_class, _, description) in COMMANDS.items():
         add_options(commands.add_parser(name, help=description), config_class)
     namespace = parser.parse_args(argv)

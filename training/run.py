@@ -21,7 +21,7 @@ from efficientface_deploy.artifact import atomic_path, write_text
 from efficientface_deploy.command import option
 from efficientface_deploy.dataset import Dataset, Sample
 from efficientface_deploy.errors import CheckpointError, ConfigError
-from efficientface_deploy.lock import empty_folders_removed, lock_folder
+from efficientface_deploy.lock import empty_folders_removed, lock_folder, make_folder
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from training.data import AUGMENTATIONS
@@ -29,6 +29,7 @@ from training.parallel import Ranks
 from training.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
+LARGEST_SEED = 2**32 - 1  # leaves room for the seeds of views, which are made of it
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What may change when a run goes on: it changes no result, rounding on another device aside.
@@ -69,12 +70,14 @@ class TrainConfig:
         None, choices=tuple(AUGMENTATIONS), help="random changes; default: the recipe's"
     )
     ema: float | None = option(
-        None, minimum=0, help="decay of the weights' moving average, 0 for none"
+        None, minimum=0, maximum=0.99999, help="decay of the weights' moving average, 0 for none"
     )
     select: str | None = option(
         None, choices=SELECTIONS, help="what chooses the epoch to keep; default: the recipe's"
     )
-    seed: int = option(0, minimum=0, help="of weights, order and augmentation")
+    seed: int = option(
+        0, minimum=0, maximum=LARGEST_SEED, help="of weights, order and augmentation"
+    )
     workers: int = option(1, minimum=0, help="processes that load images, per rank")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     amp: str = option("off", choices=tuple(AMP), help="mixed precision")
@@ -114,7 +117,7 @@ class TrainConfig:
     def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
         """The spec of the network that is trained on this data set."""
         size = dataset.spec.input_size if self.input_size is None else self.input_size
-        return dataset.spec.replace(architecture=architecture, input_size=size)
+        return dataset.spec.replace(architecture=architecture).resized(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +231,7 @@ def claim_folder(job: Job, ranks: Ranks) -> Iterator[None]:
 
     Raises:
         CheckpointError: As :func:`check_folder`.
-        ConfigError: The folder holds another run, or one is at work in it.
+        ConfigError: The folder cannot be written, holds another run, or one is at work in it.
     """
     check_folder(job)
     if not ranks.is_first:
@@ -236,7 +239,7 @@ def claim_folder(job: Job, ranks: Ranks) -> Iterator[None]:
         return
     out = job.config.out
     with empty_folders_removed(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with lock_folder(out, "training"):
             yield
 

@@ -21,6 +21,7 @@ import torch
 
 from efficientface_deploy.artifact import atomic_path, file_hash, read_safetensors_metadata
 from efficientface_deploy.errors import ArtifactError, ConfigError
+from efficientface_deploy.lock import make_folder
 from training.data import Batch, TrainingImages, training_loader, view_seed
 from training.parallel import Ranks
 from training.progress import track
@@ -83,11 +84,13 @@ def stored_distributions(
     Raises:
         ArtifactError: The file is something else, or was made for other data, another teacher or
             another augmentation.
+        ConfigError: Its folder cannot be written.
     """
     done = _read_store(path, images, binding) if path.exists() else []
     seconds = seconds_per_view(path) if done else []
     ranks.wait()  # nobody writes before all have read
     if ranks.is_first and len(done) < views:
+        make_folder(path.parent, "--store")
         print(f"asking the teacher about {views - len(done)} views of {len(images):,} images")
     for view in range(len(done), views):
         started = time.perf_counter()

@@ -48,7 +48,7 @@ class StudentConfig(TrainConfig):
         None, choices=tuple(AMP), help="mixed precision of the LDG; default: as --amp"
     )
     ldg_share: float | None = option(
-        None, minimum=0, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
+        None, minimum=0, maximum=1, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
     )
     temperature: float | None = option(None, minimum=0.01, help="softens the LDG; 1 as published")
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = config.model_spec(dataset, "efficientface").replace(preliminary=config.preliminary)
     published = config.recipe == "published"
     recipe = config.change(published_student(dataset.preset) if published else DEFAULT_STUDENT)
-    check_targets(config, recipe.views, recipe.ldg_share)
+    check_targets(config, recipe.views)
     if not config.asks_teacher:
         recipe = dataclasses.replace(recipe, views=0)
     inputs = {}
@@ -103,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
+def check_targets(config: StudentConfig, views: int) -> None:
     """Refuse options that contradict each other.
 
     Raises:
-        ConfigError: ``ldg`` without a teacher; a teacher, its precision or a store that would not
-            be used; or a share that is none.
+        ConfigError: ``ldg`` without a teacher; a teacher, its precision, a share or a store that
+            would not be used.
     """
     if config.asks_teacher and config.teacher is None:
         raise ConfigError(
@@ -121,10 +121,6 @@ def check_targets(config: StudentConfig, views: int, ldg_share: float) -> None:
         _refuse(config, _FOR_LDG, "which asks no LDG")
     if "+" not in config.targets:
         _refuse(config, ("ldg_share",), "which blends nothing")
-    if ldg_share > 1:
-        raise ConfigError(
-            "--ldg-share", expected="0 to 1", found=f"{ldg_share:g}", fix="give a share of 1"
-        )
     check_store_options(config.store, views, config.asks_teacher)
 
 

@@ -79,10 +79,10 @@ class Teacher:
             if theirs != ours:
                 raise CheckpointError(
                     path,
-                    expected=f"{what} {ours}, as the data set has",
-                    found=f"{theirs}",
-                    fix="train a teacher on this data set with python -m training.teacher; for a "
-                    "published checkpoint say with --preset what it was trained on",
+                    expected=f"{what} {_listed(ours)}, as the data set has",
+                    found=_listed(theirs),
+                    fix="say with --preset what a published checkpoint was trained on, or train a "
+                    "teacher on this data set with python -m training.teacher",
                 )
         if own.architecture == "efficientface":
             raise CheckpointError(
@@ -114,6 +114,10 @@ class Teacher:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             logits: Tensor = self.model(images)
         return logits.to(images.dtype).softmax(dim=1)
+
+
+def _listed(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:

@@ -89,8 +89,8 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
             raise ArtifactError(
                 path,
                 expected="a model file (" + ", ".join(_all_suffixes()) + ")",
-                found=f"suffix {path.suffix or 'none'}",
-                fix="export a model with efficientface-export",
+                found="a folder" if path.is_dir() else f"suffix {path.suffix or 'none'}",
+                fix="give a file of one of these kinds; efficientface-export makes them",
             )
         return by_suffix, ""
     name, _, device = requested.partition(":")

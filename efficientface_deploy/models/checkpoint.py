@@ -271,6 +271,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             found="a pickled object" if isinstance(content, _Inert) else type(content).__name__,
             fix=_FIX,
         )
+    if {"identity", "progress"} <= state.keys():
+        raise CheckpointError(
+            path,
+            expected="weights",
+            found="the state from which --resume goes on",
+            fix="give the student.safetensors or teacher.safetensors beside it",
+        )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return {str(key).removeprefix("module."): value for key, value in tensors.items()}
 

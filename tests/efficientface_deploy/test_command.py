@@ -25,6 +25,7 @@ class Config:
     flip: bool = option(True, help="flip")
     exclude: tuple[str, ...] = option((), help="nodes")
     batch: tuple[int, ...] = option((1, 8), minimum=1, help="batches")
+    share: float = option(0.5, minimum=0, maximum=1, help="part")
     lambda_: float = option(1.5, help="a Python keyword")
 
 
@@ -114,11 +115,20 @@ def test_missing_required_arguments(capsys):
         (["--lambda", "nan"], "--lambda"),
         (["--size", "31"], "--size"),
         (["--batch", "8", "0"], "--batch"),
+        (["--share", "1.5"], "--share"),
     ],
 )
 def test_number_that_cannot_be_meant(argv, name):
     with pytest.raises(ConfigError, match=f"^{name}: "):
         parse(*argv)
+
+
+def test_bounds_are_named_and_may_be_reached():
+    assert (parse("--share", "0").share, parse("--share", "1").share) == (0, 1)
+    with pytest.raises(ConfigError, match=r"at most 1, found 1\.01; give --share a smaller value"):
+        parse("--share", "1.01")
+    with pytest.raises(ConfigError, match=r"at least 0, found -1\.0; give --share a larger value"):
+        parse("--share", "-1")
 
 
 def test_help_shows_defaults_and_percent_signs(capsys):

@@ -107,6 +107,13 @@ def test_spec_of_a_data_set(root):
     assert (spec.labels, spec.name, spec.mean) == (LABELS, "Toy", preset("rafdb").mean)
 
 
+@pytest.mark.parametrize(("said", "crop"), [({}, "aligned"), ({"face_crop": "box"}, "box")])
+def test_crop_is_the_data_sets_own_else_the_presets(said, crop, root):
+    (root / DESCRIPTION).write_text(json.dumps(DESCRIBED | said))
+    assert read_dataset(root).spec.face_crop == crop
+    assert preset("rafdb").face_crop == "aligned"
+
+
 def test_description_without_manifest(root):
     (root / MANIFEST).unlink()
     samples = read_dataset(root).split("train")
@@ -279,6 +286,8 @@ def test_empty_manifest(root):
             ("preset", "imagenet"),
             ("preset", None),
             ("preset", ["rafdb"]),
+            ("face_crop", "tight"),
+            ("face_crop", None),
         ]
     ],
 )

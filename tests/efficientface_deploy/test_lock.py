@@ -1,4 +1,4 @@
-"""One job at a time in a folder."""
+"""Folders to write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from efficientface_deploy import lock as lock_module
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.lock import lock_folder
+from efficientface_deploy.lock import check_writable, lock_folder, make_folder
 
 pytest.importorskip("fcntl", reason="the lock is POSIX's")
 
@@ -86,3 +86,62 @@ def test_without_locks(
     assert ("cannot be locked (no locks available)" in capsys.readouterr().out) == (
         reason == "no locks"
     )
+
+
+# ---- Folders that cannot be written --------------------------------------------------------------
+
+
+@pytest.fixture(params=[make_folder, check_writable])
+def claim(request: pytest.FixtureRequest):
+    return request.param
+
+
+def test_folder_is_made_or_only_tried(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    check_writable(None)
+    assert not (tmp_path / "a").exists()
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+def test_what_is_no_folder_is_refused(claim, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    expected = "file: expected a folder that can be written, found a file; choose another --store$"
+    with pytest.raises(ConfigError, match=expected):
+        claim(tmp_path / "file", "--store")
+    with pytest.raises(ConfigError, match=r"found not a directory; choose another --out$"):
+        claim(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_folder_of_the_system_is_refused(claim) -> None:
+    with pytest.raises(ConfigError, match=r"^/proc/runs: expected a folder that can be written"):
+        claim(Path("/proc/runs"))
+
+
+@pytest.mark.parametrize("child", ["", "run"])
+def test_folder_without_permission_is_refused(claim, child: str, tmp_path: Path) -> None:
+    """As a user who is not root."""
+    code = (
+        f"import os, sys\nfrom pathlib import Path\n"
+        f"from efficientface_deploy.lock import {claim.__name__}\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        f"{claim.__name__}(Path(sys.argv[1]))\n"
+    )
+    closed = Path("/usr" if os.getuid() == 0 else tmp_path)
+    if os.getuid() != 0:
+        tmp_path.chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(closed / child)], capture_output=True, text=True
+    )
+    assert "a folder that can be written, found permission denied" in done.stderr
+
+
+def test_full_disk_is_not_a_matter_of_the_folder(claim, tmp_path: Path, monkeypatch) -> None:
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock_module.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match="No space left"):
+        claim(tmp_path)

@@ -34,6 +34,27 @@ def run(name: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("photos", (), "usage: python examples/photos.py FOLDER"),
+        ("photos", ("/nowhere",), "error: /nowhere: expected a folder of JPEG or PNG files"),
+        ("video", ("/nowhere.mp4",), "error: /nowhere.mp4: expected a video file"),
+        ("video", ("a", "b"), "usage: python examples/video.py [FILE]"),
+    ],
+)
+def test_wrong_use_is_one_line(name, arguments, said, centerface):
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_photos(centerface, astronaut, tmp_path):
     small = np.asarray(Image.fromarray(astronaut).resize((300, 300)))
     Image.fromarray(astronaut).save(tmp_path / "one.jpg")
@@ -87,5 +108,5 @@ def test_service(service, photo, tmp_path):
     for at in range(0, 18, 3):
         assert answers[at][1]["label"] == expected.label
         assert answers[at][1]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
-        assert "none of these" in answers[at + 1][1]["error"]
+        assert "another kind of file" in answers[at + 1][1]["error"]
         assert "an empty file" in answers[at + 2][1]["error"]

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator
-from training.calibration import calibration_errors, fit_temperature, fold_temperature
+from training.calibration import (
+    calibration_errors,
+    fit_temperature,
+    fold_temperature,
+    is_certain,
+    says_nothing,
+)
 
 
 @pytest.fixture
@@ -47,6 +53,15 @@ def test_logits_that_are_always_right_give_the_smallest_temperature():
     assert fit_temperature(np.eye(3, dtype=np.float32), np.arange(3)) == pytest.approx(
         0.05, rel=0.01
     )
+
+
+def test_ends_of_the_range_are_told_apart(honest):
+    right, wrong = np.eye(3, dtype=np.float32), 1 - np.eye(3, dtype=np.float32)
+    logits, labels = honest
+    cases = [(right, np.arange(3)), (wrong, np.arange(3)), (logits, labels)]
+    temperatures = [fit_temperature(*case) for case in cases]
+    assert [is_certain(temperature) for temperature in temperatures] == [True, False, False]
+    assert [says_nothing(temperature) for temperature in temperatures] == [False, True, False]
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])

@@ -344,7 +344,7 @@ def test_preset_that_contradicts_the_file(model_files, face_set, tmp_path):
 
 def test_out_that_is_a_file_is_refused_before_the_work(student_file, tmp_path):
     (tmp_path / "out").write_text("precious")
-    with pytest.raises(ConfigError, match="expected a folder, found a file"):
+    with pytest.raises(ConfigError, match="a folder that can be written, found a file"):
         run(student_file, tmp_path / "no data set", "--out", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
 

@@ -164,7 +164,7 @@ def test_folder_and_files_become_sheets(student_file, faces, tmp_path, capsys, m
     images = [faces, faces / "face0.jpg", tmp_path / "missing.png"]
     assert run(student_file, images, out, "--per-sheet", 4) == 2
     printed = capsys.readouterr()
-    assert printed.out == f"6 faces on 2 sheet(s) in {out}\n"
+    assert printed.out == f"faces: 6; sheets: 2; in {out}\n"
     first, second, count = printed.err.splitlines()
     assert "damaged.jpg" in first and "missing.png" in second
     assert count == "2 image(s) could not be read"
@@ -179,6 +179,22 @@ def test_folder_and_files_become_sheets(student_file, faces, tmp_path, capsys, m
 
 def test_all_readable_ends_with_0(student_file, faces, tmp_path):
     assert run(student_file, [faces / "face0.jpg"], tmp_path / "out") == 0
+
+
+def test_interrupt_leaves_no_sheets(student_file, faces, tmp_path, monkeypatch):
+    draw_sheet = module.draw_sheet
+
+    def interrupted(path, found):
+        draw_sheet(path, found)
+        if path.name == "sheet-002.png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "draw_sheet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(student_file, [faces], tmp_path / "out", "--per-sheet", 2)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert run(student_file, [faces], tmp_path / "out", "--per-sheet", 2) == 2
 
 
 def test_class_and_published_checkpoint(ldg, faces, tmp_path, monkeypatch):
@@ -224,7 +240,7 @@ def test_bad_input_is_one_line_and_exit_2(
         ((nameless, [good], out, "--preset", "ferplus"), "leave the preset out"),
         ((model_files["onnx"], [good], out), "expected a .safetensors or .pth.tar file"),
         ((tmp_path / "gone.safetensors", [good], out), "gone.safetensors: expected a checkpoint"),
-        ((student_file, [good], tmp_path / "file"), "expected a folder, found a file"),
+        ((student_file, [good], tmp_path / "file"), "a folder that can be written, found a file"),
         ((student_file, [good], tmp_path / "earlier"), "those of an earlier run"),
     ]
     for arguments, message in cases:

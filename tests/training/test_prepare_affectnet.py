@@ -156,7 +156,7 @@ def test_box_that_shows_nothing(box, first_release, as_folder, prepared, capsys,
     dataset = prepared("affectnet", as_folder(tmp_path / "source", first_release))
     assert len(dataset.split("train")) == 7
     error = capsys.readouterr().err
-    assert error.startswith("left out 8_a8.jpg: box (") and "in 40x30" in error
+    assert error.startswith("left out 8_a8.jpg (train, Neutral): box (") and "in 40x30" in error
 
 
 def test_damaged_and_missing_pictures(first_release, as_folder, prepared, capsys, tmp_path):
@@ -168,9 +168,9 @@ def test_damaged_and_missing_pictures(first_release, as_folder, prepared, capsys
     dataset = prepared("affectnet", as_folder(tmp_path / "source", first_release))
     assert len(dataset.split("train")) == 7
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("left out 8_a8.jpg: a damaged one (")
+    assert lines[0].startswith("left out 8_a8.jpg (train, Neutral): a damaged one (")
     assert lines[1:] == [
-        "left out 9_a9.jpg: a missing or empty file",
+        "left out 9_a9.jpg (train, Happiness): a missing or empty file",
         "left out 2 images in all",
     ]
 
@@ -273,8 +273,8 @@ def test_damaged_image_of_the_newer_release(newer_release, lay_out, prepared, la
     dataset = prepared("affectnet", lay_out(newer_release))
     assert len(labelled(dataset, "train")) == 7
     assert capsys.readouterr().err.splitlines() == [
-        "left out 8.jpg: a missing or empty file",
-        "left out 9.jpg: a missing or empty file",
+        "left out 8.jpg (train, Happiness): a missing or empty file",
+        "left out 9.jpg (train, Happiness): a missing or empty file",
         "left out 2 images in all",
     ]
 

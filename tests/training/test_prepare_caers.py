@@ -66,7 +66,7 @@ def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
     dataset = prepared("caers", lay_out(native))
     assert len(dataset.split("train")) == 13
     error = capsys.readouterr().err
-    assert error.startswith("left out 0002.png: a damaged one (")
+    assert error.startswith("left out 0002.png (train, Sadness): a damaged one (")
 
 
 @pytest.mark.parametrize(

@@ -225,10 +225,10 @@ def test_ferplus(source, tmp_path, capsys):
 
     output = capsys.readouterr()
     assert output.err.splitlines() == [
-        "left out fer5.png: a damaged one ("
+        "left out fer5.png (train, Disgust): a damaged one ("
         + output.err.partition("damaged one (")[2].split("\n")[0],
-        "left out fer6.png: a missing or empty file",
-        "left out fer7.png: box (0, 0, 48, 49) in 48x48",
+        "left out fer6.png (train, Contempt): a missing or empty file",
+        "left out fer7.png (train, Surprise): box (0, 0, 48, 49) in 48x48",
         "left out 3 images in all",
     ]
     assert "train: 3 (Neutral 0, Happiness 1, " in output.out

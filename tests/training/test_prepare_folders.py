@@ -53,9 +53,11 @@ def test_preset_gives_the_normalisation(native, as_folder, prepared, tmp_path):
     source = as_folder(tmp_path / "mine", native)
     dataset = prepared("folders", source, "--preset", "caers")
     assert dataset.spec.mean == preset("caers").mean and dataset.spec.labels == CLASSES
-    assert json.loads((tmp_path / "out/dataset.json").read_text())["face_crop"] == "as-is"
+    assert dataset.spec.face_crop == "as-is"
     for name in PRESETS:
-        assert prepared("folders", source, "--preset", name, "--overwrite").preset == name
+        dataset = prepared("folders", source, "--preset", name, "--overwrite")
+        assert dataset.preset == name
+        assert dataset.spec.face_crop == "as-is"  # not RAF-DB's template, for pictures of our own
 
 
 def test_train_alone_is_enough(native, as_folder, prepared, tmp_path):
@@ -69,9 +71,9 @@ def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
     native["train/bored/notes.txt"] = b"no image"
     assert len(prepared("folders", lay_out(native)).split("train")) == 5
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("left out a.jpg: a damaged one (")
+    assert lines[0].startswith("left out a.jpg (train, bored): a damaged one (")
     assert lines[1:] == [
-        "left out notes.txt: a file that is none of these",
+        "left out notes.txt (train, bored): another kind of file",
         "left out 2 images in all",
     ]
 
@@ -83,8 +85,8 @@ def test_name_that_no_text_can_hold(native, as_folder, prepared, capsys, tmp_pat
     assert len(prepared("folders", source).split("train")) == 6
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "left out 'two\\nlines.jpg': a name that cannot be printed",
-        "left out '\\udcff.jpg': a name that cannot be printed",
+        "left out 'two\\nlines.jpg' (train, bored): a name that cannot be printed",
+        "left out '\\udcff.jpg' (train, bored): a name that cannot be printed",
         "left out 2 images in all",
     ]
 
@@ -113,7 +115,11 @@ def test_folders_in_another_layout(old, new, said, native, as_folder, refusal, t
         (CLASSES[:2], "train: expected class folders bored, delighted, found also very tired; "),
         ((*CLASSES, "sly"), "found no sly; "),
         ((*CLASSES, "bored"), "--classes: expected each class once, found bored delighted very"),
-        (("bored",), "expected two or more classes"),
+        (
+            ("bored",),
+            "--classes: expected two or more names, with spaces between them, found bored",
+        ),
+        ((",".join(CLASSES),), "--classes: expected two or more names, with spaces between"),
     ],
 )
 def test_classes_that_are_not_the_folders(classes, said, native, as_folder, refusal, tmp_path):

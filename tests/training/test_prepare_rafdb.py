@@ -96,15 +96,18 @@ def test_damaged_and_missing_images_are_left_out(native, lay_out, prepared, caps
     assert not {damaged, missing} & {sample.path.name for sample in dataset.split("train")}
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith(f"left out {damaged}: a damaged one (")
-    assert lines[1] == f"left out {missing}: a missing or empty file"
+    assert lines[0].startswith(f"left out {damaged} (train, Surprise): a damaged one (")
+    assert lines[1] == f"left out {missing} (train, Fear): a missing or empty file"
     assert lines[2] == "left out 2 images in all"
 
 
 def test_image_listed_twice_is_taken_once(native, as_folder, prepared, tmp_path, capsys):
     native[LIST] += b"train_00001.jpg 1\n"
     assert len(prepared("rafdb", as_folder(tmp_path / "basic", native)).split("train")) == 14
-    assert "train_00001_aligned.jpg: a second image of this name" in capsys.readouterr().err
+    assert (
+        "train_00001_aligned.jpg (train, Surprise): a second image of this name"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

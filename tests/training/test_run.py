@@ -280,6 +280,16 @@ def test_second_resume_is_refused(make_run, fit, whole):
         fit(job)
 
 
+@pytest.mark.parametrize("size", [7, 33, 2048])
+def test_input_size_that_the_network_cannot_have(size, make_run):
+    job = make_run()
+    config = dataclasses.replace(job.config, input_size=size)
+    with pytest.raises(
+        ConfigError, match=f"--input-size: expected a multiple of 16 .* found {size}; give another"
+    ):
+        config.model_spec(job.dataset, "efficientface")
+
+
 def test_folder_that_stays_empty_goes_again(make_run, tmp_path):
     job = make_run(out=tmp_path / "a" / "b")
     with pytest.raises(Killed), claim_folder(job, Ranks(torch.device("cpu"))):

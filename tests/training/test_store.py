@@ -102,6 +102,15 @@ def test_interrupt_costs_one_view(make_setting, tmp_path, monkeypatch):
     assert np.array_equal(setting.get(path), setting.get(tmp_path / "other.safetensors"))
 
 
+def test_folder_that_cannot_be_written_is_refused_before_the_teacher_is_asked(
+    make_setting, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "_ask", lambda *_: pytest.fail("asked"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file: expected a folder .* choose another --store"):
+        make_setting().get(tmp_path / "file" / "store.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

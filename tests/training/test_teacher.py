@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
-from efficientface_deploy.errors import CheckpointError, SpecError
+from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint
 from training import teacher
 from training.targets import own_targets
@@ -73,5 +73,5 @@ def test_init_from_another_network(train_teacher, student_file):
 
 
 def test_size_that_no_network_has(train_teacher):
-    with pytest.raises(SpecError, match=r"input_size: expected a multiple of 16"):
+    with pytest.raises(ConfigError, match=r"--input-size: expected a multiple of 16"):
         train_teacher("--input-size", "50")

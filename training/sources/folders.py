@@ -11,7 +11,7 @@ from pathlib import Path
 from efficientface_deploy.command import option
 from efficientface_deploy.dataset import SPLITS
 from efficientface_deploy.errors import ConfigError, DatasetError
-from efficientface_deploy.spec import PRESETS, preset
+from efficientface_deploy.spec import PRESETS
 from training.sources.class_folders import Listed, list_images, read_images
 from training.sources.files import Place, folders, open_source
 from training.sources.preparation import Face, Preparation
@@ -44,14 +44,13 @@ def prepare_folders(config: FoldersConfig) -> Preparation:
     with _open(config.source) as source:
         splits = _splits(source)
         classes = config.classes or tuple(child.name for child in folders(source / "train"))
-        _check_labels(classes, source)
+        _check_labels(classes, source, given=bool(config.classes))
         listed = list_images(source, splits, classes)
-    spec = preset(config.preset)
     description = {
         "name": _name(config.source.resolve()),
         "labels": list(classes),
         "preset": config.preset,
-        "face_crop": spec.face_crop,
+        "face_crop": "as-is",  # a preset says nothing of how these were cut
         "source": "folders of images",
         "licence": "unknown",
         # So that a second call sees whether images came, went, or changed their class.
@@ -91,14 +90,27 @@ def _splits(source: Place) -> list[str]:
     return [split for split in SPLITS if split in found]
 
 
-def _check_labels(classes: Sequence[str], source: Place) -> None:
-    """Refuse names that no ModelSpec would take as labels."""
+def _check_labels(classes: Sequence[str], source: Place, *, given: bool) -> None:
+    """Refuse names that no ModelSpec would take as labels.
+
+    Args:
+        classes: The names.
+        source: Where their folders are.
+        given: Whether the names are from the command line.
+    """
     if len(set(classes)) != len(classes):
         raise ConfigError(
             "--classes",
             expected="each class once",
             found=" ".join(classes),
             fix="name each class folder once",
+        )
+    if given and len(classes) < 2:
+        raise ConfigError(
+            "--classes",
+            expected="two or more names, with spaces between them",
+            found=classes[0],
+            fix="give --classes Sadness Happiness ..., or leave it out",
         )
     if len(classes) < 2 or not all(name.strip() and name.isprintable() for name in classes):
         raise DatasetError(

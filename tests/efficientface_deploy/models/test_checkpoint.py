@@ -461,6 +461,14 @@ def test_another_network(tmp_path):
     assert "another network (conv1.0.weight" in refused(tmp_path / "b.pth")
 
 
+def test_state_of_a_training(tmp_path, model):
+    """What lies beside the weights, and is not them."""
+    state = {"model": model.state_dict(), "identity": {}, "progress": {"step": 3}}
+    torch.save(state, tmp_path / "last.pt")
+    message = refused(tmp_path / "last.pt")
+    assert "the state from which --resume goes on; give the student.safetensors" in message
+
+
 def test_whole_pickled_model(tmp_path, model):
     torch.save(model, tmp_path / "a.pth")
     assert "a pickled object" in refused(tmp_path / "a.pth")
