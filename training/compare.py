@@ -31,6 +31,8 @@ from training.store import STORE, seconds_per_view
 
 Row = dict[str, Any]
 
+_OF_STEPS = ("step_epochs", "decay")  # without effect in other schedules
+
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
@@ -163,7 +165,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
         rows.append(
             {
                 "run": run.name,
-                "options": {name: run.settings.get(name) for name in differing},
+                "options": {name: run.settings.get(name) for name in _in_effect(run, differing)},
                 "epochs_done": len(run.history),
                 **{key: figures[key] for key in (*kept, *confidence) if key in figures},
                 "difference": difference.value,
@@ -209,8 +211,14 @@ def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
     return table(head, lines) + "\n\n" + note
 
 
+def _in_effect(run: Run, names: Sequence[str]) -> list[str]:
+    """Those of the options that do something in this run."""
+    steps = run.settings.get("schedule") == "step"
+    return [name for name in names if steps or name not in _OF_STEPS]
+
+
 def _as_option(name: str, value: object) -> str:
-    """As it is typed: ``--learning-rate 0.05``, ``--no-votes``; what a run has not is left out."""
+    """As typed: ``--learning-rate 0.05``, ``--no-votes``; ``no --teacher`` where there is none."""
     flag = name.replace("_", "-")
     if value is None:
         return f"no --{flag}"

@@ -36,6 +36,7 @@ def runs(face_set, teacher_file, tmp_path_factory) -> Path:
         "mild": [*own, "--augmentation", "mild"],
         "ldg": ["--teacher", str(teacher_file), "--views", "2"],
         "all": [*own, "--select", "last"],
+        "steps": [*own, "--schedule", "step", "--step-epochs", "1"],
     }
     for name, given in options.items():
         assert student.main([*common, *given, "--out", str(root / name)]) == 0
@@ -52,6 +53,12 @@ def run_compare(runs, face_set, tmp_path) -> Callable[..., list[dict]]:
         return json.loads((out / "comparison.json").read_text())
 
     return run
+
+
+def test_options_without_effect_are_left_out(run_compare):
+    cycle, steps = (row["options"] for row in run_compare("onehot", "steps"))
+    assert cycle == {"schedule": "one-cycle"}
+    assert steps == {"schedule": "step", "step_epochs": 1}
 
 
 def test_rows_name_what_differs_and_score_the_holdout(run_compare, runs, face_set, tmp_path):
