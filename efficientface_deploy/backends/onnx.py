@@ -239,6 +239,9 @@ class OnnxBackend(Backend):
         self._session = None
 
 
+_registered: set[str] = set()
+
+
 def _plugin_devices(device: str) -> list[Any]:
     """The devices of a provider that comes as a plugin; none where its package is not installed.
 
@@ -254,12 +257,14 @@ def _plugin_devices(device: str) -> list[Any]:
         raise _missing_provider(device, f"onnxruntime {onnxruntime.__version__}, without plugins")
     try:
         plugin = importlib.import_module(provider.plugin)
-        # Registered for the whole process, once.
-        if provider.name not in onnxruntime.get_available_providers():
+        # Registered for the whole process, once; where it finds no device it is not listed after.
+        known = (*onnxruntime.get_available_providers(), *_registered)
+        if provider.name not in known:
             _load_cuda_runtime(Path(plugin.get_library_path()).parent)
             onnxruntime.register_execution_provider_library(
                 plugin.get_ep_name(), plugin.get_library_path()
             )
+            _registered.add(provider.name)
     except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
         raise _missing_provider(device, f"a plugin that fails ({_first_line(error)})") from None
     kinds = onnxruntime.OrtHardwareDeviceType

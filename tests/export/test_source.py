@@ -26,7 +26,6 @@ from efficientface_deploy.errors import (
     CheckpointError,
     ConfigError,
     EfficientFaceError,
-    SpecError,
 )
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.preprocess import normalise
@@ -83,7 +82,7 @@ class TestCheckpoint:
 
     def test_input_size(self, student: Path) -> None:
         assert open_source(student, None, 96).spec.input_size == 96
-        with pytest.raises(SpecError, match="multiple of 16"):
+        with pytest.raises(ConfigError, match="--input-size: expected a multiple of 16"):
             open_source(student, None, 90)
 
     def test_published_needs_a_preset(self, prototype: Path) -> None:

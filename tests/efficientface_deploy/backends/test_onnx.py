@@ -207,6 +207,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
     module.get_library_path = lambda: str(tmp_path / "plugin.so")  # type: ignore[attr-defined]
     module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(onnx_module, "_registered", set())
     return module
 
 
@@ -228,9 +229,10 @@ def test_plugin_without_a_gpu(
     monkeypatch.setattr(
         onnxruntime, "register_execution_provider_library", lambda *pair: registered.append(pair)
     )
-    message = provider_error(model_files["onnx"], "tensorrt-rtx")
-    assert "a plugin without a device on this machine" in message
-    name, path = registered[0]
+    for _ in range(2):  # onnxruntime refuses to register a plugin again
+        message = provider_error(model_files["onnx"], "tensorrt-rtx")
+        assert "a plugin without a device on this machine" in message
+    ((name, path),) = registered
     assert (name, Path(path).name) == ("NvTensorRTRTXExecutionProvider", "plugin.so")
 
 
@@ -275,6 +277,12 @@ def test_real_plugin_of_nvidia_without_a_driver(model_files: dict[str, Path]) ->
 @needs("onnxruntime_ep_openvino")
 def test_real_plugin_of_intel(model_files: dict[str, Path]) -> None:
     """It runs the graph as a whole, in the file's precision, and again in the same process."""
+    try:
+        onnx_module._plugin_devices("openvino")
+    except BackendError as error:
+        if "a plugin without a device" not in str(error):
+            raise
+        pytest.skip("onnxruntime-ep-openvino has no device here: it wants an Intel processor")
     images = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
     with load(model_files["onnx"]) as reference:
         expected = reference.infer(images)[1]
