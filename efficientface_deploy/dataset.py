@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.errors import DatasetError, SpecError
+from efficientface_deploy.errors import DatasetError, SpecError, system_words
 from efficientface_deploy.preprocess import to_model_input
 from efficientface_deploy.spec import ModelSpec, preset
 
@@ -185,7 +185,7 @@ def image_list_hash(samples: Sequence[Sample], root: Path) -> str:
             raise DatasetError(
                 sample.path,
                 expected="an image",
-                found=(error.strerror or type(error).__name__).lower(),
+                found=system_words(error),
                 fix=_PREPARE,
             ) from None
     return digest.hexdigest()

@@ -37,6 +37,11 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def system_words(error: OSError) -> str:
+    """What the system says: ``no space left on device``, and the like."""
+    return (error.strerror or type(error).__name__).lower()
+
+
 def _rebuild(
     cls: type[EfficientFaceError], subject: str, expected: str, found: str, fix: str
 ) -> EfficientFaceError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import ConfigError, system_words
 
 try:
     import fcntl
@@ -111,11 +111,6 @@ def check_writable(path: Path | None, option: str = "--out") -> None:
     if path is not None:
         with empty_folders_removed(path):
             make_folder(path, option)
-
-
-def system_words(error: OSError) -> str:
-    """``no space left on device``, and the like."""
-    return (error.strerror or type(error).__name__).lower()
 
 
 @contextlib.contextmanager

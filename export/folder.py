@@ -10,14 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
-from efficientface_deploy.errors import ExportError
-from efficientface_deploy.lock import (
-    FULL,
-    empty_folders_removed,
-    lock_folder,
-    make_folder,
-    system_words,
-)
+from efficientface_deploy.errors import ExportError, system_words
+from efficientface_deploy.lock import FULL, empty_folders_removed, lock_folder, make_folder
 
 SCRATCH = ".efficientface-export"
 
