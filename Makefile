@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # An editable install with real files: a new or deleted module needs a reinstall (strict mode).
-SOURCES := $(wildcard efficientface_deploy/*.py efficientface_deploy/*/*.py export/*.py)
+SOURCES := $(shell find efficientface_deploy export -name '*.py' | LC_ALL=C sort)
 
 FUZZ_SECONDS ?= 60
 
@@ -59,9 +59,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# READY names a Python that has everything: nothing is installed then. Exit codes: see gpu.py.
+# READY names a Python that has everything: nothing is installed then. Exit codes: see gpu_check.py.
 gpu-check:
-	PYTHON='$(PYTHON)' benchmarks/gpu.sh $(if $(WHEELS),--wheels '$(WHEELS)') \
+	PYTHON='$(PYTHON)' benchmarks/gpu_check.sh $(if $(WHEELS),--wheels '$(WHEELS)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
 		$(if $(READY),--python '$(READY)') $(if $(OUT),--out '$(OUT)')
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(
@@ -41,17 +41,16 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=[
-        "efficientface_deploy",
-        "efficientface_deploy.backends",
-        "efficientface_deploy.models",
-        "efficientface_deploy.weights",
+        *find_packages(include=["efficientface_deploy*"]),
         "efficientface_export",
+        *(f"efficientface_export.{name}" for name in find_packages("export")),
     ],
     package_dir={"efficientface_export": "export"},
     package_data={
         "efficientface_deploy": ["py.typed"],
         "efficientface_deploy.weights": ["*.onnx", "*.safetensors", "*.md"],
-        "efficientface_export": ["py.typed", "*.png"],
+        "efficientface_export": ["py.typed"],
+        "efficientface_export.verification": ["*.png"],
     },
     install_requires=["numpy>=1.24", "pillow>=10.1"],
     extras_require={

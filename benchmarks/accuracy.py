@@ -20,8 +20,7 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 
 import numpy as np
 
-from benchmarks.comparison import compare
-from benchmarks.contenders import (
+from benchmarks.measure.models import (
     CANNOT_RUN,
     Absent,
     Contender,
@@ -31,21 +30,16 @@ from benchmarks.contenders import (
     open_contenders,
     require_contenders,
 )
-from benchmarks.machine import default_folder, new_result
 from benchmarks.predictions import NAME as PREDICTIONS
 from benchmarks.predictions import Predictions, keep, write_predictions
-from benchmarks.report import (
-    console,
-    read_result,
-    require_libraries,
-    show,
-    show_comparison,
-    write_result,
-)
-from efficientface_deploy import metrics
+from benchmarks.report.__main__ import read_result, show_comparison, write_result
+from benchmarks.report.compare import compare
+from benchmarks.report.result import default_folder, new_result
+from benchmarks.report.tables import console, require_libraries, show
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Dataset, Sample, image_list_hash, read_dataset
-from efficientface_deploy.preprocess import Float32Array, UInt8Array, load_image, resize
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, load_image, resize
+from efficientface_deploy.workbench import metrics
+from efficientface_deploy.workbench.dataset import Dataset, Sample, image_list_hash, read_dataset
 
 _CHUNK = 32  # images decoded at a time: enough to keep a GPU busy, little memory at any size
 

@@ -3,18 +3,17 @@
 Run ``python benchmarks/latency.py`` from a clone. Two kinds of work are timed: *compute*, a
 preprocessed batch through the backend (for a GPU: to the device, through the network, back), and
 *end to end*, one JPEG in memory to a label. All contenders take turns in rounds of random order;
-see :mod:`efficientface_deploy.timing`. Beside them the start of a fresh process
-(:mod:`benchmarks.coldstart`) and the machine's peak, from which every row's distance is given
-(:mod:`benchmarks.floor`). docs/benchmarks.md has the method and the form of the result.
+see :mod:`efficientface_deploy.workbench.timing`. Beside them the start of a fresh process
+(:mod:`benchmarks.measure.processes`) and the machine's peak, from which every row's distance is
+given (:mod:`benchmarks.measure.roofline`). docs/benchmarks.md has the method and the form of the
+result.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +22,19 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-from PIL import Image
 
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.coldstart import measure_cold_starts
-from benchmarks.contenders import (
+from benchmarks.machine import usable_cpus
+from benchmarks.measure.gpu_counters import measure_gpu, open_energy_meter, peak_by_torch
+from benchmarks.measure.inputs import (
+    _JPEG_QUALITY,
+    _PHOTO_SIDE,
+    compute_call,
+    end_to_end_call,
+    input_bytes,
+    make_batches,
+    make_jpegs,
+)
+from benchmarks.measure.models import (
     CANNOT_RUN,
     Absent,
     Contender,
@@ -39,39 +45,26 @@ from benchmarks.contenders import (
     positive_integers,
     require_contenders,
 )
-from benchmarks.floor import count_multiply_adds, fewest_multiply_adds, floor_of
-from benchmarks.gpu_timing import measure_gpu, open_energy_meter, peak_by_torch
-from benchmarks.machine import (
-    default_folder,
-    l2_bytes,
-    last_level_cache_bytes,
-    new_result,
-    usable_cpus,
+from benchmarks.measure.processes import measure_cold_starts
+from benchmarks.measure.profiling import PROFILED, inspect_engine, profile_onnx
+from benchmarks.measure.roofline import (
+    count_multiply_adds,
+    fewest_multiply_adds,
+    floor_of,
+    measure_ceilings,
 )
 from benchmarks.precisions import default_models
-from benchmarks.profiling import PROFILED, inspect_engine, profile_onnx
-from benchmarks.report import (
-    COMPUTE,
-    END_TO_END,
-    console,
-    plot_latency,
-    require_libraries,
-    show,
-    write_result,
-)
+from benchmarks.report.__main__ import COMPUTE, END_TO_END, plot_latency, write_result
+from benchmarks.report.result import default_folder, new_result
+from benchmarks.report.tables import console, require_libraries, show
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.preprocess import UInt8Array
-from efficientface_deploy.timing import Call, Samples, measure, speedup
+from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 
 FEWEST_CALLS_FOR_P99 = 100
 
-_LARGEST_INPUTS = 64 << 20  # bytes; some servers' caches are as large as a phone's memory
 _STAGED_CALLS = 100
 _PROFILED_RUNS = 100
-_PHOTOS = 16
-_PHOTO_SIDE = 224  # pixels, about what a face measures in a picture of 1 megapixel
-_JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,68 +314,6 @@ def try_cases(cases: Sequence[Case]) -> tuple[list[Case], list[Absent]]:
         else:
             working.append(case)
     return working, failed
-
-
-def compute_call(contender: Contender, batches: Sequence[UInt8Array]) -> Call:
-    """A call that runs the next of several batches, each uint8 (N, S, S, 3)."""
-    inputs = itertools.cycle(batches)
-    infer = contender.predictor.infer
-
-    def call() -> None:
-        infer(next(inputs))
-
-    return call
-
-
-def end_to_end_call(contender: Contender, jpegs: Sequence[bytes]) -> Call:
-    """A call that labels the next of several JPEG files in memory."""
-    inputs = itertools.cycle(jpegs)
-    predictor = contender.predictor
-
-    def call() -> None:
-        predictor(next(inputs))
-
-    return call
-
-
-def make_batches(side: int, batch: int, seed: int) -> list[UInt8Array]:
-    """Different inputs, together twice as large as the last-level cache, or 64 MiB.
-
-    A single input, used again and again, would be found in the cache as no camera's frame is.
-
-    Args:
-        side: Side S of the model's input, pixels.
-        batch: Images N in each.
-        seed: Of the noise; what the pixels show does not change a network's arithmetic.
-
-    Returns:
-        At least four arrays, uint8 (N, S, S, 3).
-    """
-    count = max(4, math.ceil(input_bytes() / (batch * side * side * 3)))
-    rng = np.random.default_rng(seed)
-    return list(rng.integers(0, 256, size=(count, batch, side, side, 3), dtype=np.uint8))
-
-
-def input_bytes() -> int:
-    """How much one set of inputs holds at least."""
-    return max(2 * l2_bytes(), min(2 * last_level_cache_bytes(), _LARGEST_INPUTS))
-
-
-def make_jpegs(seed: int) -> list[bytes]:
-    """JPEG files in memory, smooth with a little noise: about a photograph's work to decode."""
-    rng = np.random.default_rng(seed)
-    return [_make_jpeg(rng) for _ in range(_PHOTOS)]
-
-
-def _make_jpeg(rng: np.random.Generator) -> bytes:
-    coarse = rng.integers(0, 256, size=(12, 12, 3), dtype=np.uint8)
-    side = (_PHOTO_SIDE, _PHOTO_SIDE)
-    smooth = np.asarray(Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC))
-    noisy = smooth + rng.normal(0, 6, size=smooth.shape)  # (S, S, 3), grey levels
-    buffer = io.BytesIO()
-    pixels = noisy.clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def describe_case(

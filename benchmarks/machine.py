@@ -12,12 +12,10 @@ import os
 import platform
 import re
 import subprocess
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA_VERSION = 2  # of a result; 1 had no p95, cold start, floor and profile
 
 PACKAGES = (
     "efficientface-deploy",
@@ -50,35 +48,6 @@ _GPU_FIELDS = (
     "power.limit",
 )
 _FALLBACK_L2 = 1 << 20
-
-
-def new_result(kind: str, config: Any) -> dict[str, Any]:
-    """The head of a result: how, where, when and with what it was measured.
-
-    Args:
-        kind: ``latency`` or ``accuracy``.
-        config: The command's config dataclass.
-
-    Returns:
-        A JSON object; the measurement adds its own keys.
-    """
-    options = {name: _without_folders(value) for name, value in vars(config).items()}
-    options.pop("out", None)  # where it was written says nothing about what was measured
-    return {
-        "schema": SCHEMA_VERSION,
-        "kind": kind,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "software": describe_software(),
-        "git": describe_commit(),
-        "config": options,
-    }
-
-
-def shown_path(path: Path) -> str:
-    """A path as a result may tell it: within the repository, or the file's name alone."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
 
 
 def describe_machine() -> dict[str, Any]:
@@ -117,22 +86,6 @@ def describe_commit() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
-def host_kind(machine: dict[str, Any]) -> str:
-    """A short name of this kind of machine for file names, e.g. ``amd-epyc-2-cores``."""
-    names = [gpu["name"] for gpu in machine["gpus"][:1]] or [
-        machine["board"] or machine["cpu"] or machine["architecture"],
-        f"{machine['usable_cpus']} cores",
-    ]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(names).lower()).strip("-")
-
-
-def default_folder(result: dict[str, Any]) -> Path:
-    """Where a result goes that was given no ``--out``: a folder of its own, by kind and date."""
-    moment = datetime.fromisoformat(result["date"]).strftime("%Y%m%d-%H%M%S")
-    name = f"{result['kind']}-{moment}-{host_kind(result['machine'])}"
-    return ROOT / "benchmarks" / "results" / name
-
-
 def usable_cpus() -> int:
     """CPUs that this process may use; fewer than the machine has inside a container."""
     if hasattr(os, "sched_getaffinity"):
@@ -156,12 +109,6 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_without_folders(entry) for entry in value]
-    return shown_path(value) if isinstance(value, Path) else value
 
 
 def _cache_bytes(level: int) -> int | None:

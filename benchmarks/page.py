@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.comparison import Comparison
-from benchmarks.plots import Plot, match_accuracy, plots_of, tradeoff_plots
-from benchmarks.record import (
+from benchmarks.report.compare import Comparison
+from benchmarks.report.plots import Plot, match_accuracy, plots_of, tradeoff_plots
+from benchmarks.report.result import (
     COMPUTE,
     TIMED,
     Case,
@@ -19,7 +19,7 @@ from benchmarks.record import (
     headline,
     rows_of,
 )
-from benchmarks.tables import GOALS, tables_of
+from benchmarks.report.tables import GOALS, tables_of
 
 TITLE = "EfficientFace Deploy: measured"
 

@@ -4,7 +4,8 @@
 through PyTorch, ONNX Runtime, OpenVINO, ncnn and MNN, and so do two networks that one might take in
 its place. A call is the same work for all: from uint8 pictures (N, S, S, 3) in memory to logits,
 normalisation included. All take turns in rounds of random order, one kind of work after the other;
-see :mod:`efficientface_deploy.timing`. How each is opened is in :mod:`benchmarks.toolchains`.
+see :mod:`efficientface_deploy.workbench.timing`. How each is opened is in
+:mod:`benchmarks.measure.toolchains`.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
-from benchmarks.contenders import Absent, comma_list, one_line
-from benchmarks.graphs import open_session, random_network
-from benchmarks.machine import default_folder, new_result, usable_cpus
-from benchmarks.report import COMPUTE, console, headline, require_libraries, write_result
-from benchmarks.toolchains import (
+from benchmarks.machine import usable_cpus
+from benchmarks.measure.models import Absent, comma_list, one_line
+from benchmarks.measure.networks import STRAIGHT, Network, open_session, random_network
+from benchmarks.measure.toolchains import (
     EAGER,
     ONNXRUNTIME,
     OURS,
-    STRAIGHT,
     TOOLCHAINS,
     Infer,
-    Network,
     Toolchain,
     UnavailableError,
     Work,
     native_output_to_stderr,
 )
-from efficientface_deploy.artifact import write_text
+from benchmarks.report.__main__ import COMPUTE, headline, write_result
+from benchmarks.report.result import default_folder, new_result
+from benchmarks.report.tables import console, require_libraries
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.files import write_text
 from efficientface_deploy.spec import preset
-from efficientface_deploy.timing import Call, Samples, measure, speedup
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 
 MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest: FP32 sums in another order
 MAX_EXTRA_CPUS = 0.1  # of a turn, beside its threads: Python, and what others leave running

@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.contenders import Absent, find_models
 from benchmarks.machine import ROOT
+from benchmarks.measure.models import Absent, find_models
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS
 
 NAMES = ("efficientface-fp16-cpu.onnx", "efficientface-int8-cpu.onnx")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.record import Result
-from efficientface_deploy.artifact import atomic_path
+from benchmarks.report.result import Result
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.metrics import Interval, paired_accuracy_difference
-from efficientface_deploy.preprocess import Float32Array
+from efficientface_deploy.files import atomic_path
+from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_deploy.workbench.metrics import Interval, paired_accuracy_difference
 
 NAME = "predictions.npz"
 

@@ -42,7 +42,7 @@ def predict_often(job: dict[str, Any]) -> dict[str, Any]:
         How many predictions were made at each sample, and the memory there, kB.
     """
     import efficientface_deploy as ef
-    from efficientface_deploy.preprocess import ImageSource
+    from efficientface_deploy.vision.preprocess import ImageSource
 
     with ef.load(threads=job["threads"]) as predictor:
         photo = Path(job["photo"]).read_bytes()

@@ -34,19 +34,22 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 
 import numpy as np
 import onnxruntime
-from efficientface_export.graph import write_onnx
 
-from benchmarks.graphs import VARIANTS, GraphsConfig, write_graphs
-from benchmarks.latency import make_jpegs
-from benchmarks.machine import ROOT, default_folder, new_result, usable_cpus
+from benchmarks.graph_layouts import VARIANTS, GraphsConfig, write_graphs
+from benchmarks.machine import ROOT, usable_cpus
+from benchmarks.measure.inputs import make_jpegs
 from benchmarks.probe import PEAK_RSS, memory_kb
-from benchmarks.report import console, headline, require_libraries, write_result
-from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT, write_text
+from benchmarks.report.__main__ import headline, write_result
+from benchmarks.report.result import default_folder, new_result
+from benchmarks.report.tables import console, require_libraries
+from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import BUNDLED_ONNX, Predictor, load
-from efficientface_deploy.preprocess import UInt8Array, load_image, resize
 from efficientface_deploy.spec import preset
-from efficientface_deploy.timing import Call, Samples, measure, speedup
+from efficientface_deploy.vision.preprocess import UInt8Array, load_image, resize
+from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
+from efficientface_export.graph.io import write_onnx
 
 START_GOAL = 1.15  # times the bare script's
 PEAK_GOAL_MB = 110.0

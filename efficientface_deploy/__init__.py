@@ -7,18 +7,12 @@
 
 import logging
 
-from efficientface_deploy.detectors import open_detector
 from efficientface_deploy.errors import BackendError, EfficientFaceError
-from efficientface_deploy.faces import Face, FaceDetector
-from efficientface_deploy.predictor import (
-    FacePrediction,
-    FrameResult,
-    Prediction,
-    Predictor,
-    load,
-)
+from efficientface_deploy.predictor import FacePrediction, FrameResult, Prediction, Predictor, load
 from efficientface_deploy.spec import PRESETS, ModelSpec
-from efficientface_deploy.video import open_video
+from efficientface_deploy.vision.detectors import open_detector
+from efficientface_deploy.vision.faces import Face, FaceDetector
+from efficientface_deploy.vision.video import open_video
 
 __version__ = "0.1.0"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.files import file_hash, require_file, write_text
 from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
 SPEC_KEY = "efficientface.spec"
@@ -24,66 +25,6 @@ OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
 TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
-_MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` and rename it there when the block succeeds.
-
-    A reader sees the old file or the whole new one, never half of one; on an error, an interrupt
-    included, the temporary file is removed and ``path`` is as it was.
-    """
-    import tempfile  # here, for what it imports: a program that only predicts never writes
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    import hashlib  # here, since it loads OpenSSL, which an ONNX model has no need of
-
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def require_file(path: str | Path, kind: str) -> Path:
-    """The path, if a file is there that one of ours could be.
-
-    Raises:
-        ArtifactError: Nothing is there, or it is not a file, or larger than 1 GiB.
-    """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        if found == "no such file" and path.exists():
-            found = "a pipe or device"
-        raise ArtifactError(path, expected=kind, found=found, fix="check the path")
-    if (size := path.stat().st_size) > _MAX_FILE:
-        found = f"a file of {size / _MAX_FILE:.1f} GiB"
-        raise ArtifactError(path, expected=f"{kind} below 1 GiB", found=found, fix="copy it again")
-    return path
 
 
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
@@ -237,3 +178,184 @@ def write_sidecar(engine: str | Path, spec: ModelSpec, provenance: Mapping[str, 
     content = {"spec": json.loads(spec.to_json()), "provenance": dict(provenance)}
     write_text(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+# Numbers of the fields, from onnx.proto.
+_MODEL_GRAPH, _MODEL_METADATA = 7, 14
+
+
+_GRAPH_INPUT, _VALUE_NAME = 11, 1
+
+
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of fields
+
+
+_MAX_FIELDS = 1_000_000  # of one message; a file of nothing but fields takes seconds, not hours
+
+
+_MAX_TEXT = 64 * 1024 * 1024  # bytes of one name or value
+
+
+def read_onnx_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of an ONNX file.
+
+    Raises:
+        ArtifactError: The file is not there, is not an ONNX file, or is truncated.
+    """
+    path = require_file(path, "an ONNX model")
+    metadata: dict[str, str] = {}
+    has_graph = False
+    try:
+        with path.open("rb") as file:
+            for number, end in _fields(file, path.stat().st_size):
+                has_graph = has_graph or number == _MODEL_GRAPH
+                if number == _MODEL_METADATA:
+                    entry = _texts(file, end)
+                    metadata[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
+    except ValueError as error:
+        raise _not_onnx(path, _reason(error)) from None
+    if not has_graph:
+        raise _not_onnx(path, "no graph in it")
+    return metadata
+
+
+def read_onnx_input(path: str | Path) -> str:
+    """The name of an ONNX file's first input, or an empty string.
+
+    Raises:
+        ArtifactError: As :func:`read_onnx_metadata`.
+    """
+    path = require_file(path, "an ONNX model")
+    try:
+        with path.open("rb") as file:
+            for number, end in _fields(file, path.stat().st_size):
+                if number == _MODEL_GRAPH:
+                    for part, part_end in _fields(file, end):
+                        if part == _GRAPH_INPUT:
+                            return _texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, "")
+    except ValueError as error:
+        raise _not_onnx(path, _reason(error)) from None
+    return ""
+
+
+def _reason(error: ValueError) -> str:
+    return "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+    """Number and end of each field of bytes in a message; the file stands where its bytes begin.
+
+    Raises:
+        ValueError: This is no protobuf message, or the file ends within.
+    """
+    for _ in range(_MAX_FIELDS):
+        if file.tell() == end:
+            return
+        number, kind = divmod(_varint(file), 8)
+        if kind == _VARINT:
+            _varint(file)
+            continue
+        sizes = {_FIXED32: 4, _FIXED64: 8}
+        size = _varint(file) if kind == _BYTES else sizes.get(kind)
+        if size is None or number == 0:
+            raise ValueError("something else")
+        field_end = file.tell() + size
+        if field_end > end:
+            raise ValueError("a truncated or damaged one")
+        if kind == _BYTES:
+            yield number, field_end
+        file.seek(field_end)
+    raise ValueError("more fields than a model has")
+
+
+def _texts(file: BinaryIO, end: int, wanted: set[int] | None = None) -> dict[int, str]:
+    """A message's fields as text, by number."""
+    texts = {}
+    for number, field_end in _fields(file, end):
+        if wanted is None or number in wanted:
+            size = field_end - file.tell()
+            if size > _MAX_TEXT:
+                raise ValueError(f"a text of {size} bytes")
+            texts[number] = file.read(size).decode()  # UnicodeDecodeError is a ValueError
+    return texts
+
+
+def _varint(file: BinaryIO) -> int:
+    """A number of up to 64 bits, seven to a byte, the lowest first."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            raise ValueError("a truncated or damaged one")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("something else")
+
+
+def _not_onnx(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        path,
+        expected="an ONNX model",
+        found=found,
+        fix="copy it again, or export it again with efficientface-export",
+    )
+
+
+CHECKPOINT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+
+ONNX_SUFFIX = ".onnx"
+
+
+ENGINE_SUFFIX = ".engine"
+
+
+_LOOKED_AT = 4096  # bytes that tell text from anything else
+
+
+def describe_file(path: Path) -> str:
+    """``a picture``, ``an empty file``, ``a TensorRT engine``; content goes before the name."""
+    if path.is_dir():
+        return "a folder"
+    if not path.is_file():
+        return "no such file"
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_AT)
+    if not start:
+        return "an empty file"
+    if _is_picture(path):
+        return "a picture"
+    if path.name.endswith(ENGINE_SUFFIX + ".json"):
+        return "the sidecar of an engine"
+    if _is_text(start):
+        return "a text file"
+    if path.name.endswith(CHECKPOINT_SUFFIXES):
+        return "a checkpoint"
+    if path.name.endswith(ONNX_SUFFIX):
+        return "an ONNX file"
+    if path.name.endswith(ENGINE_SUFFIX):
+        return "a TensorRT engine"
+    return f"a file with suffix {path.suffix or 'none'}"
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        split = len(start) == _LOOKED_AT and error.start > len(start) - 4  # by the cut
+        if not split:
+            return False
+        text = start[: error.start].decode("utf-8")
+    return all(char.isprintable() or char in "\t\n\r\f" for char in text)

@@ -9,24 +9,22 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from efficientface_deploy.artifact import atomic_path
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import IMAGE_SUFFIXES
-from efficientface_deploy.detectors import open_detector
-from efficientface_deploy.draw import draw_faces
 from efficientface_deploy.errors import ConfigError, ImageError
-from efficientface_deploy.faces import FaceDetector
+from efficientface_deploy.files import atomic_path
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
-from efficientface_deploy.preprocess import load_image
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.video import VIDEO_SUFFIXES, VideoWriter, open_video, write_video
+from efficientface_deploy.vision.detectors import open_detector
+from efficientface_deploy.vision.draw import draw_faces
+from efficientface_deploy.vision.faces import FaceDetector
+from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
+from efficientface_deploy.vision.video import VIDEO_SUFFIXES, VideoWriter, open_video, write_video
 
-STANDARD_INPUT = "-"
 CAMERA = "camera"
 
 _JPEG_QUALITY = 90
@@ -105,28 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry_point() -> None:
     """Console script: runs :func:`main` and turns errors into one line and an exit code."""
     run_command(main)
-
-
-def find_images(names: Sequence[str]) -> Iterator[str]:
-    """The files that names stand for; a folder stands for every picture below it, sorted.
-
-    Raises:
-        ImageError: A folder holds no pictures.
-    """
-    for name in names:
-        path = Path(name)
-        if name == STANDARD_INPUT or not path.is_dir():
-            yield name
-            continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise ImageError(
-                path,
-                expected="images (" + ", ".join(IMAGE_SUFFIXES) + ")",
-                found="none in this folder",
-                fix="give another folder",
-            )
-        yield from map(str, found)
 
 
 def label(

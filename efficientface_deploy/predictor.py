@@ -22,8 +22,9 @@ from efficientface_deploy.backends import (
     resolve_backend,
 )
 from efficientface_deploy.errors import BackendError, ImageError
-from efficientface_deploy.faces import Face, FaceDetector, cut_face, whole_picture
-from efficientface_deploy.preprocess import (
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
+from efficientface_deploy.vision.preprocess import (
     Float32Array,
     ImageSource,
     UInt8Array,
@@ -31,11 +32,10 @@ from efficientface_deploy.preprocess import (
     resize,
     to_model_input,
 )
-from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.stream import check_policy, overlap
+from efficientface_deploy.vision.stream import check_policy, overlap
 
 if TYPE_CHECKING:
-    from efficientface_deploy.backends.device_array import DeviceArray
+    from efficientface_deploy.backends.base import DeviceArray
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
@@ -179,7 +179,7 @@ class Predictor:
 
         Returns:
             The faces, the surest first, each cut as the model's training faces were (see
-            :mod:`efficientface_deploy.faces`); empty where there is none.
+            :mod:`efficientface_deploy.vision.faces`); empty where there is none.
 
         Raises:
             ImageError: The image cannot be used, or the detector gives what the model cannot use.

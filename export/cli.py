@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from efficientface_deploy.command import parse_config, run_command
-
-from .config import ExportConfig
-from .packages import require_package
+from efficientface_deploy.workbench.requirements import require_package
+from efficientface_export.options import ExportConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ExportConfig, argv, prog="efficientface-export", description=__doc__ or ""
     )
     if config.verify is not None:
-        from .reverify import verify_command
+        from efficientface_export.reverify import verify_command
 
         return verify_command(config, config.verify)
     require_package("onnx")
-    from .commands import export_command
+    from efficientface_export.pipeline import export_command
 
     return export_command(config)
 

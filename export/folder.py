@@ -11,7 +11,12 @@ from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ExportError, system_words
-from efficientface_deploy.lock import FULL, empty_folders_removed, lock_folder, make_folder
+from efficientface_deploy.workbench.workspace import (
+    FULL,
+    empty_folders_removed,
+    lock_folder,
+    make_folder,
+)
 
 SCRATCH = ".efficientface-export"
 

@@ -13,23 +13,25 @@ import onnx
 
 from efficientface_deploy.artifact import FLOAT_INPUT, read_sidecar, sidecar_path, write_sidecar
 from efficientface_deploy.command import interrupts_wait
-from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
-
-from . import engine as engines
-from .calibrate import Calibration
-from .config import ExportConfig
-from .folder import OutputFolder, failed_name
-from .graph import read_onnx, write_onnx
-from .int8 import ROUNDINGS, quantise, rounded_groups
-from .plan import Plan, request
-from .precision import require_fp16_range, require_precision, to_fp16
-from .progress import build_progress
-from .provenance import Provenance, now
-from .ranges import activation_limits, tensor_ranges
-from .report import Row
-from .sensitivity import find_sensitive_layers
-from .source import Source
-from .verify import TestSet, Verification, verify_artifact
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.workbench.environment import now
+from efficientface_export.folder import OutputFolder, failed_name
+from efficientface_export.graph.io import read_onnx, write_onnx
+from efficientface_export.graph.precision import require_fp16_range, require_precision, to_fp16
+from efficientface_export.int8.calibration import Calibration
+from efficientface_export.int8.qdq import ROUNDINGS, quantise, rounded_groups
+from efficientface_export.int8.ranges import activation_limits, tensor_ranges
+from efficientface_export.int8.sensitivity import find_sensitive_layers
+from efficientface_export.options import ExportConfig
+from efficientface_export.plan import Plan, request
+from efficientface_export.source import Source
+from efficientface_export.tensorrt import builder as engines
+from efficientface_export.tensorrt.builder import build_progress
+from efficientface_export.tensorrt.options import EngineOptions, Kind
+from efficientface_export.verification.parity import Verification, verify_artifact
+from efficientface_export.verification.provenance import Provenance
+from efficientface_export.verification.reference import TestSet
+from efficientface_export.verification.report import Row
 
 # Images on which FP16's range is measured when no calibration set is given.
 _RANGE_IMAGES = 64
@@ -110,12 +112,12 @@ def make_engine(job: Job, parent: Path, precision: str) -> Row:
         EfficientFaceError: It could not be built.
     """
     config, scratch = job.config, job.folder.scratch
-    options = engines.EngineOptions(
+    options = EngineOptions(
         max_batch=config.max_batch,
         workspace_mib=config.workspace,
         compute_capabilities=config.compute_capabilities,
     )
-    kind = cast(engines.Kind, job.plan.engine)
+    kind = cast(Kind, job.plan.engine)
     path = scratch / job.plan.engine_path(precision).name
     # The builder tells its log to Python, and swallows an interrupt that is raised there.
     with interrupts_wait(), build_progress(path.name) as progress:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
-
-from . import engine as engines
-from .calibrate import Calibration
-from .config import PRECISIONS, ExportConfig
-from .graph import read_onnx
-from .int8 import ROUNDINGS
-from .provenance import versions
-from .report import report_header, reports_other_model
-from .source import Source
-from .verify import stored_parent
+from efficientface_deploy.workbench.environment import versions
+from efficientface_export.graph.io import read_onnx
+from efficientface_export.int8.calibration import Calibration
+from efficientface_export.int8.qdq import ROUNDINGS
+from efficientface_export.options import PRECISIONS, ExportConfig
+from efficientface_export.source import Source
+from efficientface_export.tensorrt import builder as engines
+from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions, Kind
+from efficientface_export.verification.reference import stored_parent
+from efficientface_export.verification.report import report_header, reports_other_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
 
     def engine_path(self, precision: str) -> Path:
         """``efficientface-{precision}-{target}.engine`` or ``.rtx.engine``."""
-        suffix = engines.SUFFIXES[self.engine]
+        suffix = SUFFIXES[self.engine]
         return self.out / f"efficientface-{precision}-{self.target}{suffix}"
 
 
@@ -72,7 +72,7 @@ def _choose_engine(config: ExportConfig) -> tuple[str, str]:
     """The engine, and why it cannot be made here."""
     engine = config.engine
     if engine == "auto":
-        kinds = engines.SUFFIXES if config.target != "cpu" else ()
+        kinds = SUFFIXES if config.target != "cpu" else ()
         engine = next((kind for kind in kinds if not _why_not(kind)), "onnx")
         print(f"engine: {engine}, the best that this machine can make")
         return engine, ""
@@ -91,13 +91,13 @@ def _choose_engine(config: ExportConfig) -> tuple[str, str]:
 
 def _why_not(engine: str) -> str | None:
     """Why an engine cannot be made here; None when it can."""
-    return engines.available(cast(engines.Kind, engine))
+    return engines.available(cast(Kind, engine))
 
 
 def _check_engine_options(config: ExportConfig, engine: str, missing: str) -> None:
     """Refuse GPUs and sizes that no builder takes, before anything is made for it."""
     names = config.compute_capabilities
-    engines.EngineOptions(max_batch=config.max_batch, compute_capabilities=names)
+    EngineOptions(max_batch=config.max_batch, compute_capabilities=names)
     if names and engine != "trt-rtx":
         raise ConfigError(
             "--compute-capability",

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import efficientface_deploy as ef
-from efficientface_deploy.artifact import read_sidecar
+from efficientface_deploy.artifact import ENGINE_SUFFIX, ONNX_SUFFIX, describe_file, read_sidecar
 from efficientface_deploy.errors import ArtifactError, ExportError
 from efficientface_deploy.spec import ModelSpec
-
-from .config import ExportConfig
-from .kinds import ENGINE_SUFFIX, ONNX_SUFFIX, describe_file
-from .packages import is_installed
-from .provenance import Provenance
-from .report import Row
-from .verify import load_test_set, read_reference, score_artifact, verify_artifact, wrong_outputs
+from efficientface_deploy.workbench.requirements import is_installed
+from efficientface_export.options import ExportConfig
+from efficientface_export.verification.parity import score_artifact, verify_artifact, wrong_outputs
+from efficientface_export.verification.provenance import Provenance
+from efficientface_export.verification.reference import load_test_set, read_reference
+from efficientface_export.verification.report import Row
 
 
 def verify_command(config: ExportConfig, path: Path) -> int:
@@ -81,8 +80,8 @@ def _read(path: Path) -> tuple[ModelSpec, dict[str, Any], str]:
     if not is_installed("onnx"):
         with ef.load(path) as predictor:
             return predictor.spec, predictor.provenance, ""
-    from .graph import read_onnx
-    from .precision import require_precision
+    from efficientface_export.graph.io import read_onnx
+    from efficientface_export.graph.precision import require_precision
 
     graph, spec, record = read_onnx(path)
     provenance = Provenance(record, path)

@@ -11,38 +11,34 @@ import onnx
 
 import efficientface_deploy as ef
 from efficientface_deploy.artifact import (
+    CHECKPOINT_SUFFIXES,
+    ENGINE_SUFFIX,
+    ONNX_SUFFIX,
     check_preset,
-    file_hash,
+    describe_file,
     read_safetensors_metadata,
     require_preset,
     spec_from_metadata,
 )
 from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.base import broken_package
-from efficientface_deploy.errors import (
-    ArtifactError,
-    BackendError,
-    ConfigError,
-    EfficientFaceError,
-)
+from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
-from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.spec import ModelSpec
-
-from .deploy_graph import PROFILES, deploy_graph
-from .graph import read_onnx
-from .kinds import CHECKPOINT_SUFFIXES, ENGINE_SUFFIX, ONNX_SUFFIX, describe_file
-from .packages import require_package
-from .provenance import Provenance
-from .verify import (
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.workbench.evaluation import Infer, run_in_batches
+from efficientface_deploy.workbench.requirements import require_package
+from efficientface_export.graph.channel_layout import PROFILES
+from efficientface_export.graph.efficientface import deploy_graph
+from efficientface_export.graph.io import read_onnx
+from efficientface_export.verification.parity import Verification, verify_artifact
+from efficientface_export.verification.provenance import Provenance
+from efficientface_export.verification.reference import (
     REFERENCE_FILE,
-    Infer,
     TestSet,
-    Verification,
     load_test_set,
     read_reference,
-    run_in_batches,
-    verify_artifact,
 )
 
 RUNS = Path("runs")
@@ -204,8 +200,7 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
         import torch
 
         from efficientface_deploy.models import load_checkpoint
-
-        from .trace import trace
+        from efficientface_export.graph.trace import trace
     except (ImportError, OSError, RuntimeError) as error:  # torch and torchvision that do not fit
         raise broken_package(
             "PyTorch", error, "install torch and torchvision of one release, in a new environment"

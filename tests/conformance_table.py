@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import describe_machine, describe_software  # noqa: E402
-from efficientface_deploy.artifact import write_text  # noqa: E402
+from efficientface_deploy.files import write_text  # noqa: E402
 
 SUITE = ROOT / "tests" / "efficientface_deploy" / "backends" / "test_conformance.py"
 

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 
 from efficientface_deploy import Predictor, load
-from efficientface_deploy.backends import cuda, missing_reason
-from efficientface_deploy.detectors import CenterFace
+from efficientface_deploy.backends import missing_reason
+from efficientface_deploy.backends.tensorrt import cuda
 from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_deploy.vision.detectors import CenterFace
 
 if TYPE_CHECKING:
     from fake_cuda import FakeCuda
@@ -132,13 +133,14 @@ def model_files(
     come from changes.
     """
     import torch
-    from efficientface_export.trace import export_onnx
 
     from efficientface_deploy.models import save_checkpoint
+    from efficientface_export.graph.trace import export_onnx
 
-    sources = [ROOT / "export" / "trace.py", Path(__file__)]
-    sources += [ROOT / "efficientface_deploy" / f"{name}.py" for name in ("spec", "preprocess")]
-    sources += sorted((ROOT / "efficientface_deploy" / "models").glob("*.py"))
+    sources = [ROOT / "export" / "graph" / "trace.py", Path(__file__)]
+    runtime = ROOT / "efficientface_deploy"
+    sources += [runtime / "spec.py", runtime / "vision" / "preprocess.py"]
+    sources += sorted((runtime / "models").glob("*.py"))
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())

@@ -67,7 +67,10 @@ def test_wheel_holds_both_packages_and_no_top_level_export(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top_level == {"efficientface_deploy", "efficientface_export"}
-    for name in ("efficientface_deploy/py.typed", "efficientface_export/reference_faces.png"):
+    for name in (
+        "efficientface_deploy/py.typed",
+        "efficientface_export/verification/reference_faces.png",
+    ):
         assert name in names
 
 

@@ -14,20 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.artifact import write_text
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Dataset, read_dataset
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.lock import check_writable
-from efficientface_deploy.metrics import paired_accuracy_difference
+from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import load
-from training.data import HOLDOUT
+from efficientface_deploy.workbench.dataset import Dataset, read_dataset
+from efficientface_deploy.workbench.metrics import paired_accuracy_difference
+from efficientface_deploy.workbench.tables import table
+from efficientface_deploy.workbench.workspace import check_writable
 from training.evaluate import check_labels, predict_samples, samples_of, score
-from training.loop import split_samples
-from training.markdown import table
-from training.record import METRICS
-from training.run import CONFIG, FREE_OPTIONS
-from training.store import STORE, seconds_per_view
+from training.plots import METRICS
+from training.trainer.config import CONFIG, FREE_OPTIONS
+from training.trainer.label_store import STORE, seconds_per_view
+from training.trainer.loader import HOLDOUT, split_samples
 
 Row = dict[str, Any]
 

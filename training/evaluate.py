@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from efficientface_deploy.artifact import file_hash, require_preset, write_text
+from efficientface_deploy.artifact import require_preset
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import (
+from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.predictor import Predictor, load
+from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     Dataset,
     Sample,
@@ -26,9 +30,7 @@ from efficientface_deploy.dataset import (
     label_distributions,
     read_dataset,
 )
-from efficientface_deploy.errors import ConfigError, DatasetError
-from efficientface_deploy.lock import check_writable
-from efficientface_deploy.metrics import (
+from efficientface_deploy.workbench.metrics import (
     accuracy,
     bootstrap_intervals,
     confusion_matrix,
@@ -40,13 +42,12 @@ from efficientface_deploy.metrics import (
     per_class_recall,
     reliability_bins,
 )
-from efficientface_deploy.predictor import Predictor, load
-from efficientface_deploy.preprocess import Float32Array
-from training.data import HOLDOUT, hold_out
-from training.evaluation_plots import plot_confusion, plot_reliability
-from training.markdown import escaped, table
-from training.progress import track
-from training.targets import Blend
+from efficientface_deploy.workbench.progress import track
+from efficientface_deploy.workbench.tables import escaped, table
+from efficientface_deploy.workbench.workspace import check_writable
+from training.plots import plot_confusion, plot_reliability
+from training.trainer.loader import HOLDOUT, hold_out
+from training.trainer.targets import Blend
 
 BATCH = 64
 BINS = 15

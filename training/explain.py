@@ -21,15 +21,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from efficientface_deploy.artifact import atomic_path, require_preset
-from efficientface_deploy.cli import find_images
+from efficientface_deploy.artifact import require_preset
 from efficientface_deploy.command import interrupts_wait, option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError, ImageError
-from efficientface_deploy.lock import check_writable
+from efficientface_deploy.files import atomic_path
 from efficientface_deploy.models import EfficientFace, load_checkpoint
-from efficientface_deploy.preprocess import Float32Array, UInt8Array, normalise, to_model_input
 from efficientface_deploy.spec import ModelSpec
-from training.progress import track
+from efficientface_deploy.vision.preprocess import (
+    Float32Array,
+    UInt8Array,
+    find_images,
+    normalise,
+    to_model_input,
+)
+from efficientface_deploy.workbench.progress import track
+from efficientface_deploy.workbench.workspace import check_writable
 
 SHEETS = "sheet-*.png"
 COLUMNS = 4  # faces beside each other on a sheet

@@ -25,17 +25,23 @@ from efficientface_deploy.command import (
     interrupts_wait,
     run_command,
 )
-from efficientface_deploy.dataset import DESCRIPTION, MANIFEST, SPLITS, VOTES_PREFIX, read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
-from efficientface_deploy.lock import make_folder
-from efficientface_deploy.preprocess import load_image
-from training.sources.affectnet import AffectNetConfig, prepare_affectnet
-from training.sources.caers import CaersConfig, prepare_caers
-from training.sources.ferplus import FerPlusConfig, prepare_ferplus
-from training.sources.folders import FoldersConfig, prepare_folders
-from training.sources.preparation import Face, Preparation, Published, check_every_class
-from training.sources.rafdb import RafDbConfig, prepare_rafdb
-from training.sources.synthetic import SyntheticConfig, prepare_synthetic
+from efficientface_deploy.vision.preprocess import load_image
+from efficientface_deploy.workbench.dataset import (
+    DESCRIPTION,
+    MANIFEST,
+    SPLITS,
+    VOTES_PREFIX,
+    read_dataset,
+)
+from efficientface_deploy.workbench.workspace import make_folder
+from training.datasets.affectnet import AffectNetConfig, prepare_affectnet
+from training.datasets.caers import CaersConfig, prepare_caers
+from training.datasets.common import Face, Preparation, Published, check_every_class
+from training.datasets.ferplus import FerPlusConfig, prepare_ferplus
+from training.datasets.folders import FoldersConfig, prepare_folders
+from training.datasets.rafdb import RafDbConfig, prepare_rafdb
+from training.datasets.synthetic import SyntheticConfig, prepare_synthetic
 
 Counts = Counter[tuple[str, int]]
 """Number of images for each (split, label)."""

@@ -12,18 +12,25 @@ from pathlib import Path
 
 import torch
 
-from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import EfficientFace, load_backbone
-from training.data import AUGMENTATIONS, TrainingImages
-from training.loop import check_amp, check_device, choose_samples, start_logging, train
-from training.parallel import Ranks, join_ranks
-from training.recipe import DEFAULT_STUDENT, published_student
-from training.run import AMP, Job, TrainConfig, claim_folder
-from training.store import STORE, check_store_options, store_binding, stored_distributions
-from training.targets import TARGETS, Blend, Teach, Teacher, own_targets
+from efficientface_deploy.workbench.dataset import Sample, read_dataset
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.checkpointing import claim_folder
+from training.trainer.config import AMP, Job, TrainConfig
+from training.trainer.distributed import Ranks, join_ranks
+from training.trainer.label_store import (
+    STORE,
+    check_store_options,
+    store_binding,
+    stored_distributions,
+)
+from training.trainer.loader import TrainingImages, choose_samples
+from training.trainer.loop import check_amp, check_device, start_logging, train
+from training.trainer.recipe import DEFAULT_STUDENT, published_student
+from training.trainer.targets import TARGETS, Blend, Teach, Teacher, own_targets
 
 # Options that have an effect only where an LDG is asked.
 _FOR_LDG = ("teacher", "teacher_amp", "temperature", "views")

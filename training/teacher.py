@@ -11,14 +11,16 @@ from collections.abc import Sequence
 import torch
 
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
-from training.data import AUGMENTATIONS, TrainingImages
-from training.loop import check_device, choose_samples, start_logging, train
-from training.parallel import join_ranks
-from training.recipe import DEFAULT_TEACHER
-from training.run import Job, TrainConfig, claim_folder
-from training.targets import own_targets
+from efficientface_deploy.workbench.dataset import read_dataset
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.checkpointing import claim_folder
+from training.trainer.config import Job, TrainConfig
+from training.trainer.distributed import join_ranks
+from training.trainer.loader import TrainingImages, choose_samples
+from training.trainer.loop import check_device, start_logging, train
+from training.trainer.recipe import DEFAULT_TEACHER
+from training.trainer.targets import own_targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,9 +53,9 @@ REGISTRY: dict[str, Entry] = {
         ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino"),
     ),
     "trt-rtx": Entry(
-        "tensorrt", "TensorRTRTXBackend", (".rtx.engine",), ("tensorrt_rtx",), "trt-rtx"
+        "tensorrt.backend", "TensorRTRTXBackend", (".rtx.engine",), ("tensorrt_rtx",), "trt-rtx"
     ),
-    "trt": Entry("tensorrt", "TensorRTBackend", (".engine",), ("tensorrt",), "trt"),
+    "trt": Entry("tensorrt.backend", "TensorRTBackend", (".engine",), ("tensorrt",), "trt"),
     "torch": Entry(
         "torch",
         "TorchBackend",

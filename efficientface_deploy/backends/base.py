@@ -9,18 +9,15 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.artifact import check_preset
 from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError
-from efficientface_deploy.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from efficientface_deploy.backends.device_array import DeviceArray
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +180,7 @@ class Backend(abc.ABC):
 
     def _from_device(self, images: Any) -> Any:
         """An array on a GPU as :class:`DeviceImages`, and anything else as it is."""
-        from efficientface_deploy.backends.device_array import is_device_array
+        from efficientface_deploy.backends.base import is_device_array
 
         return self._take(images) if is_device_array(images) else images
 
@@ -284,3 +281,35 @@ def broken_package(subject: str, error: Exception, install: str) -> BackendError
         found=" ".join(str(error).split())[:160],
         fix=install,
     )
+
+
+# DLDeviceType of dlpack.h: a CUDA device's memory, and managed memory.
+_DLPACK_CUDA, _DLPACK_MANAGED = 2, 13
+
+
+class SupportsDLPack(Protocol):
+    """An array that exports itself by DLPack."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+
+class SupportsCudaArray(Protocol):
+    """An array that exports itself by the CUDA Array Interface."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+DeviceArray = SupportsDLPack | SupportsCudaArray
+
+
+def is_device_array(images: object) -> bool:
+    """Whether an object offers itself as memory of a CUDA device."""
+    try:
+        if hasattr(images, "__dlpack_device__"):
+            kind, _ = images.__dlpack_device__()
+            return int(kind) in (_DLPACK_CUDA, _DLPACK_MANAGED)
+        return hasattr(images, "__cuda_array_interface__")
+    except Exception:  # noqa: BLE001 - the producer's code raises whatever it likes
+        return False

@@ -17,14 +17,15 @@ from efficientface_deploy.artifact import (
     FLOAT_INPUT,
     OUTPUTS,
     UINT8_INPUT,
-    file_hash,
     provenance_from_metadata,
+    read_onnx_input,
+    read_onnx_metadata,
     spec_from_metadata,
 )
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import ArtifactError, BackendError
-from efficientface_deploy.onnx_file import read_onnx_input, read_onnx_metadata
-from efficientface_deploy.preprocess import UInt8Array, normalise
+from efficientface_deploy.files import file_hash
+from efficientface_deploy.vision.preprocess import UInt8Array, normalise
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from efficientface_deploy.artifact import provenance_from_metadata, read_safeten
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.models import load_checkpoint
-from efficientface_deploy.preprocess import UInt8Array, normalise
+from efficientface_deploy.vision.preprocess import UInt8Array, normalise
 
 
 class TorchBackend(Backend):

@@ -22,12 +22,11 @@ from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
     TORCH_SUFFIXES,
-    atomic_path,
     check_preset,
-    require_file,
     spec_from_metadata,
 )
 from efficientface_deploy.errors import CheckpointError
+from efficientface_deploy.files import atomic_path, require_file
 from efficientface_deploy.models.efficientface import EfficientFace
 from efficientface_deploy.models.ldg import LabelDistributionGenerator
 from efficientface_deploy.spec import ModelSpec, preset

@@ -9,11 +9,11 @@ import pytest
 from benchmarks import accuracy as module
 from benchmarks.accuracy import main
 from benchmarks.predictions import read_predictions
-from benchmarks.report import read_result
+from benchmarks.report.__main__ import read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.models import load_checkpoint
-from efficientface_deploy.preprocess import load_image
 from efficientface_deploy.spec import preset
+from efficientface_deploy.vision.preprocess import load_image
 
 ARGUMENTS = ["--backends", "onnx:cpu,torch:cpu", "--preset", "rafdb"]
 

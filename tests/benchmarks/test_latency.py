@@ -14,24 +14,22 @@ import pytest
 from PIL import Image
 
 from benchmarks import latency
-from benchmarks.contenders import Absent, Contender
 from benchmarks.latency import (
     Case,
     choose_baseline,
     describe_case,
-    input_bytes,
     main,
-    make_batches,
-    make_jpegs,
     plan_cases,
     try_cases,
     warnings,
 )
 from benchmarks.machine import ROOT, l2_bytes
-from benchmarks.report import COMPUTE, END_TO_END, read_result
+from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
+from benchmarks.measure.models import Absent, Contender
+from benchmarks.report.__main__ import COMPUTE, END_TO_END, read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.timing import Samples
+from efficientface_deploy.workbench.timing import Samples
 
 MS = 1_000_000
 QUICK = ["--seconds", "0", "--rounds", "3", "--threads", "1", "--batch", "1,2"]
@@ -224,8 +222,8 @@ def test_cold_start_floor_and_profile_stand_in_the_result(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rates = {"onnxruntime": {"fp32": 2.1e9}}
-    monkeypatch.setattr("benchmarks.ceilings.ask_libraries", lambda threads: rates)
-    monkeypatch.setattr("benchmarks.ceilings._copy_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("benchmarks.measure.roofline.ask_libraries", lambda threads: rates)
+    monkeypatch.setattr("benchmarks.measure.roofline._copy_bytes", lambda: 1 << 20)
     argv = [str(make_onnx("a.onnx", precision="fp32")), "--backends", "onnx:cpu", "--seconds", "0"]
     argv += ["--rounds", "3", "--threads", "1", "--batch", "1,4", "--cold", "2", "--profile"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
@@ -291,7 +289,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["latency", "accuracy", "report"])
+@pytest.mark.parametrize("name", ["latency", "accuracy"])
 def test_runs_as_script_and_as_module_from_anywhere(name: str, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
     module = [sys.executable, "-m", f"benchmarks.{name}", "--help"]

@@ -7,13 +7,13 @@ import pytest
 
 from benchmarks import machine
 from benchmarks.latency import LatencyConfig
-from benchmarks.machine import default_folder, host_kind, new_result
+from benchmarks.report.result import SCHEMA_VERSION, default_folder, host_kind, new_result
 
 
 def test_a_result_says_how_where_when_and_with_what() -> None:
     result = new_result("latency", LatencyConfig(batch="1,2"))
     assert json.loads(json.dumps(result, default=str))["config"]["batch"] == "1,2"
-    assert result["schema"] == machine.SCHEMA_VERSION
+    assert result["schema"] == SCHEMA_VERSION
     assert result["date"].endswith("+00:00")
     assert result["machine"]["usable_cpus"] >= 1
     assert result["machine"]["l2_bytes"] > 0

@@ -13,18 +13,20 @@ import pytest
 import torch
 
 from benchmarks import peers as bench
-from benchmarks import toolchains
-from benchmarks.toolchains import (
-    DEPLOY,
+from benchmarks.measure import networks, toolchains
+from benchmarks.measure.networks import DEPLOY, STRAIGHT
+from benchmarks.measure.toolchains import (
     ONNXRUNTIME,
     OURS,
-    STRAIGHT,
     TOOLCHAINS,
     Toolchain,
     UnavailableError,
     Work,
 )
 from efficientface_deploy.errors import ConfigError
+from efficientface_export.graph.channel_layout import PROFILES
+from efficientface_export.graph.efficientface import deploy_graph
+from efficientface_export.graph.io import write_onnx
 
 SMALL = bench.PeersConfig(
     networks=False, input_size=32, batch=3, seconds=0.02, rounds=3, libraries="onnxruntime"
@@ -56,12 +58,10 @@ def quick_export(monkeypatch):
 
     def export(module, spec, path, *, float_input):
         weights = {key: value.numpy() for key, value in module.state_dict().items()}
-        graph = toolchains.deploy_graph(
-            weights, spec, toolchains.PROFILES["gpu"], float_input=float_input
-        )
-        toolchains.write_onnx(graph, path, spec, {})
+        graph = deploy_graph(weights, spec, PROFILES["gpu"], float_input=float_input)
+        write_onnx(graph, path, spec, {})
 
-    monkeypatch.setattr(toolchains, "export_onnx", export)
+    monkeypatch.setattr(networks, "export_onnx", export)
 
 
 @pytest.fixture

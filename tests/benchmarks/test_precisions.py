@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import contenders, precisions
+from benchmarks import precisions
+from benchmarks.measure import models
 from benchmarks.precisions import NAMES, NOTE, default_models
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
 
 
 @pytest.fixture(autouse=True)
 def no_artifacts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contenders, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(models, "ARTIFACTS", tmp_path / "artifacts")
 
 
 def test_what_lies_under_artifacts_is_taken_and_nothing_is_exported(

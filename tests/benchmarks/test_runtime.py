@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import probe
 from benchmarks import runtime as bench
-from benchmarks.latency import make_jpegs
-from efficientface_deploy.timing import Samples
+from benchmarks.measure.inputs import make_jpegs
+from efficientface_deploy.workbench.timing import Samples
 
 SMALL = ["--starts", "3", "--seconds", "0.02", "--rounds", "3", "--input-size", "32"]
 SMALL += ["--predictions", "40", "--settings", "1"]

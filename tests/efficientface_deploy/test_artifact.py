@@ -12,19 +12,16 @@ from hypothesis import strategies as st
 from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
-    atomic_path,
     check_preset,
-    file_hash,
     provenance_from_metadata,
     read_safetensors_metadata,
     read_sidecar,
-    require_file,
     sidecar_path,
     spec_from_metadata,
     write_sidecar,
-    write_text,
 )
 from efficientface_deploy.errors import ArtifactError, SpecError
+from efficientface_deploy.files import atomic_path, file_hash, require_file, write_text
 from efficientface_deploy.spec import PRESETS
 
 SPEC = PRESETS["rafdb"]

@@ -18,7 +18,7 @@ from efficientface_deploy.cli import main
 from efficientface_deploy.errors import BackendError, CheckpointError, ConfigError, ImageError
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import preset
-from efficientface_deploy.video import write_video
+from efficientface_deploy.vision.video import write_video
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from efficientface_deploy import load
-from efficientface_deploy.video import write_video
+from efficientface_deploy.vision.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 

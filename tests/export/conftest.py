@@ -18,16 +18,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from efficientface_export.cli import main
-from efficientface_export.int8 import ROUNDINGS, quantise, rounded_groups
-from efficientface_export.ranges import activation_limits, tensor_ranges
 
 from efficientface_deploy.command import run_command
-from efficientface_deploy.dataset import iterate_batches, read_dataset
-from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_deploy.vision.preprocess import normalise
+from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
+from efficientface_export.cli import main
+from efficientface_export.int8.qdq import ROUNDINGS, quantise, rounded_groups
+from efficientface_export.int8.ranges import activation_limits, tensor_ranges
 from training import prepare
-from training.sources.ferplus import majority_label
+from training.datasets.ferplus import majority_label
 
 if TYPE_CHECKING:
     from efficientface_deploy.models import EfficientFace
@@ -163,7 +163,7 @@ def int8(
 @pytest.fixture(scope="session")
 def grey_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
     """The same network for a grey spec."""
-    from efficientface_export.trace import trace
+    from efficientface_export.graph.trace import trace
 
     return trace(network, small_spec.replace(colour="grey"))
 
@@ -171,7 +171,7 @@ def grey_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto
 @pytest.fixture(scope="session")
 def float_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
     """The same network with ``--float-input``."""
-    from efficientface_export.trace import trace
+    from efficientface_export.graph.trace import trace
 
     return trace(network, small_spec, float_input=True)
 

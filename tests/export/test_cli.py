@@ -16,21 +16,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from efficientface_export import commands, make, verify
-from efficientface_export import engine as engines
-from efficientface_export import source as source_module
-from efficientface_export import trace as trace_module
-from efficientface_export.cli import main
-from efficientface_export.folder import open_folder
-from efficientface_export.graph import read_onnx, write_onnx
-from efficientface_export.int8 import ROUNDINGS, Rounding
-from efficientface_export.sensitivity import Search
 from tensorrt_stand_in import Library
 
 from efficientface_deploy import load
-from efficientface_deploy.artifact import file_hash, read_sidecar, sidecar_path, write_sidecar
-from efficientface_deploy.backends import tensorrt as tensorrt_backend
-from efficientface_deploy.dataset import image_list_hash, read_dataset
+from efficientface_deploy.artifact import read_sidecar, sidecar_path, write_sidecar
+from efficientface_deploy.backends.tensorrt import library as tensorrt_library
+from efficientface_deploy.files import file_hash
+from efficientface_deploy.workbench.dataset import image_list_hash, read_dataset
+from efficientface_export import make, pipeline
+from efficientface_export import source as source_module
+from efficientface_export.cli import main
+from efficientface_export.folder import open_folder
+from efficientface_export.graph import trace as trace_module
+from efficientface_export.graph.io import read_onnx, write_onnx
+from efficientface_export.int8.qdq import ROUNDINGS, Rounding
+from efficientface_export.int8.sensitivity import Search
+from efficientface_export.tensorrt import builder as engines
+from efficientface_export.verification import parity
 
 Run = Callable[..., tuple[int, str, str]]
 FP32, FP16, INT8 = (f"efficientface-{name}-cpu.onnx" for name in ("fp32", "fp16", "int8"))
@@ -429,8 +431,8 @@ class TestOptions:
 class TestFailedVerification:
     @pytest.fixture(autouse=True)
     def strict(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        nothing = verify.Threshold(0, 1, 0)
-        monkeypatch.setattr(verify, "THRESHOLDS", dict.fromkeys(verify.THRESHOLDS, nothing))
+        nothing = parity.Threshold(0, 1, 0)
+        monkeypatch.setattr(parity, "THRESHOLDS", dict.fromkeys(parity.THRESHOLDS, nothing))
 
     def test_it_is_kept_under_another_name(
         self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
@@ -499,7 +501,7 @@ class TestInterrupted:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(commands if hasattr(commands, where) else make, where, interrupt)
+        monkeypatch.setattr(pipeline if hasattr(pipeline, where) else make, where, interrupt)
         command = ("--weights", artifacts / FP32, "--engine", "onnx", "--precision", "fp16")
         code, _, error = exit_code(*command, "--out", tmp_path / "out")
         assert code == 130
@@ -524,7 +526,7 @@ class TestInterrupted:
                 signal.raise_signal(number)
 
         told: list[str] = []
-        monkeypatch.setattr(tensorrt_backend, "_log", types.SimpleNamespace(debug=debug))
+        monkeypatch.setattr(tensorrt_library, "_log", types.SimpleNamespace(debug=debug))
         out = tmp_path / "out"
         command = ("--weights", artifacts / FP32, "--engine", "trt-rtx", "--out", out)
         code, _, error = exit_code(*command)
@@ -596,8 +598,8 @@ class TestEngines:
         assert "[ok] efficientface-fp16-gpu.onnx" in output
         assert read_onnx(made)[2]["verification"]["status"] == "verified"
         assert "--engine trt cannot be made here: tensorrt is not installed" in output
-        commands = [line.strip() for line in output.splitlines() if "efficientface-export" in line]
-        assert commands == [
+        pipeline = [line.strip() for line in output.splitlines() if "efficientface-export" in line]
+        assert pipeline == [
             f"efficientface-export --weights {made.name} --engine trt --max-batch 8",
             f"efficientface-export --weights {made} --engine trt-rtx --max-batch 8",
         ]
@@ -610,11 +612,11 @@ class TestEngines:
         command = ("--engine", "trt", "--weights", artifacts / FP32, "--precision", "fp32")
         code, output, error = exit_code(*command, "--out", tmp_path / "out")
         assert code == 2
-        commands = [line for line in output.splitlines() if "  efficientface-export" in line]
-        assert len(commands) == 2
-        assert all(line.endswith("--precision fp32") for line in commands)
+        pipeline = [line for line in output.splitlines() if "  efficientface-export" in line]
+        assert len(pipeline) == 2
+        assert all(line.endswith("--precision fp32") for line in pipeline)
         # The file was there already: the commands name it where it lies.
-        assert str(artifacts / FP32) in commands[1] and str(artifacts / FP32) in error
+        assert str(artifacts / FP32) in pipeline[1] and str(artifacts / FP32) in error
         assert set(report(tmp_path / "out")) == {"../artifacts/" + FP32}
 
     def test_printed_command_works(
@@ -692,10 +694,10 @@ class TestEngines:
         pytest.importorskip("tensorrt_rtx")
         right = make.verify_artifact
 
-        def verdict(path: Path, *rest: Any) -> verify.Verification:
+        def verdict(path: Path, *rest: Any) -> parity.Verification:
             if path.suffix == ".onnx":
                 return right(path, *rest)
-            return verify.Verification("trt-rtx", 16, "faces", 0.9, problems=("difference 0.9",))
+            return parity.Verification("trt-rtx", 16, "faces", 0.9, problems=("difference 0.9",))
 
         monkeypatch.setattr(make, "verify_artifact", verdict)
         out = tmp_path / "out"

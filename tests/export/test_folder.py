@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from efficientface_export.folder import SCRATCH, OutputFolder, failed_name, open_folder
 
 from efficientface_deploy.errors import ConfigError, ExportError
+from efficientface_export.folder import SCRATCH, OutputFolder, failed_name, open_folder
 
 pytest.importorskip("fcntl", reason="the folder's lock is POSIX's")
 

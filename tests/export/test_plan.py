@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from efficientface_export import plan as plan_module
-from efficientface_export.calibrate import Calibration
-from efficientface_export.config import ExportConfig
-from efficientface_export.graph import write_onnx
-from efficientface_export.plan import Plan, check_folder, make_plan, request
-from efficientface_export.provenance import Provenance
-from efficientface_export.report import report_header, write_report
-from efficientface_export.source import Source
-from efficientface_export.verify import TestSet, write_reference
 
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_export import plan as plan_module
+from efficientface_export.graph.io import write_onnx
+from efficientface_export.int8.calibration import Calibration
+from efficientface_export.options import ExportConfig
+from efficientface_export.plan import Plan, check_folder, make_plan, request
+from efficientface_export.source import Source
+from efficientface_export.verification.provenance import Provenance
+from efficientface_export.verification.reference import TestSet, write_reference
+from efficientface_export.verification.report import report_header, write_report
 
 SHA = "a" * 64
 

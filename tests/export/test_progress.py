@@ -4,7 +4,8 @@ import io
 import sys
 
 import pytest
-from efficientface_export.progress import build_progress
+
+from efficientface_export.tensorrt.builder import build_progress
 
 
 class Terminal(io.StringIO):

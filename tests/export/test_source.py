@@ -14,12 +14,8 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
-from efficientface_export import source as source_module
-from efficientface_export.graph import write_onnx
-from efficientface_export.source import default_weights, open_source
 from PIL import Image
 
-from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
@@ -27,9 +23,13 @@ from efficientface_deploy.errors import (
     ConfigError,
     EfficientFaceError,
 )
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
-from efficientface_deploy.preprocess import normalise
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import normalise
+from efficientface_export import source as source_module
+from efficientface_export.graph.io import write_onnx
+from efficientface_export.source import default_weights, open_source
 
 
 def place(source: Path, target: Path, age: float) -> Path:

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from efficientface_export.deploy_graph import PROFILES, deploy_graph
 
-from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.vision.preprocess import normalise
+from efficientface_export.graph.channel_layout import PROFILES
+from efficientface_export.graph.efficientface import deploy_graph
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from efficientface_deploy import load
 from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
-    file_hash,
     provenance_from_metadata,
     read_safetensors_metadata,
     read_sidecar,
@@ -33,10 +32,11 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
     write_sidecar,
 )
-from efficientface_deploy.backends.tensorrt import EngineRecord
+from efficientface_deploy.backends.tensorrt.backend import EngineRecord
 from efficientface_deploy.errors import EfficientFaceError
-from efficientface_deploy.preprocess import to_model_input
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.spec import PRESETS, ModelSpec
+from efficientface_deploy.vision.preprocess import to_model_input
 
 SPEC = PRESETS["rafdb"].replace(input_size=32, name="fuzz")
 PLAN = b"plan"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from efficientface_deploy.backends.cuda import Cuda
+from efficientface_deploy.backends.tensorrt.cuda import Cuda
 from efficientface_deploy.errors import BackendError
-from efficientface_deploy.preprocess import UInt8Array
+from efficientface_deploy.vision.preprocess import UInt8Array
 
 _ALIGNMENT = 256  # of what cudaMalloc gives
 

@@ -10,9 +10,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tensorrt_stand_in import Library, make_plan
 
-from efficientface_deploy.artifact import file_hash, write_sidecar
-from efficientface_deploy.preprocess import UInt8Array
+from efficientface_deploy.artifact import write_sidecar
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import UInt8Array
 
 
 def expected_logits(images: np.ndarray) -> np.ndarray:

@@ -15,19 +15,17 @@ import torch
 from PIL import Image
 
 from efficientface_deploy.command import run_command
-from efficientface_deploy.dataset import Dataset, read_dataset
-from efficientface_deploy.models import (
-    EfficientFace,
-    LabelDistributionGenerator,
-    save_checkpoint,
-)
+from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator, save_checkpoint
+from efficientface_deploy.workbench.dataset import Dataset, read_dataset
 from training import prepare
-from training.data import AUGMENTATIONS, TrainingImages
-from training.loop import choose_samples, train
-from training.parallel import Ranks
-from training.recipe import Recipe
-from training.run import Job, TrainConfig, claim_folder
-from training.targets import Teach, own_targets
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.checkpointing import claim_folder
+from training.trainer.config import Job, TrainConfig
+from training.trainer.distributed import Ranks
+from training.trainer.loader import TrainingImages, choose_samples
+from training.trainer.loop import train
+from training.trainer.recipe import Recipe
+from training.trainer.targets import Teach, own_targets
 
 RECIPE = Recipe(
     epochs=3,

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import EfficientFace
-from training import loop
-from training.data import AUGMENTATIONS, TrainingImages
-from training.parallel import join_ranks
-from training.recipe import DEFAULT_STUDENT
-from training.run import Job, TrainConfig, claim_folder
-from training.targets import own_targets
+from efficientface_deploy.workbench.dataset import read_dataset
+from training.trainer import loop
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.checkpointing import claim_folder
+from training.trainer.config import Job, TrainConfig
+from training.trainer.distributed import join_ranks
+from training.trainer.loader import TrainingImages, choose_samples
+from training.trainer.recipe import DEFAULT_STUDENT
+from training.trainer.targets import own_targets
 
 
 class FixedNorms(EfficientFace):
@@ -47,7 +49,7 @@ def main() -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     with join_ranks("cpu") as ranks, claim_folder(job, ranks):
-        samples, selection = loop.choose_samples(job, ranks)
+        samples, selection = choose_samples(job, ranks)
         images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
         torch.manual_seed(ranks.rank)  # the first rank's weights must reach the others
         model = FixedNorms(7).double()

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from efficientface_deploy.command import run_command
-from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.models import load_checkpoint
+from efficientface_deploy.workbench.dataset import read_dataset
 from training import compare, student
 from training.compare import read_run
-from training.data import hold_out
 from training.evaluate import score
-from training.loop import predict
-from training.store import STORE, seconds_per_view
+from training.trainer.label_store import STORE, seconds_per_view
+from training.trainer.loader import hold_out
+from training.trainer.temperature import predict
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,14 @@ from torchmetrics.functional import classification as tm
 
 from efficientface_deploy import PRESETS
 from efficientface_deploy.command import run_command
-from efficientface_deploy.dataset import Sample, read_dataset
 from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
-from efficientface_deploy.metrics import expected_calibration_error
-from efficientface_deploy.models import (
-    LabelDistributionGenerator,
-    load_checkpoint,
-    save_checkpoint,
-)
-from efficientface_deploy.preprocess import normalise, to_model_input
-from training import evaluate, evaluation_plots
-from training.data import hold_out
+from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint, save_checkpoint
+from efficientface_deploy.vision.preprocess import normalise, to_model_input
+from efficientface_deploy.workbench.dataset import Sample, read_dataset
+from efficientface_deploy.workbench.metrics import expected_calibration_error
+from training import evaluate, plots
 from training.evaluate import as_markdown, as_text, score
+from training.trainer.loader import hold_out
 
 CLASSES = 7
 
@@ -243,9 +239,9 @@ def test_nothing_is_written_without_out(student_file, face_set, tmp_path, monkey
 
 def test_confusion_plot_shows_shares_of_rows_and_counts(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluation_plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     matrix = [[30, 10, 0], [0, 0, 0], [1, 1, 2]]
-    evaluation_plots.plot_confusion(tmp_path / "c.png", matrix, ("a", "b", "c"))
+    plots.plot_confusion(tmp_path / "c.png", matrix, ("a", "b", "c"))
     axes = drawn[0].axes[0]
     expected = [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]]
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
@@ -257,9 +253,9 @@ def test_confusion_plot_shows_shares_of_rows_and_counts(tmp_path, monkeypatch):
 
 def test_reliability_plot_leaves_empty_bins_out(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluation_plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     bins = {"confidence": [None, 0.6, 0.9], "accuracy": [None, 0.5, 1.0], "count": [0, 2, 4]}
-    evaluation_plots.plot_reliability(tmp_path / "r.png", bins, 0.1)
+    plots.plot_reliability(tmp_path / "r.png", bins, 0.1)
     upper, lower = drawn[0].axes
     bars = [(bar.get_x(), bar.get_height()) for bar in upper.patches]
     np.testing.assert_allclose(bars, [(1 / 3, 0.5), (2 / 3, 1.0)])

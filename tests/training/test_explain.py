@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from efficientface_deploy.command import run_command
-from efficientface_deploy.dataset import read_dataset
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
-from efficientface_deploy.preprocess import normalise, to_model_input
 from efficientface_deploy.spec import preset
+from efficientface_deploy.vision.preprocess import normalise, to_model_input
+from efficientface_deploy.workbench.dataset import read_dataset
 from training import explain as module
 from training.explain import Explanation, caption, explain, heat_maps
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientface_deploy.dataset import label_distributions, read_dataset
 from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.spec import preset
+from efficientface_deploy.workbench.dataset import label_distributions, read_dataset
 from training import prepare
-from training.sources import synthetic as synthetic_source
-from training.synthetic import LABELS, render_face
+from training.datasets import synthetic as synthetic_source
+from training.datasets.face_renderer import LABELS, render_face
 
 # ---- The folder that is made ---------------------------------------------------------------------
 

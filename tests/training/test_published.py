@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from efficientface_export import cli as export
 from PIL import Image
 
 import efficientface_deploy as ef
 from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator, load_checkpoint
+from efficientface_export import cli as export
 from training import evaluate, explain, student, teacher
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")

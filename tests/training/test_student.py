@@ -14,18 +14,14 @@ import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
 from efficientface_deploy.errors import CheckpointError, ConfigError, EfficientFaceError
-from efficientface_deploy.models import (
-    EfficientFace,
-    load_checkpoint,
-    save_checkpoint,
-)
-from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.models import EfficientFace, load_checkpoint, save_checkpoint
 from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_deploy.vision.preprocess import normalise
 from training import student
-from training.data import TrainingImages
-from training.recipe import DEFAULT_STUDENT
-from training.store import STORE
-from training.targets import Teacher
+from training.trainer.label_store import STORE
+from training.trainer.loader import TrainingImages
+from training.trainer.recipe import DEFAULT_STUDENT
+from training.trainer.targets import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

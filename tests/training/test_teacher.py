@@ -11,7 +11,7 @@ from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metad
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint
 from training import teacher
-from training.targets import own_targets
+from training.trainer.targets import own_targets
 
 
 @pytest.fixture

@@ -17,29 +17,31 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from efficientface_export.engine import SUFFIXES, EngineOptions, available, write_engine
-from efficientface_export.graph import write_onnx
-from efficientface_export.precision import to_fp16
-from efficientface_export.trace import export_onnx
-from efficientface_export.verify import THRESHOLDS
 from fake_cuda import FakeCuda
 from PIL import Image
 from tensorrt_stand_in import Library, make_plan, read_record
 
 from efficientface_deploy import Predictor, load
-from efficientface_deploy.artifact import file_hash, sidecar_path, write_sidecar
+from efficientface_deploy.artifact import sidecar_path, write_sidecar
 from efficientface_deploy.backends import (
     BackendOptions,
     create_backend,
-    cuda,
     missing_reason,
     resolve_backend,
 )
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.backends.onnx import PROVIDERS
+from efficientface_deploy.backends.tensorrt import cuda
 from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError, ImageError
-from efficientface_deploy.preprocess import normalise
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.spec import PRESETS
+from efficientface_deploy.vision.preprocess import normalise
+from efficientface_export.graph.io import write_onnx
+from efficientface_export.graph.precision import to_fp16
+from efficientface_export.graph.trace import export_onnx
+from efficientface_export.tensorrt.builder import available, write_engine
+from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
+from efficientface_export.verification.parity import THRESHOLDS
 
 SPEC = PRESETS["rafdb"].replace(input_size=64)
 SAME = 1e-4  # of a probability, between two runs of one backend

@@ -16,11 +16,11 @@ import onnxruntime
 import pytest
 
 from efficientface_deploy import load
-from efficientface_deploy.artifact import file_hash
 from efficientface_deploy.backends import REGISTRY, BackendOptions
 from efficientface_deploy.backends import onnx as onnx_module
 from efficientface_deploy.backends.onnx import PROVIDERS, OnnxBackend
 from efficientface_deploy.errors import BackendError
+from efficientface_deploy.files import file_hash
 
 
 def test_every_device_has_a_provider() -> None:

@@ -1,0 +1,317 @@
+"""What there is to measure: models, the backends that run them here, and why others do not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from benchmarks.report.result import shown_path
+from efficientface_deploy.artifact import (
+    carries_spec,
+    read_safetensors_metadata,
+    spec_from_metadata,
+)
+from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_backend
+from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.files import file_hash
+from efficientface_deploy.predictor import Predictor, bundled_model, load
+
+ARTIFACTS = ROOT / "artifacts"
+
+# What a model that cannot run here may raise. Beside our own errors: an installed library whose
+# driver or shared object is missing, and a device that is out of memory.
+CANNOT_RUN = (EfficientFaceError, ImportError, OSError, RuntimeError)
+
+NO_GRAPHS = ", no CUDA graphs"
+_GRAPHS = "cuda_graphs"  # option of load()
+
+_SEARCHED = (".onnx", ".engine", ".safetensors")
+# Only here does a number of CPU threads mean anything.
+_CPU_BACKENDS = ("onnx:cpu", "torch:cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """Something that could not be measured.
+
+    Attributes:
+        backend: The backend; empty where the model itself is at fault.
+        model: The model's name; empty where the backend itself is missing.
+        reason: Why, and what can be done about it.
+    """
+
+    backend: str
+    model: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A model, open on a backend.
+
+    Attributes:
+        model: Its name in tables, unique among the models of a run.
+        predictor: Runs it.
+        threads: CPU threads of one inference; None where the library or a GPU decides.
+        preset: What a published checkpoint was trained on.
+    """
+
+    model: str
+    predictor: Predictor
+    threads: int | None
+    preset: str | None = None
+
+    @property
+    def backend(self) -> str:
+        """E.g. ``onnx:cpu``."""
+        return self.predictor.backend
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16`` or ``int8``, as its provenance says; empty where it does not."""
+        known = "fp32" if self.backend.startswith("torch") else ""
+        return str(self.predictor.provenance.get("precision", known))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs on an NVIDIA GPU."""
+        family, _, device = self.backend.partition(":")
+        return family.startswith("trt") or device.startswith(("cuda", "tensorrt"))
+
+    def prepare(self) -> None:
+        """Set what is global to the process; to be called before each turn."""
+        if self.backend == "torch:cpu" and self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+
+    def describe(self) -> dict[str, Any]:
+        """The model file for a result: name, path, size, hash, spec and precision."""
+        path, spec = self.predictor.path, self.predictor.spec
+        return {
+            "name": self.model,
+            "path": shown_path(path),
+            "bytes": path.stat().st_size,
+            "sha256": file_hash(path),
+            "network": spec.name,
+            "input_size": spec.input_size,
+            "classes": spec.num_classes,
+            "preliminary": spec.preliminary,
+            "precision": self.precision,
+        }
+
+
+def comma_list(text: str) -> list[str]:
+    """``"a, b"`` -> ``["a", "b"]``."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def positive_integers(text: str, option: str) -> tuple[int, ...]:
+    """``"1,8,32"`` -> ``(1, 8, 32)``, each once, in the order given.
+
+    Raises:
+        ConfigError: Something else than whole numbers from 1 on.
+    """
+    parts = comma_list(text)
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ConfigError(
+            option,
+            expected="whole numbers from 1 on, with commas between",
+            found=repr(text),
+            fix=f"e.g. {option} 1,8,32",
+        )
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def choose_backends(text: str) -> tuple[str, ...]:
+    """The backends to measure, each with its device: ``onnx:cpu``, ``trt``, ...
+
+    Args:
+        text: Names with commas between; a name without a device means all of its devices, an empty
+            text all backends.
+
+    Raises:
+        ConfigError: There is no such backend.
+    """
+    known = [
+        f"{name}:{device}" if device else name
+        for name, entry in REGISTRY.items()
+        for device in entry.devices or ("",)
+    ]
+    wanted = comma_list(text)
+    for name in wanted:
+        if name not in known and name not in REGISTRY:
+            raise ConfigError(
+                "--backends",
+                expected=", ".join(known),
+                found=repr(name),
+                fix="choose among these, with commas between",
+            )
+    return tuple(
+        name for name in known if not wanted or name in wanted or name.partition(":")[0] in wanted
+    )
+
+
+def find_models(given: Sequence[Path], *, artifacts: bool = True) -> list[Path]:
+    """The models to measure.
+
+    Args:
+        given: Files, and folders to search; where there are none, the bundled models and what lies
+            under ``artifacts/``.
+        artifacts: Whether to look there.
+    """
+    default = [bundled_model("torch"), bundled_model("onnx"), *([ARTIFACTS] if artifacts else [])]
+    sources = list(given) or default
+    paths = [path for source in sources for path in _files_of(source)]
+    return list({path.resolve(): path for path in paths}.values())
+
+
+@contextlib.contextmanager
+def open_contenders(
+    paths: Sequence[Path],
+    backends: Sequence[str],
+    threads: Sequence[int | None] = (None,),
+    preset: str | None = None,
+    *,
+    without_graphs: bool = False,
+) -> Iterator[tuple[list[Contender], list[Absent]]]:
+    """Open every model on every backend that runs it here; close them all at the end.
+
+    Args:
+        paths: Model files.
+        backends: From :func:`choose_backends`.
+        threads: Numbers of CPU threads; a model on a CPU is opened once for each.
+        preset: What published checkpoints were trained on, which they do not say themselves.
+        without_graphs: Whether to open an engine a second time without CUDA graphs, where the
+            runtime can turn them off.
+
+    Yields:
+        What opened, in the order of ``paths``, and what did not.
+    """
+    names = _display_names(paths)
+    contenders: list[Contender] = []
+    absent = [Absent(name, "", reason) for name in backends if (reason := _missing(name))]
+    present = [name for name in backends if not _missing(name)]
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            try:
+                family = resolve_backend(path)[0]
+                meaning = None if carries_spec(path) else preset
+            except EfficientFaceError as error:
+                absent.append(Absent("", names[path], one_line(error)))
+                continue
+            for backend in present:
+                if backend.partition(":")[0] != family:
+                    continue
+                try:
+                    for count in threads if backend in _CPU_BACKENDS else (None,):
+                        opened = load(path, backend=backend, threads=count, preset=meaning)
+                        predictor = stack.enter_context(opened)
+                        contenders.append(Contender(names[path], predictor, count, meaning))
+                    if without_graphs and backend.startswith("trt") and _GRAPHS in _load_options():
+                        options: dict[str, Any] = {_GRAPHS: False}
+                        predictor = stack.enter_context(load(path, backend=backend, **options))
+                        contenders.append(Contender(names[path] + NO_GRAPHS, predictor, None))
+                except CANNOT_RUN as error:
+                    absent.append(Absent(backend, names[path], one_line(error)))
+        yield contenders, absent + _without_model(present, contenders, absent)
+
+
+def require_contenders(contenders: Sequence[object], absent: Sequence[Absent]) -> None:
+    """Stop where nothing is left to measure.
+
+    Raises:
+        ConfigError: Names the first model that fell out, and why.
+    """
+    if contenders:
+        return
+    # A file that is at fault says more than a backend that is missing.
+    reasons = [f"{entry.model}: {entry.reason}" for entry in absent if entry.model]
+    raise ConfigError(
+        "models",
+        expected="one that runs on this machine",
+        found=f"none ({reasons[0]})" if reasons else "none",
+        fix="give model files, or make one with efficientface-export --engine onnx",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, led by its class unless the error is ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EfficientFaceError) else f"{type(error).__name__}: {text}"
+
+
+def _files_of(source: Path) -> list[Path]:
+    """The file itself, or the models in a folder; no teachers and no half-written files."""
+    if not source.is_dir():
+        return [] if source == ARTIFACTS else [source]
+    return [
+        path
+        for path in sorted(source.rglob("*"))
+        if path.name.endswith(_SEARCHED)
+        and not path.name.startswith(".")
+        and path.is_file()
+        and not _is_teacher(path)
+    ]
+
+
+def _is_teacher(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        spec = spec_from_metadata(read_safetensors_metadata(path), path)
+    except EfficientFaceError:
+        return False  # opening the file will say what is wrong with it
+    return spec.architecture != "efficientface"
+
+
+def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """File names; where two files have the same, with as many folders as tell them apart."""
+    parts = {path: path.resolve().parts for path in paths}
+
+    def name(path: Path, length: int) -> str:
+        return "/".join(parts[path][-length:])
+
+    names = {}
+    for path in paths:
+        length = 1
+        others = [other for other in paths if parts[other] != parts[path]]
+        while any(name(other, length) == name(path, length) for other in others):
+            length += 1
+        names[path] = name(path, length)
+    return names
+
+
+def _load_options() -> set[str]:
+    return set(inspect.signature(load).parameters)
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend's package is not here, with what installs it."""
+    name = backend.partition(":")[0]
+    reason = missing_reason(name)
+    if reason is None:
+        return None
+    return f"{reason}; pip install 'efficientface-deploy[{REGISTRY[name].extra}]'"
+
+
+def _without_model(
+    backends: Sequence[str], contenders: Sequence[Contender], absent: Sequence[Absent]
+) -> list[Absent]:
+    """The backends that are installed but were given nothing that they could run."""
+    spoken_for = {contender.backend for contender in contenders}
+    spoken_for |= {entry.backend for entry in absent}
+    return [
+        Absent(backend, "", f"none of the models is for it ({', '.join(_suffixes(backend))})")
+        for backend in backends
+        if backend not in spoken_for
+    ]
+
+
+def _suffixes(backend: str) -> tuple[str, ...]:
+    return REGISTRY[backend.partition(":")[0]].suffixes

@@ -1,0 +1,1 @@
+"""Results: the file, its tables, plots and pages, and their comparison."""

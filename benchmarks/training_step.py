@@ -1,0 +1,223 @@
+"""What a training step costs: alone, with stored label distributions, beside its teacher; an LDG's.
+
+``python benchmarks/training_step.py --data data/ferplus --teacher runs/ldg/teacher.safetensors``.
+A step is all that an epoch consists of: loading, augmenting, forward, backward, optimiser, moving
+average. All contenders take turns in rounds of random order; see
+:mod:`efficientface_deploy.workbench.timing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+from benchmarks.machine import usable_cpus
+from benchmarks.report.__main__ import write_result
+from benchmarks.report.result import default_folder, new_result
+from benchmarks.report.tables import console, require_libraries
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.models import EfficientFace, load_checkpoint
+from efficientface_deploy.workbench.dataset import read_dataset
+from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.config import Job, Progress, TrainConfig
+from training.trainer.distributed import Ranks
+from training.trainer.label_store import store_binding, stored_distributions
+from training.trainer.loader import Batch, TrainingImages, choose_samples
+from training.trainer.loop import Trainer
+from training.trainer.recipe import DEFAULT_STUDENT
+from training.trainer.small_maps import SmallMapConv2d
+from training.trainer.targets import Blend, Teach, Teacher, own_targets
+
+BASELINE = "no teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBenchConfig:
+    """Options of ``python benchmarks/training_step.py``."""
+
+    data: Path = option(help="a prepared data set")
+    teacher: Path = option(help="the LDG's checkpoint")
+    input_size: int = option(96, help="side of the student's input")
+    batch_size: int = option(64, minimum=2, help="images of a step")
+    images: int = option(640, minimum=64, help="training images that are used")
+    seconds: float = option(20.0, metavar="S", minimum=0, help="timed steps for each row")
+    rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
+    seed: int = option(0, minimum=0, help="of images and order")
+    out: Path | None = option(
+        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: what is trained, where the targets come from, and how the step is computed."""
+
+    name: str
+    network: str = "student"
+    targets: str = "own"
+    amp: str = "off"
+    threads: int = 1
+    workers: int = 0
+    channels_last: bool = True
+    matrix_products: bool = True
+
+
+def plan_cases() -> list[Case]:
+    """The three sources of targets, and the settings of a CPU that one may choose."""
+    cores = usable_cpus()
+    cases = [
+        Case(BASELINE),
+        Case("stored distributions", targets="stored"),
+        Case("teacher in every step", targets="online"),
+        Case("contiguous memory", channels_last=False),
+        Case("one loading worker", workers=1),
+        Case("bf16", amp="bf16"),
+    ]
+    if cores > 1:
+        cases.append(Case(f"{cores} threads", threads=cores))
+        cases.append(Case(f"{cores} threads, one loading worker", threads=cores, workers=1))
+    ldg = Case("the LDG's own training", network="ldg")
+    cases.append(ldg)
+    cases.append(dataclasses.replace(ldg, name=f"{ldg.name}, bf16", amp="bf16"))
+    name = f"{ldg.name}, bf16, no matrix products"
+    cases.append(dataclasses.replace(ldg, name=name, amp="bf16", matrix_products=False))
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python benchmarks/training_step.py``."""
+    config = parse_config(
+        TrainingBenchConfig, argv, prog="benchmarks/training_step.py", description=__doc__ or ""
+    )
+    require_libraries()
+    result = run(config)
+    folder = config.out or default_folder(result)
+    write_result(result, folder / "training.json")
+    output = console()
+    output.print(as_table(result), markup=False)
+    output.print(f"wrote training.json to {folder}", markup=False)
+    return 0
+
+
+def run(config: TrainingBenchConfig) -> dict[str, Any]:
+    """Measure, and give the result as a JSON object."""
+    cases = plan_cases()
+    with tempfile.TemporaryDirectory() as folder:
+        calls = {case.name: step_of(case, config, Path(folder)) for case in cases}
+        threads = {case.name: case.threads for case in cases}
+        samples = measure(
+            calls,
+            seconds=config.seconds,
+            rounds=config.rounds,
+            seed=config.seed,
+            before_turn=lambda name: torch.set_num_threads(threads[name]),
+        )
+    return {
+        **new_result("training", config),
+        "baseline": BASELINE,
+        "cases": [describe(case, samples, config.batch_size) for case in cases],
+    }
+
+
+def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
+    """A function that does the next step of a training."""
+    dataset = read_dataset(config.data)
+    torch.manual_seed(config.seed)
+    if case.network == "ldg":
+        model, own = load_checkpoint(config.teacher)
+    else:
+        own = dataset.spec.replace(architecture="efficientface", input_size=config.input_size)
+        model = EfficientFace(own.num_classes)
+    options = TrainConfig(
+        config.data,
+        folder,
+        input_size=own.input_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=case.workers,
+        channels_last=case.channels_last,
+        amp=case.amp,
+    )
+    spec = options.model_spec(dataset, own.architecture)
+    recipe = dataclasses.replace(options.change(DEFAULT_STUDENT), epochs=1_000, views=1)
+    job = Job("teacher" if case.network == "ldg" else "student", spec, recipe, dataset, options)
+    ranks = Ranks(torch.device("cpu"))
+    samples = choose_samples(job, ranks)[0][:: len(dataset.split("train")) // config.images + 1]
+    augmentation = AUGMENTATIONS[recipe.augmentation](spec)
+    images = TrainingImages(samples, spec, augmentation, config.seed)
+    teach: Teach = own_targets
+    if case.targets != "own":
+        teacher = Teacher(config.teacher, None, spec, ranks.device)
+        blend = Blend()
+        if case.targets == "online":
+            teach = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
+        else:
+            data_hash = images.content_hash(dataset.root)
+            binding = store_binding(images, teacher, recipe.augmentation, data_hash)
+            path = folder / "store.safetensors"
+            images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
+    trainer = Trainer(job, model, images, teach, ranks)
+    if not case.matrix_products:
+        use_library_convolutions(model)
+    trainer.forward.train()
+    batches = endless(trainer)
+
+    def step() -> None:
+        trainer.train_step(*next(batches), Progress())
+
+    return step
+
+
+def use_library_convolutions(model: nn.Module) -> None:
+    """Undo :func:`training.trainer.small_maps.use_matrix_products`, in place."""
+    for module in model.modules():
+        if type(module) is SmallMapConv2d:
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # of the same parameters
+
+
+def endless(trainer: Trainer) -> Iterator[Batch]:
+    """The batches of one epoch after another."""
+    while True:
+        yield from trainer.loader
+        trainer.order.epoch += 1
+
+
+def describe(case: Case, samples: dict[str, Samples], batch_size: int) -> dict[str, Any]:
+    """One row of the result."""
+    own = samples[case.name]
+    cost = speedup(own, samples[BASELINE])  # above 1: costs more than the baseline
+    return {
+        **dataclasses.asdict(case),
+        "steps": own.count,
+        "p50_ms": own.p50_ms,
+        "images_per_second": 1000 * batch_size / own.p50_ms,
+        "cost": dataclasses.asdict(cost),
+        "busy": own.busy,
+    }
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The result for a terminal."""
+    lines = [f"{'':50} {'images/s':>9} {'cost of a step':>22}"]
+    for row in result["cases"]:
+        cost = row["cost"]
+        interval = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
+        lines.append(f"{row['name']:50} {row['images_per_second']:9.0f} {interval:>22}")
+    if any(row["busy"] for row in result["cases"]):
+        lines.append("the machine was busy with something else: read the costs with care")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

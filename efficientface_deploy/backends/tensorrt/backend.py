@@ -1,0 +1,237 @@
+"""TensorRT 10 and 11, and TensorRT for RTX 1.x: one code path over two libraries.
+
+Only calls that all of them have are made; what differs is asked of the library, not of its
+version. Everything that can be known to fail is refused before a plan is deserialised, with the
+command that builds it anew: an engine belongs to a library version and to a kind of GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efficientface_deploy.artifact import read_sidecar, sidecar_path
+from efficientface_deploy.backends.base import (
+    Backend,
+    BackendOptions,
+    DeviceArray,
+    DeviceImages,
+    Output,
+)
+from efficientface_deploy.backends.tensorrt.cuda import open_cuda
+from efficientface_deploy.backends.tensorrt.engine import Engine
+from efficientface_deploy.backends.tensorrt.library import (
+    LIBRARIES,
+    _first_line,
+    load_library,
+    rebuild_command,
+    version_of,
+)
+from efficientface_deploy.backends.tensorrt.session import Session
+from efficientface_deploy.errors import ArtifactError, BackendError
+from efficientface_deploy.vision.preprocess import UInt8Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRecord:
+    """What an engine's sidecar says of its making.
+
+    Attributes:
+        library: Module that built it.
+        version: That module's version.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
+        parent: Name of the ONNX file.
+        max_batch: Largest batch.
+    """
+
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    parent: str
+    max_batch: int
+
+    @classmethod
+    def from_provenance(cls, provenance: Mapping[str, Any], path: Path) -> EngineRecord:
+        """Read the record back.
+
+        Args:
+            provenance: As :func:`artifact.read_sidecar` returns it.
+            path: The engine, for the error.
+
+        Raises:
+            ArtifactError: A field is missing or of another type.
+        """
+        fields = provenance["engine"]
+        try:
+            record = cls(
+                library=fields["library"],
+                version=fields["version"],
+                compute_capabilities=tuple(fields["compute_capabilities"]),
+                parent=Path(fields["parent"]).name,  # a name, whatever was written there
+                max_batch=fields["max_batch"],
+            )
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"no usable engine record ({_first_line(error)})") from None
+        texts = (record.library, record.version, *record.compute_capabilities)
+        if not all(isinstance(text, str) for text in texts) or type(record.max_batch) is not int:
+            raise _damaged(path, "an engine record with values of another type")
+        return record
+
+    def covers(self, compute_capability: str) -> bool:
+        """Whether the engine was built for a GPU of this compute capability."""
+        for built in self.compute_capabilities:
+            if built == compute_capability:
+                return True
+            if built.endswith("+") and _number(compute_capability) >= _number(built):
+                return True
+        return False
+
+    def runs_with(self, version: str) -> bool:
+        """Whether a library of this version may load it.
+
+        Another major or minor release never does. Whether another patch release does is the
+        library's to say, and it says so when it deserialises the plan.
+        """
+        return _release(self.version) == _release(version)
+
+
+class TensorRTBackend(Backend):
+    """Runs ``*.engine`` files with TensorRT 10 or 11.
+
+    The engine runs on the GPU that is current when the backend is opened. ``infer`` may be called
+    from several threads, which take turns: an execution context serves one at a time. It takes
+    arrays on that GPU where they are (see :mod:`device_array`). ``threads`` has no meaning here.
+    """
+
+    kind = "trt"
+
+    def __init__(self, path: Path, options: BackendOptions) -> None:
+        super().__init__(path, options)
+        self._turn = threading.Lock()
+        self._session: Session | None = None
+        self._precision = ""
+
+    def _open(self) -> None:
+        spec, provenance = read_sidecar(self.path)
+        record = EngineRecord.from_provenance(provenance, self.path)
+        self._precision = str(provenance.get("precision", ""))
+        self._check_kind(record)
+        module = load_library(self.kind)
+        self._check_version(record, version_of(module))
+        cuda = open_cuda()
+        gpu = cuda.compute_capability()
+        self._check_device(record, gpu)
+        binding = {
+            "engine": provenance["engine"]["sha256"],
+            "library": f"{module.__name__} {version_of(module)}",
+            "gpu": gpu,
+        }
+        with cuda.active():
+            engine = Engine(module, self.path, self._rebuild(record), binding)
+            self._session = Session(engine, spec, cuda, graphs=self.options.cuda_graphs)
+        self.spec, self.provenance = spec, provenance
+        self.max_batch = self._session.max_batch
+        self.name = self.kind
+
+    def _check_kind(self, record: EngineRecord) -> None:
+        wanted = LIBRARIES[self.kind]
+        if record.library != wanted.module:
+            raise ArtifactError(
+                self.path,
+                expected=f"an engine of {wanted.label}",
+                found=f"one built by {record.library} {record.version}",
+                fix="keep the ending that the exporter gave it (.engine or .rtx.engine)",
+            )
+
+    def _check_version(self, record: EngineRecord, here: str) -> None:
+        if not record.runs_with(here):
+            label = LIBRARIES[self.kind].label
+            raise ArtifactError(
+                self.path,
+                expected=f"an engine built with {label} {_release(here)}, which is here",
+                found=f"one built with {record.version}",
+                fix=self._rebuild(record),
+            )
+
+    def _check_device(self, record: EngineRecord, here: str) -> None:
+        if not record.covers(here):
+            raise ArtifactError(
+                self.path,
+                expected=f"an engine built for {here}, the GPU that is here",
+                found="one built for " + ", ".join(record.compute_capabilities),
+                fix=self._rebuild(record, here),
+            )
+
+    def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
+        """The instruction that builds this engine anew, for GPU ``here`` if one is given.
+
+        TensorRT always builds for the GPU it finds; its RTX sibling is told, or builds for all
+        that are supported by default.
+        """
+        targets = [here] if here else [*record.compute_capabilities]
+        if self.kind == "trt" or any(target.endswith("+") for target in targets):
+            targets = []
+        weights = self.path.parent / record.parent
+        command = rebuild_command(
+            self.kind,
+            weights,
+            record.max_batch,
+            precision=self._precision,
+            compute_capabilities=targets,
+            out=self.path.parent,
+        )
+        copy = "" if weights.is_file() else f"copy {record.parent} beside it and "
+        return f"{copy}rebuild it here: {command}"
+
+    def _take(self, images: DeviceArray) -> DeviceImages:
+        with self._turn:
+            return self._opened().take(images)
+
+    def _infer(self, images: UInt8Array | DeviceImages) -> Output:
+        with self._turn:
+            return self._opened().run(images)
+
+    def _opened(self) -> Session:
+        if self._session is None:  # closed by another thread since infer() looked
+            raise BackendError(
+                self.path.name,
+                expected="an open backend",
+                found="a closed one",
+                fix="wait for other threads before close()",
+            )
+        return self._session
+
+    def _close(self) -> None:
+        with self._turn:
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+
+
+class TensorRTRTXBackend(TensorRTBackend):
+    """Runs ``*.rtx.engine`` files with TensorRT for RTX 1.x."""
+
+    kind = "trt-rtx"
+
+
+def _damaged(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        sidecar_path(path),
+        expected="the library, version and GPUs that the engine was built with and for",
+        found=found,
+        fix="export the engine again",
+    )
+
+
+def _release(version: str) -> str:
+    """Major and minor of a version: ``10.3.0.26`` -> ``10.3``."""
+    return ".".join(version.split(".")[:2])
+
+
+def _number(compute_capability: str) -> int:
+    """``sm86`` and ``sm80+`` as numbers to compare; anything else is above every GPU."""
+    digits = compute_capability.removeprefix("sm").removesuffix("+")
+    return int(digits) if digits.isdecimal() else 1_000_000

@@ -1,0 +1,171 @@
+"""TensorRT's libraries: which are here, of what version, and their logger."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from efficientface_deploy.errors import BackendError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's two libraries.
+
+    Attributes:
+        kind: Name of the backend and of ``--engine``.
+        module: What to import.
+        label: Its name for people.
+        install: How to get it.
+    """
+
+    kind: str
+    module: str
+    label: str
+    install: str
+
+
+LIBRARIES = {
+    "trt": Library(
+        "trt",
+        "tensorrt",
+        "TensorRT",
+        "pip install 'efficientface-deploy[trt]' (on Jetson: that of JetPack 6.1 or later)",
+    ),
+    "trt-rtx": Library(
+        "trt-rtx",
+        "tensorrt_rtx",
+        "TensorRT for RTX",
+        "pip install 'efficientface-deploy[trt-rtx]'",
+    ),
+}
+
+
+def load_library(kind: str) -> Any:
+    """Import TensorRT or TensorRT for RTX, and refuse what is too old.
+
+    Args:
+        kind: ``trt`` or ``trt-rtx``.
+
+    Returns:
+        The module.
+
+    Raises:
+        BackendError: Not installed, its shared libraries are missing, or it is TensorRT 8.
+    """
+    library = LIBRARIES[kind]
+    try:
+        module = importlib.import_module(library.module)
+    except ModuleNotFoundError as error:
+        raise _no_library(library, f"no module named {error.name}") from None
+    except Exception as error:  # noqa: BLE001 - the bindings raise whatever their loader raises
+        # The bindings are a wheel of their own and import the shared libraries by dlopen.
+        raise _no_library(library, f"bindings that cannot load ({_first_line(error)})") from None
+    flags = getattr(module, "NetworkDefinitionCreationFlag", None)
+    if flags is None:
+        raise _no_library(library, f"a module {library.module} without its API")
+    if not hasattr(flags, "STRONGLY_TYPED"):
+        raise BackendError(
+            f"backend {kind}",
+            expected=f"{library.label} 10 or newer",
+            found=f"version {version_of(module)}, which cannot build strongly typed networks",
+            fix=f"update it: {library.install}",
+        )
+    return module
+
+
+def version_of(module: Any) -> str:
+    """The library's version as it states it, e.g. ``10.3.0``."""
+    return str(getattr(module, "__version__", "unknown"))
+
+
+def make_logger(module: Any) -> Any:
+    """An ``ILogger`` that keeps what the library says instead of printing it.
+
+    Args:
+        module: What :func:`load_library` returned.
+
+    Returns:
+        A logger with ``records``, a list of (level, message) with a level of :mod:`logging`, and
+        ``first_error()``, the first line that says what went wrong, or an empty string.
+    """
+    base: Any = module.ILogger
+    severities = {base.INTERNAL_ERROR: logging.ERROR, base.ERROR: logging.ERROR}
+    severities |= {base.WARNING: logging.WARNING, base.INFO: logging.INFO}
+
+    class Collector(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.records: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            level = severities.get(severity, logging.DEBUG)
+            self.records.append((level, message))
+            _log.debug("%s", message)  # an error is raised by its caller, in one line
+
+        def first_error(self) -> str:
+            errors = [message for level, message in self.records if level == logging.ERROR]
+            causes = [message for message in errors if not is_echo(message)] or errors
+            return _first_line(causes[0]) if causes else ""
+
+    return Collector()
+
+
+def is_echo(message: str) -> bool:
+    """Whether a line of the log only says that there is no GPU, after an error of another cause.
+
+    TensorRT for RTX adds it to every error on a machine without one.
+    """
+    return "catchCudaError" in message
+
+
+def rebuild_command(
+    kind: str,
+    weights: Path,
+    max_batch: int,
+    *,
+    precision: str,
+    compute_capabilities: Sequence[str] = (),
+    out: Path | None = None,
+) -> str:
+    """The command line that builds an engine anew.
+
+    Args:
+        kind: ``trt`` or ``trt-rtx``.
+        weights: The ONNX file that it was built from.
+        max_batch: Largest batch.
+        precision: The engine's.
+        compute_capabilities: Targets, for ``trt-rtx``; empty for its default.
+        out: Folder of an engine that the new one is to replace.
+    """
+    words = ["efficientface-export", "--weights", str(weights), "--engine", kind]
+    words += ["--max-batch", str(max_batch)]
+    if precision == "fp32":
+        # An engine of an FP32 file is FP16 unless it is said; other files say it themselves.
+        words += ["--precision", precision]
+    if compute_capabilities:
+        words += ["--compute-capability", ",".join(compute_capabilities)]
+    if out is not None:
+        words += ["--out", str(out), "--overwrite"]
+    return shlex.join(words)
+
+
+def _no_library(library: Library, found: str) -> BackendError:
+    return BackendError(
+        f"backend {library.kind}",
+        expected=f"{library.label} ({library.module})",
+        found=found,
+        fix=library.install,
+    )
+
+
+def _first_line(message: object) -> str:
+    lines = str(message).strip().splitlines()
+    return lines[0][:240] if lines else type(message).__name__

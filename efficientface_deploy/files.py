@@ -1,0 +1,71 @@
+"""Files of every kind: written whole or not at all, hashed, required."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from efficientface_deploy.errors import ArtifactError
+
+_MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and rename it there when the block succeeds.
+
+    A reader sees the old file or the whole new one, never half of one; on an error, an interrupt
+    included, the temporary file is removed and ``path`` is as it was.
+    """
+    import tempfile  # here, for what it imports: a program that only predicts never writes
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    import hashlib  # here, since it loads OpenSSL, which an ONNX model has no need of
+
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_file(path: str | Path, kind: str) -> Path:
+    """The path, if a file is there that one of ours could be.
+
+    Raises:
+        ArtifactError: Nothing is there, or it is not a file, or larger than 1 GiB.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        if found == "no such file" and path.exists():
+            found = "a pipe or device"
+        raise ArtifactError(path, expected=kind, found=found, fix="check the path")
+    if (size := path.stat().st_size) > _MAX_FILE:
+        found = f"a file of {size / _MAX_FILE:.1f} GiB"
+        raise ArtifactError(path, expected=f"{kind} below 1 GiB", found=found, fix="copy it again")
+    return path

@@ -1,0 +1,147 @@
+"""Video files and cameras, by OpenCV, which is imported only here and when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from efficientface_deploy.errors import BackendError, ImageError
+from efficientface_deploy.files import atomic_path
+from efficientface_deploy.vision.preprocess import UInt8Array
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
+
+_DEFAULT_RATE = 25.0  # frames per second, where a camera does not say
+
+
+class Video:
+    """The frames of a video file or a camera, uint8 (H, W, 3) RGB each; made by :func:`open_video`.
+
+    Attributes:
+        rate: Frames per second, as the file or the camera says; 25 where it does not.
+    """
+
+    def __init__(self, capture: Any, rate: float) -> None:
+        self.rate = rate
+        self._capture = capture
+        self._lock = threading.Lock()  # a stream may be reading in its thread while this is closed
+
+    def __iter__(self) -> Iterator[UInt8Array]:
+        """The frames that are left; they end with the file, or when the camera is unplugged."""
+        while True:
+            with self._lock:
+                there, frame = self._capture.read()
+            if not there:
+                return
+            yield np.ascontiguousarray(frame[..., ::-1])  # OpenCV's order is BGR
+
+    def close(self) -> None:
+        """Free the file or the camera; there are no more frames then."""
+        with self._lock:
+            self._capture.release()
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class VideoWriter:
+    """Writes RGB pictures of one size as MPEG-4; made by :func:`write_video`."""
+
+    def __init__(self, path: Path, rate: float) -> None:
+        self._path = path
+        self._rate = rate
+        self._cv2 = import_opencv()
+        self._writer: Any = None
+
+    def write(self, image: Image.Image) -> None:
+        """Add a picture.
+
+        Raises:
+            BackendError: This OpenCV cannot write such a video.
+        """
+        if self._writer is None:
+            code = self._cv2.VideoWriter_fourcc(*"mp4v")
+            self._writer = self._cv2.VideoWriter(str(self._path), code, self._rate, image.size)
+            if not self._writer.isOpened():
+                raise BackendError(
+                    self._path.name,
+                    expected="an OpenCV that writes MPEG-4 in .mp4",
+                    found="one that does not",
+                    fix="install opencv-python-headless, which has FFmpeg with it",
+                )
+        self._writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._writer is not None:
+            self._writer.release()
+
+
+def open_video(source: str | Path | int) -> Video:
+    """Open a video file, or a camera by its number.
+
+    Raises:
+        ImageError: OpenCV cannot read it.
+        BackendError: OpenCV is not installed.
+    """
+    cv2 = import_opencv()
+    camera = isinstance(source, int)
+    if not isinstance(source, int) and not Path(source).is_file():
+        raise ImageError(
+            source, expected="a video file", found="no such file", fix="check the path"
+        )
+    capture = cv2.VideoCapture(source if camera else str(source))
+    if not capture.isOpened():
+        capture.release()
+        raise ImageError(
+            f"camera {source}" if camera else source,
+            expected="a camera that OpenCV can open" if camera else "a video that OpenCV can read",
+            found="one that it cannot",
+            fix="check its number, and who else uses it" if camera else "convert it to MP4 (H.264)",
+        )
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    return Video(capture, rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE)
+
+
+@contextlib.contextmanager
+def write_video(path: str | Path, rate: float) -> Iterator[VideoWriter]:
+    """Write a video that appears under its name when the block ends without an error.
+
+    Args:
+        path: An ``.mp4`` file.
+        rate: Frames per second.
+    """
+    with atomic_path(path) as temporary:
+        writer = VideoWriter(temporary, rate)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def import_opencv() -> Any:
+    """The module ``cv2``.
+
+    Raises:
+        BackendError: It is not installed, or cannot be loaded.
+    """
+    try:
+        return importlib.import_module("cv2")
+    except ImportError as error:
+        raise BackendError(
+            "OpenCV",
+            expected="the module cv2",
+            found=" ".join(str(error).split())[:160],
+            fix="pip install 'efficientface-deploy[video]'",
+        ) from None

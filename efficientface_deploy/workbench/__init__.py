@@ -1,0 +1,1 @@
+"""What training, export and benchmarks share. The runtime never imports it."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: read, traced, written anew for a target, their precision."""

@@ -1,0 +1,117 @@
+"""Reading and writing our ONNX files; no torch and no runtime needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from efficientface_deploy.artifact import (
+    PROVENANCE_KEY,
+    SPEC_KEY,
+    provenance_from_metadata,
+    spec_from_metadata,
+)
+from efficientface_deploy.errors import ArtifactError, ExportError
+from efficientface_deploy.files import atomic_path, require_file
+from efficientface_deploy.spec import ModelSpec
+
+# Opset 19 is the first whose QuantizeLinear takes FP16; TensorRT 10 and ONNX Runtime 1.16 read it.
+OPSET = 19
+IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devices
+
+# What may stand between a stored weight and the layer that uses it.
+_KEEP_SHAPE = ("QuantizeLinear", "DequantizeLinear", "Cast")
+
+
+def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, Any]]:
+    """Read an ONNX file of ours.
+
+    Args:
+        path: ``*.onnx``.
+
+    Returns:
+        Graph, spec and provenance.
+
+    Raises:
+        ArtifactError: The file is not ONNX, or not of ours.
+        SpecError: Its spec is damaged.
+    """
+    path = require_file(path, "an ONNX model")
+    try:
+        # A path to weights elsewhere, which a foreign file may hold, is not followed.
+        graph = onnx.load(path, load_external_data=False)
+        metadata = {prop.key: prop.value for prop in graph.metadata_props}
+        if not graph.graph.node:
+            raise DecodeError("no nodes")
+        if any(map(onnx.external_data_helper.uses_external_data, graph.graph.initializer)):
+            raise DecodeError("its weights are in other files")
+    except (DecodeError, ValueError, OSError) as error:
+        raise ArtifactError(
+            path,
+            expected="an ONNX model",
+            found=f"a damaged or foreign file ({error})",
+            fix="export it again",
+        ) from None
+    return graph, spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
+
+
+def write_onnx(
+    graph: onnx.ModelProto, path: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]
+) -> None:
+    """Check a graph and write it, atomically, with spec and provenance in its metadata.
+
+    Args:
+        graph: The graph; metadata that it has is left out.
+        path: Target.
+        spec: The model's spec.
+        provenance: How it was made, values that JSON holds.
+
+    Raises:
+        ExportError: The graph is not valid ONNX.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    onnx.helper.set_model_props(
+        model, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
+    )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            path,
+            expected="a valid ONNX graph",
+            found=str(error).strip().splitlines()[0],
+            fix="report this with the versions of torch and onnx",
+        ) from None
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def multiply_adds(graph: onnx.ModelProto) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image, zero weights included.
+
+    Args:
+        graph: Of any precision, Q/DQ pairs included; but for the batch, all shapes are known.
+    """
+    inferred = onnx.shape_inference.infer_shapes(graph).graph
+    shapes = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in [*inferred.value_info, *inferred.output]
+    }
+    weights = {weight.name: list(weight.dims) for weight in graph.graph.initializer}
+    for node in graph.graph.node:
+        if node.op_type in _KEEP_SHAPE and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
+    total = 0
+    for node in graph.graph.node:
+        if node.op_type == "Conv":  # weight (out, in / groups, kH, kW), output (N, out, H, W)
+            total += int(np.prod(weights[node.input[1]]) * np.prod(shapes[node.output[0]][2:]))
+        elif node.op_type == "Gemm":
+            total += int(np.prod(weights[node.input[1]]))
+    return total

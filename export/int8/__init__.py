@@ -1,0 +1,1 @@
+"""INT8: ranges, which layers take it, and the Q/DQ pairs."""

@@ -1,0 +1,131 @@
+"""Images for INT8 calibration: which, how many, and a record of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import IMAGE_SUFFIXES, UInt8Array
+from efficientface_deploy.workbench.dataset import (
+    DESCRIPTION,
+    Sample,
+    image_list_hash,
+    iterate_batches,
+    read_dataset,
+)
+
+FEW = 100  # too few for stable ranges
+
+_HELD_OUT = ("test", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Images that ranges are measured on.
+
+    Attributes:
+        images: uint8 (N, S, S, 3), RGB, made by the runtime's preprocessing.
+        apart: uint8 (M, S, S, 3), others of the same choice, to judge by what the ranges gave.
+        record: Where they come from, for the provenance: data set, split, counts, seed and hashes.
+        warnings: What a careful user should know about the choice.
+    """
+
+    images: UInt8Array
+    apart: UInt8Array
+    record: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def load_calibration(
+    root: Path, spec: ModelSpec, count: int, seed: int = 0, apart: int = 0
+) -> Calibration:
+    """Read a seeded choice of training images, as the classes come.
+
+    As many of each class gave no better ranges: docs/int8.md.
+
+    Args:
+        root: A prepared data set, a data set's folder with ``train/``, or any folder of images;
+            labels are not looked at.
+        spec: The model's.
+        count: How many images, fewer when there are fewer.
+        seed: Of the choice.
+        apart: How many more to keep apart, at most a third of all.
+
+    Raises:
+        DatasetError: The folder is missing, or holds no images or too few to keep any apart.
+        ImageError: One of the images cannot be read.
+    """
+    samples, split = _find_images(root)
+    if apart and len(samples) < 3:
+        raise DatasetError(
+            root,
+            expected="images for calibration and others to judge by",
+            found=f"{len(samples)} in all",
+            fix="give more images, or add --no-int8-search",
+        )
+    apart = min(apart, len(samples) // 3)
+    count = min(count, len(samples) - apart)
+    order = np.random.default_rng(seed).permutation(len(samples))
+    chosen, kept = (
+        [samples[index] for index in sorted(part)]
+        for part in (order[:count], order[count : count + apart])
+    )
+    notes = []
+    if len(chosen) < FEW:
+        notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
+    if split in _HELD_OUT:
+        notes.append(f"calibrated on a {split} split ({root}); its accuracy is then not unseen")
+    record = {
+        "dataset": root.resolve().name,
+        "split": split,
+        "count": len(chosen),
+        "seed": seed,
+        "images_sha256": image_list_hash(chosen, root),
+    }
+    if kept:
+        record["apart"] = {"count": len(kept), "images_sha256": image_list_hash(kept, root)}
+    return Calibration(_read(chosen, spec), _read(kept, spec), record, tuple(notes))
+
+
+def _read(samples: list[Sample], spec: ModelSpec) -> UInt8Array:
+    none = np.zeros((0, spec.input_size, spec.input_size, 3), dtype=np.uint8)
+    return np.concatenate([none, *(batch for batch, _ in iterate_batches(samples, spec, 100))])
+
+
+def _find_images(root: Path) -> tuple[list[Sample], str]:
+    """All images that may be chosen, in a fixed order, and the split that they come from."""
+    if (root / DESCRIPTION).is_file():
+        return list(read_dataset(root).split("train")), "train"
+    folder = root / "train" if (root / "train").is_dir() else root
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not paths:
+        found = "no images in it" if root.is_dir() else "no such folder"
+        raise DatasetError(
+            root,
+            expected="a folder of images for calibration",
+            found=found,
+            fix="give the training images, e.g. --calib RAF-DB",
+        )
+    split = "train" if folder != root else _split_of(root)
+    return [Sample(path, 0) for path in paths], split
+
+
+def _split_of(root: Path) -> str:
+    """The split that a folder, given by itself, is or lies in: ``RAF-DB/test``, ``RAF-DB/test/3``.
+
+    A folder named test is a split where there is a train folder beside it.
+    """
+    for folder in (root.resolve(), *root.resolve().parents):
+        if folder.name in ("train", *_HELD_OUT) and (folder.parent / "train").is_dir():
+            return folder.name
+    inside = [name for name in _HELD_OUT if (root / name).is_dir()]
+    return inside[0] if inside else "unknown"

@@ -1,0 +1,125 @@
+"""What TensorRT's log says of a build: layers, precisions, why it failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+
+from efficientface_deploy.backends.tensorrt.library import is_echo
+
+# Layers of the finished engine that launch nothing: shapes, and waiting between streams.
+_NO_KERNEL = frozenset({"shape_call", "signal", "wait", "NoOp", "Constant"})
+
+
+_LISTINGS = ("Layers:", "Engine Layer Information:")  # newer and older TensorRT 10
+
+
+_LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: \[(?P<inputs>.*)")
+
+
+_DATATYPE = re.compile(r"Datatype: [^}\]]*?\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b")
+
+
+_PRECISIONS = {
+    "Float": "fp32",
+    "FP32": "fp32",
+    "Half": "fp16",
+    "FP16": "fp16",
+    "BFloat16": "bf16",
+    "BF16": "bf16",
+    "Int8": "int8",
+    "FP8": "fp8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of the finished engine.
+
+    Attributes:
+        name: As the builder names it.
+        type: As the builder names it, e.g. ``correlation`` for a convolution.
+        precision: Of its first input: ``fp32``, ``fp16``, ``int8``, ..., or empty for another
+            type, such as uint8.
+    """
+
+    name: str
+    type: str
+    precision: str
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the layer launches a kernel."""
+        return self.type not in _NO_KERNEL
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution, alone or with what was fused to it."""
+        if self.type == "runtime_fusion":  # of several kinds; the name says which: CorrRelu, FcAdd
+            return "Corr" in self.name or "Conv" in self.name
+        return "conv" in self.type.lower() or self.type == "correlation"
+
+
+def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer, ...]:
+    """Read the layers of the finished engine from a verbose build log.
+
+    With ``ProfilingVerbosity.DETAILED`` the library ends a build by listing them, one a line, in
+    the words of its engine inspector; TensorRT and TensorRT for RTX share them.
+
+    Args:
+        messages: The log, a message an element.
+        tf32: Whether FP32 convolutions were allowed to run in TF32; they are then called so.
+
+    Returns:
+        The layers of the last listing; empty when there is none.
+    """
+    listings = [message for message in messages if message.lstrip().startswith(_LISTINGS)]
+    layers = []
+    for line in listings[-1].splitlines() if listings else []:
+        if match := _LAYER.match(line.strip()):
+            # The first input is the data; constants, scales and outputs follow.
+            data = match["inputs"].partition("}")[0]
+            datatype = _DATATYPE.search(data + "}")
+            precision = _PRECISIONS[datatype[1]] if datatype else ""
+            layers.append(Layer(match["name"], match["type"], precision))
+    if tf32:
+        layers = [_as_tf32(layer) for layer in layers]
+    return tuple(layers)
+
+
+def _builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
+    """The first error of a build, after the ONNX node that it or another error speaks of."""
+    errors = [text for level, text in records if level == logging.ERROR]
+    causes = [text for text in errors if not is_echo(text)] or errors
+    if not causes:
+        return "no reason given"
+    reason = " ".join(causes[0].split())[:300]
+    operators = {node.name: node.op_type for node in graph.graph.node if node.name}
+    for text in causes:
+        named = [name for name in operators if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        if named:
+            first = min(named, key=lambda name: (text.find(name), -len(name)))
+            return f"{operators[first]} node {first}: {reason}"
+    return reason
+
+
+def _parser_reason(error: Any) -> str:
+    """The node that the parser stumbled over, and why, in one line."""
+    lines = [line for line in error.desc().splitlines() if not is_echo(line)]
+    node = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
+    return f"{node} node: {' '.join(lines)}" if node else " ".join(lines)
+
+
+def _as_tf32(layer: Layer) -> Layer:
+    if layer.is_convolution and layer.precision == "fp32":
+        return dataclasses.replace(layer, precision="tf32")
+    return layer
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n) or "no"

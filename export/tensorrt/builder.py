@@ -1,0 +1,641 @@
+"""ONNX file to TensorRT engine; needs neither torch nor onnxruntime.
+
+The network is strongly typed: the graph's types are the engine's, and the builder decides nothing
+about precision. What it built is read back from its own log and compared with the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from efficientface_deploy.artifact import sidecar_path, write_sidecar
+from efficientface_deploy.backends.tensorrt.cuda import open_cuda
+from efficientface_deploy.backends.tensorrt.library import (
+    LIBRARIES,
+    load_library,
+    make_logger,
+    rebuild_command,
+    version_of,
+)
+from efficientface_deploy.errors import BackendError, ConfigError, ExportError
+from efficientface_deploy.files import atomic_path, file_hash, write_text
+from efficientface_export.graph.io import read_onnx
+from efficientface_export.graph.precision import summarise_precision
+from efficientface_export.tensorrt.build_log import (
+    Layer,
+    _builder_reason,
+    _counted,
+    _parser_reason,
+    parse_layers,
+)
+from efficientface_export.tensorrt.options import (
+    CURRENT,
+    SUFFIXES,
+    EngineOptions,
+    Kind,
+    _bad_option,
+)
+
+# Takes the phase that the builder is in, and the share of the whole build that is done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+# What TensorRT for RTX targets when nothing is asked of it: Ampere and everything newer.
+_RTX_DEFAULT = ("sm80+",)
+
+# A Jetson's GPU has no memory of its own: what the builder takes, the system lacks.
+_JETSON_WORKSPACE_MIB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """An engine in memory, and what its builder said of it.
+
+    Attributes:
+        plan: The serialised engine.
+        layers: All layers of the finished engine, in order.
+        library: ``tensorrt`` or ``tensorrt_rtx``.
+        version: That library's version.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
+        precisions: Number of convolutions per precision.
+        build_seconds: Time from parsing to the serialised engine.
+        options: What it was built with.
+    """
+
+    plan: bytes = dataclasses.field(repr=False)
+    layers: tuple[Layer, ...] = dataclasses.field(repr=False)
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precisions: dict[str, int]
+    build_seconds: float
+    options: EngineOptions
+
+    @property
+    def kernels(self) -> int:
+        """Number of kernels that one inference launches."""
+        return sum(layer.is_kernel for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plan."""
+        return len(self.plan)
+
+
+def available(kind: Kind) -> str | None:
+    """Why engines cannot be built here; None when they can.
+
+    TensorRT times its kernels and needs a GPU to build; TensorRT for RTX does not.
+
+    Args:
+        kind: ``trt`` or ``trt-rtx``.
+    """
+    try:
+        module = load_library(kind)
+        if kind == "trt":
+            open_cuda().compute_capability()
+        _Build(module, kind)
+    except BackendError as error:
+        return f"{error.subject}: {error.found}; {error.fix}"
+    return None
+
+
+def check_targets(kind: Kind, names: Sequence[str]) -> None:
+    """Refuse compute capabilities that the library does not build for.
+
+    Raises:
+        ConfigError: One is unknown, or not to be chosen.
+        BackendError: The library is missing or too old.
+    """
+    _targets(load_library(kind), kind, names)
+
+
+def default_workspace_mib(root: Path = Path("/")) -> int | None:
+    """Scratch memory that a build may plan for when nothing is said, in MiB; None: all there is.
+
+    Args:
+        root: Of the file system in which a Jetson is recognised by NVIDIA's release file or by
+            the name of the board.
+    """
+    model = root / "proc" / "device-tree" / "model"
+    jetson = (root / "etc" / "nv_tegra_release").is_file()
+    with contextlib.suppress(OSError):
+        jetson = jetson or b"Jetson" in model.read_bytes()
+    return _JETSON_WORKSPACE_MIB if jetson else None
+
+
+def build_engine(
+    onnx_path: str | Path,
+    kind: Kind,
+    options: EngineOptions | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> BuiltEngine:
+    """Build an engine from one of our ONNX files, and check that it has the graph's precision.
+
+    Ctrl-C ends the build at its next step.
+
+    Args:
+        onnx_path: ``*.onnx``, its batch dynamic.
+        kind: ``trt`` for the GPU in this machine, or ``trt-rtx``.
+        options: Batch sizes, workspace, targets.
+        folder: Where the builder's verbose log stays if it fails, as ``*.engine.log``, and where
+            TensorRT keeps its timings of kernels for the next build (that for RTX has none); None
+            keeps neither.
+        progress: Is told how far the build is; it must not raise.
+
+    Returns:
+        The engine, in memory.
+
+    Raises:
+        ArtifactError: The file is not an ONNX file of ours.
+        BackendError: The library is missing or too old, or there is no GPU where one is needed.
+        ConfigError: A compute capability is unknown or not to be chosen.
+        ExportError: The library does not parse or build the graph, or built another precision.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
+    """
+    onnx_path = Path(onnx_path)
+    options = options or EngineOptions()
+    if options.workspace_mib is None and kind == "trt":
+        options = dataclasses.replace(options, workspace_mib=default_workspace_mib())
+    graph, _, _ = read_onnx(onnx_path)
+    module = load_library(kind)
+    targets = _targets(module, kind, options.compute_capabilities)
+    built_for = _built_for(kind, options.compute_capabilities)
+    _check_batch(graph, onnx_path)
+    _check_rounding(graph, onnx_path)
+    _check_turing(graph, kind, built_for, onnx_path)
+    timings = folder / f"tensorrt-{built_for[0]}.timings" if folder and kind == "trt" else None
+
+    start = time.perf_counter()
+    build = _Build(module, kind)
+    log = folder / f"{onnx_path.stem}{SUFFIXES[kind]}.log" if folder else None
+    monitor = _make_monitor(module, progress)
+    with build.log_kept(log), _interrupt_kept(monitor):
+        build.parse(onnx_path)
+        build.configure(options, targets, monitor)
+        if timings:
+            build.read_timings(timings)
+        plan = build.serialise(onnx_path, graph)
+        if timings:
+            build.write_timings(timings)
+        seconds = time.perf_counter() - start
+        layers = parse_layers([text for _, text in build.logger.records], tf32=options.tf32)
+        precisions = _check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32)
+    return BuiltEngine(
+        plan=plan,
+        layers=layers,
+        library=module.__name__,
+        version=version_of(module),
+        compute_capabilities=built_for,
+        precisions=precisions,
+        build_seconds=round(seconds, 2),
+        options=options,
+    )
+
+
+def write_engine(
+    onnx_path: str | Path,
+    out_path: str | Path,
+    kind: Kind,
+    options: EngineOptions | None = None,
+    overwrite: bool = False,
+    extra_provenance: Mapping[str, Any] | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Build an engine and write it with its sidecar; a failure leaves both as they were.
+
+    Args:
+        onnx_path: ``*.onnx``.
+        out_path: ``*.engine`` for ``trt``, ``*.rtx.engine`` for ``trt-rtx``.
+        kind: ``trt`` or ``trt-rtx``.
+        options: See :class:`EngineOptions`.
+        overwrite: Replace files that are there.
+        extra_provenance: Goes into the sidecar beside the ONNX file's own provenance.
+        folder: See :func:`build_engine`; that of ``out_path`` by default.
+        progress: See :func:`build_engine`.
+
+    Returns:
+        ``out_path``.
+
+    Raises:
+        EfficientFaceError: See :func:`build_engine`; also a file that is there, or a name with
+            another ending.
+    """
+    onnx_path, out_path = Path(onnx_path), Path(out_path)
+    _check_target(out_path, kind, overwrite)
+    _, spec, provenance = read_onnx(onnx_path)
+    folder = folder or out_path.parent
+    engine = build_engine(onnx_path, kind, options, folder=folder, progress=progress)
+    with atomic_path(out_path) as temporary:
+        temporary.write_bytes(engine.plan)
+        precision = str(provenance.get("precision", "fp32"))
+        record = _record(engine, onnx_path, kind, precision, file_hash(temporary))
+        content = {**provenance, **(extra_provenance or {}), "engine": record}
+        # Before the engine takes its name: a pair of different builds is refused by its hash.
+        write_sidecar(out_path, spec, content)
+    return out_path
+
+
+class _Build:
+    """One run of a builder, and the log that it writes.
+
+    Args:
+        module: TensorRT or TensorRT for RTX.
+        kind: ``trt`` or ``trt-rtx``, for errors.
+
+    Raises:
+        BackendError: The builder does not start on this machine.
+    """
+
+    def __init__(self, module: Any, kind: str) -> None:
+        self.module = module
+        self.kind = kind
+        self.logger = make_logger(module)
+        try:
+            self._builder = module.Builder(self.logger)
+            flag = int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            self._network = self._builder.create_network(1 << flag)
+            self._config = self._builder.create_builder_config()
+        except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
+            raise BackendError(
+                f"engine {kind}",
+                expected=f"{LIBRARIES[kind].label} to start",
+                found=self.logger.first_error() or str(error),
+                fix="check the GPU and its driver with nvidia-smi",
+            ) from None
+
+    def parse(self, path: Path) -> None:
+        """Read the ONNX file into the network.
+
+        Raises:
+            ExportError: The parser does not take it.
+        """
+        parser = self.module.OnnxParser(self._network, self.logger)
+        if not parser.parse_from_file(str(path)):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            reason = _parser_reason(errors[0]) if errors else self.logger.first_error()
+            raise ExportError(
+                path,
+                expected=f"a graph that the ONNX parser of {self.module.__name__} takes",
+                found=reason or "no reason given",
+                fix="export the ONNX file again with this version, or keep to --engine onnx",
+            )
+
+    def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
+        """Set monitor, verbosity, workspace, TF32, targets and the dynamic batch's profile."""
+        config, module = self._config, self.module
+        config.progress_monitor = monitor
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(
+                module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20
+            )
+        if not options.tf32:
+            config.clear_flag(module.BuilderFlag.TF32)
+        if targets:
+            config.num_compute_capabilities = len(targets)
+            for index, target in enumerate(targets):
+                config.set_compute_capability(target, index)
+
+        image = self._network.get_input(0)
+        item = tuple(image.shape)[1:]  # (S, S, 3)
+        profile = self._builder.create_optimization_profile()
+        sizes = (1, options.opt_batch, options.max_batch)
+        profile.set_shape(image.name, *((size, *item) for size in sizes))
+        config.add_optimization_profile(profile)
+
+    def read_timings(self, path: Path) -> None:
+        """Take an earlier build's timings, if there are any that this library takes.
+
+        Those of another release, of another GPU, or of a damaged file are not an error: kernels
+        are then timed anew.
+        """
+        stored = path.read_bytes() if path.is_file() else b""
+        for content in (stored, b""):
+            cache = self._config.create_timing_cache(content)
+            if cache is not None and self._config.set_timing_cache(cache, False):
+                return
+
+    def write_timings(self, path: Path) -> None:
+        """Keep what this build timed, and what it knew before."""
+        cache = self._config.get_timing_cache()
+        if cache is not None:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(bytes(cache.serialize()))
+
+    def serialise(self, path: Path, graph: onnx.ModelProto) -> bytes:
+        """Build; the plan's bytes.
+
+        Raises:
+            ExportError: The builder failed.
+        """
+        before = len(self.logger.records)
+        plan = self._builder.build_serialized_network(self._network, self._config)
+        if plan is None:
+            self._flush_failure()
+            raise ExportError(
+                path,
+                expected=f"a graph that {self.module.__name__} {version_of(self.module)} builds",
+                found=_builder_reason(self.logger.records[before:], graph),
+                fix="try another --precision or --workspace, or keep to --engine onnx",
+            )
+        return bytes(plan)
+
+    @contextlib.contextmanager
+    def log_kept(self, path: Path | None) -> Iterator[None]:
+        """Leave the verbose log at ``path`` if an export error ends the block, and name it there.
+
+        A block that succeeds removes the log of an earlier failure.
+        """
+        try:
+            yield
+        except ExportError as error:
+            if path is None:
+                raise
+            lines = (
+                f"{logging.getLevelName(level)}: {text}" for level, text in self.logger.records
+            )
+            write_text(path, "\n".join(lines) + "\n")
+            raise ExportError(
+                error.subject,
+                expected=error.expected,
+                found=error.found,
+                fix=f"{error.fix}; the builder's log is {path}",
+            ) from None
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _flush_failure(self) -> None:
+        """Build something of no use, so that the next real build is what it would have been.
+
+        After a build for SM75 that failed, TensorRT for RTX 1.7 treats the next one of the process
+        as if it were for SM75, whatever its target: EfficientFace in FP16 for SM89 then takes 134
+        kernels instead of 99, without a word.
+        """
+        if self.kind == "trt":
+            return
+        other = _Build(self.module, self.kind)
+        data = other._network.add_input("data", self.module.DataType.FLOAT, (1,))
+        other._network.mark_output(other._network.add_identity(data).get_output(0))
+        other._builder.build_serialized_network(other._network, other._config)
+
+
+def _make_monitor(module: Any, progress: Progress | None) -> Any:
+    """An ``IProgressMonitor`` that tells ``progress``, and ends the build when ``stop`` is set."""
+    base: Any = module.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.stop = False
+            self._phases: dict[str, tuple[int, int]] = {}  # those that run: done, of how many
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = (0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            _, steps = self._phases.get(phase_name, (0, step + 1))
+            self._phases[phase_name] = (step + 1, steps)
+            if progress is not None:
+                progress(phase_name, self._share())
+            return not self.stop
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _share(self) -> float:
+            share = 0.0
+            for done, steps in reversed(self._phases.values()):  # a phase is a step of the last
+                share = min((done + share) / max(steps, 1), 1.0)
+            return share
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def _interrupt_kept(monitor: Any) -> Iterator[None]:
+    """Keep Ctrl-C for the end of the block, and ask the builder to come to it.
+
+    The interpreter would raise it in whatever callback the library makes next, and an exception
+    that passes through the library ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        monitor.stop = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if monitor.stop:  # rather than the error of a build that was ended
+            raise KeyboardInterrupt
+
+
+def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
+    """The library's own values for ``sm86``, ...; empty for its default."""
+    if not names:
+        return []
+    if kind == "trt":
+        raise ConfigError(
+            "--compute-capability",
+            expected="none with --engine trt, which builds for the GPU that is here",
+            found=",".join(names),
+            fix="leave it out, or build with --engine trt-rtx",
+        )
+    members = module.ComputeCapability.__members__
+    known = {name.lower(): value for name, value in members.items() if name != "NONE"}
+    if unknown := [name for name in names if name not in known]:
+        raise _bad_option("--compute-capability", ", ".join(known), ", ".join(unknown))
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """What an engine of these options will run on."""
+    if kind == "trt" or CURRENT in names:
+        return (open_cuda().compute_capability(),)
+    return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
+
+
+def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
+    """Refuse a graph whose batch, or anything but the batch, does not fit a profile.
+
+    Raises:
+        ExportError: The batch is fixed, or another dimension is not.
+    """
+    image = graph.graph.input[0]
+    dims = image.type.tensor_type.shape.dim
+    shape = [dim.dim_value or dim.dim_param or "?" for dim in dims]
+    if [isinstance(size, int) for size in shape] != [False, True, True, True]:
+        raise ExportError(
+            path,
+            expected="an input whose batch, and nothing else, is dynamic",
+            found=f"{image.name} of shape ({', '.join(map(str, shape))})",
+            fix="export the ONNX file again with efficientface-export",
+        )
+
+
+def _check_rounding(graph: onnx.ModelProto, path: Path) -> None:
+    """Refuse INT8 as ONNX Runtime's CPU wants it.
+
+    Raises:
+        ExportError: Activations are uint8.
+    """
+    types = {weight.name: weight.data_type for weight in graph.graph.initializer}
+    for node in graph.graph.node:
+        rounds = node.op_type == "QuantizeLinear"
+        if rounds and TensorProto.UINT8 in map(types.get, node.input[2:]):
+            raise ExportError(
+                path,
+                expected="INT8 for a GPU, with activations of int8",
+                found="INT8 for a CPU, with activations of uint8",
+                fix="export it from the checkpoint or the FP32 file with --target gpu",
+            )
+
+
+def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], path: Path) -> None:
+    """Say what TensorRT for RTX cannot do on Turing before it tries: all but FP16 (seen with 1.7).
+
+    Raises:
+        ExportError: The graph is for SM75 and not FP16.
+    """
+    if kind != "trt-rtx" or "sm75" not in built_for:
+        return
+    summary = summarise_precision(graph)
+    if {*summary.convolutions, *summary.linear} - {"fp16"}:
+        raise ExportError(
+            path,
+            expected="an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
+            "products and emulates INT8",
+            found=str(summary),
+            fix="build for sm75 with --precision fp16, or leave sm75 out",
+        )
+
+
+def _check_precisions(
+    graph: onnx.ModelProto, layers: Sequence[Layer], kind: str, path: Path, *, tf32: bool
+) -> dict[str, int]:
+    """Hold what was built against the graph: convolutions per precision.
+
+    Fusions change the number of convolutions a little, so that half of them is enough for the
+    precision that most have; one that the graph has nowhere is too many, but for convolutions of
+    the preprocessing, which the summary leaves out.
+
+    Raises:
+        ExportError: Another precision was built, or TensorRT for RTX lists no convolution.
+    """
+    asked = Counter(summarise_precision(graph).convolutions)
+    if tf32:
+        asked["tf32"] = asked.pop("fp32", 0)
+    built = Counter(layer.precision for layer in layers if layer.is_convolution)
+    if not built and kind == "trt":
+        return {}  # older TensorRT 10 lists nothing; there the strongly typed graph is the check
+    preprocessing = sum(node.op_type == "Conv" for node in graph.graph.node) - asked.total()
+    unasked = sum(count for name, count in built.items() if not asked[name])
+    most, count = asked.most_common(1)[0] if asked else ("", 0)
+    if unasked > preprocessing or built[most] < count / 2:
+        raise ExportError(
+            path,
+            expected=f"an engine with {_counted(asked)} convolutions, as in the graph",
+            found=f"{_counted(built)} in the builder's log",
+            fix="build for other GPUs (--compute-capability) or in another --precision",
+        )
+    return dict(sorted(built.items()))
+
+
+def _check_target(path: Path, kind: str, overwrite: bool) -> None:
+    """Refuse a name that the runtime would give to the other library, and files that are there."""
+    rtx = path.name.endswith(SUFFIXES["trt-rtx"])
+    if not path.name.endswith(SUFFIXES[kind]) or rtx != (kind == "trt-rtx"):
+        raise _bad_option(f"engine {kind}", f"a name that ends in {SUFFIXES[kind]}", path.name)
+    for existing in (path, sidecar_path(path)):
+        if existing.exists() and not overwrite:
+            raise ExportError(
+                existing,
+                expected="no file of this name",
+                found="one",
+                fix="add --overwrite, or choose another folder with --out",
+            )
+
+
+def _record(
+    engine: BuiltEngine,
+    parent: Path,
+    kind: str,
+    precision: str,
+    sha256: str,
+) -> dict[str, Any]:
+    """What the sidecar says of the engine."""
+    options = engine.options
+    rebuild = rebuild_command(
+        kind,
+        Path(parent.name),
+        options.max_batch,
+        precision=precision,
+        compute_capabilities=options.compute_capabilities,
+    )
+    return {
+        "sha256": sha256,
+        "library": engine.library,
+        "version": engine.version,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "kernels": engine.kernels,
+        "precisions": engine.precisions,
+        "max_batch": options.max_batch,
+        "opt_batch": options.opt_batch,
+        "workspace_mib": options.workspace_mib,
+        "tf32": options.tf32,
+        "build_seconds": engine.build_seconds,
+        "parent": parent.name,
+        "parent_sha256": file_hash(parent),
+        "rebuild": rebuild,
+    }
+
+
+_ERASE = "\r\x1b[K"
+
+
+@contextlib.contextmanager
+def build_progress(what: str) -> Iterator[Progress | None]:
+    """Show a build on standard error while it lasts, if somebody watches.
+
+    Args:
+        what: What is built, for people.
+
+    Yields:
+        What :func:`engine.build_engine` takes as ``progress``; None where nobody watches.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        yield lambda phase, share: _write(f"{_ERASE}{what}: {share:.0%}, {phase.lower()}")
+    finally:
+        _write(_ERASE)
+
+
+def _write(text: str) -> None:
+    """Write what may be lost: a terminal that went away must not end a build."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

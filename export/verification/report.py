@@ -1,0 +1,280 @@
+"""``report.json`` and ``report.md``: one row for every artifact in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.spec import ModelSpec
+from efficientface_export.folder import failed_name
+from efficientface_export.verification.parity import (
+    MINIMUM_FOR_AGREEMENT,
+    THRESHOLDS,
+    Verification,
+    number,
+)
+from efficientface_export.verification.provenance import Provenance
+
+JSON_FILE = "report.json"
+MARKDOWN_FILE = "report.md"
+SCHEMA_VERSION = 2
+
+# What reading a report can raise when it is missing, damaged or somebody else's.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One artifact.
+
+    Attributes:
+        file: Its path, relative to the report.
+        bytes: Its size.
+        sha256: Of its bytes.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        arithmetic: How many convolutions and linear layers run in which precision; empty when
+            that could not be counted.
+        largest_fp32_value: Largest magnitude of any tensor before FP16; None without FP16.
+        created: When it was made.
+        versions: What it was made with.
+        verification: How it compares with the reference.
+        notes: Warnings, and what an engine was built with and for.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    precision: str
+    arithmetic: str
+    largest_fp32_value: float | None
+    created: str
+    versions: dict[str, str]
+    verification: Verification
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        folder: Path,
+        provenance: Provenance,
+        arithmetic: str,
+        verification: Verification,
+        notes: Sequence[str] = (),
+    ) -> Row:
+        """The row of the artifact at ``path`` in the report in ``folder``."""
+        return cls(
+            file=Path(os.path.relpath(path, folder)).as_posix(),
+            bytes=path.stat().st_size,
+            sha256=file_hash(path),
+            precision=provenance.precision,
+            arithmetic=arithmetic,
+            largest_fp32_value=provenance.largest_fp32_value,
+            created=provenance.created,
+            versions=provenance.versions,
+            verification=verification,
+            notes=tuple(notes),
+        )
+
+    def describe(self) -> str:
+        """For the terminal: a line for the artifact, one for each check, one for each note."""
+        result = self.verification
+        status = result.status
+        if result.runner:
+            status += f" on {result.source} by {result.runner}"
+        lines = [f"[{_mark(result)}] {self.file}: {self.bytes / 1e6:.2f} MB, {status}"]
+        lines += [f"  [{mark}] {text}" for mark, text in self._checks()]
+        return "\n".join([*lines, *(f"       {note}" for note in self.notes)])
+
+    def _checks(self) -> Iterator[tuple[str, str]]:
+        """What was checked: a mark, and what was found."""
+        result, threshold = self.verification, THRESHOLDS[self.precision]
+        if self.arithmetic:
+            yield "ok", f"precision: {self.arithmetic}"
+        else:
+            yield "--", "precision: not counted, for want of the onnx package"
+        if self.largest_fp32_value is not None:
+            yield "ok", f"FP16 range: largest value {self.largest_fp32_value:.4g} of 65504"
+        if result.max_difference is None or result.kl is None or result.agreement is None:
+            yield _mark(result), f"outputs: {result.reason}"
+            return
+        differs = result.max_difference, result.kl
+        limits = f"(at most {threshold.max_difference:g} and {threshold.max_kl:g})"
+        yield (
+            "FAILED" if result.exceeds("difference") or result.exceeds("KL") else "ok",
+            f"parity: largest difference {differs[0]:.2g}, KL {differs[1]:.2g} {limits}",
+        )
+        if result.images < MINIMUM_FOR_AGREEMENT:
+            yield "--", f"agreement: {result.agreement:.4f} on {result.images}, too few to judge by"
+        else:
+            yield (
+                "FAILED" if result.exceeds("agreement") else "ok",
+                f"agreement: {result.agreement_text} (at least {threshold.min_agreement:g})",
+            )
+        if result.accuracy is None:
+            yield "--", "accuracy: not measured, which --val would do"
+        else:
+            mark = "FAILED" if result.exceeds("accuracy") else "ok"
+            minus = f", minus the reference's {result.difference_text}"
+            yield (
+                mark,
+                f"accuracy: {result.accuracy:.4f}{minus if result.difference_text else ''}, "
+                f"macro-F1 {result.macro_f1:.4f}",
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``report.json``."""
+        return {**dataclasses.asdict(self), "verification": self.verification.as_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Row:
+        """Read back what :meth:`as_dict` made.
+
+        Raises:
+            TypeError: It is something else.
+            KeyError: The same.
+        """
+        verification = Verification.from_dict(fields["verification"])
+        notes = tuple(map(str, fields["notes"]))
+        row = cls(**{**fields, "verification": verification, "notes": notes})
+        valid = (
+            isinstance(row.file, str)
+            and isinstance(row.bytes, int)
+            and isinstance(row.largest_fp32_value, (int, float, type(None)))
+        )
+        if not valid:
+            raise TypeError("file, bytes and largest value of a row")
+        return row
+
+
+def report_header(weights: Mapping[str, str], spec: ModelSpec) -> dict[str, Any]:
+    """What all artifacts of a folder share: the weights, and what their outputs mean.
+
+    Args:
+        weights: File name and SHA-256.
+        spec: The model's.
+    """
+    return {
+        "weights": weights["file"],
+        "weights_sha256": weights["sha256"],
+        "model": f"{spec.architecture}, {spec.name}, {spec.num_classes} classes, "
+        f"{spec.input_size}x{spec.input_size}" + (", preliminary" if spec.preliminary else ""),
+        "spec": json.loads(spec.to_json()),
+    }
+
+
+def write_report(
+    folder: Path, rows: Sequence[Row], header: Mapping[str, Any], into: Path | None = None
+) -> None:
+    """Write both reports.
+
+    Rows of earlier exports of the same model stay while the files that they describe are there,
+    unchanged; so does what a file that was used again has shown on more images.
+
+    Args:
+        folder: Where the artifacts are.
+        rows: Of this export.
+        header: See :func:`report_header`.
+        into: Where the reports are written; None for ``folder``.
+    """
+    merged = {row.file: row for row in _earlier_rows(folder, header)}
+    for row in rows:
+        merged.pop(failed_name(row.file), None)
+        earlier = merged.get(row.file)
+        if earlier is None or not _says_more(earlier, row):
+            merged[row.file] = row
+    artifacts = [row for _, row in sorted(merged.items())]
+    content = {
+        "schema": SCHEMA_VERSION,
+        **header,
+        "artifacts": [row.as_dict() for row in artifacts],
+    }
+    target = folder if into is None else into
+    write_text(target / JSON_FILE, json.dumps(content, indent=2) + "\n")
+    write_text(target / MARKDOWN_FILE, _markdown(header, artifacts))
+
+
+def _says_more(earlier: Row, row: Row) -> bool:
+    """Whether the same file was verified on more images before, and nothing is wrong with it."""
+    return (
+        earlier.sha256 == row.sha256
+        and not row.verification.problems
+        and earlier.verification.images > row.verification.images
+    )
+
+
+def reports_other_model(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Whether the report in a folder is of other weights, or of another use of the same."""
+    try:
+        content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        return _identity(content) != _identity(header)
+    except _DAMAGED:
+        return False
+
+
+def _identity(content: Mapping[str, Any]) -> tuple[Any, Any]:
+    return content["weights_sha256"], content["spec"]
+
+
+def _earlier_rows(folder: Path, header: Mapping[str, Any]) -> list[Row]:
+    """Rows of the report that is there; none when it is of another model, damaged or foreign."""
+    try:
+        content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA_VERSION or _identity(content) != _identity(header):
+            return []
+        rows = [Row.from_dict(fields) for fields in content["artifacts"]]
+        return [row for row in rows if _is_described_by(folder / row.file, row)]
+    except _DAMAGED:
+        return []
+
+
+def _is_described_by(path: Path, row: Row) -> bool:
+    return path.is_file() and file_hash(path) == row.sha256
+
+
+def _mark(result: Verification) -> str:
+    return "--" if result.not_run else "FAILED" if result.problems else "ok"
+
+
+def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    lines = [
+        f"# Export of {header['weights']}",
+        "",
+        f"{header['model']}. Differences in probability, and all else, are to the reference "
+        "network in FP32 (PyTorch; where it is missing, the ONNX file that they were made from) "
+        "on the same images, with 95 % intervals over images.",
+        "",
+        "| file | MB | arithmetic | images | largest difference | agreement | mean KL "
+        "| accuracy | accuracy minus reference | macro-F1 | status | made |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_markdown_row(row) for row in rows]
+    notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
+    sources = sorted({row.verification.source for row in rows})
+    lines += ["", *(f"Images: {source}." for source in sources if source)]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _markdown_row(row: Row) -> str:
+    result = row.verification
+    status = result.status + (f" ({result.reason})" if result.reason else "")
+    cells = [
+        row.file,
+        f"{row.bytes / 1e6:.2f}",
+        row.arithmetic,
+        str(result.images or ""),
+        number(result.max_difference, ".2g"),
+        result.agreement_text,
+        number(result.kl, ".2g"),
+        number(result.accuracy, ".4f"),
+        result.difference_text,
+        number(result.macro_f1, ".4f"),
+        status,
+        row.created,
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.measure import models as module
+from benchmarks.measure.models import (
+    Absent,
+    Contender,
+    choose_backends,
+    find_models,
+    open_contenders,
+    positive_integers,
+    require_contenders,
+)
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+from efficientface_deploy.spec import ModelSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("1,8,32", (1, 8, 32)), (" 4 , 2,", (4, 2)), ("2,2,1", (2, 1))]
+)
+def test_comma_lists_of_numbers(text: str, numbers: tuple[int, ...]) -> None:
+    assert positive_integers(text, "--batch") == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "0", "1,x", "-1", "1.5", "1 8", "²"])
+def test_bad_comma_lists_name_the_option(text: str) -> None:
+    with pytest.raises(ConfigError, match="--threads: expected whole numbers"):
+        positive_integers(text, "--threads")
+
+
+def test_backends_are_chosen_by_name_or_name_and_device() -> None:
+    everything = choose_backends("")
+    assert {"onnx:cpu", "onnx:cuda", "trt", "trt-rtx", "torch:cpu"} <= set(everything)
+    assert choose_backends("torch,onnx:cpu") == ("onnx:cpu", "torch:cpu", "torch:cuda")
+    assert choose_backends("trt") == ("trt",)
+    with pytest.raises(ConfigError, match=r"--backends.*'onnx:tpu'"):
+        choose_backends("onnx:tpu")
+
+
+def test_without_models_the_bundled_ones_and_artifacts_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_onnx: Callable[..., Path]
+) -> None:
+    found = make_onnx("artifacts/run/a.onnx")
+    monkeypatch.setattr(module, "ARTIFACTS", tmp_path / "artifacts")
+    assert find_models(()) == [BUNDLED_WEIGHTS, BUNDLED_ONNX, found]
+    monkeypatch.setattr(module, "ARTIFACTS", tmp_path / "none")
+    assert find_models(()) == [BUNDLED_WEIGHTS, BUNDLED_ONNX]
+
+
+def test_a_folder_gives_its_models_but_no_teachers(
+    tmp_path: Path, student: Path, tiny_spec: ModelSpec
+) -> None:
+    from efficientface_deploy.models import save_checkpoint
+    from efficientface_deploy.models.checkpoint import build_model
+
+    teacher = tiny_spec.replace(architecture="resnet18")
+    save_checkpoint(tmp_path / "ldg.safetensors", build_model("resnet18", 7), teacher)
+    engine = tmp_path / "deep" / "model.rtx.engine"
+    engine.parent.mkdir()
+    for path in (engine, tmp_path / ".half.onnx", tmp_path / "notes.txt"):
+        path.write_bytes(b"x")
+    assert find_models([tmp_path]) == [engine, student]
+    # Asked for by name, it is measured; asked for twice, it is measured once.
+    ldg = tmp_path / "ldg.safetensors"
+    assert find_models([ldg, ldg]) == [ldg]
+
+
+def test_what_opens_and_what_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_onnx: Callable[..., Path],
+    student: Path,
+) -> None:
+    reasons = {"trt": "tensorrt is not installed"}
+    monkeypatch.setattr(module, "missing_reason", reasons.get)
+    good = make_onnx("good.onnx", precision="fp16")
+    broken, foreign = tmp_path / "broken.onnx", tmp_path / "model.tflite"
+    broken.write_bytes(b"nonsense")
+    paths = [good, broken, foreign, tmp_path / "gone.onnx", student]
+    backends = ("onnx:cpu", "torch:cpu", "trt", "trt-rtx")
+    with open_contenders(paths, backends, (1, 2)) as (opened, absent):
+        assert [(entry.model, entry.backend, entry.threads) for entry in opened] == [
+            ("good.onnx", "onnx:cpu", 1),
+            ("good.onnx", "onnx:cpu", 2),
+            ("student.safetensors", "torch:cpu", 1),
+            ("student.safetensors", "torch:cpu", 2),
+        ]
+        assert [entry.precision for entry in opened] == ["fp16", "fp16", "fp32", "fp32"]
+    by_key = {(entry.backend, entry.model): entry.reason for entry in absent}
+    assert set(by_key) == {
+        ("trt", ""),
+        ("onnx:cpu", "broken.onnx"),
+        ("", "model.tflite"),
+        ("onnx:cpu", "gone.onnx"),
+        ("trt-rtx", ""),
+    }
+    assert "efficientface-deploy[trt]" in by_key["trt", ""]
+    assert "no such file" in by_key["onnx:cpu", "gone.onnx"]
+    assert "none of the models" in by_key["trt-rtx", ""]
+    assert not any("\n" in reason for reason in by_key.values())
+
+
+def test_a_library_that_cannot_be_imported_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, make_onnx: Callable[..., Path]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ImportError("libcudart.so.12:\n cannot open shared object file")
+
+    monkeypatch.setattr(module, "load", load)
+    with open_contenders([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, absent):
+        reason = "ImportError: libcudart.so.12: cannot open shared object file"
+        assert (opened, absent) == ([], [Absent("onnx:cpu", "a.onnx", reason)])
+
+
+def test_models_are_closed_at_the_end(make_onnx: Callable[..., Path]) -> None:
+    with open_contenders([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, _):
+        predictor = opened[0].predictor
+    with pytest.raises(Exception, match="close"):
+        predictor.infer(None)  # type: ignore[arg-type]
+
+
+def test_models_of_one_name_are_told_apart(make_onnx: Callable[..., Path]) -> None:
+    paths = [make_onnx("x/m.onnx"), make_onnx("y/m.onnx"), make_onnx("y/n.onnx")]
+    with open_contenders(paths, ("onnx:cpu",)) as (opened, _):
+        names = [entry.model for entry in opened]
+    assert names == ["x/m.onnx", "y/m.onnx", "n.onnx"]
+
+
+def test_an_engine_is_opened_with_and_without_cuda_graphs_where_they_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened_with: list[dict[str, object]] = []
+
+    class Opened(contextlib.nullcontext):
+        backend, provenance = "trt", {"precision": "fp16"}
+
+    def load(path: Path, *, backend: str, threads=None, preset=None, cuda_graphs=True) -> Opened:
+        opened_with.append({"backend": backend, "cuda_graphs": cuda_graphs})
+        found = Opened()
+        found.enter_result = found
+        return found
+
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"plan")
+    monkeypatch.setattr(module, "missing_reason", lambda name: None)
+    monkeypatch.setattr(module, "load", load)
+    with open_contenders([path], ("trt",), (1, 2), without_graphs=True) as (opened, _):
+        assert [(one.model, one.threads) for one in opened] == [
+            ("m.engine", None),
+            ("m.engine, no CUDA graphs", None),
+        ]
+    assert [entry["cuda_graphs"] for entry in opened_with] == [True, False]
+    # Not asked for, and where load() has no such option.
+    with open_contenders([path], ("trt",)) as (opened, _):
+        assert len(opened) == 1
+    older = lambda path, backend, threads=None, preset=None: load(path, backend=backend)  # noqa: E731
+    monkeypatch.setattr(module, "load", older)
+    with open_contenders([path], ("trt",), without_graphs=True) as (opened, _):
+        assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "on_gpu"),
+    [
+        ("trt", True),
+        ("trt-rtx", True),
+        ("onnx:cuda", True),
+        ("onnx:tensorrt-rtx", True),
+        ("torch:cuda", True),
+        ("onnx:cpu", False),
+        ("onnx:openvino", False),
+    ],
+)
+def test_what_runs_on_a_gpu(backend: str, on_gpu: bool) -> None:
+    predictor = SimpleNamespace(backend=backend)
+    assert Contender("m", predictor, None).on_gpu is on_gpu  # type: ignore[arg-type]
+
+
+def test_torch_threads_are_set_before_a_turn(student: Path) -> None:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    try:
+        with open_contenders([student], ("torch:cpu",), (1, 2)) as (opened, _):
+            assert torch.get_num_threads() == 2
+            opened[0].prepare()
+            assert torch.get_num_threads() == 1
+            opened[1].prepare()
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_description_says_which_file_it_was(make_onnx: Callable[..., Path]) -> None:
+    path = make_onnx("a.onnx", precision="int8")
+    with open_contenders([path], ("onnx:cpu",)) as (opened, _):
+        described = opened[0].describe()
+    assert described["name"] == "a.onnx"
+    assert described["precision"] == "int8"
+    assert described["bytes"] == path.stat().st_size
+    assert len(described["sha256"]) == 64
+    assert described["input_size"] == 32
+
+
+def test_nothing_to_measure_is_an_error_that_says_why() -> None:
+    absent = [Absent("trt", "", "not installed"), Absent("onnx:cpu", "a.onnx", "broken")]
+    with pytest.raises(ConfigError, match=r"none \(a\.onnx: broken\)") as error:
+        require_contenders([], absent)
+    assert error.value.exit_code == 2

@@ -1,0 +1,308 @@
+"""The orchestration of ``make gpu-check``; what its steps run is tested where it lives."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check as bench
+from benchmarks.gpu_check import DONE, FAILED, SKIPPED, Check, Gpu, GpuCheckConfig, Step
+from benchmarks.machine import ROOT
+
+CARD = Gpu("NVIDIA Test", "sm86", "12.4")
+NO_GPU = "this machine has no NVIDIA driver (libcuda.so.1)"
+
+# Stands for the Python of the steps: writes down what it was told, makes the files that the
+# exporter would make, fails where the test wants it, and answers questions as the real one.
+FAKE_PYTHON = """#!{python}
+import json, os, pathlib, subprocess, sys, time
+
+arguments = sys.argv[1:]
+state = pathlib.Path({state!r})
+with (state / "calls").open("a") as calls:
+    calls.write(json.dumps(arguments) + "\\n")
+line = " ".join(arguments)
+rules = json.loads((state / "rules").read_text())
+for part, (code, printed) in rules.items():
+    if part in line:
+        print(printed)
+        sys.exit(code)
+if arguments[0] == "-c" and "json.dumps(describe_software())" in line:
+    sys.exit(subprocess.run([sys.executable, *arguments]).returncode)
+if "platform.python_version" in line:
+    print("a library says hello\\nanswer: 3.12.1\\nand goodbye")
+elif "answer:" in line:
+    print("answer: ")
+elif "--engine" in line:
+    options = dict(zip(arguments[2::2], arguments[3::2]))
+    out = pathlib.Path(options["--out"])
+    out.mkdir(exist_ok=True)
+    suffix = dict(onnx="onnx", trt="engine")
+    suffix["trt-rtx"] = "rtx.engine"
+    name = f"efficientface-{{options['--precision']}}-gpu.{{suffix[options['--engine']]}}"
+    (out / name).touch()
+    print(f"[ok] {{name}}: made\\n  [ok] precision")
+elif "--verify" in line:
+    print("[ok] verified by the fake")
+elif "pytest" in line:
+    print("=== 3 passed, 1 skipped in 2.00s ===")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A folder with ``python``, ``calls`` and ``rules``: part of a command -> (code, output)."""
+    state = tmp_path / "fake"
+    state.mkdir()
+    python = state / "python"
+    python.write_text(FAKE_PYTHON.format(python=sys.executable, state=str(state)))
+    python.chmod(0o755)
+    (state / "rules").write_text("{}")
+    return state
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Say which GPU the driver finds; a text says why there is none."""
+
+    def have(gpu):
+        monkeypatch.setattr(bench, "ask_driver", lambda: gpu)
+
+    have(NO_GPU)
+    return have
+
+
+def check_all(fake, tmp_path, *options):
+    code = bench.main(["--python", str(fake / "python"), "--out", str(tmp_path / "out"), *options])
+    result = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    return code, result, {step["step"]: step for step in result["steps"]}
+
+
+def calls_of(fake):
+    return [json.loads(line) for line in (fake / "calls").read_text().splitlines()]
+
+
+def test_without_a_gpu_what_can_be_done_is_done(fake, tmp_path, machine, capsys):
+    code, result, steps = check_all(fake, tmp_path)
+    assert code == bench.SOME_SKIPPED
+    assert result["gpu"] is None and result["kind"] == "gpu-check"
+    done = {name for name, step in steps.items() if step["status"] == DONE}
+    assert done == {
+        *("environment", "versions", "data"),
+        *(f"ONNX file, {precision}" for precision in bench.PRECISIONS),
+        *(f"TensorRT for RTX engine, {precision}" for precision in bench.PRECISIONS),
+        *(f"verify efficientface-{precision}-gpu.onnx" for precision in bench.PRECISIONS),
+    }
+    skipped = {name: step["remark"] for name, step in steps.items() if step["status"] == SKIPPED}
+    assert len(done) + len(skipped) == len(steps)
+    assert skipped["GPU"] == NO_GPU
+    for name in ("TensorRT engine, fp16", "pytest -m gpu", "latency"):
+        assert skipped[name] == f"needs a GPU: {NO_GPU}"
+    assert skipped["verify efficientface-fp16-gpu.engine"] == "was not made"
+    assert skipped["verify efficientface-fp16-gpu.rtx.engine"] == f"needs a GPU: {NO_GPU}"
+    rtx = next(call for call in calls_of(fake) if "trt-rtx" in call)
+    assert rtx[rtx.index("--compute-capability") + 1] == bench.WITHOUT_GPU
+    summary = (tmp_path / "out" / "gpu-check.md").read_text()
+    assert f"no GPU: {NO_GPU}" in summary and "| latency | skipped | 0 | needs a GPU" in summary
+    assert "latency ... skipped" in capsys.readouterr().out
+
+
+def test_with_a_gpu_everything_is_done(fake, tmp_path, machine):
+    machine(CARD)
+    data = tmp_path / "data"
+    data.mkdir()
+    code, result, steps = check_all(fake, tmp_path, "--data", str(data))
+    assert code == bench.ALL_DONE and {step["status"] for step in steps.values()} == {DONE}
+    assert result["gpu"] == {"name": "NVIDIA Test", "capability": "sm86", "cuda": "12.4"}
+    assert "numpy" in result["software"]["packages"]
+    assert steps["environment"]["remark"].endswith("Python 3.12.1")
+    assert steps["pytest -m gpu"]["remark"] == "3 passed, 1 skipped in 2.00s"
+    assert steps["TensorRT engine, int8"]["remark"] == "[ok] efficientface-int8-gpu.engine: made"
+    calls = calls_of(fake)
+    for call in calls:
+        if "--engine" in call:  # calibration is for INT8; everything is verified on the data
+            assert ("--calib" in call) == ("int8" in call)
+            assert call[call.index("--val") + 1] == str(data)
+        if "trt-rtx" in call:
+            assert call[call.index("--compute-capability") + 1] == "sm86"
+    latency = next(call for call in calls if call[0] == "benchmarks/latency.py")
+    assert str(tmp_path / "out" / "artifacts") in latency
+    assert latency[1].endswith(".safetensors")
+    assert any(call[0] == "benchmarks/accuracy.py" for call in calls)
+
+
+def test_a_step_that_fails_does_not_end_the_others(fake, tmp_path, machine):
+    machine(CARD)
+    rules = {
+        "--engine trt --precision fp16": (1, "error: efficientface-fp16: outputs differ\nbye"),
+        "check_targets('trt-rtx'": (1, "efficientface_deploy.errors.ConfigError: no sm86"),
+        "training.prepare": (1, "Traceback\nModuleNotFoundError: No module named 'PIL'"),
+        "-c import torch": (1, "ModuleNotFoundError: No module named 'torch'"),
+        "benchmarks/latency.py": (-9, ""),
+    }
+    (fake / "rules").write_text(json.dumps(rules))
+    code, _, steps = check_all(fake, tmp_path)
+    assert code == bench.SOME_FAILED
+
+    def outcome(name):
+        return steps[name]["status"], steps[name]["remark"]
+
+    assert outcome("data") == (FAILED, "exit code 1: ModuleNotFoundError: No module named 'PIL'")
+    assert outcome("ONNX file, fp32")[0] == DONE
+    assert outcome("ONNX file, int8") == (SKIPPED, "needs images to calibrate with")
+    failure = "exit code 1: error: efficientface-fp16: outputs differ"
+    assert outcome("TensorRT engine, fp16") == (FAILED, failure)
+    assert outcome("verify efficientface-fp16-gpu.engine") == (SKIPPED, "was not made")
+    assert outcome("TensorRT engine, fp32")[0] == DONE
+    assert outcome("TensorRT for RTX engine, fp32")[0] == SKIPPED
+    assert "ConfigError: no sm86" in outcome("TensorRT for RTX engine, fp32")[1]
+    assert outcome("latency")[0] == FAILED
+    exports = [call for call in calls_of(fake) if "--engine" in call]
+    assert all(call[call.index("--weights") + 1].endswith(".onnx") for call in exports)
+
+
+HANGING = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("compiling with", child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_step_that_hangs_is_stopped_with_all_its_processes(tmp_path):
+    check = Check(GpuCheckConfig(python=Path(sys.executable)), tmp_path)
+    outcome = check.take(Step("slow", 4, lambda check: check.run("-c", HANGING)))
+    assert outcome.status == FAILED
+    reason, _, child = outcome.remark.rpartition(" ")
+    assert reason == "stopped: not done within 4 s; compiling with"
+    for _ in range(100):  # a kill takes effect in its own time
+        if not is_running(child):
+            return
+        time.sleep(0.1)
+    pytest.fail("its process runs on")
+
+
+def is_running(process):
+    try:
+        status = Path("/proc", process, "stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"  # ended, but nobody asked yet
+
+
+def test_no_step_begins_when_the_time_is_over(tmp_path):
+    check = Check(GpuCheckConfig(minutes=0.01), tmp_path)
+    begun = []
+    outcome = check.take(Step("late", 60, lambda check: begun.append(1) or "begun"))
+    assert outcome.status == SKIPPED and not begun
+    assert outcome.remark == "the 0.01 minutes are over"
+
+
+def test_the_steps_run_this_clone(tmp_path):
+    check = Check(GpuCheckConfig(python=Path(sys.executable)), tmp_path)
+    for package, folder in (("benchmarks", "benchmarks"), ("efficientface_export", "export")):
+        found = check.tell(f"{package}.__path__[0]", f"import {package}")
+        assert Path(found).resolve() == ROOT / folder
+
+
+def test_installs_from_wheels_alone(fake, tmp_path, machine, monkeypatch):
+    """What is installed for a GPU with CUDA 12, where the system has TensorRT and where not."""
+    machine(CARD)
+    wheels = tmp_path / "wheels"
+    for name, rules in (
+        ("bare", {"-c import tensorrt": (1, ""), "-c import setuptools": (1, "")}),
+        ("jetson", {}),
+    ):
+        (fake / "rules").write_text(json.dumps(rules))
+        check = Check(GpuCheckConfig(wheels=wheels), tmp_path / name)
+        check.python = fake / "python"
+        check.gpu = CARD
+        for step in bench.plan_steps(check.config):
+            if step.name.startswith("install"):
+                assert check.take(step).status == DONE
+    installs = [call[4:] for call in calls_of(fake) if "install" in call]
+    source = ["--no-index", "--find-links", str(wheels)]
+    assert all(call[: len(source)] == source for call in installs)
+    bare, jetson = installs[:4], installs[4:]
+    bindings = "cuda-python>=12.4,<13"
+    assert bare[1] == [*source, f"{ROOT}[gpu]"]
+    assert bare[2] == [*source, "tensorrt-cu12>=10.3", bindings]
+    assert jetson[2] == [*source, "--no-build-isolation", bindings]
+    assert bare[3] == [*source, f"{ROOT}[trt-rtx]"]
+
+
+def test_asks_the_driver_itself(monkeypatch):
+    class Driver:
+        """CUDA's driver interface, of one card."""
+
+        start, count = 0, 1
+
+        def cuInit(self, flags):  # noqa: N802
+            return self.start
+
+        def cuDeviceGetCount(self, count):  # noqa: N802
+            count._obj.value = self.count
+            return 0
+
+        def cuDeviceGet(self, device, number):  # noqa: N802
+            return 0
+
+        def cuDeviceGetName(self, name, size, device):  # noqa: N802
+            name.value = b"NVIDIA Test"
+
+        def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
+            value._obj.value = {75: 8, 76: 6}[attribute]
+
+        def cuDriverGetVersion(self, version):  # noqa: N802
+            version._obj.value = 12040
+
+    driver = Driver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert bench.ask_driver() == CARD
+    driver.count = 0
+    assert bench.ask_driver() == "the NVIDIA driver finds no GPU"
+    driver.start = 999
+    assert bench.ask_driver() == "the NVIDIA driver does not start (cuInit gives 999)"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--wheels", "nowhere"], "--wheels: expected a folder"),
+        (["--weights", "."], "--weights: expected a file"),
+        (["--minutes", "nan"], "--minutes: expected a time above 0, found nan"),
+        (["--out", "."], "--out: expected a new or empty folder"),
+    ],
+)
+def test_options_that_cannot_be_used(options, problem, capsys):
+    assert bench.main(options) == bench.BAD_OPTIONS
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {problem}") and error.count("\n") == 1
+
+
+def test_an_interrupt_leaves_the_summary(fake, tmp_path):
+    """SIGTERM to the script itself, while a step runs."""
+    hanging = tmp_path / "hanging"
+    hanging.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(100)\n")
+    hanging.chmod(0o755)
+    out = tmp_path / "out"
+    script = str(ROOT / "benchmarks" / "gpu_check.sh")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [script, "--python", str(hanging), "--out", str(out)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "environment ..." not in (read := os.read(process.stdout.fileno(), 4096).decode()):
+            assert read
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == bench.INTERRUPTED
+    steps = json.loads((out / "gpu-check.json").read_text())["steps"]
+    assert steps[-1]["step"] == "environment" and steps[-1]["remark"] == "interrupted"

@@ -1,0 +1,683 @@
+from __future__ import annotations
+
+import io
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from efficientface_deploy.errors import ImageError
+from efficientface_deploy.spec import PRESETS
+from efficientface_deploy.vision import preprocess
+from efficientface_deploy.vision.preprocess import (
+    MAX_PIXELS,
+    load_image,
+    normalisation,
+    normalise,
+    resize,
+    to_model_input,
+)
+
+DATA = Path(__file__).parents[2] / "data"
+SMALL = PRESETS["rafdb"].replace(input_size=32)
+
+# What undoes each EXIF orientation, by the standard's own words: where row 0 and column 0 are.
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+}
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def as_array(source: object) -> np.ndarray:
+    image = load_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def refused(source: object) -> str:
+    """The one-line message that a source is refused with."""
+    with pytest.raises(ImageError) as caught:
+        load_image(source)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500
+    return message
+
+
+def image_or_error(data: bytes) -> None:
+    """Any other exception is the failure."""
+    try:
+        image = load_image(data)
+    except ImageError:
+        return
+    assert image.mode == "RGB" and min(image.size) > 0
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("filter_name", ["bilinear", "bicubic"])
+def test_golden_resize(pixels, filter_name):
+    golden = np.load(DATA / f"golden_{filter_name}_32.npy")
+    np.testing.assert_array_equal(to_model_input(pixels, SMALL.replace(resize=filter_name)), golden)
+
+
+def test_golden_normalisation():
+    image = np.array([[[[0, 128, 255], [10, 20, 30]]]], dtype=np.uint8)
+    expected = [[-2.774742, -2.585619], [0.277505, -1.953756], [3.304654, -1.561614]]
+    np.testing.assert_allclose(normalise(image, SMALL)[0, :, 0], expected, atol=1e-6)
+
+
+def test_golden_grey_normalisation():
+    image = np.array([[[[0, 128, 255], [10, 20, 30], [77, 77, 77]]]], dtype=np.uint8)
+    values = normalise(image, PRESETS["ferplus"])[0, :, 0]
+    # 0.299 R + 0.587 G + 0.114 B = 104.206, 18.15, 77
+    expected = (np.array([104.206, 18.15, 77]) / 255 - 0.50697356) / 0.25423586
+    np.testing.assert_allclose(values, [expected] * 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if PRESETS[name].colour == "rgb"])
+@pytest.mark.parametrize("filter_name", ["bilinear", "bicubic"])
+def test_equals_torchvision(photo, preset, filter_name):
+    transforms = pytest.importorskip("torchvision.transforms")
+    spec = PRESETS[preset].replace(resize=filter_name)
+    mode = transforms.InterpolationMode(filter_name)
+    reference = transforms.Compose(
+        [
+            transforms.Resize((224, 224), interpolation=mode, antialias=True),
+            transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ]
+    )(Image.fromarray(photo))
+    ours = normalise(to_model_input(photo, spec)[None], spec)[0]
+    np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=2e-6)
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((640, 640, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert np.ptp(to_model_input(stripes, SMALL)) <= 4  # each pixel sees as much of both
+
+
+def test_grey_spec_leaves_a_grey_picture_unchanged(pixels):
+    spec = PRESETS["ferplus"].replace(input_size=32)
+    grey = np.repeat(pixels[..., :1], 3, axis=-1)
+    image = to_model_input(grey, spec)
+    values = normalise(image[None], spec)
+    np.testing.assert_allclose(
+        values, normalise(image[None], spec.replace(colour="rgb")), atol=3e-6
+    )
+
+
+def test_normalisation_is_scale_and_offset():
+    scale, offset = normalisation(SMALL)
+    np.testing.assert_allclose(255 * scale + offset, (1 - np.array(SMALL.mean)) / SMALL.std, 1e-6)
+    assert scale.dtype == offset.dtype == np.float32
+
+
+def test_shapes_types_and_layout(pixels):
+    image = to_model_input(pixels, SMALL)
+    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+    batch = normalise(np.stack([image] * 3), SMALL)
+    assert (batch.shape, batch.dtype) == ((3, 3, 32, 32), np.float32)
+    assert batch.flags.c_contiguous
+    assert normalise(np.zeros((0, 32, 32, 3), np.uint8), SMALL).shape == (0, 3, 32, 32)
+
+
+def test_image_of_the_right_size_is_not_resampled():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_model_input(image, SMALL), image)
+    assert resize(Image.fromarray(image), SMALL).flags.writeable
+
+
+# ---- accepted sources
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_lossless_files_give_their_pixels(pixels, kind, options, tmp_path):
+    data = encode(pixels, kind, **options)
+    path = tmp_path / "face.bin"  # the content says what it is, not the name
+    path.write_bytes(data)
+    for source in (data, bytearray(data), path, str(path), Image.open(path)):
+        np.testing.assert_array_equal(as_array(source), pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_files_are_close(photo, kind):
+    difference = as_array(encode(photo, kind, quality=95)).astype(int) - photo
+    assert np.abs(difference).mean() < 3
+
+
+def test_progressive_and_cmyk_jpeg(photo):
+    progressive = as_array(encode(photo, "JPEG", quality=95, progressive=True))
+    assert np.abs(progressive.astype(int) - photo).mean() < 3
+    cmyk = as_array(encode(Image.fromarray(photo).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(cmyk.astype(int) - photo).mean() < 8
+
+
+def test_channels_stay_rgb():
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    for source in (red, encode(red, "PNG"), Image.fromarray(red)):
+        assert as_array(source)[4, 4].tolist() == [200, 0, 0]
+    assert to_model_input(red, SMALL)[4, 4].tolist() == [200, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_and_one_bit(pixels, kind):
+    grey = pixels[..., 0]
+    np.testing.assert_array_equal(as_array(encode(grey, kind)), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(as_array(grey), np.stack([grey] * 3, -1))
+    black_or_white = Image.fromarray(grey > 128)
+    assert black_or_white.mode == "1"
+    np.testing.assert_array_equal(
+        as_array(encode(black_or_white, kind))[..., 1], np.where(grey > 128, 255, 0)
+    )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    values = np.array([[0, 128, 129, 257], [30000, 32768, 65534, 65535]], dtype=np.uint16)
+    got = as_array(encode(values, kind))[..., 0]
+    assert got.tolist() == [[0, 0, 1, 1], [117, 128, 255, 255]]
+    np.testing.assert_array_equal(as_array(Image.fromarray(values))[..., 0], got)
+
+
+def test_transparency_lies_over_white():
+    colour = np.full((4, 4, 4), (200, 100, 0, 255), dtype=np.uint8)
+    colour[0, 0, 3], colour[0, 1, 3] = 0, 51  # invisible, and a fifth
+    image = as_array(encode(colour, "PNG"))
+    assert image[0, 0].tolist() == [255, 255, 255]
+    assert image[0, 1].tolist() == [244, 224, 204]
+    assert image[3, 3].tolist() == [200, 100, 0]
+
+
+def test_grey_with_alpha():
+    image = Image.merge("LA", [Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 0)])
+    assert as_array(encode(image, "PNG"))[1, 1].tolist() == [255] * 3
+    image.putalpha(255)
+    assert as_array(encode(image, "PNG"))[1, 1].tolist() == [10] * 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_colour_that_means_transparent(mode):
+    image = Image.new(mode, (4, 4), 0)
+    key = (0, 0, 0) if mode == "RGB" else 0
+    assert as_array(encode(image, "PNG"))[1, 1].tolist() == [0] * 3
+    assert as_array(encode(image, "PNG", transparency=key))[1, 1].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_transparency(kind):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 0)
+    result = as_array(encode(image, kind, transparency=0))
+    assert result[0, 0].tolist() == [255] * 3
+    assert result[1, 1].tolist() == [0, 0, 255]
+    if kind == "PNG":  # an alpha for each entry
+        result = as_array(encode(image, kind, transparency=b"\xff\x00"))
+        assert result[0, 0].tolist() == [255, 0, 0]
+        assert result[1, 1].tolist() == [255] * 3
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        red, green, blue = as_array(data)[4, 4].tolist()
+        assert red > 200 and green < 50 and blue < 50
+
+
+@pytest.mark.parametrize(
+    "mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1"]
+)
+def test_pil_modes(mode):
+    assert as_array(Image.new(mode, (5, 4))).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+)
+def test_exif_rotation(pixels, orientation, kind, options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(pixels, kind, exif=exif, **options)
+    expected = UPRIGHT[orientation](pixels)
+    np.testing.assert_array_equal(as_array(data), expected)
+    np.testing.assert_array_equal(as_array(Image.open(io.BytesIO(data))), expected)
+    np.testing.assert_array_equal(as_array(load_image(data)), expected)  # not turned again
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_of_a_jpeg(pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain = as_array(encode(pixels, "JPEG"))
+    rotated = as_array(encode(pixels, "JPEG", exif=exif))
+    np.testing.assert_array_equal(rotated, UPRIGHT[orientation](plain))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_exif_does_not_spoil_a_good_picture(pixels):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x9286] = 6, "Camera", b"UNICODE\0x"
+    data = bytearray(encode(pixels, "JPEG", exif=exif))
+    start = data.find(b"Exif\0\0") + 6
+    length = struct.unpack(">H", data[start - 8 : start - 6])[0] - 8
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 6)):
+            damaged[start + rng.randrange(length)] = rng.randrange(256)
+        assert as_array(bytes(damaged)).size == pixels.size
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    ("kind", "count", "value"),
+    [
+        (2, 4, b"top\0"),
+        (3, 1, b"\0\0\0\0"),
+        (3, 1, b"\0\x09\0\0"),
+        (7, 4, b"\6\6\6\6"),
+        (9, 1, b"\xff\xff\xff\xff"),
+    ],
+)
+def test_orientation_that_is_none(pixels, kind, count, value):
+    entry = struct.pack(">HHI", 0x0112, kind, count) + value
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+    np.testing.assert_array_equal(as_array(encode(pixels, "PNG", exif=exif)), pixels)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("exif", [b"", b"\0", b"II*\0\xff\xff\xff\xff", b"MM\0*" + b"\xff" * 60])
+def test_nonsense_exif(pixels, exif):
+    data = encode(pixels, "JPEG")
+    segment = b"Exif\0\0" + exif
+    marker = b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment
+    np.testing.assert_array_equal(as_array(data[:2] + marker + data[2:]), as_array(data))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda array: array[::-1],
+        lambda array: array[:, ::-1],
+        lambda array: array[::2, 1::3],
+        lambda array: np.asfortranarray(array),
+        lambda array: array[..., ::-1],
+        lambda array: array.transpose(1, 0, 2),
+        lambda array: np.broadcast_to(array[:1, :1], (7, 9, 3)),
+        lambda array: array[:1, :1],
+        lambda array: array.astype(">u1"),
+    ],
+)
+def test_strides_of_arrays_do_not_matter(pixels, view):
+    array = view(pixels)
+    np.testing.assert_array_equal(as_array(array), np.array(array))
+
+
+def test_read_only_arrays_are_taken_and_nothing_is_written(pixels):
+    array = pixels.copy()
+    array.flags.writeable = False
+    to_model_input(array, SMALL)
+    image = Image.fromarray(pixels)
+    to_model_input(image, SMALL)
+    np.testing.assert_array_equal(np.asarray(image), array)
+
+
+@settings(max_examples=60)
+@given(hnp.arrays(np.uint8, (32, 32, 3)), st.sampled_from(["C", "F", "reversed", "read-only"]))
+def test_array_of_the_right_size_is_what_pillow_would_make_of_it(array, layout):
+    source = np.asarray(array, order="F" if layout == "F" else "C")
+    source = source[::-1, :, ::-1] if layout == "reversed" else source
+    source.flags.writeable = layout != "read-only"
+    got = to_model_input(source, SMALL)
+    np.testing.assert_array_equal(got, resize(load_image(source), SMALL))
+    assert got.flags.c_contiguous and got.flags.writeable and got.dtype == np.uint8
+    assert type(got) is np.ndarray and not np.shares_memory(got, source)
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16", "LAB"]
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(MODES), st.integers(1, 40), st.integers(1, 40), st.binary(min_size=1))
+def test_any_pil_image_becomes_the_models_input(mode, width, height, noise):
+    image = Image.frombytes("L", (width, height), (noise * width * height)[: width * height])
+    image = image.convert("I;16" if mode == "I;16" else "RGB" if mode != "LA" else "LA")
+    if mode == "PA":
+        image = image.convert("P").convert("PA")
+    elif mode == "LAB":
+        image = Image.new("LAB", (width, height), (noise[0], 128, 128))
+    elif mode == "HSV":
+        image = image.convert("HSV")
+    else:
+        image = image.convert(mode)
+    try:
+        array = to_model_input(image, SMALL)
+    except ImageError:
+        assert mode == "LAB"  # Pillow has no way from LAB to RGB without a profile
+    else:
+        assert array.shape == (32, 32, 3) and array.dtype == np.uint8
+
+
+@settings(max_examples=80)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["bilinear", "bicubic"]), st.data())
+def test_flat_picture_stays_flat(width, height, filter_name, data):
+    """A resize neither overshoots nor darkens, whatever the size."""
+    colour = data.draw(st.tuples(*[st.integers(0, 255)] * 3))
+    array = np.broadcast_to(np.array(colour, np.uint8), (height, width, 3))
+    got = to_model_input(array, SMALL.replace(resize=filter_name))
+    assert (got == colour).all()
+
+
+@settings(max_examples=60)
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=50)))
+def test_any_grey_array(array):
+    assert to_model_input(array, SMALL).shape == (32, 32, 3)
+
+
+# ---- refused sources
+
+
+@settings(max_examples=200)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.uint8, np.float32, np.int64, np.bool_, np.complex64, "U2", "M8[s]"]),
+        hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4),
+    )
+)
+def test_only_pictures_among_arrays_are_taken(array):
+    picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype == np.uint8 and picture and array.size:
+        assert as_array(array).shape[:2] == array.shape[:2]
+    else:
+        assert "image array" in refused(array)
+
+
+@pytest.mark.parametrize(
+    ("array", "hint"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "dtype float32.*255"),
+        (np.full((8, 8, 3), np.nan), "dtype float64"),
+        (np.zeros((8, 8, 3), np.int16), "dtype int16"),
+        (np.zeros((8, 8, 3), bool), "dtype bool"),
+        (np.zeros((8, 8, 3), object), "dtype object"),
+        (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\).*alpha"),
+        (np.zeros((8, 8, 1), np.uint8), r"\(8, 8, 1\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\).*batch"),
+        (np.zeros((3, 8, 8), np.uint8), r"\(3, 8, 8\)"),
+        (np.zeros(8, np.uint8), r"\(8,\)"),
+        (np.array(3, np.uint8), r"shape \(\)"),
+        (np.zeros((0, 8, 3), np.uint8), "one pixel.*crop"),
+        (np.zeros((8, 0), np.uint8), "one pixel"),
+        (np.broadcast_to(np.uint8(0), (100_000, 100_000, 3)), "100000x100000"),
+    ],
+)
+def test_array_is_refused_with_what_was_found(array, hint):
+    with pytest.raises(ImageError, match=hint):
+        load_image(array)
+
+
+@pytest.mark.parametrize("source", [None, 3, 2.5, [[1]], ("a", "b"), object(), memoryview(b"abc")])
+def test_other_types_are_refused(source):
+    assert type(source).__name__ in refused(source)
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"", "empty"),
+        (b"This is a picture of my cat.\n" * 20, "another kind of file"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "another kind of file"),
+        (b"%PDF-1.7\n" + b"\0" * 100, "another kind of file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "another kind of file"),
+        (b"\0" * 1000, "another kind of file"),
+        (b"\xff\xd8\xff", "image bytes"),
+        (b"\x89PNG\r\n\x1a\n", "image bytes"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "image bytes"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 500, "another kind of file"),
+        (b"\0\0\0\x18ftypavif" + b"\0" * 500, "another kind of file"),
+        (b"\xff\x0a" + b"\0" * 500, "another kind of file"),  # JPEG XL
+        (b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x94.", "another kind of file"),  # a pickle
+    ],
+)
+def test_bytes_that_are_no_picture(data, hint, tmp_path):
+    assert hint in refused(data)
+    path = tmp_path / "face.jpg"
+    path.write_bytes(data)
+    assert refused(path).startswith(f"{path}: ")
+
+
+def test_formats_outside_the_list_are_refused(pixels):
+    for kind in ("PPM", "ICO", "PCX", "TGA", "SGI", "JPEG2000"):
+        assert "another kind of file" in refused(encode(pixels, kind))
+
+
+def test_paths_that_are_no_picture(tmp_path):
+    assert "no such file" in refused(tmp_path / "missing.jpg")
+    assert "directory" in refused(tmp_path)
+    assert "directory" in refused("")
+    assert "null" in refused("a\0b").lower()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(tmp_path / "loop")
+    assert "too long" in refused("x" * 300)
+    refused("http://example.com/face.jpg")
+
+
+@pytest.mark.timeout(30)
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "a pipe or device" in refused(tmp_path / "pipe.jpg")
+    for device in ("/dev/zero", "/dev/urandom", "/dev/null"):
+        assert "a pipe or device" in refused(device)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("size", [800 << 20, 3 << 30, 1 << 40])
+def test_file_too_long_to_be_a_picture_is_not_read(tmp_path, size):
+    path = tmp_path / "sparse.jpg"
+    with path.open("wb") as file:
+        file.truncate(size)
+    assert "at most 715 MB" in refused(path)
+
+
+def test_bytes_have_the_same_limit_as_a_file(monkeypatch, pixels):
+    data = encode(pixels, "PNG")
+    monkeypatch.setattr(preprocess, "MAX_BYTES", len(data))
+    assert as_array(data).shape == pixels.shape
+    assert "at most" in refused(data + b"\0")
+
+
+def test_path_of_bytes(tmp_path, pixels):
+    (tmp_path / "face.png").write_bytes(encode(pixels, "PNG"))
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    np.testing.assert_array_equal(as_array(entry), pixels)
+
+
+def _jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan, of some 30 bytes, comes again and again."""
+    data = encode(Image.new("RGB", (side, side), (120, 130, 140)), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+@pytest.mark.timeout(30)
+def test_jpeg_of_endless_scans_is_refused_before_it_is_unpacked():
+    data = _jpeg_of_scans(2000, 20_000)  # 620 kB and minutes of work
+    assert "20000 of 2000x2000 pixels" in refused(data)
+
+
+def test_jpeg_of_many_scans_is_read_where_it_is_small(photo):
+    assert as_array(_jpeg_of_scans(64, 500)).shape == (64, 64, 3)
+    assert as_array(encode(photo, "JPEG", progressive=True)).shape == photo.shape
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"IDAT"])
+def test_chunk_that_unpacks_to_much_more(name):
+    """64 MB of zeros in 64 kB, as a text, a profile, or more pixels than there are."""
+    bomb = (b"" if name == b"IDAT" else b"a\0\0") + zlib.compress(b"\0" * (64 << 20))
+    good = _png(4, 4)
+    at = good.find(b"IDAT") - 4
+    image_or_error(good[:at] + _chunk(name, bomb) + good[at:])
+
+
+def test_floating_point_tiff(pixels):
+    data = encode(Image.fromarray(pixels[..., 0].astype(np.float32)), "TIFF")
+    assert "floating-point" in refused(data)
+
+
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_integers_outside_16_bits(value):
+    assert str(value) in refused(Image.new("I", (4, 4), value))
+
+
+def test_empty_pil_image():
+    assert "0x7" in refused(Image.new("RGB", (0, 7)))
+
+
+def test_closed_pil_image(pixels, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(pixels, "PNG"))
+    image = Image.open(path)
+    image.close()
+    refused(image)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _png(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 100_000)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", body)
+        + _chunk(b"IEND", b"")
+    )
+
+
+def _bombs(side: int) -> dict[str, bytes]:
+    small = np.zeros((16, 16, 3), np.uint8)
+    jpeg = bytearray(encode(small, "JPEG"))
+    at = jpeg.find(b"\xff\xc0") + 5  # start of frame: length, precision, then height and width
+    jpeg[at : at + 4] = struct.pack(">HH", side, side)
+    bmp = bytearray(encode(small, "BMP"))
+    bmp[18:26] = struct.pack("<ii", side, side)
+    gif = bytearray(encode(small, "GIF"))
+    gif[6:10] = struct.pack("<HH", side, side)
+    webp = bytearray(encode(small, "WEBP", lossless=True))
+    at = webp.find(b"VP8L") + 9  # fourteen bits of width and of height, each less one
+    largest = min(side, 16_384) - 1
+    webp[at : at + 4] = struct.pack("<I", largest | largest << 14)
+    return {
+        "png": _png(side, side),
+        "jpeg": bytes(jpeg),
+        "bmp": bytes(bmp),
+        "gif": bytes(gif),
+        "webp": bytes(webp),
+        "tiff": encode(small, "TIFF")
+        .replace(
+            struct.pack("<HHIHH", 0x100, 4, 1, 16, 0), struct.pack("<HHII", 0x100, 4, 1, side * 9)
+        )
+        .replace(
+            struct.pack("<HHIHH", 0x101, 4, 1, 16, 0), struct.pack("<HHII", 0x101, 4, 1, side)
+        ),
+    }
+
+
+# Pillow warns between its limit and twice that; both are refused.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 50_000])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "tiff", "webp"])
+def test_bomb_is_refused_before_it_is_unpacked(kind, side, monkeypatch):
+    data = _bombs(side)[kind]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))
+    message = refused(data)
+    assert "89 million pixels" in message
+
+
+def test_limit_holds_where_the_application_lifted_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert "50000x50000" in refused(_png(50_000, 50_000))
+
+
+def test_pil_image_over_the_limit():
+    image = Image.new("1", (MAX_PIXELS // 1000 + 1, 1000))
+    assert "million pixels" in refused(image)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_file_is_refused_wherever_it_ends(pixels, kind):
+    data = encode(pixels, kind)
+    for end in range(0, len(data) - 32, max(1, len(data) // 150)):
+        refused(data[:end])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_file_gives_an_image_or_an_image_error(pixels, kind):
+    data = encode(pixels, kind)
+    rng = random.Random(kind)
+    for _ in range(400):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 2, 8, 40))):
+            # Headers are where the traps are.
+            reach = rng.choice((len(damaged), min(len(damaged), 64)))
+            at = rng.randrange(reach)
+            match rng.randrange(3):
+                case 0:
+                    damaged[at] = rng.randrange(256)
+                case 1:
+                    damaged[at : at + 4] = rng.choice((b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff"))
+                case 2:
+                    del damaged[at : at + rng.randrange(1, 9)]
+        image_or_error(bytes(damaged))
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200)
+@given(
+    st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*"])
+    | st.just(b""),
+    st.binary(max_size=200),
+)
+def test_any_bytes_give_an_image_or_an_image_error(magic, data):
+    image_or_error(magic + data)

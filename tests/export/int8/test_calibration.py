@@ -1,0 +1,174 @@
+"""Which images calibrate: a seeded choice, recorded, and warned about where it is doubtful."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientface_deploy.errors import DatasetError, ImageError
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import to_model_input
+from efficientface_export.int8.calibration import load_calibration
+
+
+def write_images(folder: Path, count: int, start: int = 0) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(start, start + count):
+        pixels = np.full((40, 40, 3), index % 256, dtype=np.uint8)
+        paths.append(folder / f"{index:04d}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """The published layout: 150 images to train, 20 to test, no dataset.json."""
+    root = tmp_path / "RAF-DB"
+    write_images(root / "train" / "0", 75)
+    write_images(root / "train" / "3", 75, 75)
+    write_images(root / "test" / "1", 20, 200)
+    return root
+
+
+def test_choice_is_seeded(published: Path, small_spec: ModelSpec) -> None:
+    first = load_calibration(published, small_spec, 100, seed=1)
+    again = load_calibration(published, small_spec, 100, seed=1)
+    other = load_calibration(published, small_spec, 100, seed=2)
+    np.testing.assert_array_equal(first.images, again.images)
+    assert first.record == again.record
+    assert other.record["images_sha256"] != first.record["images_sha256"]
+    assert first.images.shape == (100, 64, 64, 3)
+    assert first.images.dtype == np.uint8
+
+
+def test_record(published: Path, small_spec: ModelSpec) -> None:
+    calibration = load_calibration(published, small_spec, 120, seed=7)
+    digest = calibration.record.pop("images_sha256")
+    assert len(digest) == 64
+    assert calibration.record == {"dataset": "RAF-DB", "split": "train", "count": 120, "seed": 7}
+    assert calibration.warnings == ()
+    values = calibration.images[:, 0, 0, 0]
+    assert values.max() < 150  # of the train split alone
+    assert len(set(values)) == 120  # each once
+    assert (values < 75).any() and (values >= 75).any()  # of all classes
+
+
+def test_images_kept_apart(published: Path, small_spec: ModelSpec) -> None:
+    """Others than those that the ranges come from, recorded as well."""
+    together = load_calibration(published, small_spec, 150)
+    alone = load_calibration(published, small_spec, 90)
+    found = load_calibration(published, small_spec, 90, apart=40)
+    np.testing.assert_array_equal(found.images, alone.images)
+    assert together.apart.shape == alone.apart.shape == (0, 64, 64, 3)
+    values = [set(part[:, 0, 0, 0]) for part in (found.images, found.apart)]
+    assert [len(part) for part in values] == [90, 40]
+    assert not values[0] & values[1]
+    assert found.record["images_sha256"] == alone.record["images_sha256"]
+    assert found.record["apart"]["count"] == 40
+    assert len(found.record["apart"]["images_sha256"]) == 64
+    assert "apart" not in alone.record
+
+
+def test_at_most_a_third_is_kept_apart(published: Path, small_spec: ModelSpec) -> None:
+    found = load_calibration(published, small_spec, 500, apart=256)
+    assert (len(found.images), len(found.apart)) == (100, 50)
+
+
+def test_too_few_to_keep_any_apart(tmp_path: Path, small_spec: ModelSpec) -> None:
+    write_images(tmp_path / "two", 2)
+    with pytest.raises(DatasetError, match=r"found 2 in all; .*--no-int8-search"):
+        load_calibration(tmp_path / "two", small_spec, 10, apart=5)
+    assert len(load_calibration(tmp_path / "two", small_spec, 10).images) == 2
+
+
+def test_hash_follows_the_content(published: Path, small_spec: ModelSpec) -> None:
+    before = load_calibration(published, small_spec, 150).record["images_sha256"]
+    changed = published / "train" / "0" / "0003.png"
+    Image.fromarray(np.full((40, 40, 3), 77, dtype=np.uint8)).save(changed)
+    after = load_calibration(published, small_spec, 150).record["images_sha256"]
+    assert before != after
+
+
+def test_runtime_preprocessing(faces: Path, small_spec: ModelSpec) -> None:
+    calibration = load_calibration(faces, small_spec, 1000)
+    paths = sorted((faces / "train").rglob("*.jpg"))
+    assert len(paths) == len(calibration.images) == 105
+    expected = {to_model_input(path, small_spec).tobytes() for path in paths}
+    assert {image.tobytes() for image in calibration.images} == expected
+
+
+def test_prepared_data_set(faces: Path, small_spec: ModelSpec) -> None:
+    calibration = load_calibration(faces, small_spec, 10)
+    assert calibration.record["split"] == "train"
+    assert calibration.warnings == (f"only 10 calibration images in {faces}; give 100 or more",)
+
+
+def test_prepared_data_set_without_train(
+    faces: Path, small_spec: ModelSpec, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(faces, tmp_path / "faces"))
+    (root / "manifest.csv").unlink()
+    shutil.rmtree(root / "train")
+    with pytest.raises(DatasetError, match="expected a train split, found test"):
+        load_calibration(root, small_spec, 10)
+
+
+@pytest.mark.parametrize("part", ["test", "test/1"])
+def test_test_split_is_warned_about(published: Path, small_spec: ModelSpec, part: str) -> None:
+    calibration = load_calibration(published / part, small_spec, 500)
+    assert calibration.record["split"] == "test"
+    few, held_out = calibration.warnings
+    assert "only 20 calibration images" in few
+    assert "on a test split" in held_out
+
+
+def test_folder_with_a_test_split_alone(tmp_path: Path, small_spec: ModelSpec) -> None:
+    write_images(tmp_path / "data" / "test" / "0", 120)
+    calibration = load_calibration(tmp_path / "data", small_spec, 120)
+    assert calibration.record["split"] == "test"
+
+
+def test_any_folder(tmp_path: Path, small_spec: ModelSpec) -> None:
+    """Also one that lies below some folder called test, and with what macOS leaves there."""
+    root = tmp_path / "test" / "pictures"
+    write_images(root, 100)
+    (root / "._0001.png").write_bytes(b"not an image")
+    (root / "readme.txt").write_text("not an image either")
+    calibration = load_calibration(root, small_spec, 500)
+    assert calibration.record["split"] == "unknown"
+    assert calibration.warnings == ()
+
+
+def test_name_of_the_current_folder(
+    published: Path, small_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(published)
+    assert load_calibration(Path(), small_spec, 10).record["dataset"] == "RAF-DB"
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_no_images(tmp_path: Path, small_spec: ModelSpec, make: bool) -> None:
+    root = tmp_path / "nothing"
+    if make:
+        root.mkdir()
+    found = "no images in it" if make else "no such folder"
+    with pytest.raises(DatasetError, match=f"nothing: expected a folder of images .*{found}"):
+        load_calibration(root, small_spec, 10)
+
+
+def test_unreadable_image_is_named(published: Path, small_spec: ModelSpec) -> None:
+    bad = published / "train" / "0" / "0007.png"
+    bad.write_bytes(b"\x89PNG broken")
+    with pytest.raises(ImageError, match=r"0007\.png"):
+        load_calibration(published, small_spec, 150)
+
+
+def test_record_is_json(published: Path, small_spec: ModelSpec) -> None:
+    record = load_calibration(published, small_spec, 5).record
+    assert json.loads(json.dumps(record)) == record

@@ -1,0 +1,331 @@
+"""Verification: the thresholds, the test set, and the reference stored beside an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import efficientface_deploy as ef
+from efficientface_deploy.errors import ArtifactError, DatasetError
+from efficientface_deploy.spec import ModelSpec, preset
+from efficientface_deploy.workbench.evaluation import run_in_batches, softmax
+from efficientface_export.verification.parity import (
+    THRESHOLDS,
+    Verification,
+    compare,
+    score_artifact,
+    verify_artifact,
+)
+from efficientface_export.verification.reference import (
+    REFERENCE_FILE,
+    TestSet,
+    load_test_set,
+    read_reference,
+    stored_parent,
+    write_reference,
+)
+
+RANDOM = np.random.default_rng(0)
+LOGITS = RANDOM.standard_normal((200, 7)).astype(np.float32) * 2
+BLANK = TestSet(np.zeros((200, 64, 64, 3), dtype=np.uint8), None, "nothing")
+PARENT = "f" * 64
+
+
+def judge(probabilities: np.ndarray, precision: str, test_set: TestSet = BLANK) -> Verification:
+    count = len(probabilities)
+    return compare(
+        probabilities.astype(np.float32), LOGITS[:count], test_set, precision, "onnx:cpu"
+    )
+
+
+class TestThresholds:
+    @pytest.mark.parametrize("precision", THRESHOLDS)
+    def test_the_same_passes(self, precision: str) -> None:
+        found = judge(softmax(LOGITS), precision)
+        assert found.problems == ()
+        assert found.status == "verified"
+        assert (found.max_difference, found.agreement) == (0, 1)
+        assert (found.images, found.runner, found.source) == (200, "onnx:cpu", "nothing")
+
+    @pytest.mark.parametrize(
+        ("precision", "harmless", "harmful"),
+        [("fp32", 1e-6, 3e-4), ("fp16", 2e-3, 0.3), ("int8", 0.1, 1.5)],
+    )
+    def test_noise(self, precision: str, harmless: float, harmful: float) -> None:
+        noise = np.random.default_rng(1).standard_normal(LOGITS.shape)
+        assert judge(softmax(LOGITS + harmless * noise), precision).problems == ()
+        found = judge(softmax(LOGITS + harmful * noise), precision)
+        assert found.status == "FAILED"
+        assert found.problems
+
+    def test_one_image_is_enough_for_fp32_and_fp16(self) -> None:
+        probabilities = softmax(LOGITS)
+        probabilities[7] = np.roll(probabilities[7], 1)
+        for precision in ("fp32", "fp16"):
+            (difference, *_) = judge(probabilities, precision).problems
+            assert difference.startswith("difference ")
+
+    def test_wrong_labels(self) -> None:
+        """Classes in another order: the best-known mistake of all."""
+        found = judge(np.roll(softmax(LOGITS), 1, axis=1), "int8")
+        assert len(found.problems) == 3
+        assert found.agreement is not None and found.agreement < 0.3
+
+    @pytest.mark.parametrize(("changed", "problems"), [(1, 0), (30, 1)])
+    def test_agreement_is_judged_by_what_chance_allows(self, changed: int, problems: int) -> None:
+        """200 images, the two best classes of some swapped by a hair: 99.5 % and 85 %."""
+        logits = np.zeros((200, 7), dtype=np.float32)
+        logits[:, 3] = 1e-4
+        probabilities = softmax(logits)
+        probabilities[:changed, 4] = probabilities[0, 3] + 1e-5
+        found = compare(probabilities, logits, BLANK, "fp16", "x")
+        assert found.agreement == 1 - changed / 200
+        assert found.agreement_interval is not None
+        low, high = found.agreement_interval
+        assert low < found.agreement < high
+        assert len(found.problems) == problems
+
+    def test_agreement_of_a_handful_is_not_judged(self) -> None:
+        flat = np.full((16, 7), 1 / 7) + np.eye(7)[RANDOM.integers(0, 7, 16)] * 1e-3
+        flat /= flat.sum(axis=1, keepdims=True)
+        logits = np.zeros((16, 7), dtype=np.float32)
+        found = compare(flat.astype(np.float32), logits, BLANK, "fp16", "x")
+        assert found.agreement is not None and found.agreement < 0.5
+        assert found.problems == ()
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinity divided by infinity
+    @pytest.mark.parametrize("precision", THRESHOLDS)
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_not_finite(self, precision: str, bad: float) -> None:
+        probabilities = softmax(LOGITS)
+        probabilities[3, 2] = bad
+        assert judge(probabilities, precision).status == "FAILED"
+
+    def test_scores(self) -> None:
+        labels = LOGITS.argmax(axis=1)
+        labels[:50] = (labels[:50] + 1) % 7
+        found = judge(softmax(LOGITS), "fp32", dataclasses.replace(BLANK, labels=labels))
+        assert found.accuracy == 0.75
+        assert found.macro_f1 is not None and 0.6 < found.macro_f1 < 0.9
+        assert judge(softmax(LOGITS), "fp32").accuracy is None
+
+    def test_accuracy_is_compared_image_by_image(self) -> None:
+        """Three images fewer than the reference has right, and the interval of that difference."""
+        probabilities = softmax(LOGITS)
+        probabilities[:3] = np.roll(probabilities[:3], 1, axis=1)
+        test_set = dataclasses.replace(BLANK, labels=LOGITS.argmax(axis=1))
+        found = judge(probabilities, "int8", test_set)
+        assert found.accuracy_difference == -0.015
+        assert found.accuracy_interval is not None
+        assert -0.05 < found.accuracy_interval[0] < -0.015 < found.accuracy_interval[1] < 0.01
+        assert found.difference_text.startswith("-0.0150 [-0.0")
+        assert found.agreement_text == "0.9850 [0.9568, 0.9949]"
+        assert judge(probabilities, "int8").difference_text == ""
+
+
+class TestVerification:
+    def test_round_trip(self) -> None:
+        test_set = dataclasses.replace(BLANK, labels=LOGITS.argmax(axis=1))
+        found = judge(softmax(LOGITS + 1), "fp16", test_set)
+        content = json.loads(json.dumps(found.as_dict()))
+        assert content["status"] == "verified"
+        assert Verification.from_dict(content) == found
+
+    def test_not_run(self) -> None:
+        found = Verification(not_run="no GPU")
+        assert found.status == "built, not verified here"
+        assert found.reason == "no GPU"
+
+    @pytest.mark.parametrize("figure", ["difference", "KL", "agreement"])
+    def test_exceeds(self, figure: str) -> None:
+        found = Verification(problems=(f"{figure} 1 > 0",))
+        assert [name for name in ("difference", "KL", "agreement") if found.exceeds(name)] == [
+            figure
+        ]
+
+
+class TestTestSet:
+    def test_bundled_faces(self, small_spec: ModelSpec) -> None:
+        for size in (64, 224):
+            test_set = load_test_set(None, small_spec.replace(input_size=size))
+            assert test_set.images.shape == (16, size, size, 3)
+            assert test_set.images.dtype == np.uint8
+            assert len({image.tobytes() for image in test_set.images}) == 16
+            assert test_set.labels is None
+            assert test_set.source == "16 synthetic faces"
+
+    def test_prepared_data_set(self, faces: Path, small_spec: ModelSpec) -> None:
+        test_set = load_test_set(faces, small_spec)
+        assert test_set.source == "synthetic faces, test, 14 images"
+        assert test_set.images.shape == (14, 64, 64, 3)
+        assert test_set.labels is not None
+        assert sorted(set(test_set.labels)) == list(range(7))
+
+    def test_labels_of_another_model(self, faces: Path) -> None:
+        with pytest.raises(DatasetError, match="the model's labels: Neutral, Happiness, Surprise"):
+            load_test_set(faces, preset("ferplus"))
+
+    def test_published_layout_needs_a_preset(self, ferplus: Path, small_spec: ModelSpec) -> None:
+        with pytest.raises(DatasetError, match="--preset"):
+            load_test_set(ferplus, small_spec)
+        test_set = load_test_set(ferplus, preset("ferplus"), "ferplus")
+        assert len(test_set.images) == 300
+
+    def test_batches(self) -> None:
+        sizes: list[int] = []
+
+        def infer(images: np.ndarray) -> np.ndarray:
+            sizes.append(len(images))
+            return images[:, 0, 0].astype(np.float32)
+
+        images = RANDOM.integers(0, 255, (70, 2, 2, 3), dtype=np.uint8)
+        np.testing.assert_array_equal(run_in_batches(infer, images), images[:, 0, 0])
+        assert sizes == [32, 32, 6]
+
+
+class TestArtifact:
+    def reference(self, exported: Path, images: np.ndarray, infer: Any) -> tuple[Any, TestSet]:
+        logits, _ = infer(exported / "efficientface-fp32-cpu.onnx", images)
+        return logits, TestSet(images, np.zeros(len(images), dtype=np.int64), "forty faces")
+
+    def test_good(self, exported: Path, images: np.ndarray, infer: Any) -> None:
+        logits, test_set = self.reference(exported, images, infer)
+        for precision in THRESHOLDS:
+            path = exported / f"efficientface-{precision}-cpu.onnx"
+            found = verify_artifact(path, logits, test_set, precision)
+            assert found.problems == ()
+            assert found.status == "verified"
+            assert (found.runner, found.images) == ("onnx:cpu", 40)
+            assert found.accuracy == score_artifact(path, test_set)["accuracy"]
+
+    def test_worse_than_its_name(self, exported: Path, images: np.ndarray, infer: Any) -> None:
+        logits, test_set = self.reference(exported, images, infer)
+        path = exported / "efficientface-int8-cpu.onnx"
+        assert verify_artifact(path, logits, test_set, "fp32").status == "FAILED"
+
+    def test_nan_is_a_failed_verification(
+        self, exported: Path, images: np.ndarray, infer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The runtime raises on NaN; here that is a verdict, not an error."""
+        logits, test_set = self.reference(exported, images, infer)
+        from efficientface_deploy.backends.base import Output
+        from efficientface_deploy.backends.onnx import OnnxBackend
+
+        bad = np.full((32, 7), np.nan, dtype=np.float32)
+        monkeypatch.setattr(
+            OnnxBackend, "_infer", lambda self, batch: Output(bad[: len(batch)], bad[: len(batch)])
+        )
+        path = exported / "efficientface-fp16-cpu.onnx"
+        found = verify_artifact(path, logits, test_set, "fp16")
+        assert found.status == "FAILED"
+        assert found.problems == ("NaN or infinity instead of finite outputs",)
+
+    def test_nothing_runs_it_here(
+        self, exported: Path, images: np.ndarray, infer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        logits, test_set = self.reference(exported, images, infer)
+
+        def missing(path: Path) -> None:
+            raise ef.BackendError("backend onnx", expected="x", found="not installed", fix="y")
+
+        monkeypatch.setattr(ef, "load", missing)
+        found = verify_artifact(exported / "efficientface-fp16-cpu.onnx", logits, test_set, "fp16")
+        assert found.status == "built, not verified here"
+        assert found.not_run == "backend onnx: not installed"
+        assert found.max_difference is None
+
+
+class TestStoredReference:
+    def write(self, folder: Path, count: int = 200, source: str = "faces") -> TestSet:
+        images = RANDOM.integers(0, 255, (count, 64, 64, 3), dtype=np.uint8)
+        test_set = TestSet(images, None, source)
+        write_reference(folder, test_set, LOGITS[:count], PARENT)
+        return test_set
+
+    def test_round_trip(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        written = self.write(tmp_path)
+        test_set, logits = read_reference(tmp_path, small_spec, PARENT)
+        assert test_set.source == "16 of faces"
+        assert test_set.labels is None
+        assert len(test_set.images) == len(logits) == 16
+        assert logits.dtype == np.float32
+        # Evenly spread: the images of a data set are sorted by class.
+        for kept, where in ((0, 0), (15, 199), (8, 106)):
+            np.testing.assert_array_equal(test_set.images[kept], written.images[where])
+            np.testing.assert_array_equal(logits[kept], LOGITS[where])
+        assert stored_parent(tmp_path) == PARENT
+
+    def test_written_again_it_stays(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        self.write(tmp_path)
+        first, logits = read_reference(tmp_path, small_spec, PARENT)
+        write_reference(tmp_path, first, logits, PARENT)
+        again, _ = read_reference(tmp_path, small_spec, PARENT)
+        assert again.source == first.source
+        np.testing.assert_array_equal(again.images, first.images)
+
+    def test_fewer_images(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        self.write(tmp_path, 3)
+        test_set, _ = read_reference(tmp_path, small_spec, None)
+        assert (len(test_set.images), test_set.source) == (3, "faces")
+
+    def test_missing(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        with pytest.raises(ArtifactError, match=r"verify\.npz: .*no such file; copy"):
+            read_reference(tmp_path, small_spec, PARENT)
+        assert stored_parent(tmp_path) is None
+
+    def test_other_weights(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        self.write(tmp_path)
+        with pytest.raises(ArtifactError, match=r"of the weights eeee.*found those of ffff"):
+            read_reference(tmp_path, small_spec, "e" * 64)
+
+    def test_another_model(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        self.write(tmp_path)
+        with pytest.raises(
+            ArtifactError, match=r"\(96, 96, 3\) and 7 logits, found .*\(64, 64, 3\)"
+        ):
+            read_reference(tmp_path, small_spec.replace(input_size=96), PARENT)
+        with pytest.raises(ArtifactError, match=r"and 8 logits, found .* and 7 logits"):
+            read_reference(tmp_path, preset("ferplus").replace(input_size=64), PARENT)
+
+    def test_damaged(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        self.write(tmp_path)
+        path = tmp_path / REFERENCE_FILE
+        content = path.read_bytes()
+        for damaged in (b"", b"not a zip", content[: len(content) // 2], content[:-4000]):
+            path.write_bytes(damaged)
+            with pytest.raises(ArtifactError, match=r"verify\.npz: .*a damaged file"):
+                read_reference(tmp_path, small_spec, PARENT)
+            assert stored_parent(tmp_path) is None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"images": np.zeros((16, 64, 64, 3), dtype=np.float32)},
+            {"images": np.zeros((16, 64), dtype=np.uint8)},
+            {"images": np.zeros((15, 64, 64, 3), dtype=np.uint8)},
+            {"images": np.zeros((0, 64, 64, 3), dtype=np.uint8), "logits": np.zeros((0, 7))},
+            {"logits": np.zeros(16, dtype=np.float32)},
+            {"logits": np.array([["a"] * 7] * 16)},
+            {"logits": None},
+            {"source": None},
+            {"parent": None},
+            {"images": np.array([object()])},
+        ],
+    )
+    def test_foreign(self, tmp_path: Path, small_spec: ModelSpec, change: dict[str, Any]) -> None:
+        """Nothing in the file is unpickled, and nothing else is trusted."""
+        arrays: dict[str, Any] = {
+            "images": np.zeros((16, 64, 64, 3), dtype=np.uint8),
+            "logits": LOGITS[:16],
+            "source": np.array("faces"),
+            "parent": np.array(PARENT),
+        }
+        arrays = {key: value for key, value in (arrays | change).items() if value is not None}
+        np.savez(tmp_path / REFERENCE_FILE, **arrays)
+        with pytest.raises(ArtifactError, match="a damaged file"):
+            read_reference(tmp_path, small_spec, PARENT)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator
+from training.trainer.temperature import (
+    calibration_errors,
+    fit_temperature,
+    fold_temperature,
+    is_certain,
+    says_nothing,
+)
+
+
+@pytest.fixture
+def honest() -> tuple[np.ndarray, np.ndarray]:
+    """Logits float32 (4000, 5) whose softmax says exactly how often each class comes."""
+    generator = np.random.default_rng(0)
+    logits = 2 * generator.standard_normal((4000, 5)).astype(np.float32)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = np.array([generator.choice(5, p=row / row.sum()) for row in probabilities])
+    return logits, labels
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0, 10.0])
+def test_finds_the_factor_that_made_logits_dishonest(factor, honest):
+    logits, labels = honest
+    temperature = fit_temperature(factor * logits, labels)
+    assert temperature == pytest.approx(factor * fit_temperature(logits, labels), rel=1e-3)
+    assert temperature == pytest.approx(factor, rel=0.06)
+
+
+def test_is_the_minimum_of_the_cross_entropy(honest):
+    logits, labels = honest
+    scores, targets = torch.from_numpy(logits).double(), torch.from_numpy(labels)
+
+    def loss(temperature: float) -> float:
+        return torch.nn.functional.cross_entropy(scores / temperature, targets).item()
+
+    best = fit_temperature(logits, labels)
+    assert loss(best) <= min(loss(best * 1.01), loss(best / 1.01))
+
+
+def test_error_before_and_after(honest):
+    logits, labels = honest
+    before, after = calibration_errors(4 * logits, labels, 4.0)
+    assert before > 0.1 > 0.03 > after
+
+
+def test_logits_that_are_always_right_give_the_smallest_temperature():
+    assert fit_temperature(np.eye(3, dtype=np.float32), np.arange(3)) == pytest.approx(
+        0.05, rel=0.01
+    )
+
+
+def test_ends_of_the_range_are_told_apart(honest):
+    right, wrong = np.eye(3, dtype=np.float32), 1 - np.eye(3, dtype=np.float32)
+    logits, labels = honest
+    cases = [(right, np.arange(3)), (wrong, np.arange(3)), (logits, labels)]
+    temperatures = [fit_temperature(*case) for case in cases]
+    assert [is_certain(temperature) for temperature in temperatures] == [True, False, False]
+    assert [says_nothing(temperature) for temperature in temperatures] == [False, True, False]
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_folding_divides_the_logits(network):
+    torch.manual_seed(0)
+    model = EfficientFace(7) if network == "student" else LabelDistributionGenerator(7, "resnet18")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model.eval()(images)
+        fold_temperature(model, 2.5)
+        torch.testing.assert_close(model(images), before / 2.5)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.trainer import tracking
+from training.trainer.tracking import TrainingProgress
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test winds."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_log_gets_a_plain_line_now_and_then(clock, capsys):
+    with TrainingProgress(epoch=1, epochs=4, steps=100, batch_size=8) as shown:
+        for step in range(1, 101):
+            clock.now += 1
+            shown.update(step, loss=2 / step)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # after 30, 60 and 90 seconds
+    assert lines[0] == "epoch 2/4, step 30/100: loss 0.0667, 8 images/s, 4 min left"
+    assert lines[2].endswith("step 90/100: loss 0.0222, 8 images/s, 4 min left")  # 210 s
+
+
+ON_A_TERMINAL = """
+import time
+from training.trainer import tracking
+from training.trainer.tracking import TrainingProgress
+tracking.LOG_SECONDS = 0
+with TrainingProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
+    time.sleep(0.05)
+    shown.update(10, loss=1.5)
+    time.sleep(0.3)
+print("done")
+"""
+
+
+def test_terminal_gets_one_live_line():
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", ON_A_TERMINAL]
+    process = subprocess.Popen(command, stdout=slave, cwd=ROOT, env=environment)
+    os.close(slave)
+    with open(master, "rb", buffering=0) as terminal:
+        seen = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while chunk := terminal.read(4096):
+                seen += chunk
+    assert process.wait(timeout=60) == 0
+    text = seen.decode()
+    line = r" epoch 1/1, step 10/50: loss 1\.5000, \d+ images/s, \d+ s left"
+    assert re.search(line, text)
+    assert not re.search(r"[^ ]epoch 1/1, step", text)  # no plain line, which has no bar before it
+    shown, _, after = text.rpartition("\x1b[2K")  # erased before what follows
+    assert re.search(line, shown) and after.strip().endswith("done") and "epoch" not in after

@@ -1,0 +1,142 @@
+"""Temperature scaling (Guo et al. 2017, section 4.2): one number that makes confidence honest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
+from efficientface_deploy.models import load_checkpoint
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import Float32Array, normalise
+from efficientface_deploy.workbench.dataset import Sample, iterate_batches
+from efficientface_deploy.workbench.metrics import IndexArray, expected_calibration_error
+from training.trainer.checkpointing import save_result
+from training.trainer.config import Job
+
+_RANGE = (0.05, 20.0)
+
+
+def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
+    """The temperature T that minimises the cross-entropy of softmax(logits / T).
+
+    The cross-entropy is convex in 1 / T; its minimum is found by bisecting the sign of its slope.
+
+    Args:
+        logits: float32 (N, C), of images that the network was not trained on.
+        labels: Integers (N,).
+
+    Returns:
+        T, 0.05 to 20. Above 1 the network was too sure of itself.
+    """
+    scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))  # (N, C)
+    targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))  # (N,)
+    low, high = 1 / _RANGE[1], 1 / _RANGE[0]
+    for _ in range(60):
+        inverse = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+        functional.cross_entropy(scores * inverse, targets).backward()  # type: ignore[no-untyped-call]
+        assert inverse.grad is not None
+        if inverse.grad > 0:
+            high = inverse.item()
+        else:
+            low = inverse.item()
+    return 2 / (low + high)
+
+
+def is_certain(temperature: float) -> bool:
+    """Whether the cross-entropy falls for ever towards T = 0, as when every image is told right."""
+    return temperature < 1.01 * _RANGE[0]
+
+
+def says_nothing(temperature: float) -> bool:
+    """Whether the cross-entropy falls for ever towards equal probabilities."""
+    return temperature > 0.99 * _RANGE[1]
+
+
+def calibration_errors(
+    logits: Float32Array, labels: IndexArray, temperature: float
+) -> tuple[float, float]:
+    """Expected calibration error before and after dividing the logits by ``temperature``."""
+    scores = torch.from_numpy(np.asarray(logits))
+    before, after = (
+        expected_calibration_error((scores / by).softmax(dim=1).numpy(), labels)
+        for by in (1.0, temperature)
+    )
+    return before, after
+
+
+def fold_temperature(model: nn.Module, temperature: float) -> None:
+    """Divide the network's logits by the temperature, in its last layer's weights.
+
+    Args:
+        model: A network whose last layer is ``fc``, changed in place.
+        temperature: From :func:`fit_temperature`.
+    """
+    head = next(m for name, m in model.named_modules() if name.split(".")[-1] == "fc")
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.div_(temperature)
+        head.bias.div_(temperature)
+
+
+def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> None:
+    """Fit the kept network's temperature on the images that chose it, and write it down.
+
+    A student's logits are divided by it, in the weights that are kept. A teacher's are not: the
+    published recipe takes its distributions at temperature 1.
+    """
+    record = provenance_from_metadata(read_safetensors_metadata(job.result), job.result)
+    if "calibration" in record:  # the run was whole before it went on
+        return
+    model, _ = load_checkpoint(job.result)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    logits, labels = predict(model, selection, job.spec, device)
+    temperature = fit_temperature(logits, labels)
+    if is_certain(temperature):
+        print(
+            f"note: all {len(selection):,} images of {job.recipe.select} are told right, which "
+            "gives no temperature; the confidences are not calibrated"
+        )
+        temperature = 1.0
+    elif says_nothing(temperature):
+        print(
+            f"note: on {job.recipe.select} its confidences fit best when all classes are equally "
+            "likely; it has not learned to tell them apart"
+        )
+    before, after = calibration_errors(logits, labels, temperature)
+    folded = job.kind == "student"
+    if folded:
+        fold_temperature(model, temperature)
+    record["calibration"] = {
+        "temperature": temperature,
+        "images": len(selection),
+        "ece_before": before,
+        "ece_after": after,
+        "folded": folded,
+    }
+    save_result(job, model, record)
+    print(
+        f"calibration error on {len(selection):,} images of {job.recipe.select}: {before:.4f}, "
+        f"{after:.4f} at temperature {temperature:.3f}"
+        + (", which is now in the weights" if folded else ", which is left out of the weights")
+    )
+
+
+def predict(
+    model: nn.Module, samples: Sequence[Sample], spec: ModelSpec, device: torch.device
+) -> tuple[Float32Array, IndexArray]:
+    """Logits float32 (N, C) and labels (N,), by the runtime's own preprocessing."""
+    model.eval()
+    logits, labels = [np.empty((0, spec.num_classes), np.float32)], [np.empty(0, np.int64)]
+    with torch.inference_mode():
+        for images, batch_labels in iterate_batches(samples, spec, 64):
+            batch = torch.from_numpy(normalise(images, spec))  # (N, 3, S, S)
+            dtype = next(model.parameters()).dtype
+            batch = batch.to(device, dtype, memory_format=torch.channels_last)
+            logits.append(model(batch).float().cpu().numpy())
+            labels.append(batch_labels)
+    return np.concatenate(logits), np.concatenate(labels)
