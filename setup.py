@@ -92,6 +92,7 @@ setup(
             "pnnx>=20240819",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "scikit-image>=0.22",
             "setuptools>=68",

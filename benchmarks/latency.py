@@ -279,9 +279,9 @@ def choose_baseline(contenders: Sequence[Contender], wanted: str | None) -> str:
     if wanted not in models:
         raise ConfigError(
             "--baseline",
-            expected="one of " + ", ".join(models),
-            found=repr(wanted),
-            fix="choose among the models that run here",
+            "one of " + ", ".join(models),
+            repr(wanted),
+            "choose among the models that run here",
         )
     return wanted
 

@@ -195,9 +195,9 @@ def choose_toolchains(libraries: str) -> list[Toolchain]:
         if name not in known:
             raise ConfigError(
                 "--libraries",
-                expected=", ".join(known),
-                found=repr(name),
-                fix="choose among these, with commas between",
+                ", ".join(known),
+                repr(name),
+                "choose among these, with commas between",
             )
     return [entry for entry in TOOLCHAINS if entry in OURS or entry.library in wanted]
 

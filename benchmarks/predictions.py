@@ -126,9 +126,9 @@ def read_predictions(path: Path) -> Predictions:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(
             path,
-            expected="predictions of benchmarks/accuracy.py",
-            found=f"something else or a truncated file ({error})",
-            fix="copy it again, or measure again",
+            "predictions of benchmarks/accuracy.py",
+            f"something else or a truncated file ({error})",
+            "copy it again, or measure again",
         ) from None
 
 

@@ -44,9 +44,9 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
     except (ValueError, AttributeError, RecursionError):
         raise ArtifactError(
             path,
-            expected="a safetensors file",
-            found="something else or a truncated one",
-            fix="copy it again, or train it again with python -m training.student",
+            "a safetensors file",
+            "something else or a truncated one",
+            "copy it again, or train it again with python -m training.student",
         ) from None
 
 
@@ -71,9 +71,9 @@ def require_preset(path: str | Path, preset_name: str | None) -> None:
     if preset_name is None and Path(path).is_file() and not carries_spec(path):
         raise ArtifactError(
             path,
-            expected="--preset, since this checkpoint does not say what its outputs mean",
-            found="none",
-            fix="add --preset " + ", ".join(PRESETS),
+            "--preset, since this checkpoint does not say what its outputs mean",
+            "none",
+            "add --preset " + ", ".join(PRESETS),
         )
 
 
@@ -87,9 +87,9 @@ def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> 
     if preset_name is not None and preset(preset_name).labels != spec.labels:
         raise ArtifactError(
             path,
-            expected=f"labels {', '.join(spec.labels)}, as its spec says",
-            found=f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
-            fix="leave the preset out; data with other classes needs a model trained on them",
+            f"labels {', '.join(spec.labels)}, as its spec says",
+            f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
+            "leave the preset out; data with other classes needs a model trained on them",
         )
 
 
@@ -103,9 +103,9 @@ def spec_from_metadata(metadata: Mapping[str, str], path: str | Path) -> ModelSp
     if SPEC_KEY not in metadata:
         raise ArtifactError(
             path,
-            expected=f"a model with a ModelSpec in its metadata ({SPEC_KEY})",
-            found="none",
-            fix="make the model with efficientface-export, which writes it",
+            f"a model with a ModelSpec in its metadata ({SPEC_KEY})",
+            "none",
+            "make the model with efficientface-export, which writes it",
         )
     return ModelSpec.from_json(metadata[SPEC_KEY], source=path)
 
@@ -122,10 +122,7 @@ def provenance_from_metadata(metadata: Mapping[str, str], path: str | Path) -> d
         provenance = None
     if not isinstance(provenance, dict):
         raise ArtifactError(
-            path,
-            expected="JSON in " + PROVENANCE_KEY,
-            found="something else",
-            fix="export the model again",
+            path, "JSON in " + PROVENANCE_KEY, "something else", "export the model again"
         )
     return provenance
 
@@ -146,9 +143,9 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
     if not path.is_file():
         raise ArtifactError(
             path,
-            expected=f"the sidecar of {engine.name}",
-            found="no such file",
-            fix="copy both files; an engine alone does not say its labels or preprocessing",
+            f"the sidecar of {engine.name}",
+            "no such file",
+            "copy both files; an engine alone does not say its labels or preprocessing",
         )
     try:
         content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
@@ -156,18 +153,15 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
         recorded = provenance["engine"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ArtifactError(
-            path,
-            expected="JSON with spec and provenance",
-            found="something else",
-            fix="export the engine again",
+            path, "JSON with spec and provenance", "something else", "export the engine again"
         ) from None
     spec = ModelSpec.from_json(json.dumps(spec_fields), source=path)
     if recorded != file_hash(engine):
         raise ArtifactError(
             engine,
-            expected=f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)",
-            found=f"another file (sha256 {file_hash(engine)[:12]}...)",
-            fix="copy both files of one export",
+            f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)",
+            f"another file (sha256 {file_hash(engine)[:12]}...)",
+            "copy both files of one export",
         )
     return spec, provenance
 
@@ -298,10 +292,7 @@ def _varint(file: BinaryIO) -> int:
 
 def _not_onnx(path: Path, found: str) -> ArtifactError:
     return ArtifactError(
-        path,
-        expected="an ONNX model",
-        found=found,
-        fix="copy it again, or export it again with efficientface-export",
+        path, "an ONNX model", found, "copy it again, or export it again with efficientface-export"
     )
 
 

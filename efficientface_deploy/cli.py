@@ -248,9 +248,9 @@ class Gallery:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
                 "--draw",
-                expected="a new or an empty folder",
-                found=f"{folder}, which is there and not empty",
-                fix="give another one",
+                "a new or an empty folder",
+                f"{folder}, which is there and not empty",
+                "give another one",
             )
         self._folder = folder
 
@@ -298,9 +298,9 @@ def _label_frames(
         if start is None:
             raise ImageError(
                 name,
-                expected="at least one frame",
-                found="none that OpenCV can decode",
-                fix="copy the video again, or convert it to MP4 (H.264)",
+                "at least one frame",
+                "none that OpenCV can decode",
+                "copy the video again, or convert it to MP4 (H.264)",
             )
 
 

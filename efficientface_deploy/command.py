@@ -114,7 +114,7 @@ def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
         problem = (f"at most {maximum}", "a smaller value")
     if problem is not None:
         expected, fix = problem
-        raise ConfigError(name, expected=expected, found=str(number), fix=f"give {name} {fix}")
+        raise ConfigError(name, expected, str(number), f"give {name} {fix}")
 
 
 def _option_name(field: dataclasses.Field[Any]) -> str:

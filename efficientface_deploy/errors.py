@@ -19,7 +19,7 @@ class EfficientFaceError(Exception):
 
     exit_code = 2
 
-    def __init__(self, subject: object, *, expected: str, found: str, fix: str) -> None:
+    def __init__(self, subject: object, expected: str, found: str, fix: str) -> None:
         self.subject = str(subject)
         self.expected = expected
         self.found = found
@@ -28,8 +28,8 @@ class EfficientFaceError(Exception):
         super().__init__(_one_line(f"{subject}: expected {expected}, found {found}; {fix}"))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exception pickles positional arguments only; data-loader workers send errors by pickle.
-        return _rebuild, (type(self), self.subject, self.expected, self.found, self.fix)
+        # Data-loader workers send errors by pickle, which would pass the message alone.
+        return type(self), (self.subject, self.expected, self.found, self.fix)
 
 
 def _one_line(text: str) -> str:
@@ -40,12 +40,6 @@ def _one_line(text: str) -> str:
 def system_words(error: OSError) -> str:
     """What the system says: ``no space left on device``, and the like."""
     return (error.strerror or type(error).__name__).lower()
-
-
-def _rebuild(
-    cls: type[EfficientFaceError], subject: str, expected: str, found: str, fix: str
-) -> EfficientFaceError:
-    return cls(subject, expected=expected, found=found, fix=fix)
 
 
 class ConfigError(EfficientFaceError):

@@ -64,8 +64,8 @@ def require_file(path: str | Path, kind: str) -> Path:
         found = "a folder" if path.is_dir() else "no such file"
         if found == "no such file" and path.exists():
             found = "a pipe or device"
-        raise ArtifactError(path, expected=kind, found=found, fix="check the path")
+        raise ArtifactError(path, kind, found, "check the path")
     if (size := path.stat().st_size) > _MAX_FILE:
         found = f"a file of {size / _MAX_FILE:.1f} GiB"
-        raise ArtifactError(path, expected=f"{kind} below 1 GiB", found=found, fix="copy it again")
+        raise ArtifactError(path, f"{kind} below 1 GiB", found, "copy it again")
     return path

@@ -247,9 +247,9 @@ class Predictor:
         if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
             raise BackendError(
                 self.path.name,
-                expected="a model that this process loaded",
-                found="one that was loaded before a fork",
-                fix="call load() in the child, or start processes by spawn",
+                "a model that this process loaded",
+                "one that was loaded before a fork",
+                "call load() in the child, or start processes by spawn",
             )
         return self._backend.infer(images)
 
@@ -331,9 +331,9 @@ def _check_several(images: object) -> None:
         kind = type(images).__name__
         raise ImageError(
             "batch",
-            expected="several images",
-            found=f"a single one ({kind})" if single else kind,
-            fix="call the predictor itself, or put the image into a list",
+            "several images",
+            f"a single one ({kind})" if single else kind,
+            "call the predictor itself, or put the image into a list",
         )
 
 
@@ -365,9 +365,9 @@ def load(
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
         raise BackendError(
             "threads",
-            expected=f"a whole number, at least 1 and at most {MAX_THREADS}",
-            found=repr(threads)[:40],
-            fix="leave it out for all cores",
+            f"a whole number, at least 1 and at most {MAX_THREADS}",
+            repr(threads)[:40],
+            "leave it out for all cores",
         )
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)

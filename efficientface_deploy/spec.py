@@ -111,10 +111,7 @@ class ModelSpec:
             return self.replace(input_size=size)
         except SpecError as error:
             raise ConfigError(
-                "--input-size",
-                expected=error.expected,
-                found=error.found,
-                fix="give another --input-size",
+                "--input-size", error.expected, error.found, "give another --input-size"
             ) from None
 
     def to_json(self) -> str:
@@ -136,19 +133,19 @@ class ModelSpec:
             fields = json.loads(text)
         except (ValueError, RecursionError, TypeError):
             raise SpecError(
-                source, expected="a ModelSpec as JSON", found="text that is not JSON", fix=_REMAKE
+                source, "a ModelSpec as JSON", "text that is not JSON", _REMAKE
             ) from None
         if not isinstance(fields, dict):
             kind = type(fields).__name__
-            raise SpecError(source, expected="a ModelSpec as JSON", found=kind, fix=_REMAKE)
+            raise SpecError(source, "a ModelSpec as JSON", kind, _REMAKE)
         known = {field.name for field in dataclasses.fields(cls)}
         required = {"schema", "architecture", "labels", "input_size", "mean", "std"}
         if unknown := sorted(set(fields) - known):
             found = "unknown key " + ", ".join(unknown)
-            raise SpecError(source, expected="keys of a ModelSpec", found=found, fix=_REMAKE)
+            raise SpecError(source, "keys of a ModelSpec", found, _REMAKE)
         if missing := sorted(required - set(fields)):
             found = "no " + ", ".join(missing)
-            raise SpecError(source, expected="all keys of a ModelSpec", found=found, fix=_REMAKE)
+            raise SpecError(source, "all keys of a ModelSpec", found, _REMAKE)
         for key in ("labels", "mean", "std"):
             if isinstance(fields[key], list):
                 fields[key] = tuple(fields[key])
@@ -156,10 +153,7 @@ class ModelSpec:
             return cls(**fields)
         except SpecError as error:
             raise SpecError(
-                f"{source}: {error.subject}",
-                expected=error.expected,
-                found=error.found,
-                fix=error.fix,
+                f"{source}: {error.subject}", error.expected, error.found, error.fix
             ) from None
 
 
@@ -173,7 +167,7 @@ def _bad(field: str, expected: str, found: object, fix: str = _REMAKE) -> SpecEr
         shown = f"{type(found).__name__} with a huge number"
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    return SpecError(f"ModelSpec.{field}", expected=expected, found=shown, fix=fix)
+    return SpecError(f"ModelSpec.{field}", expected, shown, fix)
 
 
 def _is_int(value: object) -> bool:
@@ -270,8 +264,8 @@ def preset(name: str) -> ModelSpec:
     if name not in PRESETS:
         raise SpecError(
             "preset",
-            expected="one of " + ", ".join(PRESETS),
-            found=repr(name),
-            fix="choose one of these, or read a checkpoint that carries its own spec",
+            "one of " + ", ".join(PRESETS),
+            repr(name),
+            "choose one of these, or read a checkpoint that carries its own spec",
         )
     return PRESETS[name]

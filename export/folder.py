@@ -80,7 +80,7 @@ def open_folder(path: Path) -> Iterator[OutputFolder]:
                 raise
             raise ExportError(
                 error.filename or path,
-                expected="space for what is written",
-                found=system_words(error),
-                fix="free some on that disk, or choose another --out",
+                "space for what is written",
+                system_words(error),
+                "free some on that disk, or choose another --out",
             ) from None

@@ -64,9 +64,9 @@ def _check_something_to_make(plan: Plan, source: Source) -> None:
     if plan.engine == "onnx" and not plan.missing and source.is_onnx_in(plan.precisions[-1]):
         raise ConfigError(
             "--engine onnx",
-            expected="a checkpoint, or another --precision than the file's",
-            found=f"{source.path}, an ONNX file in {source.precision}",
-            fix=f"use it as it is (--verify {source.path} checks it); for a checkpoint "
+            "a checkpoint, or another --precision than the file's",
+            f"{source.path}, an ONNX file in {source.precision}",
+            f"use it as it is (--verify {source.path} checks it); for a checkpoint "
             "pip install 'efficientface-deploy[export,cpu]'",
         )
 
@@ -118,9 +118,9 @@ def _conclude(config: ExportConfig, plan: Plan, rows: Sequence[Row], made: Seque
     if unverified and config.require_verified:
         raise ExportError(
             ", ".join(unverified),
-            expected="verification, as --require-verified asks",
-            found="no backend here that can run it",
-            fix="verify it on the device with efficientface-export --verify FILE",
+            "verification, as --require-verified asks",
+            "no backend here that can run it",
+            "verify it on the device with efficientface-export --verify FILE",
         )
     if plan.missing:
         print(plan.missing)
@@ -131,9 +131,9 @@ def _conclude(config: ExportConfig, plan: Plan, rows: Sequence[Row], made: Seque
             print("    " + _finish("trt-rtx", path, config, precision))
         raise ExportError(
             f"--engine {config.engine}",
-            expected="an engine",
-            found="the ONNX file only: " + ", ".join(map(str, made)),
-            fix="finish with one of the commands above",
+            "an engine",
+            "the ONNX file only: " + ", ".join(map(str, made)),
+            "finish with one of the commands above",
         )
 
 

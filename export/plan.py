@@ -64,7 +64,7 @@ def make_plan(config: ExportConfig, source: Source) -> Plan:
     graph = _choose_graph(config, source, target)
     plan = Plan(config.out, "onnx" if missing else engine, target, graph, precisions, missing)
     if plan.out.exists() and not plan.out.is_dir():
-        raise ConfigError(plan.out, expected="a folder", found="a file", fix="choose another --out")
+        raise ConfigError(plan.out, "a folder", "a file", "choose another --out")
     return plan
 
 
@@ -81,9 +81,9 @@ def _choose_engine(config: ExportConfig) -> tuple[str, str]:
     if config.target == "cpu":
         raise ConfigError(
             "--target cpu",
-            expected=f"gpu with --engine {engine}",
-            found="cpu",
-            fix="leave --target out, or use --engine onnx",
+            f"gpu with --engine {engine}",
+            "cpu",
+            "leave --target out, or use --engine onnx",
         )
     reason = _why_not(engine)
     return engine, f"--engine {engine} cannot be made here: {reason}" if reason else ""
@@ -101,9 +101,9 @@ def _check_engine_options(config: ExportConfig, engine: str, missing: str) -> No
     if names and engine != "trt-rtx":
         raise ConfigError(
             "--compute-capability",
-            expected="--engine trt-rtx, which alone is told what to build for",
-            found=f"--engine {engine}",
-            fix="leave it out, or use --engine trt-rtx",
+            "--engine trt-rtx, which alone is told what to build for",
+            f"--engine {engine}",
+            "leave it out, or use --engine trt-rtx",
         )
     if names and not missing:
         engines.check_targets("trt-rtx", names)
@@ -115,9 +115,9 @@ def _choose_target(config: ExportConfig, source: Source, engine: str) -> str:
     if config.target not in (None, source.target):
         raise ConfigError(
             f"--target {config.target}",
-            expected=f"{source.target}, which {source.path.name} was made for",
-            found=str(config.target),
-            fix="leave --target out, or give the checkpoint as --weights",
+            f"{source.target}, which {source.path.name} was made for",
+            str(config.target),
+            "leave --target out, or give the checkpoint as --weights",
         )
     return source.target
 
@@ -127,9 +127,9 @@ def _choose_precisions(config: ExportConfig, source: Source, engine: str) -> tup
         if config.precision not in (None, source.precision):
             raise ConfigError(
                 f"--precision {config.precision}",
-                expected=f"{source.precision}, which {source.path.name} is",
-                found=str(config.precision),
-                fix="give the FP32 file or the checkpoint as --weights",
+                f"{source.precision}, which {source.path.name} is",
+                str(config.precision),
+                "give the FP32 file or the checkpoint as --weights",
             )
         return (source.precision,)
     if config.precision == "all":
@@ -147,24 +147,24 @@ def _check_options(config: ExportConfig, source: Source, precisions: tuple[str, 
             if given:
                 raise ConfigError(
                     name,
-                    expected="a checkpoint as --weights",
-                    found=source.path.name,
-                    fix="give the checkpoint that the ONNX file was made from",
+                    "a checkpoint as --weights",
+                    source.path.name,
+                    "give the checkpoint that the ONNX file was made from",
                 )
     quantises = "int8" in precisions and source.precision == "fp32"
     if quantises and config.calib is None:
         raise ConfigError(
             "--calib",
-            expected="a folder of training images for INT8",
-            found="none",
-            fix="give the data set that the network was trained on, e.g. --calib RAF-DB",
+            "a folder of training images for INT8",
+            "none",
+            "give the data set that the network was trained on, e.g. --calib RAF-DB",
         )
     if config.exclude and not quantises:
         raise ConfigError(
             "--exclude",
-            expected="--precision int8, and an FP32 source",
-            found=", ".join(precisions),
-            fix="leave --exclude out",
+            "--precision int8, and an FP32 source",
+            ", ".join(precisions),
+            "leave --exclude out",
         )
 
 
@@ -174,9 +174,9 @@ def _choose_graph(config: ExportConfig, source: Source, target: str) -> str:
         if config.graph is not None:
             raise ConfigError(
                 f"--graph {config.graph}",
-                expected="a checkpoint as --weights",
-                found=source.path.name,
-                fix="leave --graph out: the file keeps the graph that it has",
+                "a checkpoint as --weights",
+                source.path.name,
+                "leave --graph out: the file keeps the graph that it has",
             )
         graph = source.provenance.graph
         if graph == "deploy" and source.target != target:
@@ -187,9 +187,9 @@ def _choose_graph(config: ExportConfig, source: Source, target: str) -> str:
     if config.graph == "deploy":
         raise ConfigError(
             "--graph deploy",
-            expected="an EfficientFace checkpoint as --weights",
-            found=f"{source.path.name}, {source.spec.architecture}",
-            fix="leave --graph out",
+            "an EfficientFace checkpoint as --weights",
+            f"{source.path.name}, {source.spec.architecture}",
+            "leave --graph out",
         )
     return "plain"
 
@@ -263,9 +263,9 @@ def _check_model(plan: Plan, source: Source) -> None:
     if parent not in (None, source.weights["sha256"]) or reports_other_model(plan.out, header):
         raise ConfigError(
             plan.out,
-            expected="artifacts of the same weights, labels and input size, or none",
-            found="artifacts of others",
-            fix="add --overwrite, or choose another --out",
+            "artifacts of the same weights, labels and input size, or none",
+            "artifacts of others",
+            "add --overwrite, or choose another --out",
         )
 
 
@@ -287,9 +287,4 @@ def _sha256(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_the_way(path: Path, found: str) -> ConfigError:
-    return ConfigError(
-        path,
-        expected="no such file yet",
-        found=found,
-        fix="add --overwrite, or choose another --out",
-    )
+    return ConfigError(path, "no such file yet", found, "add --overwrite, or choose another --out")

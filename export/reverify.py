@@ -40,9 +40,9 @@ def verify_command(config: ExportConfig, path: Path) -> int:
     if verification.not_run:
         raise ExportError(
             path,
-            expected="a backend that can run it",
-            found=verification.not_run,
-            fix="verify it on the machine that it was built for",
+            "a backend that can run it",
+            verification.not_run,
+            "verify it on the machine that it was built for",
         )
     if config.val is not None:
         labelled = load_test_set(config.val, spec, config.preset)
@@ -69,7 +69,7 @@ def _require_artifact(path: Path) -> None:
         fix = "copy it again, or export it again"
     else:
         fix = "give an exported file"
-    raise ArtifactError(path, expected="an ONNX file or an engine of ours", found=found, fix=fix)
+    raise ArtifactError(path, "an ONNX file or an engine of ours", found, fix)
 
 
 def _read(path: Path) -> tuple[ModelSpec, dict[str, Any], str]:

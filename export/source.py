@@ -109,9 +109,9 @@ class Source:
             if val is not None:
                 raise ConfigError(
                     "--val",
-                    expected="a checkpoint or an FP32 ONNX file, and a runtime that runs it",
-                    found=f"{self.path.name} ({self.precision})",
-                    fix=f"leave --val out; score it with --verify {self.path} --val {val}",
+                    "a checkpoint or an FP32 ONNX file, and a runtime that runs it",
+                    f"{self.path.name} ({self.precision})",
+                    f"leave --val out; score it with --verify {self.path} --val {val}",
                 )
             if self.infer is None or (self.path.parent / REFERENCE_FILE).is_file():
                 return read_reference(self.path.parent, self.spec, self.weights["sha256"])
@@ -183,16 +183,16 @@ def _require_weights(path: Path) -> None:
         fix = "copy it again, or give another file"
     else:
         fix = "give a file that ends in " + ", ".join(suffixes)
-    raise ArtifactError(path, expected="a checkpoint or an ONNX file of ours", found=found, fix=fix)
+    raise ArtifactError(path, "a checkpoint or an ONNX file of ours", found, fix)
 
 
 def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> Source:
     if reason := missing_reason("torch"):
         raise BackendError(
             path,
-            expected="PyTorch, to export a checkpoint",
-            found=reason,
-            fix="pip install 'efficientface-deploy[export,cpu]', or give an ONNX file of ours as "
+            "PyTorch, to export a checkpoint",
+            reason,
+            "pip install 'efficientface-deploy[export,cpu]', or give an ONNX file of ours as "
             "--weights",
         )
     require_package("onnxscript")

@@ -130,9 +130,9 @@ def read_run(folder: Path) -> Run:
     if not whole:
         raise ConfigError(
             folder,
-            expected=f"the folder of a training: {CONFIG}, {METRICS} and weights",
-            found="a folder without" if folder.is_dir() else "no such folder",
-            fix="give the --out of training.student or training.teacher, after an epoch",
+            f"the folder of a training: {CONFIG}, {METRICS} and weights",
+            "a folder without" if folder.is_dir() else "no such folder",
+            "give the --out of training.student or training.teacher, after an epoch",
         )
     return Run(folder, settings, found[0], history)
 
@@ -239,9 +239,9 @@ def _check_seeds(runs: Sequence[Run], split: str) -> None:
             if run.settings[name] != wanted:
                 raise ConfigError(
                     run.folder,
-                    expected=f"--{name} {wanted}, so that none was trained on the tenth of train",
-                    found=f"--{name} {run.settings[name]}",
-                    fix="leave the run out, or compare on --split validation",
+                    f"--{name} {wanted}, so that none was trained on the tenth of train",
+                    f"--{name} {run.settings[name]}",
+                    "leave the run out, or compare on --split validation",
                 )
 
 

@@ -142,9 +142,9 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
     if select != HOLDOUT or given not in (None, seed):
         raise ConfigError(
             "--split holdout",
-            expected="images that the model was not trained on",
-            found=f"a model of --select {select} --seed {seed}",
-            fix="leave --seed out" if select == HOLDOUT else "choose another --split",
+            "images that the model was not trained on",
+            f"a model of --select {select} --seed {seed}",
+            "leave --seed out" if select == HOLDOUT else "choose another --split",
         )
     return int(seed)
 
@@ -158,9 +158,9 @@ def check_labels(predictor: Predictor, dataset: Dataset) -> None:
     if predictor.spec.labels != dataset.labels:
         raise DatasetError(
             dataset.root,
-            expected="the model's labels: " + ", ".join(predictor.spec.labels),
-            found=", ".join(dataset.labels),
-            fix="give the data set that the model was trained for",
+            "the model's labels: " + ", ".join(predictor.spec.labels),
+            ", ".join(dataset.labels),
+            "give the data set that the model was trained for",
         )
 
 

@@ -234,19 +234,16 @@ def _none_readable(config: ExplainConfig, unreadable: Sequence[ImageError]) -> I
     first = unreadable[0]
     return ImageError(
         ", ".join(config.images),
-        expected="at least one image that can be read",
-        found=f"none among {len(unreadable)} (the first: {first.subject}, {first.found})",
-        fix="give other images",
+        "at least one image that can be read",
+        f"none among {len(unreadable)} (the first: {first.subject}, {first.found})",
+        "give other images",
     )
 
 
 def _class_index(name: str, spec: ModelSpec) -> int:
     if name not in spec.labels:
         raise ConfigError(
-            "--class",
-            expected="one of " + ", ".join(spec.labels),
-            found=repr(name),
-            fix="choose one of these",
+            "--class", "one of " + ", ".join(spec.labels), repr(name), "choose one of these"
         )
     return spec.labels.index(name)
 
@@ -256,10 +253,7 @@ def _check_out(out: Path) -> None:
     check_writable(out)
     if any(out.glob(SHEETS)):
         raise ConfigError(
-            out,
-            expected="no sheets yet",
-            found="those of an earlier run",
-            fix="choose another --out, or remove them",
+            out, "no sheets yet", "those of an earlier run", "choose another --out, or remove them"
         )
 
 

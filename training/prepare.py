@@ -86,9 +86,9 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
         if not replaceable and (not out.is_dir() or any(out.iterdir())):
             raise DatasetError(
                 out,
-                expected="a new folder, or a data set prepared in the same way",
-                found="another data set" if found is not None else "other files",
-                fix="choose another --out" + (" or add --overwrite" if found is not None else ""),
+                "a new folder, or a data set prepared in the same way",
+                "another data set" if found is not None else "other files",
+                "choose another --out" + (" or add --overwrite" if found is not None else ""),
             )
     make_folder(out.parent)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -96,9 +96,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     try:
         counts = _write_files(work, preparation)
         if not counts:
-            raise DatasetError(
-                out, expected="images", found="none that can be used", fix="check --source"
-            )
+            raise DatasetError(out, "images", "none that can be used", "check --source")
         if preparation.every_class:
             check_every_class(counts, description["labels"], out)
         work.chmod(0o755)
@@ -201,7 +199,7 @@ def _encode(image: Image.Image, like: bytes) -> tuple[str, bytes]:
 
 
 def _unusable(name: str, expected: str, found: str) -> ImageError:
-    return ImageError(name, expected=expected, found=found, fix="check --source")
+    return ImageError(name, expected, found, "check --source")
 
 
 def _description_of(root: Path) -> dict[str, Any] | None:
@@ -260,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config_class, prepare, _ = COMMANDS[namespace.dataset]
     config = config_from(config_class, namespace)
     if not config.out.name:
-        raise ConfigError("--out", expected="a folder", found=str(config.out), fix="name one")
+        raise ConfigError("--out", "a folder", str(config.out), "name one")
     preparation = prepare(config)
     counts = write_dataset(config.out, preparation, overwrite=config.overwrite)
     _compare_with_published(counts, preparation.description["labels"], preparation.published)

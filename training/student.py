@@ -120,9 +120,9 @@ def check_targets(config: StudentConfig, views: int) -> None:
     if config.asks_teacher and config.teacher is None:
         raise ConfigError(
             "--teacher",
-            expected=f"an LDG's checkpoint for --targets {config.targets}",
-            found="none",
-            fix="train one with python -m training.teacher, or choose --targets onehot or votes",
+            f"an LDG's checkpoint for --targets {config.targets}",
+            "none",
+            "train one with python -m training.teacher, or choose --targets onehot or votes",
         )
     if not config.asks_teacher:
         _refuse(config, _FOR_LDG, "which asks no LDG")
@@ -138,9 +138,9 @@ def _refuse(config: StudentConfig, names: Sequence[str], reason: str) -> None:
             shown = "--" + name.replace("_", "-")
             raise ConfigError(
                 shown,
-                expected=f"none with --targets {config.targets}, {reason}",
-                found=str(value),
-                fix=f"leave {shown} out, or choose other --targets",
+                f"none with --targets {config.targets}, {reason}",
+                str(value),
+                f"leave {shown} out, or choose other --targets",
             )
 
 

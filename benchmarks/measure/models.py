@@ -121,9 +121,9 @@ def positive_integers(text: str, option: str) -> tuple[int, ...]:
     if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise ConfigError(
             option,
-            expected="whole numbers from 1 on, with commas between",
-            found=repr(text),
-            fix=f"e.g. {option} 1,8,32",
+            "whole numbers from 1 on, with commas between",
+            repr(text),
+            f"e.g. {option} 1,8,32",
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -148,9 +148,9 @@ def choose_backends(text: str) -> tuple[str, ...]:
         if name not in known and name not in REGISTRY:
             raise ConfigError(
                 "--backends",
-                expected=", ".join(known),
-                found=repr(name),
-                fix="choose among these, with commas between",
+                ", ".join(known),
+                repr(name),
+                "choose among these, with commas between",
             )
     return tuple(
         name for name in known if not wanted or name in wanted or name.partition(":")[0] in wanted
@@ -234,9 +234,9 @@ def require_contenders(contenders: Sequence[object], absent: Sequence[Absent]) -
     reasons = [f"{entry.model}: {entry.reason}" for entry in absent if entry.model]
     raise ConfigError(
         "models",
-        expected="one that runs on this machine",
-        found=f"none ({reasons[0]})" if reasons else "none",
-        fix="give model files, or make one with efficientface-export --engine onnx",
+        "one that runs on this machine",
+        f"none ({reasons[0]})" if reasons else "none",
+        "give model files, or make one with efficientface-export --engine onnx",
     )
 
 

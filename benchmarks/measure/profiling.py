@@ -221,9 +221,9 @@ def inspect_engine(contender: Contender) -> dict[str, Any]:
     if plan is None:
         raise BackendError(
             path.name,
-            expected=f"{module.__name__} to load the plan again",
-            found=logger.first_error() or "no reason given",
-            fix="leave --profile out",
+            f"{module.__name__} to load the plan again",
+            logger.first_error() or "no reason given",
+            "leave --profile out",
         )
     inspector = plan.create_engine_inspector()
     text = inspector.get_engine_information(module.LayerInformationFormat.JSON)

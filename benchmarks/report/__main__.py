@@ -135,28 +135,24 @@ def _check(config: ReportConfig, results: Sequence[Result]) -> None:
         ConfigError: Says which.
     """
     if not results and not config.readme:
-        raise ConfigError(
-            "RESULT", expected="a result", found="none", fix="give latency.json or another result"
-        )
+        raise ConfigError("RESULT", "a result", "none", "give latency.json or another result")
     if config.compare is not None and len(results) != 1:
         raise ConfigError(
             "--compare",
-            expected="one result to compare with it",
-            found=str(len(results)),
-            fix="give the newer result alone",
+            "one result to compare with it",
+            str(len(results)),
+            "give the newer result alone",
         )
     if config.fail_on_regression and config.compare is None:
         raise ConfigError(
             "--fail-on-regression",
-            expected="--compare OLD",
-            found="nothing to compare with",
-            fix="give the older result with --compare",
+            "--compare OLD",
+            "nothing to compare with",
+            "give the older result with --compare",
         )
     if config.plot is not None and (not results or results[0]["kind"] not in TIMED):
         found = f"{results[0]['kind']} in {config.results[0]}" if results else "none"
-        raise ConfigError(
-            "--plot", expected="a latency result", found=found, fix="leave --plot out"
-        )
+        raise ConfigError("--plot", "a latency result", found, "leave --plot out")
 
 
 def show_comparison(comparison: Comparison, output: Console) -> None:

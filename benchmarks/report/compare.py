@@ -81,9 +81,9 @@ def compare(
     if old["kind"] != kind or kind not in (*TIMED, "accuracy"):
         raise ConfigError(
             "--compare",
-            expected=f"two results of one kind ({', '.join((*TIMED, 'accuracy'))})",
-            found=f"{old['kind']} and {kind}",
-            fix="give results of the same command",
+            f"two results of one kind ({', '.join((*TIMED, 'accuracy'))})",
+            f"{old['kind']} and {kind}",
+            "give results of the same command",
         )
     warnings = _file_warnings(old, new)
     if kind == "accuracy":
@@ -92,9 +92,9 @@ def compare(
     if strict and other_machine:
         raise ConfigError(
             "--fail-on-regression",
-            expected="two results of one machine",
-            found=f"different ones ({other_machine})",
-            fix="compare without it, or measure both on one machine",
+            "two results of one machine",
+            f"different ones ({other_machine})",
+            "compare without it, or measure both on one machine",
         )
     if other_machine:
         warnings.insert(0, f"different machines ({other_machine}): nothing is called a regression")
@@ -228,9 +228,9 @@ def _pairs(old: Result, new: Result, keys: tuple[str, ...]) -> list[tuple[Case, 
     if not pairs:
         raise ConfigError(
             "--compare",
-            expected=f"a row of the same {', '.join(keys)} in both results",
-            found="none",
-            fix="measure the same models again",
+            f"a row of the same {', '.join(keys)} in both results",
+            "none",
+            "measure the same models again",
         )
     return pairs
 

@@ -72,9 +72,9 @@ def render_readme(text: str, root: Path = ROOT, path: Path = README) -> str:
     if len(_HEAD.findall(text)) != len(_BLOCK.findall(text)):
         raise ArtifactError(
             path,
-            expected="<!-- end --> after each <!-- kind: result -->",
-            found="a block without its end",
-            fix="add the line",
+            "<!-- end --> after each <!-- kind: result -->",
+            "a block without its end",
+            "add the line",
         )
 
     def write(block: re.Match[str]) -> str:
@@ -89,9 +89,9 @@ def _table(kind: str, result: Result, path: Path) -> Table:
     if kind not in makers or result["kind"] != kind:
         raise ArtifactError(
             path,
-            expected=f"a result of kind {kind}, as README says",
-            found=str(result["kind"]),
-            fix="name " + ", ".join(makers) + " and a result of that kind",
+            f"a result of kind {kind}, as README says",
+            str(result["kind"]),
+            "name " + ", ".join(makers) + " and a result of that kind",
         )
     return makers[kind](result)
 

@@ -177,9 +177,9 @@ def _check_schema(result: Result, path: Path) -> None:
     if schema > SCHEMA_VERSION:
         raise ArtifactError(
             path,
-            expected=f"a result of schema {SCHEMA_VERSION} or older",
-            found=f"schema {schema}, which a newer version wrote",
-            fix="show it with that version, or measure again with this one",
+            f"a result of schema {SCHEMA_VERSION} or older",
+            f"schema {schema}, which a newer version wrote",
+            "show it with that version, or measure again with this one",
         )
 
 
@@ -197,9 +197,9 @@ def _check_row(row: Case, kind: str, path: Path) -> None:
 def _unreadable(path: Path, found: str) -> ArtifactError:
     return ArtifactError(
         path,
-        expected=f"a result of benchmarks/ (schema {SCHEMA_VERSION} or older)",
-        found=found,
-        fix="copy it again, or measure again with this version",
+        f"a result of benchmarks/ (schema {SCHEMA_VERSION} or older)",
+        found,
+        "copy it again, or measure again with this version",
     )
 
 

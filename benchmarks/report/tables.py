@@ -573,9 +573,9 @@ def require_libraries() -> None:
     if missing:
         raise ConfigError(
             "benchmarks",
-            expected="rich and matplotlib",
-            found=f"no {' and no '.join(missing)}",
-            fix="pip install 'efficientface-deploy[bench]'",
+            "rich and matplotlib",
+            f"no {' and no '.join(missing)}",
+            "pip install 'efficientface-deploy[bench]'",
         )
 
 

@@ -88,31 +88,26 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
         if by_suffix is None:
             raise ArtifactError(
                 path,
-                expected="a model file (" + ", ".join(_all_suffixes()) + ")",
-                found="a folder" if path.is_dir() else f"suffix {path.suffix or 'none'}",
-                fix="give a file of one of these kinds; efficientface-export makes them",
+                "a model file (" + ", ".join(_all_suffixes()) + ")",
+                "a folder" if path.is_dir() else f"suffix {path.suffix or 'none'}",
+                "give a file of one of these kinds; efficientface-export makes them",
             )
         return by_suffix, ""
     name, _, device = requested.partition(":")
     if name not in REGISTRY:
         raise BackendError(
-            "backend",
-            expected="auto, " + ", ".join(REGISTRY),
-            found=repr(requested),
-            fix="choose one of these",
+            "backend", "auto, " + ", ".join(REGISTRY), repr(requested), "choose one of these"
         )
     entry = REGISTRY[name]
     if device and device not in entry.devices:
         choices = ", ".join(f"{name}:{known}" for known in entry.devices) or f"{name} alone"
-        raise BackendError(
-            "backend", expected=choices, found=repr(requested), fix="choose one of these"
-        )
+        raise BackendError("backend", choices, repr(requested), "choose one of these")
     if by_suffix != name:
         raise BackendError(
             f"backend {name}",
-            expected="a file that it runs (" + ", ".join(entry.suffixes) + ")",
-            found=path.name,
-            fix="leave the backend out, or give another file",
+            "a file that it runs (" + ", ".join(entry.suffixes) + ")",
+            path.name,
+            "leave the backend out, or give another file",
         )
     return name, device
 
@@ -134,12 +129,7 @@ def create_backend(name: str, path: Path, options: BackendOptions) -> Backend:
     entry = REGISTRY[name]
     install = f"pip install 'efficientface-deploy[{entry.extra}]'"
     if reason := missing_reason(name):
-        raise BackendError(
-            f"backend {name}",
-            expected=" or ".join(entry.requires),
-            found=reason,
-            fix=install,
-        )
+        raise BackendError(f"backend {name}", " or ".join(entry.requires), reason, install)
     try:
         module = importlib.import_module(f"{__name__}.{entry.module}")
     except ImportError as error:

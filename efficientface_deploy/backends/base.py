@@ -188,9 +188,9 @@ class Backend(abc.ABC):
         """Take an array on a GPU where it is; a backend that can do so overrides this."""
         raise ImageError(
             "batch",
-            expected=f"an array in host memory, which is what {self.name} takes",
-            found=f"{type(images).__name__} on a CUDA device",
-            fix="copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt",
+            f"an array in host memory, which is what {self.name} takes",
+            f"{type(images).__name__} on a CUDA device",
+            "copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt",
         )
 
     @contextlib.contextmanager
@@ -199,10 +199,7 @@ class Backend(abc.ABC):
         with self._lifecycle:
             if not self._is_open:
                 raise BackendError(
-                    self.path.name,
-                    expected="an open backend",
-                    found="a closed one",
-                    fix="load the model again",
+                    self.path.name, "an open backend", "a closed one", "load the model again"
                 )
             self._running += 1
         try:
@@ -242,9 +239,9 @@ class Backend(abc.ABC):
             found += f" of shape {getattr(images, 'shape', 'unknown')}"
             raise ImageError(
                 "batch",
-                expected=f"uint8 array of shape (N, {side}, {side}, 3)",
-                found=found,
-                fix="make it with Predictor.preprocess, or call the predictor with the image",
+                f"uint8 array of shape (N, {side}, {side}, 3)",
+                found,
+                "make it with Predictor.preprocess, or call the predictor with the image",
             )
 
     def _check_output(self, output: Output, batch: int) -> None:
@@ -253,16 +250,16 @@ class Backend(abc.ABC):
         if shapes != {shape}:
             raise BackendError(
                 self.path.name,
-                expected=f"outputs of shape {shape}",
-                found=" and ".join(map(str, sorted(shapes))),
-                fix="export the model again with efficientface-export",
+                f"outputs of shape {shape}",
+                " and ".join(map(str, sorted(shapes))),
+                "export the model again with efficientface-export",
             )
         if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
             raise BackendError(
                 self.path.name,
-                expected="finite outputs",
-                found="NaN or infinity",
-                fix="export the model again in a higher precision (--precision fp32)",
+                "finite outputs",
+                "NaN or infinity",
+                "export the model again in a higher precision (--precision fp32)",
             )
 
     def __enter__(self) -> Backend:
@@ -276,10 +273,7 @@ class Backend(abc.ABC):
 def broken_package(subject: str, error: Exception, install: str) -> BackendError:
     """What to say of a library that is there and cannot be imported."""
     return BackendError(
-        subject,
-        expected="a library that can be imported",
-        found=" ".join(str(error).split())[:160],
-        fix=install,
+        subject, "a library that can be imported", " ".join(str(error).split())[:160], install
     )
 
 

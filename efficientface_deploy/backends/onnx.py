@@ -115,9 +115,9 @@ class OnnxBackend(Backend):
         except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
             raise ArtifactError(
                 self.path,
-                expected="names in UTF-8",
-                found="other bytes",
-                fix="copy the file again, or export the model again",
+                "names in UTF-8",
+                "other bytes",
+                "copy the file again, or export the model again",
             ) from None
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
@@ -149,9 +149,9 @@ class OnnxBackend(Backend):
                 raise _missing_provider(device, found) from None
             raise ArtifactError(
                 self.path,
-                expected="an ONNX model that this onnxruntime can load",
-                found=found,
-                fix="export the model again, or update onnxruntime",
+                "an ONNX model that this onnxruntime can load",
+                found,
+                "export the model again, or update onnxruntime",
             ) from None
 
     def _settings(self, device: str) -> dict[str, str]:
@@ -215,10 +215,10 @@ class OnnxBackend(Backend):
             described = [f"{node.name} {node.type} {node.shape}" for node in inputs + outputs]
             raise ArtifactError(
                 self.path,
-                expected=f"uint8 image (N, {side}, {side}, 3) to {classes} logits and "
+                f"uint8 image (N, {side}, {side}, 3) to {classes} logits and "
                 "probabilities, as its spec says",
-                found="; ".join(described)[:200],
-                fix="export the model again with efficientface-export",
+                "; ".join(described)[:200],
+                "export the model again with efficientface-export",
             )
 
     def _infer(self, images: UInt8Array) -> Output:
@@ -230,9 +230,9 @@ class OnnxBackend(Backend):
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             raise BackendError(
                 self.path.name,
-                expected=f"a batch of {len(images)} to run on {self.name}",
-                found=f"{type(error).__name__} ({_first_line(error)})",
-                fix="give smaller batches, or export the model again",
+                f"a batch of {len(images)} to run on {self.name}",
+                f"{type(error).__name__} ({_first_line(error)})",
+                "give smaller batches, or export the model again",
             ) from None
         return Output(logits, probabilities)
 
@@ -311,9 +311,9 @@ def _missing_provider(device: str, found: str) -> BackendError:
     provider = PROVIDERS[device]
     return BackendError(
         f"backend onnx:{device}",
-        expected=provider.name,
-        found=found,
-        fix=f"install {provider.install} and its drivers, or choose onnx:cpu",
+        provider.name,
+        found,
+        f"install {provider.install} and its drivers, or choose onnx:cpu",
     )
 
 

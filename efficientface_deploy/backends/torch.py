@@ -22,9 +22,9 @@ class TorchBackend(Backend):
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError(
                 "backend torch:cuda",
-                expected="a CUDA device",
-                found="none",
-                fix="choose torch:cpu, or install PyTorch for CUDA and its driver",
+                "a CUDA device",
+                "none",
+                "choose torch:cpu, or install PyTorch for CUDA and its driver",
             )
         model, self.spec = load_checkpoint(self.path, self.options.preset)
         if self.path.suffix == ".safetensors":

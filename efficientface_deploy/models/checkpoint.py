@@ -99,9 +99,9 @@ def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
     if architecture != spec.architecture:
         raise CheckpointError(
             path,
-            expected=f"weights of {spec.architecture}",
-            found=f"weights of {architecture}",
-            fix="give a checkpoint of the network that is trained",
+            f"weights of {spec.architecture}",
+            f"weights of {architecture}",
+            "give a checkpoint of the network that is trained",
         )
     if own_spec is None or own_spec.labels != spec.labels:
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
@@ -141,7 +141,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(path, expected="a checkpoint", found=found, fix="check the path")
+        raise CheckpointError(path, "a checkpoint", found, "check the path")
     spec = None
     if path.suffix == ".safetensors":
         state, spec = _read_safetensors(path)
@@ -150,17 +150,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
     else:
         raise CheckpointError(
             path,
-            expected="a .safetensors or .pth.tar file",
-            found=f"suffix {path.suffix or 'none'}",
-            fix="rename it if it is one of these, or give another file",
+            "a .safetensors or .pth.tar file",
+            f"suffix {path.suffix or 'none'}",
+            "rename it if it is one of these, or give another file",
         )
     for key, value in state.items():
         if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
             raise CheckpointError(
-                path,
-                expected="dense tensors",
-                found=f"{key} as {value.layout} on {value.device.type}",
-                fix=_FIX,
+                path, "dense tensors", f"{key} as {value.layout} on {value.device.type}", _FIX
             )
     return state, spec
 
@@ -184,9 +181,9 @@ def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
         first = ", ".join(list(state)[:3]) or "no tensors"
         raise CheckpointError(
             path,
-            expected="weights of EfficientFace, ResNet-18 or ResNet-50",
-            found=f"another network ({first}, ...)",
-            fix=_FIX,
+            "weights of EfficientFace, ResNet-18 or ResNet-50",
+            f"another network ({first}, ...)",
+            _FIX,
         )
     return architecture
 
@@ -200,9 +197,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             path,
-            expected="a complete safetensors file",
-            found=f"a damaged one ({error})",
-            fix="copy it again, or train it again",
+            "a complete safetensors file",
+            f"a damaged one ({error})",
+            "copy it again, or train it again",
         ) from None
     spec = spec_from_metadata(metadata, path) if SPEC_KEY in metadata else None
     return state, spec
@@ -258,24 +255,24 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         detail = " ".join(text.split())[:100] or type(error).__name__
         raise CheckpointError(
             path,
-            expected="a PyTorch checkpoint (never unpack or repack a .pth.tar)",
-            found=f"a damaged or foreign file ({detail})",
-            fix="download it again",
+            "a PyTorch checkpoint (never unpack or repack a .pth.tar)",
+            f"a damaged or foreign file ({detail})",
+            "download it again",
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(
             path,
-            expected="a dictionary with state_dict",
-            found="a pickled object" if isinstance(content, _Inert) else type(content).__name__,
-            fix=_FIX,
+            "a dictionary with state_dict",
+            "a pickled object" if isinstance(content, _Inert) else type(content).__name__,
+            _FIX,
         )
     if {"identity", "progress"} <= state.keys():
         raise CheckpointError(
             path,
-            expected="weights",
-            found="the state from which --resume goes on",
-            fix="give the student.safetensors or teacher.safetensors beside it",
+            "weights",
+            "the state from which --resume goes on",
+            "give the student.safetensors or teacher.safetensors beside it",
         )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return {str(key).removeprefix("module."): value for key, value in tensors.items()}
@@ -288,9 +285,9 @@ def _resolve_spec(
         if (own.architecture, own.num_classes) != (architecture, classes):
             raise CheckpointError(
                 path,
-                expected=f"{own.architecture} with {own.num_classes} classes, as its spec says",
-                found=f"{architecture} with {classes}",
-                fix="the file was changed after it was written; get the original",
+                f"{own.architecture} with {own.num_classes} classes, as its spec says",
+                f"{architecture} with {classes}",
+                "the file was changed after it was written; get the original",
             )
         check_preset(path, own, preset_name)
         return own
@@ -301,9 +298,9 @@ def _resolve_spec(
     if wanted.num_classes != classes:
         raise CheckpointError(
             path,
-            expected=f"a head of {wanted.num_classes} classes for preset {preset_name}",
-            found=f"{classes} classes",
-            fix="choose the preset that it was trained with; to train on from it, give it as "
+            f"a head of {wanted.num_classes} classes for preset {preset_name}",
+            f"{classes} classes",
+            "choose the preset that it was trained with; to train on from it, give it as "
             "--init to training.student or training.teacher",
         )
     return wanted.replace(architecture=architecture)
@@ -338,18 +335,15 @@ def _load_state(
     if problems := wrong + unknown + missing:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise CheckpointError(
-            path,
-            expected=f"all weights of {type(model).__name__}",
-            found=problems[0] + more,
-            fix=_FIX,
+            path, f"all weights of {type(model).__name__}", problems[0] + more, _FIX
         )
     state = {key: value.to(own[key].dtype) for key, value in state.items()}
     for key, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
                 path,
-                expected="finite weights",
-                found=f"NaN or infinity in {key.removeprefix(prefix)}",
-                fix="take a checkpoint from before the training diverged",
+                "finite weights",
+                f"NaN or infinity in {key.removeprefix(prefix)}",
+                "take a checkpoint from before the training diverged",
             )
     model.load_state_dict({**own, **state})

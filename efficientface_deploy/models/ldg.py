@@ -28,9 +28,9 @@ class LabelDistributionGenerator(nn.Module):
         if architecture not in BACKBONES:
             raise ConfigError(
                 "LDG architecture",
-                expected=" or ".join(BACKBONES),
-                found=repr(architecture),
-                fix="choose one of these",
+                " or ".join(BACKBONES),
+                repr(architecture),
+                "choose one of these",
             )
         self.backbone = getattr(torchvision.models, architecture)(num_classes=num_classes)
 

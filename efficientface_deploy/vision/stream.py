@@ -51,14 +51,12 @@ def check_policy(policy: str, queue_size: int) -> None:
     if policy not in POLICIES:
         raise ConfigError(
             "policy",
-            expected=" or ".join(POLICIES),
-            found=repr(policy),
-            fix="choose every for files and newest for cameras",
+            " or ".join(POLICIES),
+            repr(policy),
+            "choose every for files and newest for cameras",
         )
     if queue_size < 1:
-        raise ConfigError(
-            "queue_size", expected="at least 1", found=str(queue_size), fix="leave it out"
-        )
+        raise ConfigError("queue_size", "at least 1", str(queue_size), "leave it out")
 
 
 def overlap(

@@ -76,9 +76,9 @@ class VideoWriter:
             if not self._writer.isOpened():
                 raise BackendError(
                     self._path.name,
-                    expected="an OpenCV that writes MPEG-4 in .mp4",
-                    found="one that does not",
-                    fix="install opencv-python-headless, which has FFmpeg with it",
+                    "an OpenCV that writes MPEG-4 in .mp4",
+                    "one that does not",
+                    "install opencv-python-headless, which has FFmpeg with it",
                 )
         self._writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
 
@@ -98,17 +98,15 @@ def open_video(source: str | Path | int) -> Video:
     cv2 = import_opencv()
     camera = isinstance(source, int)
     if not isinstance(source, int) and not Path(source).is_file():
-        raise ImageError(
-            source, expected="a video file", found="no such file", fix="check the path"
-        )
+        raise ImageError(source, "a video file", "no such file", "check the path")
     capture = cv2.VideoCapture(source if camera else str(source))
     if not capture.isOpened():
         capture.release()
         raise ImageError(
             f"camera {source}" if camera else source,
-            expected="a camera that OpenCV can open" if camera else "a video that OpenCV can read",
-            found="one that it cannot",
-            fix="check its number, and who else uses it" if camera else "convert it to MP4 (H.264)",
+            "a camera that OpenCV can open" if camera else "a video that OpenCV can read",
+            "one that it cannot",
+            "check its number, and who else uses it" if camera else "convert it to MP4 (H.264)",
         )
     rate = capture.get(cv2.CAP_PROP_FPS)
     return Video(capture, rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE)
@@ -141,7 +139,7 @@ def import_opencv() -> Any:
     except ImportError as error:
         raise BackendError(
             "OpenCV",
-            expected="the module cv2",
-            found=" ".join(str(error).split())[:160],
-            fix="pip install 'efficientface-deploy[video]'",
+            "the module cv2",
+            " ".join(str(error).split())[:160],
+            "pip install 'efficientface-deploy[video]'",
         ) from None

@@ -85,10 +85,7 @@ class Dataset:
         if not samples:
             have = ", ".join(key for key, value in self.samples.items() if value) or "no images"
             raise DatasetError(
-                self.root,
-                expected=f"a {name} split",
-                found=have,
-                fix=f"choose another split, or {_PREPARE}",
+                self.root, f"a {name} split", have, f"choose another split, or {_PREPARE}"
             )
         return samples
 
@@ -110,15 +107,15 @@ def read_dataset(root: str | Path, preset_name: str | None = None) -> Dataset:
     """
     root = Path(root)
     if not root.is_dir():
-        raise DatasetError(root, expected="a data set's folder", found="none", fix=_PREPARE)
+        raise DatasetError(root, "a data set's folder", "none", _PREPARE)
     if (root / DESCRIPTION).is_file():
         return _read_described(root, preset_name)
     if preset_name is None:
         raise DatasetError(
             root,
-            expected=f"{DESCRIPTION}, or a preset that says what the numbered folders mean",
-            found="neither",
-            fix="add --preset (rafdb, affectnet7, affectnet8, caers, ferplus), or "
+            f"{DESCRIPTION}, or a preset that says what the numbered folders mean",
+            "neither",
+            "add --preset (rafdb, affectnet7, affectnet8, caers, ferplus), or "
             + _PREPARE.replace("the data set", "it"),
         )
     spec = preset(preset_name)
@@ -181,12 +178,7 @@ def image_list_hash(samples: Sequence[Sample], root: Path) -> str:
         try:
             digest.update(hashlib.sha256(sample.path.read_bytes()).digest())
         except OSError as error:
-            raise DatasetError(
-                sample.path,
-                expected="an image",
-                found=system_words(error),
-                fix=_PREPARE,
-            ) from None
+            raise DatasetError(sample.path, "an image", system_words(error), _PREPARE) from None
     return digest.hexdigest()
 
 
@@ -194,10 +186,9 @@ def _not_empty(dataset: Dataset) -> Dataset:
     if not any(dataset.samples.values()):
         raise DatasetError(
             dataset.root,
-            expected=f"images in folders {', '.join(SPLITS)}, below them 0 to "
-            f"{len(dataset.labels) - 1}",
-            found="none",
-            fix=_PREPARE,
+            f"images in folders {', '.join(SPLITS)}, below them 0 to {len(dataset.labels) - 1}",
+            "none",
+            _PREPARE,
         )
     return dataset
 
@@ -209,9 +200,9 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
     if preset_name not in (None, description["preset"]):
         raise DatasetError(
             root,
-            expected=f"preset {description['preset']}, as its {DESCRIPTION} says",
-            found=f"--preset {preset_name}",
-            fix="leave --preset out",
+            f"preset {description['preset']}, as its {DESCRIPTION} says",
+            f"--preset {preset_name}",
+            "leave --preset out",
         )
     labels = tuple(description["labels"])
     if (root / MANIFEST).is_file():
@@ -231,10 +222,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         spec.replace(face_crop=description.get("face_crop", spec.face_crop))
     except (ValueError, KeyError, TypeError, RecursionError, SpecError) as error:
         raise DatasetError(
-            path,
-            expected="JSON with name, labels and preset",
-            found=_what_failed(error),
-            fix=_PREPARE,
+            path, "JSON with name, labels and preset", _what_failed(error), _PREPARE
         ) from None
     return description
 
@@ -255,9 +243,9 @@ def _scan_split(root: Path, split: str, labels: tuple[str, ...]) -> tuple[Sample
     if foreign := sorted(names - known):
         raise DatasetError(
             folder,
-            expected=f"class folders 0 to {len(labels) - 1}",
-            found=", ".join(foreign),
-            fix="check --preset, or " + _PREPARE,
+            f"class folders 0 to {len(labels) - 1}",
+            ", ".join(foreign),
+            "check --preset, or " + _PREPARE,
         )
     return tuple(
         Sample(path, label)
@@ -286,24 +274,14 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
                 sample = _manifest_row(root, row, vote_columns, where, labels)
                 if row["split"] not in samples:
                     raise DatasetError(
-                        where,
-                        expected="split " + ", ".join(SPLITS),
-                        found=repr(row["split"]),
-                        fix=_PREPARE,
+                        where, "split " + ", ".join(SPLITS), repr(row["split"]), _PREPARE
                     )
                 if sample.path in seen:
-                    raise DatasetError(
-                        where,
-                        expected="each image once",
-                        found=row["path"] + " again",
-                        fix=_PREPARE,
-                    )
+                    raise DatasetError(where, "each image once", row["path"] + " again", _PREPARE)
                 seen.add(sample.path)
                 samples[row["split"]].append(sample)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(
-            path, expected="CSV in UTF-8", found=f"something else ({error})", fix=_PREPARE
-        ) from None
+        raise DatasetError(path, "CSV in UTF-8", f"something else ({error})", _PREPARE) from None
     return {
         name: tuple(sorted(rows, key=lambda sample: sample.path)) for name, rows in samples.items()
     }
@@ -313,17 +291,12 @@ def _vote_columns(path: Path, columns: Sequence[str], labels: tuple[str, ...]) -
     """The columns of votes in the order of the labels; None where there are none."""
     if not {"path", "split", "label"} <= set(columns):
         raise DatasetError(
-            path,
-            expected="columns path, split, label",
-            found=", ".join(columns) or "an empty file",
-            fix=_PREPARE,
+            path, "columns path, split, label", ", ".join(columns) or "an empty file", _PREPARE
         )
     expected = [VOTES_PREFIX + label for label in labels]
     found = [column for column in columns if column.startswith(VOTES_PREFIX)]
     if found and set(found) != set(expected):
-        raise DatasetError(
-            path, expected="columns " + ", ".join(expected), found=", ".join(found), fix=_PREPARE
-        )
+        raise DatasetError(path, "columns " + ", ".join(expected), ", ".join(found), _PREPARE)
     return expected if found else None
 
 
@@ -338,20 +311,12 @@ def _manifest_row(
         label = int(row["label"])
         votes = tuple(float(row[column]) for column in vote_columns) if vote_columns else None
     except (TypeError, ValueError):
-        raise DatasetError(
-            where, expected="numbers for label and votes", found=str(row), fix=_PREPARE
-        ) from None
+        raise DatasetError(where, "numbers for label and votes", str(row), _PREPARE) from None
     if not 0 <= label < len(labels):
-        raise DatasetError(
-            where, expected=f"a label from 0 to {len(labels) - 1}", found=str(label), fix=_PREPARE
-        )
+        raise DatasetError(where, f"a label from 0 to {len(labels) - 1}", str(label), _PREPARE)
     if votes is not None and (min(votes) < 0 or not 0 < sum(votes) < math.inf):
-        raise DatasetError(
-            where, expected="votes >= 0, not all zero", found=str(votes), fix=_PREPARE
-        )
+        raise DatasetError(where, "votes >= 0, not all zero", str(votes), _PREPARE)
     relative = Path(row["path"] or "")
     if relative.is_absolute() or ".." in relative.parts or not relative.name:
-        raise DatasetError(
-            where, expected="a path inside the data set", found=repr(row["path"]), fix=_PREPARE
-        )
+        raise DatasetError(where, "a path inside the data set", repr(row["path"]), _PREPARE)
     return Sample(root / relative, label, votes)

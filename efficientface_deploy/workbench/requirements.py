@@ -31,7 +31,7 @@ def require_package(module: str) -> None:
     purpose, extra = _PURPOSES[module]
     raise BackendError(
         "efficientface-export",
-        expected=f"{module.replace('_', '-')}, {purpose}",
-        found="it is not installed",
-        fix=f"pip install 'efficientface-deploy[{extra}]'",
+        f"{module.replace('_', '-')}, {purpose}",
+        "it is not installed",
+        f"pip install 'efficientface-deploy[{extra}]'",
     )

@@ -58,9 +58,9 @@ def lock_folder(path: Path, work: str) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(
                 path,
-                expected=f"no other {work} at work in this folder",
-                found="one",
-                fix="wait for its end, or choose another --out",
+                f"no other {work} at work in this folder",
+                "one",
+                "wait for its end, or choose another --out",
             ) from None
         except OSError as error:
             reason = system_words(error)
@@ -92,9 +92,9 @@ def make_folder(path: Path, option: str = "--out") -> None:
             raise
         raise ConfigError(
             path,
-            expected="a folder that can be written",
-            found="a file" if path.is_file() else system_words(error),
-            fix=f"choose another {option}",
+            "a folder that can be written",
+            "a file" if path.is_file() else system_words(error),
+            f"choose another {option}",
         ) from None
 
 

@@ -53,10 +53,7 @@ def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, A
             raise DecodeError("its weights are in other files")
     except (DecodeError, ValueError, OSError) as error:
         raise ArtifactError(
-            path,
-            expected="an ONNX model",
-            found=f"a damaged or foreign file ({error})",
-            fix="export it again",
+            path, "an ONNX model", f"a damaged or foreign file ({error})", "export it again"
         ) from None
     return graph, spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
 
@@ -85,9 +82,9 @@ def write_onnx(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
             path,
-            expected="a valid ONNX graph",
-            found=str(error).strip().splitlines()[0],
-            fix="report this with the versions of torch and onnx",
+            "a valid ONNX graph",
+            str(error).strip().splitlines()[0],
+            "report this with the versions of torch and onnx",
         ) from None
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())

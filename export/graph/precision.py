@@ -124,9 +124,9 @@ def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, pat
         but = f" but {excluded} that were excluded" if precision == "int8" and excluded else ""
         raise ExportError(
             path,
-            expected=f"all convolutions and linear layers in {precision}{but}",
-            found=str(summary),
-            fix="export it again; if this file was just made, report it as a bug",
+            f"all convolutions and linear layers in {precision}{but}",
+            str(summary),
+            "export it again; if this file was just made, report it as a bug",
         )
     return str(summary)
 
@@ -144,9 +144,9 @@ def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, flo
     if not ranges[name] * FP16_MARGIN < FP16_MAX:
         raise ExportError(
             path,
-            expected=f"every tensor below {FP16_MAX / FP16_MARGIN:g} for FP16",
-            found=f"{ranges[name]:.3g} in {name}",
-            fix="export with --precision fp32",
+            f"every tensor below {FP16_MAX / FP16_MARGIN:g} for FP16",
+            f"{ranges[name]:.3g} in {name}",
+            "export with --precision fp32",
         )
     return name, ranges[name]
 

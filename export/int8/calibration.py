@@ -64,9 +64,9 @@ def load_calibration(
     if apart and len(samples) < 3:
         raise DatasetError(
             root,
-            expected="images for calibration and others to judge by",
-            found=f"{len(samples)} in all",
-            fix="give more images, or add --no-int8-search",
+            "images for calibration and others to judge by",
+            f"{len(samples)} in all",
+            "give more images, or add --no-int8-search",
         )
     apart = min(apart, len(samples) // 3)
     count = min(count, len(samples) - apart)
@@ -111,9 +111,9 @@ def _find_images(root: Path) -> tuple[list[Sample], str]:
         found = "no images in it" if root.is_dir() else "no such folder"
         raise DatasetError(
             root,
-            expected="a folder of images for calibration",
-            found=found,
-            fix="give the training images, e.g. --calib RAF-DB",
+            "a folder of images for calibration",
+            found,
+            "give the training images, e.g. --calib RAF-DB",
         )
     split = "train" if folder != root else _split_of(root)
     return [Sample(path, 0) for path in paths], split

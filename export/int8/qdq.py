@@ -301,7 +301,7 @@ def _check_excluded(graph: onnx.ModelProto, exclude: Collection[str]) -> None:
         near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
         raise ExportError(
             "--exclude",
-            expected="names of convolutions or linear layers, such as " + ", ".join(near),
-            found=", ".join(unknown),
-            fix="look them up in the FP32 ONNX file, e.g. with Netron",
+            "names of convolutions or linear layers, such as " + ", ".join(near),
+            ", ".join(unknown),
+            "look them up in the FP32 ONNX file, e.g. with Netron",
         )

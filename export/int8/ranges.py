@@ -77,9 +77,9 @@ def activation_limits(
     if infinite := [name for name, magnitude in largest.items() if not np.isfinite(magnitude)]:
         raise ExportError(
             "INT8",
-            expected="finite values in every tensor",
-            found=f"NaN or infinity in {infinite[0]}",
-            fix="train the network anew: it overflows on the calibration images",
+            "finite values in every tensor",
+            f"NaN or infinity in {infinite[0]}",
+            "train the network anew: it overflows on the calibration images",
         )
     if method == "minmax":
         return dict(largest)

@@ -276,9 +276,9 @@ class _Build:
         except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
             raise BackendError(
                 f"engine {kind}",
-                expected=f"{LIBRARIES[kind].label} to start",
-                found=self.logger.first_error() or str(error),
-                fix="check the GPU and its driver with nvidia-smi",
+                f"{LIBRARIES[kind].label} to start",
+                self.logger.first_error() or str(error),
+                "check the GPU and its driver with nvidia-smi",
             ) from None
 
     def parse(self, path: Path) -> None:
@@ -293,9 +293,9 @@ class _Build:
             reason = _parser_reason(errors[0]) if errors else self.logger.first_error()
             raise ExportError(
                 path,
-                expected=f"a graph that the ONNX parser of {self.module.__name__} takes",
-                found=reason or "no reason given",
-                fix="export the ONNX file again with this version, or keep to --engine onnx",
+                f"a graph that the ONNX parser of {self.module.__name__} takes",
+                reason or "no reason given",
+                "export the ONNX file again with this version, or keep to --engine onnx",
             )
 
     def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
@@ -352,9 +352,9 @@ class _Build:
             self._flush_failure()
             raise ExportError(
                 path,
-                expected=f"a graph that {self.module.__name__} {version_of(self.module)} builds",
-                found=_builder_reason(self.logger.records[before:], graph),
-                fix="try another --precision or --workspace, or keep to --engine onnx",
+                f"a graph that {self.module.__name__} {version_of(self.module)} builds",
+                _builder_reason(self.logger.records[before:], graph),
+                "try another --precision or --workspace, or keep to --engine onnx",
             )
         return bytes(plan)
 
@@ -375,9 +375,9 @@ class _Build:
             write_text(path, "\n".join(lines) + "\n")
             raise ExportError(
                 error.subject,
-                expected=error.expected,
-                found=error.found,
-                fix=f"{error.fix}; the builder's log is {path}",
+                error.expected,
+                error.found,
+                f"{error.fix}; the builder's log is {path}",
             ) from None
         if path is not None:
             path.unlink(missing_ok=True)
@@ -459,9 +459,9 @@ def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
     if kind == "trt":
         raise ConfigError(
             "--compute-capability",
-            expected="none with --engine trt, which builds for the GPU that is here",
-            found=",".join(names),
-            fix="leave it out, or build with --engine trt-rtx",
+            "none with --engine trt, which builds for the GPU that is here",
+            ",".join(names),
+            "leave it out, or build with --engine trt-rtx",
         )
     members = module.ComputeCapability.__members__
     known = {name.lower(): value for name, value in members.items() if name != "NONE"}
@@ -489,9 +489,9 @@ def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
     if [isinstance(size, int) for size in shape] != [False, True, True, True]:
         raise ExportError(
             path,
-            expected="an input whose batch, and nothing else, is dynamic",
-            found=f"{image.name} of shape ({', '.join(map(str, shape))})",
-            fix="export the ONNX file again with efficientface-export",
+            "an input whose batch, and nothing else, is dynamic",
+            f"{image.name} of shape ({', '.join(map(str, shape))})",
+            "export the ONNX file again with efficientface-export",
         )
 
 
@@ -507,9 +507,9 @@ def _check_rounding(graph: onnx.ModelProto, path: Path) -> None:
         if rounds and TensorProto.UINT8 in map(types.get, node.input[2:]):
             raise ExportError(
                 path,
-                expected="INT8 for a GPU, with activations of int8",
-                found="INT8 for a CPU, with activations of uint8",
-                fix="export it from the checkpoint or the FP32 file with --target gpu",
+                "INT8 for a GPU, with activations of int8",
+                "INT8 for a CPU, with activations of uint8",
+                "export it from the checkpoint or the FP32 file with --target gpu",
             )
 
 
@@ -525,10 +525,10 @@ def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], p
     if {*summary.convolutions, *summary.linear} - {"fp16"}:
         raise ExportError(
             path,
-            expected="an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
+            "an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
             "products and emulates INT8",
-            found=str(summary),
-            fix="build for sm75 with --precision fp16, or leave sm75 out",
+            str(summary),
+            "build for sm75 with --precision fp16, or leave sm75 out",
         )
 
 
@@ -556,9 +556,9 @@ def _check_precisions(
     if unasked > preprocessing or built[most] < count / 2:
         raise ExportError(
             path,
-            expected=f"an engine with {_counted(asked)} convolutions, as in the graph",
-            found=f"{_counted(built)} in the builder's log",
-            fix="build for other GPUs (--compute-capability) or in another --precision",
+            f"an engine with {_counted(asked)} convolutions, as in the graph",
+            f"{_counted(built)} in the builder's log",
+            "build for other GPUs (--compute-capability) or in another --precision",
         )
     return dict(sorted(built.items()))
 
@@ -572,9 +572,9 @@ def _check_target(path: Path, kind: str, overwrite: bool) -> None:
         if existing.exists() and not overwrite:
             raise ExportError(
                 existing,
-                expected="no file of this name",
-                found="one",
-                fix="add --overwrite, or choose another folder with --out",
+                "no file of this name",
+                "one",
+                "add --overwrite, or choose another folder with --out",
             )
 
 

@@ -56,4 +56,4 @@ class EngineOptions:
 
 
 def _bad_option(option: str, expected: str, found: str) -> ConfigError:
-    return ConfigError(option, expected=expected, found=found, fix="change it accordingly")
+    return ConfigError(option, expected, found, "change it accordingly")

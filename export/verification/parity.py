@@ -251,10 +251,7 @@ def verify_artifact(
 def wrong_outputs(names: Sequence[str], fix: str) -> VerificationError:
     """The error that ends a command after artifacts that failed."""
     return VerificationError(
-        ", ".join(names),
-        expected="outputs like the reference network's",
-        found="others",
-        fix=fix,
+        ", ".join(names), "outputs like the reference network's", "others", fix
     )
 
 

@@ -31,9 +31,9 @@ class Provenance:
         if self.precision not in PRECISIONS:
             raise ArtifactError(
                 self.path,
-                expected="precision " + ", ".join(PRECISIONS),
-                found=self.precision,
-                fix="export it again with efficientface-export",
+                "precision " + ", ".join(PRECISIONS),
+                self.precision,
+                "export it again with efficientface-export",
             )
 
     @property

@@ -63,9 +63,9 @@ def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None)
     if dataset.labels != spec.labels:
         raise DatasetError(
             root,
-            expected="the model's labels: " + ", ".join(spec.labels),
-            found=", ".join(dataset.labels),
-            fix="give the data set that the model was trained for",
+            "the model's labels: " + ", ".join(spec.labels),
+            ", ".join(dataset.labels),
+            "give the data set that the model was trained for",
         )
     split = dataset.evaluation_split()
     batches = list(iterate_batches(dataset.split(split), spec, 256))
@@ -136,18 +136,18 @@ def read_reference(
     if parent is not None and parent != own_parent:
         raise ArtifactError(
             path,
-            expected=f"reference outputs of the weights {parent[:12]}...",
-            found=f"those of {own_parent[:12]}...",
-            fix=_COPY_REFERENCE,
+            f"reference outputs of the weights {parent[:12]}...",
+            f"those of {own_parent[:12]}...",
+            _COPY_REFERENCE,
         )
     wanted = (spec.input_size, spec.input_size, 3), spec.num_classes
     found = arrays["images"].shape[1:], arrays["logits"].shape[1]
     if found != wanted:
         raise ArtifactError(
             path,
-            expected=f"images of shape {wanted[0]} and {wanted[1]} logits",
-            found=f"images of shape {found[0]} and {found[1]} logits",
-            fix=_COPY_REFERENCE,
+            f"images of shape {wanted[0]} and {wanted[1]} logits",
+            f"images of shape {found[0]} and {found[1]} logits",
+            _COPY_REFERENCE,
         )
     test_set = TestSet(arrays["images"], None, str(arrays["source"]))
     return test_set, arrays["logits"].astype(np.float32)
@@ -160,7 +160,7 @@ def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
     """The arrays of ``verify.npz``, and the hash of the weights that it is of."""
     expected = "reference outputs"
     if not path.is_file():
-        raise ArtifactError(path, expected=expected, found="no such file", fix=_COPY_REFERENCE)
+        raise ArtifactError(path, expected, "no such file", _COPY_REFERENCE)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "logits", "source", "parent")}
@@ -175,5 +175,5 @@ def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
     except Exception:  # noqa: BLE001 - numpy fails on damaged archives in many ways
         valid = False
     if not valid:
-        raise ArtifactError(path, expected=expected, found="a damaged file", fix=_COPY_REFERENCE)
+        raise ArtifactError(path, expected, "a damaged file", _COPY_REFERENCE)
     return arrays, str(arrays["parent"])

@@ -175,8 +175,8 @@ def test_returned_code(value, code, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (ImageError("a", expected="b", found="c\nd", fix="e"), 2, "a: expected b, found c d; e"),
-        (VerificationError("a", expected="b", found="c", fix="e"), 1, "a: expected b"),
+        (ImageError("a", "b", "c\nd", "e"), 2, "a: expected b, found c d; e"),
+        (VerificationError("a", "b", "c", "e"), 1, "a: expected b"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/out/x"), 2, "No space left on device: '/out/x'"),
         (PermissionError(), 2, "PermissionError"),

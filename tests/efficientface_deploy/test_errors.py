@@ -35,12 +35,12 @@ def test_only_a_failed_verification_exits_1(kind):
 
 @pytest.mark.parametrize("hostile", ["a\nb", "a\r\nb", "\x1b[2J", "\ud800", "\u2028", "\x00"])
 def test_message_is_one_printable_line(hostile):
-    message = str(ArtifactError(hostile, expected=hostile, found=hostile, fix=hostile))
+    message = str(ArtifactError(hostile, hostile, hostile, hostile))
     assert message.isprintable()
     assert message.encode()
 
 
 def test_long_findings_are_cut():
-    error = ArtifactError("x", expected="y", found="z" * 100_000, fix="w")
+    error = ArtifactError("x", "y", "z" * 100_000, "w")
     assert len(str(error)) < 500
     assert str(error).endswith("...; w")

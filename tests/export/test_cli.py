@@ -716,7 +716,7 @@ class TestEngines:
         from efficientface_deploy.errors import ExportError
 
         def fail(*_: Any, **__: Any) -> None:
-            raise ExportError("x", expected="a", found="b", fix="c")
+            raise ExportError("x", "a", "b", "c")
 
         monkeypatch.setattr(engines, "available", lambda kind: None)
         monkeypatch.setattr(engines, "write_engine", fail)

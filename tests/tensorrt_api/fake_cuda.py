@@ -72,7 +72,7 @@ class FakeCuda(Cuda):
         """What a call that cannot be recorded does while a stream is captured."""
         self._spoiled = True
         found = "cudaErrorStreamCaptureUnsupported 900"
-        return BackendError("CUDA", expected=f"{call} to succeed", found=found, fix="do not")
+        return BackendError("CUDA", f"{call} to succeed", found, "do not")
 
     def _forbid_while_capturing(self, call: str) -> None:
         self.require_active()
@@ -91,7 +91,7 @@ class FakeCuda(Cuda):
     def _allocate(self, nbytes: int) -> int:
         self._forbid_while_capturing("cudaMalloc")
         if self.allocations_left == 0:
-            raise BackendError("CUDA", expected="memory", found="none left", fix="free some")
+            raise BackendError("CUDA", "memory", "none left", "free some")
         self.allocations_left -= 1
         return self.allocate(nbytes)
 
@@ -139,7 +139,7 @@ class FakeCuda(Cuda):
         spoiled, self._spoiled = self._spoiled, False
         if spoiled:
             found = "cudaErrorStreamCaptureInvalidated 901"
-            raise BackendError("CUDA", expected="cudaStreamEndCapture", found=found, fix="do not")
+            raise BackendError("CUDA", "cudaStreamEndCapture", found, "do not")
         handle = next(self._handles)
         self.graphs[handle] = work
         return handle

@@ -148,9 +148,9 @@ def _check_classes(listed: Sequence[_Listed], labels: Sequence[str], source: Pla
         if not any(image.split == split for image in listed):
             raise DatasetError(
                 source,
-                expected=f"images for {split}",
-                found="none",
-                fix=f"copy {LISTS[split]} and its images, or {FOLDERS[split]}, there",
+                f"images for {split}",
+                "none",
+                f"copy {LISTS[split]} and its images, or {FOLDERS[split]}, there",
             )
     check_every_class(counts, labels, source)
 
@@ -183,9 +183,9 @@ def _image_folder(source: Place, paths: Sequence[str]) -> Place:
     if images is None:
         raise DatasetError(
             source / IMAGE_FOLDER,
-            expected=f"the listed pictures, such as {paths[0]}",
-            found="none",
-            fix="unpack Manually_Annotated.part01.rar and the other parts there",
+            f"the listed pictures, such as {paths[0]}",
+            "none",
+            "unpack Manually_Annotated.part01.rar and the other parts there",
         )
     return images
 
@@ -206,10 +206,7 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
             raise  # open_text has the words for it
         except (csv.Error, ValueError) as error:
             raise DatasetError(
-                f"{place} line {reader.line_num}",
-                expected="columns " + ", ".join(COLUMNS),
-                found=str(error),
-                fix=_FIX,
+                f"{place} line {reader.line_num}", "columns " + ", ".join(COLUMNS), str(error), _FIX
             ) from None
     return listed
 
@@ -268,8 +265,5 @@ def _read_annotation(place: Place, labels: Sequence[str]) -> int | None:
         return _our_label(number, labels)
     except Exception as error:  # noqa: BLE001 - numpy fails on foreign bytes in many ways
         raise DatasetError(
-            place,
-            expected="one number from 0 to 10",
-            found=str(error)[:120] or type(error).__name__,
-            fix=_FIX,
+            place, "one number from 0 to 10", str(error)[:120] or type(error).__name__, _FIX
         ) from None

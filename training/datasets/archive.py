@@ -41,13 +41,13 @@ def open_source(path: Path, markers: Sequence[str], *, expected: str, fix: str) 
     with open_place(path) as place:
         tops = _find_tops(place, markers)
         if not tops:
-            raise DatasetError(path, expected=expected, found=describe_content(place), fix=fix)
+            raise DatasetError(path, expected, describe_content(place), fix)
         if len(tops) > 1:
             raise DatasetError(
                 path,
-                expected="one data set",
-                found=f"{len(tops)}: " + ", ".join(top.name for top in tops),
-                fix="give one of them as --source",
+                "one data set",
+                f"{len(tops)}: " + ", ".join(top.name for top in tops),
+                "give one of them as --source",
             )
         yield tops[0]
 
@@ -67,9 +67,9 @@ def open_place(path: Path) -> Iterator[Place]:
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DatasetError(
             path,
-            expected="a folder or a zip archive",
-            found=(getattr(error, "strerror", None) or "something else").lower(),
-            fix="check --source",
+            "a folder or a zip archive",
+            (getattr(error, "strerror", None) or "something else").lower(),
+            "check --source",
         ) from None
     with archive:
         members = archive.infolist()
@@ -77,9 +77,9 @@ def open_place(path: Path) -> Iterator[Place]:
         if encrypted or any(member.compress_type not in _METHODS for member in members):
             raise DatasetError(
                 path,
-                expected="a zip archive without a password, packed in a usual way",
-                found="a password" if encrypted else "another way of packing",
-                fix="unpack it and give the folder",
+                "a zip archive without a password, packed in a usual way",
+                "a password" if encrypted else "another way of packing",
+                "unpack it and give the folder",
             )
         yield zipfile.Path(archive)
 
@@ -109,9 +109,9 @@ def open_text(place: Place) -> Iterator[IO[str]]:
     except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise DatasetError(
             place,
-            expected="text in UTF-8",
-            found=f"something else ({error})",
-            fix="take it from the data set unchanged",
+            "text in UTF-8",
+            f"something else ({error})",
+            "take it from the data set unchanged",
         ) from None
 
 

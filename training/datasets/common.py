@@ -91,9 +91,9 @@ def check_every_class(
         if missing:
             raise DatasetError(
                 subject,
-                expected=f"images of each class in {split}",
-                found="none of " + ", ".join(missing),
-                fix="check that --source is complete and fully unpacked",
+                f"images of each class in {split}",
+                "none of " + ", ".join(missing),
+                "check that --source is complete and fully unpacked",
             )
 
 
@@ -147,12 +147,7 @@ def _check_classes(folder: Place, classes: Sequence[str]) -> None:
         parts.append("no " + ", ".join(missing))
     if foreign:
         parts.append("also " + ", ".join(foreign))
-    raise DatasetError(
-        folder,
-        expected="class folders " + ", ".join(classes),
-        found="; ".join(parts),
-        fix=_FIX,
-    )
+    raise DatasetError(folder, "class folders " + ", ".join(classes), "; ".join(parts), _FIX)
 
 
 def _images_of_class(folder: Place) -> list[Place]:
@@ -160,10 +155,10 @@ def _images_of_class(folder: Place) -> list[Place]:
     if nested := [child.name for child in images if child.is_dir()]:
         raise DatasetError(
             folder,
-            expected="images alone",
-            found="folder " + ", ".join(nested[:5]),
-            fix="move its images up, and remove it",
+            "images alone",
+            "folder " + ", ".join(nested[:5]),
+            "move its images up, and remove it",
         )
     if not images:
-        raise DatasetError(folder, expected="images", found="an empty folder", fix=_FIX)
+        raise DatasetError(folder, "images", "an empty folder", _FIX)
     return images

@@ -197,7 +197,7 @@ def _parse_row(row: list[str], where: str) -> tuple[str, Box, list[int]]:
 def _bad_rows(where: str, found: str) -> DatasetError:
     return DatasetError(
         where,
-        expected='rows of: name, "(left, top, right, bottom)", ten vote counts',
-        found=found,
-        fix="take label.csv from FER+ unchanged",
+        'rows of: name, "(left, top, right, bottom)", ten vote counts',
+        found,
+        "take label.csv from FER+ unchanged",
     )

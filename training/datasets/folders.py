@@ -82,9 +82,9 @@ def _splits(source: Place) -> list[str]:
     if foreign := [name for name in found if name not in SPLITS]:
         raise DatasetError(
             source,
-            expected="no folders but " + ", ".join(SPLITS),
-            found=", ".join(foreign[:5]),
-            fix="rename it to one of these, or move it elsewhere",
+            "no folders but " + ", ".join(SPLITS),
+            ", ".join(foreign[:5]),
+            "rename it to one of these, or move it elsewhere",
         )
     return [split for split in SPLITS if split in found]
 
@@ -99,24 +99,21 @@ def _check_labels(classes: Sequence[str], source: Place, *, given: bool) -> None
     """
     if len(set(classes)) != len(classes):
         raise ConfigError(
-            "--classes",
-            expected="each class once",
-            found=" ".join(classes),
-            fix="name each class folder once",
+            "--classes", "each class once", " ".join(classes), "name each class folder once"
         )
     if given and len(classes) < 2:
         raise ConfigError(
             "--classes",
-            expected="two or more names, with spaces between them",
-            found=classes[0],
-            fix="give --classes Sadness Happiness ..., or leave it out",
+            "two or more names, with spaces between them",
+            classes[0],
+            "give --classes Sadness Happiness ..., or leave it out",
         )
     if len(classes) < 2 or not all(name.strip() and name.isprintable() for name in classes):
         raise DatasetError(
             source,
-            expected="two or more classes with printable names",
-            found=", ".join(classes) or "none",
-            fix="make one folder for each class in train",
+            "two or more classes with printable names",
+            ", ".join(classes) or "none",
+            "make one folder for each class in train",
         )
 
 

@@ -104,16 +104,14 @@ def _read_list(place: Place, labels: Sequence[str]) -> list[_Listed]:
             if match is None or len(fields) != 2 or fields[1] not in numbers:
                 raise DatasetError(
                     f"{place} line {row}",
-                    expected="a line like train_00001.jpg 5, with a label from 1 to 7",
-                    found=" ".join(fields)[:80],
-                    fix="take the list from RAF-DB unchanged",
+                    "a line like train_00001.jpg 5, with a label from 1 to 7",
+                    " ".join(fields)[:80],
+                    "take the list from RAF-DB unchanged",
                 )
             aligned = fields[0].replace(".jpg", "_aligned.jpg")
             listed.append(_Listed(match[1], numbers[fields[1]], aligned))
     if not listed:
-        raise DatasetError(
-            place, expected="lines", found="none", fix="take the list from RAF-DB unchanged"
-        )
+        raise DatasetError(place, "lines", "none", "take the list from RAF-DB unchanged")
     return listed
 
 
@@ -138,8 +136,5 @@ def _open_images(source: Place, files: Sequence[str]) -> Iterator[Place]:
 
 def _no_images(where: Place, found: str, fix: str) -> DatasetError:
     return DatasetError(
-        where,
-        expected=f"{IMAGE_FOLDER}/train_00001_aligned.jpg and the other aligned images",
-        found=found,
-        fix=fix,
+        where, f"{IMAGE_FOLDER}/train_00001_aligned.jpg and the other aligned images", found, fix
     )

@@ -34,9 +34,9 @@ def check_folder(job: Job) -> None:
     elif job.state.exists() or job.result.exists():
         raise ConfigError(
             out,
-            expected="a new folder",
-            found="another run",
-            fix="choose another --out, or "
+            "a new folder",
+            "another run",
+            "choose another --out, or "
             + ("add --resume to go on with it" if job.state.exists() else "remove it"),
         )
 
@@ -106,9 +106,7 @@ def restore_state(job: Job, parts: dict[str, Any], device: torch.device) -> tupl
 def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
     """What :func:`save_state` wrote, of this very job."""
     if not job.state.is_file():
-        raise CheckpointError(
-            job.state, expected="a run to go on with", found="none", fix="leave --resume out"
-        )
+        raise CheckpointError(job.state, "a run to go on with", "none", "leave --resume out")
     try:
         state: dict[str, Any] = torch.load(job.state, map_location=device, weights_only=True)
         started_with: dict[str, str] = state["identity"]
@@ -117,17 +115,17 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - torch fails on damaged files in many ways
         raise CheckpointError(
             job.state,
-            expected="the state of a run",
-            found=f"a damaged file ({type(error).__name__})",
-            fix="start again in a new folder",
+            "the state of a run",
+            f"a damaged file ({type(error).__name__})",
+            "start again in a new folder",
         ) from None
     now = job.identity()
     if changed := [name for name in now if now[name] != started_with.get(name)]:
         raise ConfigError(
             job.config.out,
-            expected="the options, images and teacher that the run was started with",
-            found="others for " + ", ".join(changed),
-            fix=f"repeat those in {job.config.out / CONFIG}, or choose another --out",
+            "the options, images and teacher that the run was started with",
+            "others for " + ", ".join(changed),
+            f"repeat those in {job.config.out / CONFIG}, or choose another --out",
         )
     return state
 

@@ -96,9 +96,9 @@ class TrainConfig:
         if self.step_epochs is not None and changed.schedule != "step":
             raise ConfigError(
                 "--step-epochs",
-                expected=f"none with the schedule {changed.schedule}",
-                found=str(self.step_epochs),
-                fix="leave it out, or add --schedule step",
+                f"none with the schedule {changed.schedule}",
+                str(self.step_epochs),
+                "leave it out, or add --schedule step",
             )
         return changed
 

@@ -85,9 +85,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         ConfigError: ``cuda`` was asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device cuda", expected="a CUDA device", found="none", fix="leave --device out"
-        )
+        raise ConfigError("--device cuda", "a CUDA device", "none", "leave --device out")
     cuda = device != "cpu" and torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -163,24 +163,24 @@ def _read_store(path: Path, images: TrainingImages, binding: Mapping[str, str]) 
     except (KeyError, ValueError, OSError, safetensors.SafetensorError):
         raise ArtifactError(
             path,
-            expected="stored label distributions",
-            found="something else or a damaged file",
-            fix="give another --store, or remove it",
+            "stored label distributions",
+            "something else or a damaged file",
+            "give another --store, or remove it",
         ) from None
     if changed := [name for name in binding if made_for.get(name) != binding[name]]:
         raise ArtifactError(
             path,
-            expected="label distributions of these images, this teacher and this augmentation",
-            found="others for " + ", ".join(changed),
-            fix="give another --store, or remove it to ask the teacher again",
+            "label distributions of these images, this teacher and this augmentation",
+            "others for " + ", ".join(changed),
+            "give another --store, or remove it to ask the teacher again",
         )
     valid = shape_fits and np.isfinite(distributions).all()
     if not valid or np.abs(distributions.sum(axis=2) - 1).max() > 1e-3:
         raise ArtifactError(
             path,
-            expected=f"distributions of {len(images):,} images that sum to one",
-            found=f"shape {distributions.shape} or other sums",
-            fix="remove it to ask the teacher again",
+            f"distributions of {len(images):,} images that sum to one",
+            f"shape {distributions.shape} or other sums",
+            "remove it to ask the teacher again",
         )
     return list(distributions)
 
@@ -202,14 +202,11 @@ def check_store_options(store: Path | None, views: int, asks_teacher: bool) -> N
     if store is not None and not (asks_teacher and views):
         raise ConfigError(
             "--store",
-            expected="a teacher and --views of at least 1",
-            found="no teacher" if not asks_teacher else "--views 0, which asks it in every step",
-            fix="leave --store out",
+            "a teacher and --views of at least 1",
+            "no teacher" if not asks_teacher else "--views 0, which asks it in every step",
+            "leave --store out",
         )
     if store is not None and store.suffix != ".safetensors":
         raise ConfigError(
-            "--store",
-            expected="a name that ends in .safetensors",
-            found=store.name,
-            fix="give it that ending",
+            "--store", "a name that ends in .safetensors", store.name, "give it that ending"
         )

@@ -121,9 +121,9 @@ def own_distributions(samples: Sequence[Sample], classes: int, *, votes: bool) -
     if votes and any(sample.votes is None for sample in samples):
         raise DatasetError(
             "votes as targets",
-            expected="a data set with a column of votes for each class",
-            found="one without",
-            fix="choose other --targets for a student; leave --votes out for a teacher",
+            "a data set with a column of votes for each class",
+            "one without",
+            "choose other --targets for a student; leave --votes out for a teacher",
         )
     plain = samples if votes else [Sample(sample.path, sample.label) for sample in samples]
     return label_distributions(plain, classes)
@@ -205,16 +205,16 @@ def check_batches(length: int, batch_size: int, ranks: int) -> None:
     if batch_size % ranks or batch_size < 2 * ranks:
         raise ConfigError(
             "--batch-size",
-            expected=f"a multiple of the {ranks} processes, with two images or more for each",
-            found=str(batch_size),
-            fix="change one of them",
+            f"a multiple of the {ranks} processes, with two images or more for each",
+            str(batch_size),
+            "change one of them",
         )
     if length < batch_size:
         raise DatasetError(
             "training split",
-            expected=f"at least one batch of {batch_size} images",
-            found=f"{length} images",
-            fix="give a smaller --batch-size or more images",
+            f"at least one batch of {batch_size} images",
+            f"{length} images",
+            "give a smaller --batch-size or more images",
         )
 
 
@@ -330,8 +330,8 @@ def check_classes(dataset: Dataset, samples: list[Sample]) -> None:
     if missing := [label for index, label in enumerate(dataset.labels) if index not in seen]:
         raise ConfigError(
             dataset.root,
-            expected="training images of every class",
-            found="none of " + ", ".join(missing),
-            fix="add images, or prepare the data set with the classes that it has "
+            "training images of every class",
+            "none of " + ", ".join(missing),
+            "add images, or prepare the data set with the classes that it has "
             "(python -m training.prepare folders --classes ...)",
         )

@@ -282,10 +282,7 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
     check_amp("--amp", config.amp, device)
     if config.sync_batch_norm and device.type == "cpu":
         raise ConfigError(
-            "--sync-batch-norm",
-            expected="CUDA devices",
-            found="a CPU",
-            fix="leave --sync-batch-norm out",
+            "--sync-batch-norm", "CUDA devices", "a CPU", "leave --sync-batch-norm out"
         )
 
 
@@ -301,9 +298,7 @@ def check_amp(name: str, amp: str, device: torch.device) -> None:
         ConfigError: fp16 on a CPU.
     """
     if amp == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            f"{name} fp16", expected="a CUDA device", found="a CPU", fix=f"leave {name} out"
-        )
+        raise ConfigError(f"{name} fp16", "a CUDA device", "a CPU", f"leave {name} out")
 
 
 class _StopRequest:
@@ -344,9 +339,9 @@ def _diverged(job: Job, expected: str, found: str, progress: Progress) -> Config
     recipe = job.recipe
     return ConfigError(
         f"learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}",
-        expected=expected,
-        found=f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
-        fix=again + (" in a new --out" if job.state.exists() else "") + good,
+        expected,
+        f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
+        again + (" in a new --out" if job.state.exists() else "") + good,
     )
 
 

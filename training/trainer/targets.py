@@ -79,17 +79,17 @@ class Teacher:
             if theirs != ours:
                 raise CheckpointError(
                     path,
-                    expected=f"{what} {_listed(ours)}, as the data set has",
-                    found=_listed(theirs),
-                    fix="say with --preset what a published checkpoint was trained on, or train a "
+                    f"{what} {_listed(ours)}, as the data set has",
+                    _listed(theirs),
+                    "say with --preset what a published checkpoint was trained on, or train a "
                     "teacher on this data set with python -m training.teacher",
                 )
         if own.architecture == "efficientface":
             raise CheckpointError(
                 path,
-                expected="an LDG (resnet18 or resnet50)",
-                found="an EfficientFace",
-                fix="give the teacher's checkpoint",
+                "an LDG (resnet18 or resnet50)",
+                "an EfficientFace",
+                "give the teacher's checkpoint",
             )
         use_matrix_products(model, device, amp)
         self.path = path

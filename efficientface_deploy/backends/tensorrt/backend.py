@@ -141,9 +141,9 @@ class TensorRTBackend(Backend):
         if record.library != wanted.module:
             raise ArtifactError(
                 self.path,
-                expected=f"an engine of {wanted.label}",
-                found=f"one built by {record.library} {record.version}",
-                fix="keep the ending that the exporter gave it (.engine or .rtx.engine)",
+                f"an engine of {wanted.label}",
+                f"one built by {record.library} {record.version}",
+                "keep the ending that the exporter gave it (.engine or .rtx.engine)",
             )
 
     def _check_version(self, record: EngineRecord, here: str) -> None:
@@ -151,18 +151,18 @@ class TensorRTBackend(Backend):
             label = LIBRARIES[self.kind].label
             raise ArtifactError(
                 self.path,
-                expected=f"an engine built with {label} {_release(here)}, which is here",
-                found=f"one built with {record.version}",
-                fix=self._rebuild(record),
+                f"an engine built with {label} {_release(here)}, which is here",
+                f"one built with {record.version}",
+                self._rebuild(record),
             )
 
     def _check_device(self, record: EngineRecord, here: str) -> None:
         if not record.covers(here):
             raise ArtifactError(
                 self.path,
-                expected=f"an engine built for {here}, the GPU that is here",
-                found="one built for " + ", ".join(record.compute_capabilities),
-                fix=self._rebuild(record, here),
+                f"an engine built for {here}, the GPU that is here",
+                "one built for " + ", ".join(record.compute_capabilities),
+                self._rebuild(record, here),
             )
 
     def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
@@ -198,9 +198,9 @@ class TensorRTBackend(Backend):
         if self._session is None:  # closed by another thread since infer() looked
             raise BackendError(
                 self.path.name,
-                expected="an open backend",
-                found="a closed one",
-                fix="wait for other threads before close()",
+                "an open backend",
+                "a closed one",
+                "wait for other threads before close()",
             )
         return self._session
 
@@ -220,9 +220,9 @@ class TensorRTRTXBackend(TensorRTBackend):
 def _damaged(path: Path, found: str) -> ArtifactError:
     return ArtifactError(
         sidecar_path(path),
-        expected="the library, version and GPUs that the engine was built with and for",
-        found=found,
-        fix="export the engine again",
+        "the library, version and GPUs that the engine was built with and for",
+        found,
+        "export the engine again",
     )
 
 

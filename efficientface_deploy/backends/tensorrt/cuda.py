@@ -485,9 +485,9 @@ def open_cuda() -> Cuda:
             reasons.append(f"{binding.name} could not be loaded ({error})")
     raise BackendError(
         "CUDA",
-        expected="cuda-python or pycuda",
-        found=" and ".join(reasons),
-        fix="pip install cuda-python, of the major version that nvidia-smi shows",
+        "cuda-python or pycuda",
+        " and ".join(reasons),
+        "pip install cuda-python, of the major version that nvidia-smi shows",
     )
 
 
@@ -497,4 +497,4 @@ def _address(host: UInt8Array) -> int:
 
 def _failure(call: str, found: str, fix: str) -> BackendError:
     line = " ".join(found.split())[:200]
-    return BackendError("CUDA", expected=f"{call} to succeed", found=line, fix=fix)
+    return BackendError("CUDA", f"{call} to succeed", line, fix)

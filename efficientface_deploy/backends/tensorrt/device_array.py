@@ -43,16 +43,16 @@ def read_device_array(images: DeviceArray, cuda: Cuda, stream: int) -> DeviceIma
     except Exception as error:  # noqa: BLE001 - the producer's code raises whatever it likes
         raise ImageError(
             "batch",
-            expected="an array that exports itself by DLPack or __cuda_array_interface__",
-            found=f"{type(images).__name__} ({type(error).__name__}: {error})",
-            fix="give a plain array, detached from any graph",
+            "an array that exports itself by DLPack or __cuda_array_interface__",
+            f"{type(images).__name__} ({type(error).__name__}: {error})",
+            "give a plain array, detached from any graph",
         ) from None
     if strides is not None and not _is_contiguous(taken.shape, strides):
         raise ImageError(
             "batch",
-            expected="a C-contiguous array on the GPU",
-            found=f"strides of {strides} elements for shape {taken.shape}",
-            fix="make it contiguous, with .contiguous() or ascontiguousarray()",
+            "a C-contiguous array on the GPU",
+            f"strides of {strides} elements for shape {taken.shape}",
+            "make it contiguous, with .contiguous() or ascontiguousarray()",
         )
     return taken
 
@@ -134,7 +134,7 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _elsewhere(found: str, cuda: Cuda) -> ImageError:
     return ImageError(
         "batch",
-        expected=f"an array on GPU {cuda.device}, which runs the engine",
-        found=found,
-        fix="copy it there, or make that GPU current before load()",
+        f"an array on GPU {cuda.device}, which runs the engine",
+        found,
+        "copy it there, or make that GPU current before load()",
     )

@@ -147,18 +147,18 @@ class Engine:
             return self.failure("load an engine", reason)
         return ArtifactError(
             self.path,
-            expected=f"a plan that {self.module.__name__} {version_of(self.module)} can load here",
-            found=f"one that it refuses ({reason})",
-            fix=self.rebuild,
+            f"a plan that {self.module.__name__} {version_of(self.module)} can load here",
+            f"one that it refuses ({reason})",
+            self.rebuild,
         )
 
     def failure(self, action: str, reason: str = "") -> BackendError:
         """The error for a call that failed on this machine."""
         return BackendError(
             self.path.name,
-            expected=f"{self.module.__name__} to {action}",
-            found=reason or self.logger.first_error() or "a failure without a reason",
-            fix="check the GPU and its driver with nvidia-smi, or load the .onnx file instead",
+            f"{self.module.__name__} to {action}",
+            reason or self.logger.first_error() or "a failure without a reason",
+            "check the GPU and its driver with nvidia-smi, or load the .onnx file instead",
         )
 
     def new_context(self, memory: int, *, graphs: bool) -> Any:
@@ -220,8 +220,8 @@ class Engine:
             described = (f"{tensor} {kind} {shape}" for tensor, (kind, shape) in found.items())
             raise ArtifactError(
                 self.path,
-                expected=f"{side}x{side} image to {classes} logits and probabilities, as "
+                f"{side}x{side} image to {classes} logits and probabilities, as "
                 f"{sidecar_path(self.path).name} says",
-                found="; ".join(described)[:200],
-                fix=self.rebuild,
+                "; ".join(described)[:200],
+                self.rebuild,
             )

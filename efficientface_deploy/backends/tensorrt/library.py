@@ -74,9 +74,9 @@ def load_library(kind: str) -> Any:
     if not hasattr(flags, "STRONGLY_TYPED"):
         raise BackendError(
             f"backend {kind}",
-            expected=f"{library.label} 10 or newer",
-            found=f"version {version_of(module)}, which cannot build strongly typed networks",
-            fix=f"update it: {library.install}",
+            f"{library.label} 10 or newer",
+            f"version {version_of(module)}, which cannot build strongly typed networks",
+            f"update it: {library.install}",
         )
     return module
 
@@ -159,10 +159,7 @@ def rebuild_command(
 
 def _no_library(library: Library, found: str) -> BackendError:
     return BackendError(
-        f"backend {library.kind}",
-        expected=f"{library.label} ({library.module})",
-        found=found,
-        fix=library.install,
+        f"backend {library.kind}", f"{library.label} ({library.module})", found, library.install
     )
 
 

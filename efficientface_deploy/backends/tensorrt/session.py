@@ -141,9 +141,9 @@ class Session:
         if self._takes_floats:
             raise ImageError(
                 "batch",
-                expected="images in host memory, since this engine takes normalised floats",
-                found="an array on a CUDA device",
-                fix="copy it to the host, or export the engine without --float-input",
+                "images in host memory, since this engine takes normalised floats",
+                "an array on a CUDA device",
+                "copy it to the host, or export the engine without --float-input",
             )
         with self._cuda.active():
             return read_device_array(images, self._cuda, self._stream.handle)
@@ -190,9 +190,9 @@ class Session:
         if images.address % _ALIGNMENT:
             raise ImageError(
                 "batch",
-                expected=f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes",
-                found=f"one that begins {images.address % _ALIGNMENT} bytes after",
-                fix="give a copy of it, on the GPU",
+                f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes",
+                f"one that begins {images.address % _ALIGNMENT} bytes after",
+                "give a copy of it, on the GPU",
             )
         return images.address
 

@@ -166,9 +166,7 @@ def test_failed_launch_is_an_error(
     engine: Path, library: Library, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(graph: int, stream: int) -> None:
-        raise BackendError(
-            "CUDA", expected="cudaGraphLaunch to succeed", found="700", fix="restart"
-        )
+        raise BackendError("CUDA", "cudaGraphLaunch to succeed", "700", "restart")
 
     with make(engine) as backend:
         check(backend, 2)
