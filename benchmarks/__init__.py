@@ -1,1 +1,5 @@
 """Run from a clone: see README.md."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent

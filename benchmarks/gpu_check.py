@@ -30,7 +30,7 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.report.result import default_folder, new_result
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
@@ -303,7 +303,7 @@ def install_tensorrt(check: Check) -> str:
 
 def record_versions(check: Check) -> str:
     """What the steps run with."""
-    before = "import json; from benchmarks.machine import describe_software"
+    before = "import json; from efficientface_deploy.workbench.environment import describe_software"
     check.software = json.loads(check.tell("json.dumps(describe_software())", before))
     packages: dict[str, str] = check.software["packages"]
     return ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -23,7 +23,6 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from benchmarks.machine import usable_cpus
 from benchmarks.measure.gpu_counters import measure_gpu, open_energy_meter, peak_by_torch
 from benchmarks.measure.inputs import (
     _JPEG_QUALITY,
@@ -59,6 +58,7 @@ from benchmarks.report.result import default_folder, new_result
 from benchmarks.report.tables import console, require_libraries, show
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 
 FEWEST_CALLS_FOR_P99 = 100

@@ -31,7 +31,6 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
-from benchmarks.machine import usable_cpus
 from benchmarks.measure.models import Absent, comma_list, one_line
 from benchmarks.measure.networks import STRAIGHT, Network, open_session, random_network
 from benchmarks.measure.toolchains import (
@@ -53,6 +52,7 @@ from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 
 MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest: FP32 sums in another order

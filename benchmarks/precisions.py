@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.measure.models import Absent, find_models
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS
 

@@ -35,8 +35,8 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import numpy as np
 import onnxruntime
 
+from benchmarks import ROOT
 from benchmarks.graph_layouts import VARIANTS, GraphsConfig, write_graphs
-from benchmarks.machine import ROOT, usable_cpus
 from benchmarks.measure.inputs import make_jpegs
 from benchmarks.probe import PEAK_RSS, memory_kb
 from benchmarks.report.__main__ import headline, write_result
@@ -48,6 +48,7 @@ from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import BUNDLED_ONNX, Predictor, load
 from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import UInt8Array, load_image, resize
+from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 from efficientface_export.graph.io import write_onnx
 

@@ -21,13 +21,13 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import torch
 from torch import nn
 
-from benchmarks.machine import usable_cpus
 from benchmarks.report.__main__ import write_result
 from benchmarks.report.result import default_folder, new_result
 from benchmarks.report.tables import console, require_libraries
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
+from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 from training.trainer.augmentation import AUGMENTATIONS
 from training.trainer.config import Job, Progress, TrainConfig

@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe_machine, describe_software  # noqa: E402
 from efficientface_deploy.files import write_text  # noqa: E402
+from efficientface_deploy.workbench.environment import (  # noqa: E402
+    describe_machine,
+    describe_software,
+)
 
 SUITE = ROOT / "tests" / "efficientface_deploy" / "backends" / "test_conformance.py"
 

@@ -280,6 +280,7 @@ SPREAD: dict[tuple[str, str], str] = {
     ("benchmarks", "rich"): "not shared yet",
     ("training", "matplotlib"): "not shared yet",
     ("training", "torchvision"): "not shared yet",
+    ("efficientface_deploy", "rich"): "a bar and a table have nothing else in common",
 }
 
 

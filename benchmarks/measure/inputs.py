@@ -11,10 +11,13 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from benchmarks.machine import l2_bytes, last_level_cache_bytes
 from benchmarks.measure.models import Contender
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.vision.preprocess import UInt8Array
+from efficientface_deploy.workbench.environment import (
+    l2_bytes,
+    last_level_cache_bytes,
+)
 from efficientface_deploy.workbench.timing import Call
 
 _LARGEST_INPUTS = 64 << 20  # bytes; some servers' caches are as large as a phone's memory

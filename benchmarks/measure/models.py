@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.report.result import shown_path
 from efficientface_deploy.artifact import (
     carries_spec,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.measure.models import NO_GRAPHS, Absent, Contender
 
 _TIMEOUT = 300

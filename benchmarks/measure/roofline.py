@@ -30,8 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT, last_level_cache_bytes, memory_bytes
+from benchmarks import ROOT
 from benchmarks.measure.models import Contender
+from efficientface_deploy.workbench.environment import (
+    last_level_cache_bytes,
+    memory_bytes,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.measure.roofline import FORMATS
 from benchmarks.report.result import (
     COMPUTE,

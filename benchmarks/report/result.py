@@ -14,9 +14,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, describe_commit, describe_machine, describe_software
+from benchmarks import ROOT
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import require_file, write_text
+from efficientface_deploy.workbench.environment import (
+    describe_commit,
+    describe_machine,
+    describe_software,
+)
 
 Result = dict[str, Any]
 Case = dict[str, Any]

@@ -1,16 +1,70 @@
-"""Tables, as Markdown and for a terminal."""
+"""Tables, described once; as Markdown and, by rich, on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+Row = Sequence[object]
+
+_UNESCAPED_BAR = re.compile(r"(?<!\\)\|")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose first column is text and whose other columns are figures."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(
-        "| " + " | ".join(escaped(str(cell)) for cell in line) + " |" for line in lines
-    )
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table whose cells are Markdown, shown by ``str``.
+
+    Attributes:
+        columns: Names; one that starts with ``>`` holds numbers, which are set to the right.
+        rows: A cell for each column; a row of one cell is a heading over those that follow.
+        title: Above it, where it is not empty.
+        notes: Below it, a sentence each.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    title: str = ""
+    notes: Sequence[str] = ()
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, which ends with a line break."""
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines.append(_line(name.removeprefix(">") for name in self.columns))
+        lines.append("|" + "|".join("--:" if _is_number(n) else "---" for n in self.columns) + "|")
+        for row in self.rows:
+            empty = [""] * (len(self.columns) - 1)
+            lines.append(_line([f"**{row[0]}**", *empty] if self._is_heading(row) else row))
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+    def __rich__(self) -> RichTable:
+        """The table as rich prints it."""
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        drawn = RichTable(title=escape(self.title), caption=escape("\n".join(self.notes)) or None)
+        for name in self.columns:
+            drawn.add_column(
+                name.removeprefix(">"),
+                justify="right" if _is_number(name) else "left",
+                overflow="fold",
+            )
+        for row in self.rows:
+            cells = [escape(str(cell)) for cell in row]
+            if self._is_heading(row):
+                drawn.add_section()
+                cells = [f"[bold]{cells[0]}[/bold]"]
+            drawn.add_row(*cells)
+        return drawn
+
+    def _is_heading(self, row: Row) -> bool:
+        return len(row) == 1 < len(self.columns)
 
 
 def escaped(text: str) -> str:
@@ -18,3 +72,18 @@ def escaped(text: str) -> str:
     for char in "\\`*_[]<>|":
         text = text.replace(char, "\\" + char)
     return text
+
+
+def _is_number(column: str) -> bool:
+    return column.startswith(">")
+
+
+def _line(cells: Iterable[object]) -> str:
+    """A row of cells; what is escaped in them already stays so."""
+    return "| " + " | ".join(_UNESCAPED_BAR.sub(r"\|", str(cell)) for cell in cells) + " |"
+
+
+def table(head: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table whose first column is text and whose other columns are figures."""
+    first, *others = head
+    return Table([first, *(f">{name}" for name in others)], rows).to_markdown().rstrip("\n")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ROOT
 from benchmarks import gpu_check as bench
 from benchmarks.gpu_check import DONE, FAILED, SKIPPED, Check, Gpu, GpuCheckConfig, Step
-from benchmarks.machine import ROOT
 
 CARD = Gpu("NVIDIA Test", "sm86", "12.4")
 NO_GPU = "this machine has no NVIDIA driver (libcuda.so.1)"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import latency
+from benchmarks import ROOT, latency
 from benchmarks.latency import (
     Case,
     choose_baseline,
@@ -23,12 +23,12 @@ from benchmarks.latency import (
     try_cases,
     warnings,
 )
-from benchmarks.machine import ROOT, l2_bytes
 from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
 from benchmarks.measure.models import Absent, Contender
 from benchmarks.report.__main__ import COMPUTE, END_TO_END, read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.workbench.environment import l2_bytes
 from efficientface_deploy.workbench.timing import Samples
 
 MS = 1_000_000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.page import CAVEATS, as_html, as_markdown
 from benchmarks.report.plots import match_accuracy, plots_of, tradeoff_plots
 from benchmarks.report.result import read_result

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.report.result import (
     SCHEMA_VERSION,
     digits,

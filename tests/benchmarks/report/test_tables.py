@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.report.result import read_result
 from benchmarks.report.tables import Table, console, kinds_table, latency_table, tables_of
 
