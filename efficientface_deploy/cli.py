@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
-        report = Report(None if config.json else Table(predictor.spec), len(names))
+        report = Report(None if config.json else PredictionTable(predictor.spec), len(names))
         for name in names:
             try:
                 label(predictor, detector, name, gallery, report.tell)
@@ -131,7 +131,7 @@ def label(
     image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
     faces = predictor.predict_faces(image, detector)
     if gallery:
-        gallery.add_picture(name, draw_faces(image, faces))
+        gallery.add_picture(name, _annotated(image, faces))
     tell(Answer(name, faces))
 
 
@@ -168,7 +168,7 @@ class Report:
         done: How many of them are done.
     """
 
-    def __init__(self, table: Table | None, total: int) -> None:
+    def __init__(self, table: PredictionTable | None, total: int) -> None:
         self.done = 0
         self._table = table
         self._total = total
@@ -201,8 +201,8 @@ class Report:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-class Table:
-    """A table whose columns are as wide as the model's labels; the name, of any length, is last.
+class PredictionTable:
+    """Rows of a table as they come, in columns as wide as the model's labels; names are last.
 
     Args:
         spec: The model's.
@@ -246,12 +246,8 @@ class Gallery:
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                "--draw",
-                "a new or an empty folder",
-                f"{folder}, which is there and not empty",
-                "give another one",
-            )
+            found = f"{folder}, which is there and not empty"
+            raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
         self._folder = folder
 
     def add_picture(self, name: str, image: Image.Image) -> None:
@@ -293,7 +289,7 @@ def _label_frames(
             start = result.time if start is None else start
             seconds = result.index / video.rate if camera is None else result.time - start
             if copy:
-                copy.write(draw_faces(result.image, result.faces))
+                copy.write(_annotated(result.image, result.faces))
             tell(Answer(name, result.faces, result.index, seconds, result.latency))
         if start is None:
             raise ImageError(
@@ -302,6 +298,13 @@ def _label_frames(
                 "none that OpenCV can decode",
                 "copy the video again, or convert it to MP4 (H.264)",
             )
+
+
+def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
+    named = ((found.face, found.prediction) for found in faces)
+    return draw_faces(
+        image, [(face, f"{said.label} {said.confidence:.2f}") for face, said in named]
+    )
 
 
 if __name__ == "__main__":

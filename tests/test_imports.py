@@ -65,9 +65,6 @@ BROKEN: dict[Import, str] = {
     Import(
         "benchmarks.report.readme", "benchmarks.measure.roofline"
     ): "a result's schema is not shared yet",
-    Import(
-        "efficientface_deploy.vision.draw", "efficientface_deploy.predictor"
-    ): "the record of a face lies above",
 }
 
 
