@@ -301,10 +301,8 @@ def _label_frames(
 
 
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
-    named = ((found.face, found.prediction) for found in faces)
-    return draw_faces(
-        image, [(face, f"{said.label} {said.confidence:.2f}") for face, said in named]
-    )
+    texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
+    return draw_faces(image, zip([one.face for one in faces], texts, strict=True))
 
 
 if __name__ == "__main__":

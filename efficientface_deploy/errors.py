@@ -37,6 +37,11 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def words_of(error: object, length: int = 160) -> str:
+    """What an error says, on one line: the beginning of it, or its class where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def system_words(error: OSError) -> str:
     """What the system says: ``no space left on device``, and the like."""
     return (error.strerror or type(error).__name__).lower()

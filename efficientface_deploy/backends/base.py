@@ -174,15 +174,9 @@ class Backend(abc.ABC):
             BackendError: The backend is closed, or the network's output is not finite.
         """
         with self._in_use():
-            if not isinstance(images, np.ndarray):
-                images = self._from_device(images)
+            if not isinstance(images, np.ndarray) and is_device_array(images):
+                return self._infer_all(self._take(images))
             return self._infer_all(images)
-
-    def _from_device(self, images: Any) -> Any:
-        """An array on a GPU as :class:`DeviceImages`, and anything else as it is."""
-        from efficientface_deploy.backends.base import is_device_array
-
-        return self._take(images) if is_device_array(images) else images
 
     def _take(self, images: DeviceArray) -> DeviceImages:
         """Take an array on a GPU where it is; a backend that can do so overrides this."""
@@ -278,7 +272,7 @@ def broken_package(subject: str, error: Exception, install: str) -> BackendError
 
 
 # DLDeviceType of dlpack.h: a CUDA device's memory, and managed memory.
-_DLPACK_CUDA, _DLPACK_MANAGED = 2, 13
+DLPACK_CUDA, DLPACK_MANAGED = 2, 13
 
 
 class SupportsDLPack(Protocol):
@@ -303,7 +297,7 @@ def is_device_array(images: object) -> bool:
     try:
         if hasattr(images, "__dlpack_device__"):
             kind, _ = images.__dlpack_device__()
-            return int(kind) in (_DLPACK_CUDA, _DLPACK_MANAGED)
+            return int(kind) in (DLPACK_CUDA, DLPACK_MANAGED)
         return hasattr(images, "__cuda_array_interface__")
     except Exception:  # noqa: BLE001 - the producer's code raises whatever it likes
         return False

@@ -25,7 +25,7 @@ from efficientface_deploy.backends.tensorrt.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt.engine import Engine
 from efficientface_deploy.backends.tensorrt.library import (
     LIBRARIES,
-    _first_line,
+    first_line,
     load_library,
     rebuild_command,
     version_of,
@@ -74,7 +74,7 @@ class EngineRecord:
                 max_batch=fields["max_batch"],
             )
         except (KeyError, TypeError) as error:
-            raise _damaged(path, f"no usable engine record ({_first_line(error)})") from None
+            raise _damaged(path, f"no usable engine record ({first_line(error)})") from None
         texts = (record.library, record.version, *record.compute_capabilities)
         if not all(isinstance(text, str) for text in texts) or type(record.max_batch) is not int:
             raise _damaged(path, "an engine record with values of another type")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.backends.base import _DLPACK_CUDA, DeviceArray, DeviceImages
+from efficientface_deploy.backends.base import DLPACK_CUDA, DeviceArray, DeviceImages
 from efficientface_deploy.backends.tensorrt.cuda import Cuda
 from efficientface_deploy.errors import EfficientFaceError, ImageError
 
@@ -84,7 +84,7 @@ _Strides = tuple[int, ...] | None  # in elements; None for C-contiguous
 
 def _read_dlpack(images: Any, cuda: Cuda, stream: int) -> tuple[DeviceImages, _Strides]:
     kind, device = images.__dlpack_device__()
-    if int(kind) == _DLPACK_CUDA and int(device) != cuda.device:
+    if int(kind) == DLPACK_CUDA and int(device) != cuda.device:
         raise _elsewhere(f"one on GPU {int(device)}", cuda)
     capsule = images.__dlpack__(stream=stream)  # the producer makes the stream wait
     # The capsule is never marked as consumed: it frees the export itself when we drop it.
