@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import importlib
 import math
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.artifact import check_preset
-from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError
+from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError, words_of
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
@@ -264,11 +265,32 @@ class Backend(abc.ABC):
         self.close()
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra of ours."""
+    return f"pip install 'efficientface-deploy[{extra}]'"
+
+
+def import_package(module: str, subject: str, expected: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        module: Its name.
+        subject: What needs it.
+        expected: What it is for people.
+        extra: What brings it.
+
+    Raises:
+        BackendError: It is not installed, or cannot be loaded; the error names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendError(subject, expected, words_of(error), install_command(extra)) from None
+
+
 def broken_package(subject: str, error: Exception, install: str) -> BackendError:
     """What to say of a library that is there and cannot be imported."""
-    return BackendError(
-        subject, "a library that can be imported", " ".join(str(error).split())[:160], install
-    )
+    return BackendError(subject, "a library that can be imported", words_of(error), install)
 
 
 # DLDeviceType of dlpack.h: a CUDA device's memory, and managed memory.

