@@ -110,8 +110,9 @@ class ModelSpec:
         try:
             return self.replace(input_size=size)
         except SpecError as error:
+            option = "--input-size"
             raise ConfigError(
-                "--input-size", error.expected, error.found, "give another --input-size"
+                option, error.expected, error.found, f"give another {option}"
             ) from None
 
     def to_json(self) -> str:
@@ -129,32 +130,30 @@ class ModelSpec:
         Raises:
             SpecError: Not JSON, not an object, a missing or unknown key, a value out of range.
         """
+
+        def bad(expected: str, found: str) -> SpecError:
+            return SpecError(source, expected, found, _REMAKE)
+
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError, TypeError):
-            raise SpecError(
-                source, "a ModelSpec as JSON", "text that is not JSON", _REMAKE
-            ) from None
+            raise bad("a ModelSpec as JSON", "text that is not JSON") from None
         if not isinstance(fields, dict):
-            kind = type(fields).__name__
-            raise SpecError(source, "a ModelSpec as JSON", kind, _REMAKE)
+            raise bad("a ModelSpec as JSON", type(fields).__name__)
         known = {field.name for field in dataclasses.fields(cls)}
         required = {"schema", "architecture", "labels", "input_size", "mean", "std"}
         if unknown := sorted(set(fields) - known):
-            found = "unknown key " + ", ".join(unknown)
-            raise SpecError(source, "keys of a ModelSpec", found, _REMAKE)
+            raise bad("keys of a ModelSpec", "unknown key " + ", ".join(unknown))
         if missing := sorted(required - set(fields)):
-            found = "no " + ", ".join(missing)
-            raise SpecError(source, "all keys of a ModelSpec", found, _REMAKE)
+            raise bad("all keys of a ModelSpec", "no " + ", ".join(missing))
         for key in ("labels", "mean", "std"):
             if isinstance(fields[key], list):
                 fields[key] = tuple(fields[key])
         try:
             return cls(**fields)
         except SpecError as error:
-            raise SpecError(
-                f"{source}: {error.subject}", error.expected, error.found, error.fix
-            ) from None
+            subject = f"{source}: {error.subject}"
+            raise SpecError(subject, error.expected, error.found, error.fix) from None
 
 
 _REMAKE = "export or train the model again with this version"
@@ -186,16 +185,7 @@ def _is_finite(value: object) -> bool:
 # Order of the published EfficientFace code, which is not RAF-DB's own numbering (1 Surprise, ...).
 _SEVEN = ("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger")
 # Order of the columns in FER+ (Barsoum et al. 2016), without unknown and NF.
-_FERPLUS = (
-    "Neutral",
-    "Happiness",
-    "Surprise",
-    "Sadness",
-    "Anger",
-    "Disgust",
-    "Fear",
-    "Contempt",
-)
+_FERPLUS = ("Neutral", "Happiness", "Surprise", "Sadness", "Anger", "Disgust", "Fear", "Contempt")
 
 _AFFECTNET_MEAN = (0.55391484, 0.43522123, 0.3821877)
 _AFFECTNET_STD = (0.24837189, 0.21625527, 0.20221159)
@@ -262,10 +252,6 @@ def preset(name: str) -> ModelSpec:
         SpecError: There is no such preset.
     """
     if name not in PRESETS:
-        raise SpecError(
-            "preset",
-            "one of " + ", ".join(PRESETS),
-            repr(name),
-            "choose one of these, or read a checkpoint that carries its own spec",
-        )
+        fix = "choose one of these, or read a checkpoint that carries its own spec"
+        raise SpecError("preset", "one of " + ", ".join(PRESETS), repr(name), fix)
     return PRESETS[name]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from efficientface_deploy.backends.base import import_package, install_command
-from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
+from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, words_of
 from efficientface_deploy.files import require_file
 from efficientface_deploy.vision.faces import Face, FaceDetector, Float64Array
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
@@ -50,9 +50,8 @@ def open_detector(name: str, threads: int | None = None) -> FaceDetector:
         return CenterFace(threads=threads)
     if kind == "yunet" and file:
         return YuNet(file)
-    raise ConfigError(
-        "face detector", "centerface or yunet=FILE", repr(name), "choose one of these"
-    )
+    known = "centerface or yunet=FILE"
+    raise ConfigError("face detector", known, repr(name), "choose one of these")
 
 
 class CenterFace:
@@ -84,11 +83,10 @@ class CenterFace:
         batch = small.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         maps = self._session.run(_CENTERFACE_OUTPUTS, {_CENTERFACE_INPUT: batch})
         centres, sizes, offsets, landmarks = (one[0] for one in maps)
-        boxes, scores, points = decode_centerface(
-            centres, sizes, offsets, landmarks, self.min_score
-        )
+        found = decode_centerface(centres, sizes, offsets, landmarks, self.min_score)
+        boxes, scores, points = found
         kept = suppress(boxes, scores)
-        return [_face(boxes[one] / scale, float(scores[one]), points[one] / scale) for one in kept]
+        return [_face(boxes[one] / scale, scores[one], points[one] / scale) for one in kept]
 
 
 class YuNet:
@@ -119,12 +117,9 @@ class YuNet:
                 str(path), "", (_MULTIPLE, _MULTIPLE), min_score, MAX_OVERLAP
             )
         except cv2.error as error:
-            raise ArtifactError(
-                path,
-                "a YuNet model that this OpenCV can read",
-                " ".join(str(error).split())[:160],
-                "take face_detection_yunet_*.onnx from OpenCV's model zoo",
-            ) from None
+            expected = "a YuNet model that this OpenCV can read"
+            fix = "take face_detection_yunet_*.onnx from OpenCV's model zoo"
+            raise ArtifactError(path, expected, words_of(error), fix) from None
 
     def detect(self, image: UInt8Array) -> list[Face]:
         """Find faces, the most confident first; see :class:`FaceDetector`."""
@@ -137,9 +132,7 @@ class YuNet:
         rows = np.empty((0, 15)) if rows is None else np.asarray(rows, dtype=np.float64)
         rows = rows[np.argsort(-rows[:, 14], kind="stable")]
         rows[:, 2:4] += rows[:, :2]
-        return [
-            _face(row[:4] / scale, float(row[14]), row[4:14].reshape(5, 2) / scale) for row in rows
-        ]
+        return [_face(row[:4] / scale, row[14], row[4:14].reshape(5, 2) / scale) for row in rows]
 
 
 def decode_centerface(
@@ -203,7 +196,7 @@ def suppress(
 def _face(box: Float64Array, score: float, points: Float64Array) -> Face:
     left, top, right, bottom = box.tolist()
     one, two, three, four, five = ((x, y) for x, y in points.tolist())
-    return Face((left, top, right, bottom), score, (one, two, three, four, five))
+    return Face((left, top, right, bottom), float(score), (one, two, three, four, five))
 
 
 def _shrink(image: UInt8Array, max_side: int) -> tuple[UInt8Array, float]:

@@ -74,12 +74,9 @@ class VideoWriter:
             code = self._cv2.VideoWriter_fourcc(*"mp4v")
             self._writer = self._cv2.VideoWriter(str(self._path), code, self._rate, image.size)
             if not self._writer.isOpened():
-                raise BackendError(
-                    self._path.name,
-                    "an OpenCV that writes MPEG-4 in .mp4",
-                    "one that does not",
-                    "install opencv-python-headless, which has FFmpeg with it",
-                )
+                expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
+                fix = "install opencv-python-headless, which has FFmpeg with it"
+                raise BackendError(self._path.name, expected, found, fix)
         self._writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
 
     def close(self) -> None:
@@ -96,18 +93,18 @@ def open_video(source: str | Path | int) -> Video:
         BackendError: OpenCV is not installed.
     """
     cv2 = import_opencv()
-    camera = isinstance(source, int)
-    if not isinstance(source, int) and not Path(source).is_file():
-        raise ImageError(source, "a video file", "no such file", "check the path")
-    capture = cv2.VideoCapture(source if camera else str(source))
+    if isinstance(source, int):
+        subject, expected = f"camera {source}", "a camera that OpenCV can open"
+        fix = "check its number, and who else uses it"
+    else:
+        subject, expected = str(source), "a video that OpenCV can read"
+        fix = "convert it to MP4 (H.264)"
+        if not Path(source).is_file():
+            raise ImageError(source, "a video file", "no such file", "check the path")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
         capture.release()
-        raise ImageError(
-            f"camera {source}" if camera else source,
-            "a camera that OpenCV can open" if camera else "a video that OpenCV can read",
-            "one that it cannot",
-            "check its number, and who else uses it" if camera else "convert it to MP4 (H.264)",
-        )
+        raise ImageError(subject, expected, "one that it cannot", fix)
     rate = capture.get(cv2.CAP_PROP_FPS)
     return Video(capture, rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE)
 
