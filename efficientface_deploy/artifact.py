@@ -105,12 +105,9 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
         metadata = header.get("__metadata__", {})
         return {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, RecursionError):
-        raise ArtifactError(
-            path,
-            "a safetensors file",
-            "something else or a truncated one",
-            "copy it again, or train it again with python -m training.student",
-        ) from None
+        found = "something else or a truncated one"
+        fix = "copy it again, or train it again with python -m training.student"
+        raise ArtifactError(path, "a safetensors file", found, fix) from None
 
 
 # ---- ONNX: protobuf messages, of which only what is asked for is read
@@ -242,28 +239,20 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
     engine = require_file(engine, "a TensorRT engine")
     path = sidecar_path(engine)
     if not path.is_file():
-        raise ArtifactError(
-            path,
-            f"the sidecar of {engine.name}",
-            "no such file",
-            "copy both files; an engine alone does not say its labels or preprocessing",
-        )
+        fix = "copy both files; an engine alone does not say its labels or preprocessing"
+        raise ArtifactError(path, f"the sidecar of {engine.name}", "no such file", fix)
     try:
         content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
         spec_fields, provenance = content["spec"], content["provenance"]
         recorded = provenance["engine"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ArtifactError(
-            path, "JSON with spec and provenance", "something else", "export the engine again"
-        ) from None
+        expected, fix = "JSON with spec and provenance", "export the engine again"
+        raise ArtifactError(path, expected, "something else", fix) from None
     spec = ModelSpec.from_json(json.dumps(spec_fields), source=path)
-    if recorded != file_hash(engine):
-        raise ArtifactError(
-            engine,
-            f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)",
-            f"another file (sha256 {file_hash(engine)[:12]}...)",
-            "copy both files of one export",
-        )
+    if recorded != (actual := file_hash(engine)):
+        expected = f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)"
+        found = f"another file (sha256 {actual[:12]}...)"
+        raise ArtifactError(engine, expected, found, "copy both files of one export")
     return spec, provenance
 
 
@@ -286,12 +275,9 @@ def spec_from_metadata(metadata: Mapping[str, str], path: str | Path) -> ModelSp
         SpecError: There is one, but it is damaged.
     """
     if SPEC_KEY not in metadata:
-        raise ArtifactError(
-            path,
-            f"a model with a ModelSpec in its metadata ({SPEC_KEY})",
-            "none",
-            "make the model with efficientface-export, which writes it",
-        )
+        expected = f"a model with a ModelSpec in its metadata ({SPEC_KEY})"
+        fix = "make the model with efficientface-export, which writes it"
+        raise ArtifactError(path, expected, "none", fix)
     return ModelSpec.from_json(metadata[SPEC_KEY], source=path)
 
 
@@ -306,9 +292,8 @@ def provenance_from_metadata(metadata: Mapping[str, str], path: str | Path) -> d
     except (ValueError, RecursionError):
         provenance = None
     if not isinstance(provenance, dict):
-        raise ArtifactError(
-            path, "JSON in " + PROVENANCE_KEY, "something else", "export the model again"
-        )
+        expected, fix = f"JSON in {PROVENANCE_KEY}", "export the model again"
+        raise ArtifactError(path, expected, "something else", fix)
     return provenance
 
 
@@ -331,12 +316,8 @@ def require_preset(path: str | Path, preset_name: str | None) -> None:
         ArtifactError: It does not, and no preset is given; or as :func:`carries_spec`.
     """
     if preset_name is None and Path(path).is_file() and not carries_spec(path):
-        raise ArtifactError(
-            path,
-            "--preset, since this checkpoint does not say what its outputs mean",
-            "none",
-            "add --preset " + ", ".join(PRESETS),
-        )
+        expected = "--preset, since this checkpoint does not say what its outputs mean"
+        raise ArtifactError(path, expected, "none", "add --preset " + ", ".join(PRESETS))
 
 
 def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> None:
@@ -346,10 +327,8 @@ def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> 
         ArtifactError: They differ.
         SpecError: There is no such preset.
     """
-    if preset_name is not None and preset(preset_name).labels != spec.labels:
-        raise ArtifactError(
-            path,
-            f"labels {', '.join(spec.labels)}, as its spec says",
-            f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
-            "leave the preset out; data with other classes needs a model trained on them",
-        )
+    if preset_name is not None and (labels := preset(preset_name).labels) != spec.labels:
+        expected = f"labels {', '.join(spec.labels)}, as its spec says"
+        found = f"preset {preset_name} with {', '.join(labels)}"
+        fix = "leave the preset out; data with other classes needs a model trained on them"
+        raise ArtifactError(path, expected, found, fix)

@@ -292,12 +292,8 @@ def _label_frames(
                 copy.write(_annotated(result.image, result.faces))
             tell(Answer(name, result.faces, result.index, seconds, result.latency))
         if start is None:
-            raise ImageError(
-                name,
-                "at least one frame",
-                "none that OpenCV can decode",
-                "copy the video again, or convert it to MP4 (H.264)",
-            )
+            fix = "copy the video again, or convert it to MP4 (H.264)"
+            raise ImageError(name, "at least one frame", "none that OpenCV can decode", fix)
 
 
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:

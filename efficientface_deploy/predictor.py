@@ -229,12 +229,9 @@ class Predictor:
             Logits and probabilities, float32 (N, C).
         """
         if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
-            raise BackendError(
-                self.path.name,
-                "a model that this process loaded",
-                "one that was loaded before a fork",
-                "call load() in the child, or start processes by spawn",
-            )
+            found = "one that was loaded before a fork"
+            fix = "call load() in the child, or start processes by spawn"
+            raise BackendError(self.path.name, "a model that this process loaded", found, fix)
         output = self._backend.infer(images)
         return output.logits, output.probabilities
 
@@ -312,12 +309,9 @@ def _check_several(images: object) -> None:
         single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
     if single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
         kind = type(images).__name__
-        raise ImageError(
-            "batch",
-            "several images",
-            f"a single one ({kind})" if single else kind,
-            "call the predictor itself, or put the image into a list",
-        )
+        found = f"a single one ({kind})" if single else kind
+        fix = "call the predictor itself, or put the image into a list"
+        raise ImageError("batch", "several images", found, fix)
 
 
 def load(
@@ -346,12 +340,8 @@ def load(
             available here.
     """
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
-        raise BackendError(
-            "threads",
-            f"a whole number, at least 1 and at most {MAX_THREADS}",
-            repr(threads)[:40],
-            "leave it out for all cores",
-        )
+        expected = f"a whole number, at least 1 and at most {MAX_THREADS}"
+        raise BackendError("threads", expected, repr(threads)[:40], "leave it out for all cores")
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))

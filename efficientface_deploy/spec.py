@@ -110,10 +110,8 @@ class ModelSpec:
         try:
             return self.replace(input_size=size)
         except SpecError as error:
-            option = "--input-size"
-            raise ConfigError(
-                option, error.expected, error.found, f"give another {option}"
-            ) from None
+            fix = "give another --input-size"
+            raise ConfigError("--input-size", error.expected, error.found, fix) from None
 
     def to_json(self) -> str:
         """The spec as one line of JSON, keys sorted, floats exact."""

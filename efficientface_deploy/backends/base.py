@@ -181,21 +181,17 @@ class Backend(abc.ABC):
 
     def _take(self, images: DeviceArray) -> DeviceImages:
         """Take an array on a GPU where it is; a backend that can do so overrides this."""
-        raise ImageError(
-            "batch",
-            f"an array in host memory, which is what {self.name} takes",
-            f"{type(images).__name__} on a CUDA device",
-            "copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt",
-        )
+        expected = f"an array in host memory, which is what {self.name} takes"
+        fix = "copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt"
+        raise ImageError("batch", expected, f"{type(images).__name__} on a CUDA device", fix)
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
         """Keep :meth:`close` of another thread waiting while the model runs."""
         with self._lifecycle:
             if not self._is_open:
-                raise BackendError(
-                    self.path.name, "an open backend", "a closed one", "load the model again"
-                )
+                fix = "load the model again"
+                raise BackendError(self.path.name, "an open backend", "a closed one", fix)
             self._running += 1
         try:
             yield
@@ -216,8 +212,7 @@ class Backend(abc.ABC):
         output = parts[0]
         if len(parts) > 1:
             logits = np.concatenate([part.logits for part in parts])
-            probabilities = np.concatenate([part.probabilities for part in parts])
-            output = Output(logits, probabilities)
+            output = Output(logits, np.concatenate([part.probabilities for part in parts]))
         self._check_output(output, len(images))
         return output
 
@@ -230,32 +225,21 @@ class Backend(abc.ABC):
             and images.shape[1:] == (side, side, 3)
         )
         if not valid:
-            found = f"{getattr(images, 'dtype', type(images).__name__)}"
-            found += f" of shape {getattr(images, 'shape', 'unknown')}"
-            raise ImageError(
-                "batch",
-                f"uint8 array of shape (N, {side}, {side}, 3)",
-                found,
-                "make it with Predictor.preprocess, or call the predictor with the image",
-            )
+            dtype = getattr(images, "dtype", type(images).__name__)
+            found = f"{dtype} of shape {getattr(images, 'shape', 'unknown')}"
+            fix = "make it with Predictor.preprocess, or call the predictor with the image"
+            raise ImageError("batch", f"uint8 array of shape (N, {side}, {side}, 3)", found, fix)
 
     def _check_output(self, output: Output, batch: int) -> None:
         shape = (batch, self.spec.num_classes)
         shapes = {output.logits.shape, output.probabilities.shape}
         if shapes != {shape}:
-            raise BackendError(
-                self.path.name,
-                f"outputs of shape {shape}",
-                " and ".join(map(str, sorted(shapes))),
-                "export the model again with efficientface-export",
-            )
+            found = " and ".join(map(str, sorted(shapes)))
+            fix = "export the model again with efficientface-export"
+            raise BackendError(self.path.name, f"outputs of shape {shape}", found, fix)
         if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
-            raise BackendError(
-                self.path.name,
-                "finite outputs",
-                "NaN or infinity",
-                "export the model again in a higher precision (--precision fp32)",
-            )
+            fix = "export the model again in a higher precision (--precision fp32)"
+            raise BackendError(self.path.name, "finite outputs", "NaN or infinity", fix)
 
     def __enter__(self) -> Backend:
         self.open()

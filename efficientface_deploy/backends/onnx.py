@@ -100,25 +100,16 @@ class OnnxBackend(Backend):
         # A GPU provider that cannot start is replaced by the CPU without an error.
         if provider.name not in session.get_providers():
             raise _missing_provider(device, "one which could not be started on this machine")
-        self._check_names(session)
-        self._takes_floats = session.get_inputs()[0].name == FLOAT_INPUT
+        try:
+            self._check_signature(session)
+        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
+            fix = "copy the file again, or export the model again"
+            raise ArtifactError(self.path, "names in UTF-8", "other bytes", fix) from None
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
-
-    def _check_names(self, session: Any) -> None:
-        """Whether the graph is what its spec says."""
-        try:
-            self._check_signature(session)
-        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
-            raise ArtifactError(
-                self.path,
-                "names in UTF-8",
-                "other bytes",
-                "copy the file again, or export the model again",
-            ) from None
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
         import onnxruntime
@@ -134,7 +125,8 @@ class OnnxBackend(Backend):
         if provider.whole_graph:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         keywords: dict[str, Any] = {"enable_fallback": 0}  # no second try on the CPU
-        if not self._has_fp32_scales():
+        # Only such files have INT8 convolutions in an FP32 graph.
+        if (self.provenance.get("precision"), self.provenance.get("target")) != ("int8", "cpu"):
             keywords["disabled_optimizers"] = _UNSAFE_FOR_FP16_SCALES
         settings = self._settings(device)
         if plugin_devices:
@@ -147,12 +139,9 @@ class OnnxBackend(Backend):
             found = f"{type(error).__name__} ({_first_line(error)})"
             if device != "cpu":
                 raise _missing_provider(device, found) from None
-            raise ArtifactError(
-                self.path,
-                "an ONNX model that this onnxruntime can load",
-                found,
-                "export the model again, or update onnxruntime",
-            ) from None
+            expected = "an ONNX model that this onnxruntime can load"
+            fix = "export the model again, or update onnxruntime"
+            raise ArtifactError(self.path, expected, found, fix) from None
 
     def _settings(self, device: str) -> dict[str, str]:
         """The provider's options; what is not set here is as the provider has it."""
@@ -189,11 +178,6 @@ class OnnxBackend(Backend):
         kept = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         return {**settings, **kept, "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 
-    def _has_fp32_scales(self) -> bool:
-        """Whether the file's INT8 convolutions sit in an FP32 graph."""
-        kind = (self.provenance.get("precision"), self.provenance.get("target"))
-        return kind == ("int8", "cpu")
-
     def _check_signature(self, session: Any) -> None:
         """Refuse a graph whose inputs and outputs are not those that its spec promises."""
         side, classes = self.spec.input_size, self.spec.num_classes
@@ -213,28 +197,21 @@ class OnnxBackend(Backend):
         )
         if not valid:
             described = [f"{node.name} {node.type} {node.shape}" for node in inputs + outputs]
-            raise ArtifactError(
-                self.path,
-                f"uint8 image (N, {side}, {side}, 3) to {classes} logits and "
-                "probabilities, as its spec says",
-                "; ".join(described)[:200],
-                "export the model again with efficientface-export",
-            )
+            expected = f"uint8 image (N, {side}, {side}, 3) to {classes} logits and probabilities"
+            fix = "export the model again with efficientface-export"
+            found = "; ".join(described)[:200]
+            raise ArtifactError(self.path, f"{expected}, as its spec says", found, fix)
 
     def _infer(self, images: UInt8Array) -> Output:
-        feed: Any = normalise(images, self.spec) if self._takes_floats else images
+        takes_floats = self._input_name == FLOAT_INPUT
+        feed = {self._input_name: normalise(images, self.spec) if takes_floats else images}
         try:
-            logits, probabilities = self._session.run(
-                OUTPUTS, {self._input_name: feed}, self._run_options
-            )
+            return Output(*self._session.run(OUTPUTS, feed, self._run_options))
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
-            raise BackendError(
-                self.path.name,
-                f"a batch of {len(images)} to run on {self.name}",
-                f"{type(error).__name__} ({_first_line(error)})",
-                "give smaller batches, or export the model again",
-            ) from None
-        return Output(logits, probabilities)
+            expected = f"a batch of {len(images)} to run on {self.name}"
+            found = f"{type(error).__name__} ({_first_line(error)})"
+            fix = "give smaller batches, or export the model again"
+            raise BackendError(self.path.name, expected, found, fix) from None
 
     def _close(self) -> None:
         self._session = None
@@ -270,14 +247,10 @@ def _plugin_devices(device: str) -> list[Any]:
         raise _missing_provider(device, f"a plugin that fails ({_first_line(error)})") from None
     kinds = onnxruntime.OrtHardwareDeviceType
     kind = kinds.CPU if device == "openvino" else kinds.GPU
-    found = [
-        candidate
-        for candidate in onnxruntime.get_ep_devices()
-        if candidate.ep_name == provider.name and candidate.device.type == kind
-    ]
-    if not found:
-        raise _missing_provider(device, "a plugin without a device on this machine")
-    return found[:1]
+    for found in onnxruntime.get_ep_devices():
+        if (found.ep_name, found.device.type) == (provider.name, kind):
+            return [found]
+    raise _missing_provider(device, "a plugin without a device on this machine")
 
 
 def _load_cuda_runtime(folder: Path) -> None:
@@ -309,12 +282,8 @@ def _cache_folder(path: Path) -> Path | None:
 
 def _missing_provider(device: str, found: str) -> BackendError:
     provider = PROVIDERS[device]
-    return BackendError(
-        f"backend onnx:{device}",
-        provider.name,
-        found,
-        f"install {provider.install} and its drivers, or choose onnx:cpu",
-    )
+    fix = f"install {provider.install} and its drivers, or choose onnx:cpu"
+    return BackendError(f"backend onnx:{device}", provider.name, found, fix)
 
 
 def _first_line(error: Exception) -> str:

@@ -24,12 +24,8 @@ class TorchBackend(Backend):
     def _open(self) -> None:
         device = self.options.device or "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                "backend torch:cuda",
-                "a CUDA device",
-                "none",
-                "choose torch:cpu, or install PyTorch for CUDA and its driver",
-            )
+            fix = "choose torch:cpu, or install PyTorch for CUDA and its driver"
+            raise BackendError("backend torch:cuda", "a CUDA device", "none", fix)
         model, self.spec = load_checkpoint(self.path, self.options.preset)
         if self.path.suffix == WEIGHTS_SUFFIX:
             metadata = read_safetensors_metadata(self.path)

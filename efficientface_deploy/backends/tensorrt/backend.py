@@ -67,11 +67,11 @@ class EngineRecord:
         fields = provenance["engine"]
         try:
             record = cls(
-                library=fields["library"],
-                version=fields["version"],
-                compute_capabilities=tuple(fields["compute_capabilities"]),
-                parent=Path(fields["parent"]).name,  # a name, whatever was written there
-                max_batch=fields["max_batch"],
+                fields["library"],
+                fields["version"],
+                tuple(fields["compute_capabilities"]),
+                Path(fields["parent"]).name,  # a name, whatever was written there
+                fields["max_batch"],
             )
         except (KeyError, TypeError) as error:
             raise _damaged(path, f"no usable engine record ({first_line(error)})") from None
@@ -82,12 +82,11 @@ class EngineRecord:
 
     def covers(self, compute_capability: str) -> bool:
         """Whether the engine was built for a GPU of this compute capability."""
-        for built in self.compute_capabilities:
-            if built == compute_capability:
-                return True
-            if built.endswith("+") and _number(compute_capability) >= _number(built):
-                return True
-        return False
+        return any(
+            built == compute_capability
+            or (built.endswith("+") and _number(compute_capability) >= _number(built))
+            for built in self.compute_capabilities
+        )
 
     def runs_with(self, version: str) -> bool:
         """Whether a library of this version may load it.
@@ -139,31 +138,22 @@ class TensorRTBackend(Backend):
     def _check_kind(self, record: EngineRecord) -> None:
         wanted = LIBRARIES[self.kind]
         if record.library != wanted.module:
-            raise ArtifactError(
-                self.path,
-                f"an engine of {wanted.label}",
-                f"one built by {record.library} {record.version}",
-                "keep the ending that the exporter gave it (.engine or .rtx.engine)",
-            )
+            found = f"one built by {record.library} {record.version}"
+            fix = "keep the ending that the exporter gave it (.engine or .rtx.engine)"
+            raise ArtifactError(self.path, f"an engine of {wanted.label}", found, fix)
 
     def _check_version(self, record: EngineRecord, here: str) -> None:
         if not record.runs_with(here):
             label = LIBRARIES[self.kind].label
-            raise ArtifactError(
-                self.path,
-                f"an engine built with {label} {_release(here)}, which is here",
-                f"one built with {record.version}",
-                self._rebuild(record),
-            )
+            expected = f"an engine built with {label} {_release(here)}, which is here"
+            found = f"one built with {record.version}"
+            raise ArtifactError(self.path, expected, found, self._rebuild(record))
 
     def _check_device(self, record: EngineRecord, here: str) -> None:
         if not record.covers(here):
-            raise ArtifactError(
-                self.path,
-                f"an engine built for {here}, the GPU that is here",
-                "one built for " + ", ".join(record.compute_capabilities),
-                self._rebuild(record, here),
-            )
+            expected = f"an engine built for {here}, the GPU that is here"
+            found = "one built for " + ", ".join(record.compute_capabilities)
+            raise ArtifactError(self.path, expected, found, self._rebuild(record, here))
 
     def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
         """The instruction that builds this engine anew, for GPU ``here`` if one is given.
@@ -196,12 +186,8 @@ class TensorRTBackend(Backend):
 
     def _opened(self) -> Session:
         if self._session is None:  # closed by another thread since infer() looked
-            raise BackendError(
-                self.path.name,
-                "an open backend",
-                "a closed one",
-                "wait for other threads before close()",
-            )
+            fix = "wait for other threads before close()"
+            raise BackendError(self.path.name, "an open backend", "a closed one", fix)
         return self._session
 
     def _close(self) -> None:
@@ -218,12 +204,8 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 
 def _damaged(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(
-        sidecar_path(path),
-        "the library, version and GPUs that the engine was built with and for",
-        found,
-        "export the engine again",
-    )
+    expected = "the library, version and GPUs that the engine was built with and for"
+    return ArtifactError(sidecar_path(path), expected, found, "export the engine again")
 
 
 def _release(version: str) -> str:

@@ -424,12 +424,8 @@ def open_cuda() -> Cuda:
             reasons.append(f"{binding.name} is not installed")
         except ImportError as error:
             reasons.append(f"{binding.name} could not be loaded ({error})")
-    raise BackendError(
-        "CUDA",
-        "cuda-python or pycuda",
-        " and ".join(reasons),
-        "pip install cuda-python, of the major version that nvidia-smi shows",
-    )
+    fix = "pip install cuda-python, of the major version that nvidia-smi shows"
+    raise BackendError("CUDA", "cuda-python or pycuda", " and ".join(reasons), fix)
 
 
 def _address(host: UInt8Array) -> int:

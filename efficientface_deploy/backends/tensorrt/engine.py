@@ -71,21 +71,15 @@ class Engine:
         reason = self.logger.first_error() or "no reason given"
         if "cudaError" in reason or "Cuda Runtime" in reason:
             return self.failure("load an engine", reason)
-        return ArtifactError(
-            self.path,
-            f"a plan that {self._module.__name__} {version_of(self._module)} can load here",
-            f"one that it refuses ({reason})",
-            self._rebuild,
-        )
+        library = f"{self._module.__name__} {version_of(self._module)}"
+        expected, found = f"a plan that {library} can load here", f"one that it refuses ({reason})"
+        return ArtifactError(self.path, expected, found, self._rebuild)
 
     def failure(self, action: str, reason: str = "") -> BackendError:
         """The error for a call that failed on this machine."""
-        return BackendError(
-            self.path.name,
-            f"{self._module.__name__} to {action}",
-            reason or self.logger.first_error() or "a failure without a reason",
-            "check the GPU and its driver with nvidia-smi, or load the .onnx file instead",
-        )
+        found = reason or self.logger.first_error() or "a failure without a reason"
+        fix = "check the GPU and its driver with nvidia-smi, or load the .onnx file instead"
+        return BackendError(self.path.name, f"{self._module.__name__} to {action}", found, fix)
 
     def new_context(self, memory: int, *, graphs: bool) -> Any:
         """An execution context.
@@ -132,21 +126,17 @@ class Engine:
             UINT8_INPUT: (types.UINT8, (side, side, 3)),
             FLOAT_INPUT: (types.FLOAT, (3, side, side)),
         }
-        expected: dict[str, Any] = {self.input_name: inputs[self.input_name]}
-        expected |= {name: (types.FLOAT, (classes,)) for name in OUTPUTS}
+        wanted: dict[str, Any] = {self.input_name: inputs[self.input_name]}
+        wanted |= {name: (types.FLOAT, (classes,)) for name in OUTPUTS}
         found = {
             name: (self.plan.get_tensor_dtype(name), tuple(self.plan.get_tensor_shape(name))[1:])
             for name in self._tensors
         }
-        if found != expected:
+        if found != wanted:
             described = (f"{name} {kind} {shape}" for name, (kind, shape) in found.items())
-            raise ArtifactError(
-                self.path,
-                f"{side}x{side} image to {classes} logits and probabilities, as "
-                f"{sidecar_path(self.path).name} says",
-                "; ".join(described)[:200],
-                self._rebuild,
-            )
+            tensors = f"{side}x{side} image to {classes} logits and probabilities"
+            expected = f"{tensors}, as {sidecar_path(self.path).name} says"
+            raise ArtifactError(self.path, expected, "; ".join(described)[:200], self._rebuild)
 
 
 def cache_path(engine: Path) -> Path:

@@ -107,12 +107,9 @@ class Session:
             ImageError: It cannot be used as it is, or the engine takes normalised floats.
         """
         if self._takes_floats:
-            raise ImageError(
-                "batch",
-                "images in host memory, since this engine takes normalised floats",
-                "an array on a CUDA device",
-                "copy it to the host, or export the engine without --float-input",
-            )
+            expected = "images in host memory, since this engine takes normalised floats"
+            fix = "copy it to the host, or export the engine without --float-input"
+            raise ImageError("batch", expected, "an array on a CUDA device", fix)
         with self._cuda.active():
             return read_device_array(images, self._cuda, self._stream)
 
@@ -151,13 +148,10 @@ class Session:
             ready = normalise(images, self._spec) if self._takes_floats else images
             self._input.host[: len(images)] = ready
             return self._input.address
-        if images.address % _ALIGNMENT:
-            raise ImageError(
-                "batch",
-                f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes",
-                f"one that begins {images.address % _ALIGNMENT} bytes after",
-                "give a copy of it, on the GPU",
-            )
+        if excess := images.address % _ALIGNMENT:
+            expected = f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes"
+            found = f"one that begins {excess} bytes after"
+            raise ImageError("batch", expected, found, "give a copy of it, on the GPU")
         return images.address
 
     def _new_context(self, *, graphs: bool) -> Any:
