@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import file_hash, require_file, write_text
+from efficientface_deploy.files import describe_absence, file_hash, require_file, write_text
 from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -43,10 +43,8 @@ _LOOKED_AT = 4096  # bytes that tell text from anything else
 
 def describe_file(path: Path) -> str:
     """``a picture``, ``an empty file``, ``a TensorRT engine``; content goes before the name."""
-    if path.is_dir():
-        return "a folder"
     if not path.is_file():
-        return "no such file"
+        return describe_absence(path)
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
     if not start:

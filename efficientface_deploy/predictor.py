@@ -9,18 +9,13 @@ import os
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from efficientface_deploy.backends import (
-    Backend,
-    BackendOptions,
-    create_backend,
-    missing_reason,
-    resolve_backend,
-)
+from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
+from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
@@ -33,9 +28,6 @@ from efficientface_deploy.vision.preprocess import (
     to_model_input,
 )
 from efficientface_deploy.vision.stream import check_policy, overlap
-
-if TYPE_CHECKING:
-    from efficientface_deploy.backends.base import DeviceArray
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"

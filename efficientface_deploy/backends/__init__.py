@@ -15,22 +15,10 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.backends.base import (
     Backend,
     BackendOptions,
-    Output,
     import_package,
     install_command,
 )
 from efficientface_deploy.errors import ArtifactError, BackendError
-
-__all__ = [
-    "REGISTRY",
-    "Backend",
-    "BackendOptions",
-    "Entry",
-    "Output",
-    "create_backend",
-    "missing_reason",
-    "resolve_backend",
-]
 
 
 @dataclasses.dataclass(frozen=True)

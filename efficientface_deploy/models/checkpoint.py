@@ -27,7 +27,7 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.errors import CheckpointError
-from efficientface_deploy.files import atomic_path, require_file
+from efficientface_deploy.files import atomic_path, describe_absence, require_file
 from efficientface_deploy.models.efficientface import EfficientFace
 from efficientface_deploy.models.ldg import LabelDistributionGenerator
 from efficientface_deploy.spec import ModelSpec, preset
@@ -138,8 +138,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
     """
     path = Path(path)
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(path, "a checkpoint", found, "check the path")
+        raise CheckpointError(path, "a checkpoint", describe_absence(path), "check the path")
     spec = None
     if path.suffix == WEIGHTS_SUFFIX:
         state, spec = _read_safetensors(path)
