@@ -47,9 +47,9 @@ def option(
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
     """
-    told = {"help": help, "choices": choices, "metavar": metavar}
-    used = {"positional": positional, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={**told, **used})
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "positional": positional}
+    metadata |= {"minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_config(
@@ -181,7 +181,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     except BrokenPipeError:
         pass  # the reader (head, less) went away: no error of ours
     except OSError as error:
-        code = _complain(error)  # a full disk, a missing permission: the system says what to mend
+        code = _complain(error)  # a full disk, a missing permission: the system says what to do
     flushed = _flush()
     sys.exit(code or flushed)
 

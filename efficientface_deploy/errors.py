@@ -1,4 +1,4 @@
-"""Errors of the toolkit: each says what was expected, what was found, and how to mend it."""
+"""Errors of the toolkit: each says what was expected, what was found, and how to fix it."""
 
 from __future__ import annotations
 

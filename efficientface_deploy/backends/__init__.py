@@ -95,7 +95,7 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
 
 
 def missing_reason(name: str) -> str | None:
-    """Why a backend cannot be used here for want of a package; None when it is installed."""
+    """Which package a backend lacks here, as a sentence; None when it is installed."""
     package = REGISTRY[name].package
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 

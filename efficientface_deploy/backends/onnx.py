@@ -71,7 +71,7 @@ PROVIDERS = {
 }
 
 # Batches that the engines of TensorRT's providers are built for: smallest, best, largest. Without
-# them the provider builds anew, for minutes, whenever a batch is smaller or larger than all before.
+# them the provider builds again, for minutes, when a batch is smaller or larger than all before.
 _MIN_BATCH, _OPT_BATCH, _MAX_BATCH = 1, 1, 32
 
 # Optimisations of ONNX Runtime's that mishandle Q/DQ pairs whose scales are FP16 (1.32, CPU). The
@@ -120,7 +120,7 @@ class OnnxBackend(Backend):
         if self.options.threads is not None:
             options.intra_op_num_threads = self.options.threads
         # Threads that wait by spinning: for a picture every 10 ms they took 14 ms of the CPU where
-        # sleeping ones took 3, at no speed that could be told apart (benchmarks/runtime.py).
+        # sleeping ones took 3, without a measurable difference in speed (benchmarks/runtime.py).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider.whole_graph:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -147,7 +147,7 @@ class OnnxBackend(Backend):
         """The provider's options; what is not set here is as the provider has it."""
         if device == "cuda":
             # TF32 would round an FP32 file's products to ten bits. The default search times every
-            # algorithm anew for each batch size, which the first face of a size would wait for.
+            # algorithm again for each batch size, and the first face of a size would wait for it.
             return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         if device == "openvino":
             # The file's precision is what runs: by itself it takes BF16 where the CPU has it.

@@ -83,8 +83,8 @@ def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
     """Start a network from a checkpoint of the same architecture.
 
     The head is taken only from a file of ours whose labels are the same; that of weights
-    pre-trained on something else (MS-Celeb-1M: 12,666 identities) stays as it was made anew. Which
-    of the two happened is logged.
+    pre-trained on something else (MS-Celeb-1M: 12,666 identities) stays as it was
+    initialised. Which of the two happened is logged.
 
     Args:
         model: Network with fresh weights, changed in place.

@@ -146,7 +146,7 @@ def decode_centerface(
     """CenterFace's maps to faces: section 3 of its paper, with the order of its published demo.
 
     Args:
-        centres: (1, H, W), how sure it is that a face's centre lies in the cell.
+        centres: (1, H, W), probability that a face's centre lies in the cell.
         sizes: (2, H, W), logarithm of height and width in cells.
         offsets: (2, H, W), of the centre from the cell's middle, y and x, in cells.
         landmarks: (10, H, W), five points from the box's upper left corner, y and x, in sides of

@@ -51,7 +51,7 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 _ALPHA_BACKGROUND = (255, 255, 255)
 
-# What undoes each EXIF orientation. Pillow's exif_transpose also writes the EXIF block anew, which
+# What undoes each EXIF orientation. Pillow's exif_transpose also writes the EXIF block again, which
 # fails on the odd tags of real cameras.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -1,8 +1,9 @@
 """TensorRT 10 and 11, and TensorRT for RTX 1.x: one code path over two libraries.
 
-Only calls that all of them have are made; what differs is asked of the library, not of its
-version. Everything that can be known to fail is refused before a plan is deserialised, with the
-command that builds it anew: an engine belongs to a library version and to a kind of GPU.
+Only calls that all of them have are made; where they differ, the library is asked for its
+attributes and not for its version. Everything that can be known to fail is refused before a plan
+is deserialised, with the command that builds it again: an engine belongs to a library version and
+to a kind of GPU.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class TensorRTBackend(Backend):
             raise ArtifactError(self.path, expected, found, self._rebuild(record, here))
 
     def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
-        """The instruction that builds this engine anew, for GPU ``here`` if one is given.
+        """The instruction that builds this engine again, for GPU ``here`` if one is given.
 
         TensorRT always builds for the GPU it finds; its RTX sibling is told, or builds for all
         that are supported by default.

@@ -139,8 +139,8 @@ class Cuda(abc.ABC):
     def free(self, kind: str, handle: int) -> None:
         """Free a ``stream``, ``graph``, ``device`` or ``host`` allocation.
 
-        A failure is logged, not raised: nobody can mend it, and it is usually the echo of an
-        earlier error that must not be hidden.
+        A failure is logged, not raised: nobody can do anything about it, and it usually follows
+        from an earlier error that must not be hidden.
         """
         try:
             self._free(kind, handle)

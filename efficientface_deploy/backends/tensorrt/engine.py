@@ -90,7 +90,7 @@ class Engine:
             graphs: Whether it captures CUDA graphs itself, where it can.
 
         Raises:
-            BackendError: It cannot be made, usually for want of GPU memory.
+            BackendError: It cannot be made, usually for lack of GPU memory.
         """
         if self.captures_itself:
             strategies = self._module.CudaGraphStrategy

@@ -130,7 +130,7 @@ def rebuild_command(
     compute_capabilities: Sequence[str] = (),
     out: Path | None = None,
 ) -> str:
-    """The command line that builds an engine anew.
+    """The command line that builds an engine again.
 
     Args:
         kind: ``trt`` or ``trt-rtx``.
