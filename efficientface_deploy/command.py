@@ -47,8 +47,8 @@ def option(
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "positional": positional}
-    metadata |= {"minimum": minimum, "maximum": maximum}
+    metadata: dict[str, Any] = dict(help=help, choices=choices, metavar=metavar)
+    metadata.update(positional=positional, minimum=minimum, maximum=maximum)
     return dataclasses.field(default=default, metadata=metadata)
 
 
