@@ -23,7 +23,7 @@ from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
-from efficientface_deploy.vision.video import VIDEO_SUFFIXES, VideoWriter, open_video, write_video
+from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
 
 _JPEG_QUALITY = 90
 
@@ -140,9 +140,8 @@ class Labeller:
         policy = "every" if camera is None else "newest"
         with contextlib.ExitStack() as stack:
             video = stack.enter_context(open_video(name if camera is None else camera))
-            copy = None
             if self.gallery:
-                copy = stack.enter_context(self.gallery.add_video(name, video.rate))
+                draw = stack.enter_context(self.gallery.add_video(name, video.rate))
             if camera is not None:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # a camera's usual end
             results = self.predictor.predict_stream(video, detector=self.detector, policy=policy)
@@ -150,8 +149,8 @@ class Labeller:
             for result in stack.enter_context(contextlib.closing(results)):
                 start = result.time if start is None else start
                 seconds = result.index / video.rate if camera is None else result.time - start
-                if copy:
-                    copy.write(_annotated(result.image, result.faces))
+                if self.gallery:
+                    draw(_annotated(result.image, result.faces))
                 self.tell(Answer(name, result.faces, result.index, seconds, result.latency))
             if start is None:
                 fix = "copy the video again, or convert it to MP4 (H.264)"
@@ -272,8 +271,10 @@ class Gallery:
         with atomic_path(self._free(name, ".jpg")) as path:
             image.save(path, "JPEG", quality=_JPEG_QUALITY)
 
-    def add_video(self, name: str, rate: float) -> contextlib.AbstractContextManager[VideoWriter]:
-        """Begin a copy as MPEG-4 under the video's name."""
+    def add_video(
+        self, name: str, rate: float
+    ) -> contextlib.AbstractContextManager[Callable[[Image.Image], None]]:
+        """Begin a copy as MPEG-4 under the video's name; see :func:`write_video`."""
         return write_video(self._free(name, ".mp4"), rate)
 
     def _free(self, name: str, suffix: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +55,6 @@ class Video:
         self.close()
 
 
-class VideoWriter:
-    """Writes RGB pictures of one size as MPEG-4; made by :func:`write_video`."""
-
-    def __init__(self, path: Path, rate: float) -> None:
-        self._path = path
-        self._rate = rate
-        self._cv2 = import_opencv()
-        self._writer: Any = None
-
-    def write(self, image: Image.Image) -> None:
-        """Add a picture.
-
-        Raises:
-            BackendError: This OpenCV cannot write such a video.
-        """
-        if self._writer is None:
-            code = self._cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = self._cv2.VideoWriter(str(self._path), code, self._rate, image.size)
-            if not self._writer.isOpened():
-                expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
-                fix = "install opencv-python-headless, which has FFmpeg with it"
-                raise BackendError(self._path.name, expected, found, fix)
-        self._writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
-
-    def close(self) -> None:
-        """Write out what is left."""
-        if self._writer is not None:
-            self._writer.release()
-
-
 def open_video(source: str | Path | int) -> Video:
     """Open a video file, or a camera by its number.
 
@@ -110,19 +80,39 @@ def open_video(source: str | Path | int) -> Video:
 
 
 @contextlib.contextmanager
-def write_video(path: str | Path, rate: float) -> Iterator[VideoWriter]:
+def write_video(path: str | Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
     """Write a video that appears under its name when the block ends without an error.
 
     Args:
-        path: An ``.mp4`` file.
+        path: An ``.mp4`` file, written as MPEG-4.
         rate: Frames per second.
+
+    Yields:
+        What adds a picture, RGB, each of the same size.
+
+    Raises:
+        BackendError: This OpenCV cannot write such a video, or is not installed.
     """
+    cv2 = import_opencv()
+    writer: Any = None
     with atomic_path(path) as temporary:
-        writer = VideoWriter(temporary, rate)
+
+        def write(image: Image.Image) -> None:
+            nonlocal writer
+            if writer is None:
+                code = cv2.VideoWriter_fourcc(*"mp4v")
+                writer = cv2.VideoWriter(str(temporary), code, rate, image.size)
+            if not writer.isOpened():
+                expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
+                fix = "install opencv-python-headless, which has FFmpeg with it"
+                raise BackendError(temporary.name, expected, found, fix)
+            writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+
         try:
-            yield writer
+            yield write
         finally:
-            writer.close()
+            if writer is not None:
+                writer.release()
 
 
 def import_opencv() -> Any:
