@@ -72,7 +72,7 @@ PROVIDERS = {
 
 # Batches that the engines of TensorRT's providers are built for: smallest, best, largest. Without
 # them the provider builds again, for minutes, when a batch is smaller or larger than all before.
-_MIN_BATCH, _OPT_BATCH, _MAX_BATCH = 1, 1, 32
+_BATCHES = {"min": 1, "opt": 1, "max": 32}
 
 # Optimisations of ONNX Runtime's that mishandle Q/DQ pairs whose scales are FP16 (1.32, CPU). The
 # first quantises biases with the product of two scales, which FP16 cannot hold: on FER+ it moved
@@ -156,7 +156,7 @@ class OnnxBackend(Backend):
                 settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
             return {"load_config": json.dumps({"CPU": settings})}
         if device in ("tensorrt", "tensorrt-rtx"):
-            self.max_batch = _MAX_BATCH
+            self.max_batch = _BATCHES["max"]
             return self._tensorrt_settings("trt" if device == "tensorrt" else "nv")
         return {}
 
@@ -165,10 +165,9 @@ class OnnxBackend(Backend):
         side = self.spec.input_size
         name = read_onnx_input(self.path)
         item = f"3x{side}x{side}" if name == FLOAT_INPUT else f"{side}x{side}x3"
-        sizes = {"min": _MIN_BATCH, "opt": _OPT_BATCH, "max": _MAX_BATCH}
         settings = {
             f"{prefix}_profile_{which}_shapes": f"{name}:{batch}x{item}"
-            for which, batch in sizes.items()
+            for which, batch in _BATCHES.items()
         }
         folder = _cache_folder(self.path)
         if folder is None:

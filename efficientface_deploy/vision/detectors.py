@@ -168,15 +168,12 @@ def decode_centerface(
     return boxes * _STRIDE, scores, points * _STRIDE
 
 
-def suppress(
-    boxes: Float64Array, scores: Float64Array, max_overlap: float = MAX_OVERLAP
-) -> list[int]:
-    """Greedy non-maximum suppression.
+def suppress(boxes: Float64Array, scores: Float64Array) -> list[int]:
+    """Greedy non-maximum suppression: of two boxes for one face the less confident is left out.
 
     Args:
         boxes: (N, 4), left, top, right, bottom.
         scores: (N,).
-        max_overlap: Intersection over union from which the less confident of two boxes is left out.
 
     Returns:
         Indices of the boxes that stay, the most confident first.
@@ -190,7 +187,7 @@ def suppress(
         near = np.maximum(boxes[best, :2], boxes[rest, :2])
         far = np.minimum(boxes[best, 2:], boxes[rest, 2:])
         shared = np.prod(np.clip(far - near, 0, None), axis=1)
-        left = rest[shared < max_overlap * (areas[best] + areas[rest] - shared)]
+        left = rest[shared < MAX_OVERLAP * (areas[best] + areas[rest] - shared)]
     return kept
 
 

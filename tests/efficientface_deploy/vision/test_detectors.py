@@ -182,7 +182,7 @@ def test_suppress_leaves_no_two_that_overlap_and_loses_no_other(seed):
     corners = rng.uniform(0, 50, (60, 2))
     boxes = np.column_stack([corners, corners + rng.uniform(5, 30, (60, 2))])
     scores = rng.uniform(size=60)
-    kept = suppress(boxes, scores, 0.3)
+    kept = suppress(boxes, scores)
     pairs = [(one, two) for one in kept for two in kept if one != two]
     assert all(overlap(boxes[one], boxes[two]) < 0.3 for one, two in pairs)
     for lost in set(range(60)) - set(kept):
