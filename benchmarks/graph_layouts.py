@@ -85,12 +85,8 @@ VARIANTS: dict[str, Variant] = {
         dataclasses.replace(_CPU, split_multiplier=False),
         "slower: 29 to 116 channels in groups fit no blocked layout",
     ),
-    "cpu, a convolution for each read": Variant(
-        dataclasses.replace(_CPU, convolution=0.0, cut=1e12),
-        "faster: no slice, so no change of layout",
-    ),
     "cpu, one convolution for each source": Variant(
-        dataclasses.replace(_CPU, convolution=1e9),
+        dataclasses.replace(_CPU, slices=True),
         "slower: each slice changes the layout twice",
     ),
     "cpu, blocks of 4": Variant(
@@ -122,7 +118,7 @@ VARIANTS: dict[str, Variant] = {
         dataclasses.replace(_GPU, align=8), "as many kernels, more arithmetic"
     ),
     "gpu, a convolution for each read": Variant(
-        dataclasses.replace(_GPU, convolution=0.0, cut=1e12), "no slices, but many convolutions"
+        dataclasses.replace(_GPU, slices=False), "no slices, but many convolutions"
     ),
 }
 

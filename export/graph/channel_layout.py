@@ -14,18 +14,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from efficientface_export.graph.onnx_builder import (
-    Array,
-    GraphBuilder,
-    Map,
-    columns_in_order,
-    pad,
-    renumbered,
-    rows_in_order,
-)
-
 Channel = tuple[int, int]
 """(source, index): source 0 is a, source k + 1 is yk."""
 
@@ -70,25 +58,6 @@ def channel_lifetimes(units: int, half: int) -> Lifetimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """What a layout is judged by, in multiply-adds or their equivalent in time.
-
-    Attributes:
-        produce: Of one more channel of the source.
-        read: Of one more channel in the input of a reader.
-        copy: Of moving one channel into a reader's input.
-        convolution: Of one more convolution that makes the source.
-        cut: Of one slice node.
-    """
-
-    produce: float
-    read: float
-    copy: float
-    convolution: float
-    cut: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
     """A range of a group's channels, read at one time.
 
@@ -118,23 +87,23 @@ class SourceLayout:
 
 def layout_source(
     channels: Sequence[Channel],
-    time_of: dict[Channel, int],
+    time_of: Mapping[Channel, int],
     align: int,
-    costs: Costs,
+    slices: bool,
     last: Sequence[Channel | None] | None = None,
 ) -> SourceLayout:
-    """The cheapest order, padding and division of a source's channels.
+    """Order, padding and division of a source's channels.
 
-    Channels lie in the order of their consumption. Each next run of channels either begins at a
-    multiple of ``align``, after channels of zeros, or shares a block with the one before; and the
-    source is cut into one or several convolutions. All ways are tried: a source has at most as
-    many runs as its stage has units.
+    Channels lie in the order of their consumption. Readers of a slice take whole blocks, so that
+    the channels of two readers may share one. Without slices two readers share a convolution only
+    where the channels of both fit in one block.
 
     Args:
         channels: Of the source.
         time_of: When each is consumed.
         align: Groups and parts are whole blocks of so many channels.
-        costs: What is minimised.
+        slices: One convolution makes them all, and readers take slices of it; else there is one
+            convolution for each read.
         last: The channels that are consumed last, in the order in which they are wanted, in whole
             blocks that they share with no others; default: any order.
     """
@@ -142,19 +111,20 @@ def layout_source(
     runs: dict[int, Sequence[Channel | None]] = {
         time: list(run) for time, run in itertools.groupby(in_time, time_of.__getitem__)
     }
-    # Between two runs: share a block, start a new block, or start a new convolution.
-    choices: list[tuple[str, ...]] = [("share", "align", "cut")] * (len(runs) - 1)
     if last is not None:
         runs[max(runs)] = last
-        choices[-1:] = [("align", "cut")] * len(choices[-1:])
-    best: tuple[float, SourceLayout] | None = None
-    for breaks in itertools.product(*choices):
-        layout = _lay_out(runs, breaks, align)
-        cost = _cost(layout, costs)
-        if best is None or cost < best[0]:
-            best = cost, layout
-    assert best is not None
-    return best[1]
+    groups: list[list[Channel | None]] = [[]]
+    parts = {}
+    for time, run in runs.items():
+        apart = not slices and len(groups[-1]) + len(run) > align
+        if apart or run is last:
+            groups[-1] = pad(groups[-1], align)
+        if apart and groups[-1]:
+            groups.append([])
+        start, stop = len(groups[-1]), len(groups[-1]) + len(run)
+        groups[-1] += run
+        parts[time] = Part(len(groups) - 1, start // align * align, -(-stop // align) * align)
+    return SourceLayout(tuple(tuple(pad(group, align)) for group in groups), parts)
 
 
 def multiplied_order(
@@ -185,7 +155,7 @@ def multiplied_order(
     order: list[int | None] = []
     for source in sorted(set(owners)):
         order += [c for c in inputs if owners[multiplier * c + divided] == source]
-        _pad(order, align)
+        order = pad(order, align)
     joined = [None if c is None else owners[multiplier * c + m] for m in residues for c in order]
     blocks = [set(joined[i : i + align]) - {None} for i in range(0, len(joined), align)]
     sequence = [source for block in blocks for source in block if source is not None]
@@ -195,40 +165,9 @@ def multiplied_order(
     return tuple(order), tuple(residues)
 
 
-def _lay_out(
-    runs: Mapping[int, Sequence[Channel | None]], breaks: Sequence[str], align: int
-) -> SourceLayout:
-    groups: list[list[Channel | None]] = [[]]
-    spans: dict[int, tuple[int, int, int]] = {}
-    for (time, run), before in zip(runs.items(), ("share", *breaks), strict=True):
-        if before != "share":
-            _pad(groups[-1], align)
-        if before == "cut":
-            groups.append([])
-        start = len(groups[-1])
-        groups[-1] += run
-        spans[time] = len(groups) - 1, start, len(groups[-1])
-    _pad(groups[-1], align)
-    parts = {
-        time: Part(group, start // align * align, -(-stop // align) * align)
-        for time, (group, start, stop) in spans.items()
-    }
-    return SourceLayout(tuple(map(tuple, groups)), parts)
-
-
-def _cost(layout: SourceLayout, costs: Costs) -> float:
-    total = 0.0
-    for group in layout.groups:
-        total += costs.convolution + costs.produce * len(group)
-    for part in layout.parts.values():
-        total += (costs.read + costs.copy) * (part.stop - part.start)
-        if part.stop - part.start < len(layout.groups[part.group]):
-            total += costs.cut
-    return total
-
-
-def _pad(group: list[Any], align: int) -> None:
-    group += [None] * (-len(group) % align)
+def pad(channels: Sequence[Any], align: int) -> list[Any]:
+    """Channels and zeros (None) up to a whole block."""
+    return [*channels, *[None] * (-len(channels) % align)]
 
 
 def _source(number: int, half: int) -> list[Channel]:
@@ -252,9 +191,8 @@ class Profile:
             depthwise ones.
         first_read_whole: Stages whose unit 1 reads all that unit 0 made, with zero weights for
             what it does not consume, instead of a part of it.
-        copy: Cost of moving one value, in multiply-adds.
-        convolution: Cost of one more convolution, in multiply-adds.
-        cut: Cost of one slice node, in multiply-adds.
+        slices: Each source is made by one convolution, of which readers take slices, instead of
+            one for each reader.
     """
 
     align: int = 8
@@ -262,9 +200,7 @@ class Profile:
     merge_patches: bool = False
     split_multiplier: bool = False
     first_read_whole: tuple[str, ...] = ()
-    copy: float = 8.0
-    convolution: float = 300_000.0
-    cut: float = 600_000.0
+    slices: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what would cut the stacked quadrants apart again.
@@ -277,197 +213,15 @@ class Profile:
 
 
 PROFILES = {
-    # Narrow convolutions are cheap and slices dear: they force a change of memory layout.
+    # Narrow convolutions are cheap and slices expensive: they force a change of memory layout.
     "cpu": Profile(split_multiplier=True),
-    # Kernels are dear: one convolution for each source, and slices that one copy gathers. Reading
-    # all in stage 4 as well would save one more kernel, for 1.31 times the multiply-adds.
+    # Kernels are expensive: one convolution for each source, and slices that one copy gathers.
+    # Reading all in stage 4 as well would save one more kernel, for 1.31 times the multiply-adds.
     "gpu": Profile(
         align=4,
         merge_branches=True,
         merge_patches=True,
         first_read_whole=("stage2", "stage3"),
-        convolution=1e9,
-        cut=0.0,
+        slices=True,
     ),
 }
-
-
-class _Sources:
-    """The outputs of a stage's units, and what later units read of them."""
-
-    def __init__(
-        self,
-        writer: GraphBuilder,
-        profile: Profile,
-        lives: Lifetimes,
-        side: int,
-        first_whole: bool,
-        wanted: Sequence[int | None],
-    ) -> None:
-        self.writer = writer
-        self.profile = profile
-        self.lives = lives
-        self.side = side
-        self.first_whole = first_whole
-        # The stage's output in the order that is wanted; None is a channel of zeros.
-        self.wanted = [None if j is None else lives.reads[lives.end][j] for j in wanted]
-        self.time_of = lives.time_of()
-        # For each time, the maps that are read; channels of others count as zeros.
-        self.parts: dict[int, list[Map]] = {time: [] for time in range(len(lives.reads))}
-
-    def produce(
-        self,
-        name: str,
-        x: Map,
-        channels: Sequence[Channel],
-        weight: Array,
-        bias: Array,
-        keys: Sequence[Any] | None = None,
-    ) -> None:
-        """Make a source by 1x1 convolutions with ReLU.
-
-        Args:
-            name: Of its nodes.
-            x: What it is made of.
-            channels: Its channels, in the order of the rows of ``weight``.
-            weight: (len(channels), in, 1, 1).
-            bias: (len(channels),).
-            keys: Channels of ``x`` in the order of the columns, where both branches of unit 0 are
-                merged in it; default: 0, 1, 2, ...
-        """
-        if keys is not None:
-            x = renumbered(x, keys)
-        layout = layout_source(
-            channels,
-            self.time_of,
-            self.writer.align,
-            self.costs(len(x.channels)),
-            self.last(channels),
-        )
-        rows = {channel: index for index, channel in enumerate(channels)}
-        for number, group in enumerate(layout.groups):
-            suffix = f".{number}" if len(layout.groups) > 1 else ""
-            order = [None if channel is None else rows[channel] for channel in group]
-            made = self.writer.pointwise(
-                f"{name}.out{suffix}", x, weight, bias, relu=True, order=order
-            )
-            spans = {
-                time: (part.start, part.stop)
-                for time, part in layout.parts.items()
-                if part.group == number
-            }
-            if keys is not None and self.first_whole and 0 in spans:
-                spans[0] = 0, len(group)
-            self.offer(f"{name}.out{suffix}", made.name, group, spans)
-
-    def produce_pair(
-        self, name: str, x: Map, ends: Sequence[tuple[Array, Array]], width: int
-    ) -> None:
-        """Make sources 0 and 1 by one grouped convolution, of the halves of ``x``.
-
-        Args:
-            name: Of its nodes.
-            x: (N, 2 * width, H, W); source 0 is made of its first half.
-            ends: Weight (H, in, 1, 1) and bias (H,) of each source.
-            width: Channels of each half of ``x``.
-        """
-        align = self.writer.align
-        costs = dataclasses.replace(self.costs(width), convolution=1e18)
-        channels = [[(source, index) for index in range(self.lives.half)] for source in (0, 1)]
-        layouts = [layout_source(own, self.time_of, align, costs) for own in channels]
-        # One convolution each, and, as grouped convolutions want it, of equal width.
-        out = max(len(layout.groups[0]) for layout in layouts)
-        weights, biases = [], []
-        joint: list[Channel | None] = []
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for source, (layout, (weight, bias)) in enumerate(zip(layouts, ends, strict=True)):
-            group = pad(layout.groups[0], out)
-            order = [None if channel is None else channel[1] for channel in group]
-            half = x.channels[source * width : (source + 1) * width]
-            keys = sorted(key for key in half if key is not None)
-            numbers = {key: number for number, key in enumerate(keys)}
-            columns = [None if key is None else numbers[key] for key in half]
-            weights.append(columns_in_order(rows_in_order(weight, order), columns))
-            biases.append(rows_in_order(bias, order))
-            for time, part in layout.parts.items():
-                spans.setdefault(time, []).append((len(joint) + part.start, len(joint) + part.stop))
-            joint += group
-        made = self.writer.conv(
-            f"{name}.out",
-            x.name,
-            np.concatenate(weights),
-            np.concatenate(biases),
-            relu=True,
-            group=2,
-        )
-        for half_of in (0, 1):
-            chosen = {time: both[half_of] for time, both in spans.items()}
-            if self.first_whole:
-                del chosen[0]
-            self.offer(f"{name}.out.{half_of}", made, tuple(joint), chosen)
-        if self.first_whole:
-            self.offer(f"{name}.out", made, tuple(joint), {0: (0, len(joint))})
-
-    def last(self, channels: Sequence[Channel]) -> list[Channel | None] | None:
-        """What the end of the stage reads of a source, as it is wanted; None for any order."""
-        align = self.writer.align
-        places = [place for place, channel in enumerate(self.wanted) if channel in channels]
-        if not places:
-            return None
-        return self.wanted[places[0] // align * align : -(-(places[-1] + 1) // align) * align]
-
-    def costs(self, width: int) -> Costs:
-        """What a layout costs whose convolution reads so many channels."""
-        profile, area = self.profile, self.side**2
-        return Costs(
-            produce=width * area,
-            read=self.lives.half * area,
-            copy=profile.copy * area,
-            convolution=profile.convolution,
-            cut=profile.cut,
-        )
-
-    def offer(
-        self,
-        name: str,
-        tensor: str,
-        group: Sequence[Channel | None],
-        spans: Mapping[int, tuple[int, int]],
-    ) -> None:
-        """Let later units read ranges of a tensor's channels.
-
-        Args:
-            name: Of the slice nodes.
-            tensor: Its name.
-            group: Its channels.
-            spans: First channel and one after the last, for each time at which it is read.
-        """
-        slices: dict[tuple[int, int], str] = {}
-        for time, (start, stop) in spans.items():
-            source = tensor
-            if (start, stop) != (0, len(group)):
-                if (start, stop) not in slices:
-                    slices[start, stop] = self.writer.cut(
-                        f"{name}.cut{len(slices)}", tensor, (1,), (start,), (stop,)
-                    )
-                source = slices[start, stop]
-            own = tuple(
-                channel if channel is not None and self.time_of[channel] == time else None
-                for channel in group[start:stop]
-            )
-            self.parts[time].append(Map(source, own, self.side))
-
-    def read(self, time: int, name: str) -> Map:
-        """What is consumed at a time, as one map whose channels are in the network's numbers."""
-        parts = self.parts[time]
-        if len(parts) == 1:
-            joined = parts[0].name
-        else:
-            joined = self.writer.node("Concat", f"{name}.read", [p.name for p in parts], axis=1)
-        position = {channel: index for index, channel in enumerate(self.lives.reads[time])}
-        channels = tuple(
-            None if channel is None else position[channel]
-            for part in parts
-            for channel in part.channels
-        )
-        return Map(joined, channels, self.side)

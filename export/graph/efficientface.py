@@ -8,38 +8,22 @@ of the picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
 from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import LUMA, normalisation
-from efficientface_export.graph.channel_layout import (
-    Lifetimes,
-    Profile,
-    _Sources,
-    channel_lifetimes,
-    multiplied_order,
-)
-from efficientface_export.graph.onnx_builder import (
-    Array,
-    GraphBuilder,
-    Map,
-    columns_in_order,
-    pad,
-    rows_in_order,
-)
+from efficientface_export.graph.channel_layout import Profile, multiplied_order
+from efficientface_export.graph.onnx_builder import Array, Map, columns_in_order, rows_in_order
+from efficientface_export.graph.stages import StageWriter, Weights
 
-Weights = Mapping[str, npt.NDArray[Any]]
-
-BN_EPSILON = 1e-5  # torch.nn.BatchNorm2d's default
-STAGES = ("stage2", "stage3", "stage4")
 QUADRANTS = 4
+_HALVING: dict[str, Any] = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
 
 
 def deploy_graph(
@@ -60,12 +44,10 @@ def deploy_graph(
     return _Writer(weights, spec, profile).write(float_input)
 
 
-class _Writer(GraphBuilder):
+class _Writer(StageWriter):
     def __init__(self, weights: Weights, spec: ModelSpec, profile: Profile) -> None:
-        super().__init__(profile.align)
-        self.weights = {name: np.asarray(value) for name, value in weights.items()}
+        super().__init__(weights, profile)
         self.spec = spec
-        self.profile = profile
         # Channel order of the stem, and of the local features among the outputs of stage 2.
         stem = len(self.weights["conv1.0.weight"])
         self.multiplier = len(self.weights["local.conv1_1.weight"]) // stem
@@ -81,20 +63,10 @@ class _Writer(GraphBuilder):
     def write(self, float_input: bool) -> onnx.ModelProto:
         side = self.spec.input_size
         stem = self.float_stem() if float_input else self.uint8_stem()
-        x = Map(
-            self.node(
-                "MaxPool",
-                "maxpool",
-                [stem.name],
-                kernel_shape=[3, 3],
-                strides=[2, 2],
-                pads=[1, 1, 1, 1],
-            ),
-            stem.channels,
-            stem.side // 2,
-        )
+        pooled = self.node("MaxPool", "maxpool", [stem.name], kernel_shape=[3, 3], **_HALVING)
+        x = Map(pooled, stem.channels, stem.side // 2)
         local = self.local(x)
-        x = self.stage("stage2", x)
+        x = self.stage("stage2", x, self.local_order() if self.orders_agree else ())
         x = self.modulate(x, local)
         x = self.stage("stage3", x)
         x = self.stage("stage4", x)
@@ -140,84 +112,9 @@ class _Writer(GraphBuilder):
     def stem(self, picture: Map, folded: tuple[Array, Array]) -> Map:
         weight, bias = folded
         order = self.stem_order
-        name = self.conv(
-            "conv1",
-            picture.name,
-            rows_in_order(weight, order),
-            rows_in_order(bias, order),
-            relu=True,
-            strides=[2, 2],
-            pads=[1, 1, 1, 1],
-        )
+        weight, bias = rows_in_order(weight, order), rows_in_order(bias, order)
+        name = self.conv("conv1", picture.name, weight, bias, relu=True, **_HALVING)
         return Map(name, order, picture.side // 2)
-
-    # ---- Stages ------------------------------------------------------------------------------
-
-    def stage(self, name: str, x: Map) -> Map:
-        lives = self.lifetimes(name)
-        half = lives.half
-        wanted = self.local_order() if name == "stage2" and self.orders_agree else ()
-        whole = name in self.profile.first_read_whole
-        sources = _Sources(self, self.profile, lives, x.side // 2, whole, wanted)
-        self.first_unit(name, x, sources)
-        for unit in range(1, lives.end + 1):
-            key = f"{name}.{unit}.branch2"
-            branch = self.depthwise_branch(key, sources.read(unit - 1, f"{name}.{unit}"), 1)
-            weight, bias = self.folded(f"{key}.5", f"{key}.6")
-            channels = [(unit + 1, index) for index in range(half)]
-            sources.produce(f"{name}.{unit}", branch, channels, weight, bias)
-        return sources.read(lives.end, f"{name}.out")
-
-    def lifetimes(self, stage: str) -> Lifetimes:
-        """Of the channels of a stage."""
-        units = len({key.split(".")[1] for key in self.weights if key.startswith(stage + ".")})
-        return channel_lifetimes(units, len(self.weights[f"{stage}.0.branch2.5.weight"]))
-
-    def first_unit(self, name: str, x: Map, sources: _Sources) -> None:
-        """The stride-2 unit, whose two branches both see all of ``x``."""
-        one, two = f"{name}.0.branch1", f"{name}.0.branch2"
-        half = sources.lives.half
-        channels = {source: [(source, index) for index in range(half)] for source in (0, 1)}
-        ends = {0: self.folded(f"{one}.2", f"{one}.3"), 1: self.folded(f"{two}.5", f"{two}.6")}
-        if not self.profile.merge_branches:
-            weight, bias = self.folded(f"{one}.0", f"{one}.1")
-            for source, branch in (
-                (0, self.depthwise(f"{one}.dw", x, weight, bias, 2)),
-                (1, self.depthwise_branch(two, x, 2)),
-            ):
-                sources.produce(f"{name}.0.{source}", branch, channels[source], *ends[source])
-            return
-        # x passes the first 1x1 convolution unchanged: it is not negative, ReLU keeps it.
-        weight, bias = self.folded(f"{two}.0", f"{two}.1")  # (half, in, 1, 1)
-        inside = [("x", c) for c in x.channels if c is not None]
-        hidden = [("h", index) for index in range(len(weight))]
-        passed, made = pad(inside, self.profile.align), pad(hidden, self.profile.align)
-        order = passed + made
-        columns = len(self.weights[f"{one}.0.weight"])
-        identity = np.eye(columns, dtype=np.float32)[:, :, None, None]
-        rows = {("h", i): (weight[i], bias[i]) for i in range(len(weight))}
-        rows |= {("x", c): (identity[c], np.float32(0)) for c in x.channels if c is not None}
-        wide = self.pointwise_rows(f"{name}.0.in", x, rows, order)
-        first = self.folded(f"{one}.0", f"{one}.1")
-        second = self.folded(f"{two}.3", f"{two}.4")
-        kernels = {("x", c): (first[0][c], first[1][c]) for c in x.channels if c is not None}
-        kernels |= {("h", i): (second[0][i], second[1][i]) for i in range(len(second[0]))}
-        moved = self.depthwise_rows(f"{name}.0.dw", wide, kernels, 2)
-        if len(passed) == len(made):
-            sources.produce_pair(f"{name}.0", moved, (ends[0], ends[1]), len(passed))
-            return
-        # Each half of the output reads one part of this; the other weights are zero.
-        keys = [("x", c) for c in range(columns)] + [("h", i) for i in range(len(second[0]))]
-        joint = np.zeros((2 * half, len(keys), 1, 1), np.float32)
-        joint[:half, :columns] = ends[0][0]
-        joint[half:, columns:] = ends[1][0]
-        bias = np.concatenate((ends[0][1], ends[1][1]))
-        sources.produce(f"{name}.0", moved, channels[0] + channels[1], joint, bias, keys)
-
-    def depthwise_branch(self, key: str, x: Map, stride: int) -> Map:
-        """1x1 convolution with ReLU, then the depthwise one: the first two of a branch's three."""
-        hidden = self.pointwise(f"{key}.in", x, *self.folded(f"{key}.0", f"{key}.1"), relu=True)
-        return self.depthwise(f"{key}.dw", hidden, *self.folded(f"{key}.3", f"{key}.4"), stride)
 
     # ---- Local feature extractor and modulator -------------------------------------------------
 
@@ -233,44 +130,33 @@ class _Writer(GraphBuilder):
         """The four quadrants, each through depthwise convolutions of its own, joined again."""
         middle = x.side // 2
         cuts = [(0, 0), (middle, 0), (0, middle), (middle, middle)]  # of quadrants 1 to 4
-        patches = [
-            Map(
-                self.cut(
-                    f"local.patch{q + 1}",
-                    x.name,
-                    (2, 3),
-                    (top, left),
-                    (top + middle, left + middle),
-                ),
-                x.channels,
-                middle,
-            )
-            for q, (top, left) in enumerate(cuts)
-        ]
+        patches = []
+        for q, (top, left) in enumerate(cuts):
+            name, stops = f"local.patch{q + 1}", (top + middle, left + middle)
+            cut = self.cut(name, x.name, (2, 3), (top, left), stops)
+            patches.append(Map(cut, x.channels, middle))
         if self.profile.merge_patches:
             patches = self.merged_patches(patches)
         else:
             patches = [self.patch(f"local.{q + 1}", (q,), patch) for q, patch in enumerate(patches)]
         names = [patch.name for patch in patches]
-        left = self.node("Concat", "local.left", names[:2], axis=2)
-        right = self.node("Concat", "local.right", names[2:], axis=2)
-        joined = self.node("Concat", "local", [left, right], axis=3)
+        halves = [
+            self.node("Concat", "local.left", names[:2], axis=2),
+            self.node("Concat", "local.right", names[2:], axis=2),
+        ]
+        joined = self.node("Concat", "local", halves, axis=3)
         return Map(joined, patches[0].channels, middle)
 
     def merged_patches(self, patches: list[Map]) -> list[Map]:
         names = [patch.name for patch in patches]
-        stacked = Map(
-            self.node("Concat", "local.patches", names, axis=1),
-            patches[0].channels * QUADRANTS,
-            patches[0].side,
-        )
+        joined = self.node("Concat", "local.patches", names, axis=1)
+        stacked = Map(joined, patches[0].channels * QUADRANTS, patches[0].side)
         result = self.patch("local", tuple(range(QUADRANTS)), stacked)
-        channels = result.channels[: len(result.channels) // QUADRANTS]
-        size = len(channels)
+        size = len(result.channels) // QUADRANTS
         return [
             Map(
                 self.cut(f"local.out{q + 1}", result.name, (1,), (q * size,), ((q + 1) * size,)),
-                channels,
+                result.channels[:size],
                 result.side,
             )
             for q in range(QUADRANTS)
@@ -281,50 +167,35 @@ class _Writer(GraphBuilder):
         inner = x.channels[: len(x.channels) // len(quadrants)]
         first = [self.folded(f"local.conv{q + 1}_1", f"local.bn{q + 1}_1") for q in quadrants]
         second = [self.folded(f"local.conv{q + 1}_2", f"local.bn{q + 1}_2") for q in quadrants]
-        multiplier, side = self.multiplier, x.side // 2
+        multiplier = self.multiplier
+
+        def widen(name: str, channels: Sequence[int | None]) -> str:
+            weight = np.concatenate([rows_in_order(w, channels) for w, _ in first])
+            bias = np.concatenate([rows_in_order(b, channels) for _, b in first])
+            return self.conv(
+                name, x.name, weight, bias, relu=True, group=len(x.channels), **_HALVING
+            )
+
         if self.profile.split_multiplier:
             # Output channel multiplier * c + m comes from input channel c.
             channels = self.local_order()
-            parts = []
-            for m in range(multiplier):
-                order = channels[m * len(inner) : (m + 1) * len(inner)]
-                weight = np.concatenate([rows_in_order(w, order) for w, _ in first])
-                bias = np.concatenate([rows_in_order(b, order) for _, b in first])
-                parts.append(
-                    self.conv(
-                        f"{name}.1.{m}",
-                        x.name,
-                        weight,
-                        bias,
-                        relu=True,
-                        strides=[2, 2],
-                        pads=[1, 1, 1, 1],
-                        group=len(weight),
-                    )
-                )
+            size = len(inner)
+            parts = [
+                widen(f"{name}.1.{m}", channels[m * size : (m + 1) * size])
+                for m in range(multiplier)
+            ]
             joined = self.node("Concat", f"{name}.1", parts, axis=1)
         else:
             channels = tuple(
                 None if c is None else multiplier * c + m for c in inner for m in range(multiplier)
             )
-            weight = np.concatenate([rows_in_order(w, channels) for w, _ in first])
-            bias = np.concatenate([rows_in_order(b, channels) for _, b in first])
-            joined = self.conv(
-                f"{name}.1",
-                x.name,
-                weight,
-                bias,
-                relu=True,
-                strides=[2, 2],
-                pads=[1, 1, 1, 1],
-                group=len(x.channels),
-            )
+            joined = widen(f"{name}.1", channels)
         weight = np.concatenate([rows_in_order(w, channels) for w, _ in second])
         bias = np.concatenate([rows_in_order(b, channels) for _, b in second])
         result = self.conv(
             f"{name}.2", joined, weight, bias, relu=True, pads=[1, 1, 1, 1], group=len(weight)
         )
-        return Map(result, channels * len(quadrants), side)
+        return Map(result, channels * len(quadrants), x.side // 2)
 
     def modulate(self, x: Map, local: Map) -> Map:
         """``x * sigmoid(channel gate * spatial gate) + local``, in the channel order of ``x``."""
@@ -333,9 +204,8 @@ class _Writer(GraphBuilder):
         weight, bias = self.folded(f"{prefix}fc_0", f"{prefix}bn_1")
         hidden = self.pointwise("gate.c1", pooled, weight[:, :, None, None], bias, relu=True)
         weight, bias = self.plain(f"{prefix}fc_final")
-        channel = self.pointwise(
-            "gate.c2", hidden, weight[:, :, None, None], bias, order=x.channels
-        )
+        weight = weight[:, :, None, None]
+        channel = self.pointwise("gate.c2", hidden, weight, bias, order=x.channels)
         prefix = "modulator.spatial_att.gate_s.gate_s_"
         space = self.pointwise(
             "gate.s1", x, *self.folded(f"{prefix}conv_reduce0", f"{prefix}bn_reduce0"), relu=True
@@ -344,15 +214,9 @@ class _Writer(GraphBuilder):
             weight, bias = self.folded(f"{prefix}conv_di_{index}", f"{prefix}bn_di_{index}")
             order = self.padded(len(weight))
             weight = columns_in_order(rows_in_order(weight, order), space.channels)
-            name = self.conv(
-                f"gate.s{index + 2}",
-                space.name,
-                weight,
-                rows_in_order(bias, order),
-                relu=True,
-                pads=[4, 4, 4, 4],
-                dilations=[4, 4],
-            )
+            bias = rows_in_order(bias, order)
+            options: dict[str, Any] = {"pads": [4, 4, 4, 4], "dilations": [4, 4]}
+            name = self.conv(f"gate.s{index + 2}", space.name, weight, bias, relu=True, **options)
             space = Map(name, order, x.side)
         spatial = self.pointwise("gate.s4", space, *self.plain(f"{prefix}conv_final"), order=(0,))
         product = self.node("Mul", "gate.product", [channel.name, spatial.name])
@@ -361,29 +225,12 @@ class _Writer(GraphBuilder):
         aligned = self.reorder(local, x.channels)
         return Map(self.node("Add", "features2", [gated, aligned.name]), x.channels, x.side)
 
-    def reorder(self, x: Map, channels: tuple[Any, ...]) -> Map:
+    def reorder(self, x: Map, channels: tuple[int | None, ...]) -> Map:
         """Bring a map's channels into another order."""
         if x.channels == channels:
             return x
         zero = x.channels.index(None) if None in x.channels else 0
         index = [zero if c is None else x.channels.index(c) for c in channels]
         indices = self.array("local.order", np.array(index, dtype=np.int64))
-        return Map(
-            self.node("Gather", "local.ordered", [x.name, indices], axis=1), channels, x.side
-        )
-
-    # ---- Weights -------------------------------------------------------------------------------
-
-    def plain(self, layer: str) -> tuple[Array, Array]:
-        return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
-
-    def folded(self, layer: str, norm: str) -> tuple[Array, Array]:
-        """Weight and bias of a layer with the batch norm after it."""
-        weight = self.weights[f"{layer}.weight"].astype(np.float64)
-        bias = self.weights.get(f"{layer}.bias", np.zeros(len(weight)))
-        scale = self.weights[f"{norm}.weight"] / np.sqrt(
-            self.weights[f"{norm}.running_var"].astype(np.float64) + BN_EPSILON
-        )
-        shift = self.weights[f"{norm}.bias"] + (bias - self.weights[f"{norm}.running_mean"]) * scale
-        shaped = scale.reshape(-1, *(1,) * (weight.ndim - 1))
-        return (weight * shaped).astype(np.float32), shift.astype(np.float32)
+        ordered = self.node("Gather", "local.ordered", [x.name, indices], axis=1)
+        return Map(ordered, channels, x.side)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT
+from efficientface_export.graph.channel_layout import pad
 from efficientface_export.graph.io import IR_VERSION, OPSET
 
 Array = npt.NDArray[np.float32]
@@ -23,12 +24,12 @@ class Map:
 
     Attributes:
         name: Of the tensor, (N, len(channels), H, W).
-        channels: Which of the network's channels each one is; None is a channel of zeros.
+        channels: The network's number of each one; None is a channel of zeros.
         side: H = W.
     """
 
     name: str
-    channels: tuple[Any, ...]
+    channels: tuple[int | None, ...]
     side: int
 
 
@@ -47,17 +48,12 @@ class GraphBuilder:
 
     def model(self, float_input: bool, side: int, classes: int) -> onnx.ModelProto:
         """The finished graph: one input of ``side`` pixels, logits and probabilities."""
+        info = helper.make_tensor_value_info
         if float_input:
-            entry = helper.make_tensor_value_info(
-                FLOAT_INPUT, TensorProto.FLOAT, ["N", 3, side, side]
-            )
+            entry = info(FLOAT_INPUT, TensorProto.FLOAT, ["N", 3, side, side])
         else:
-            entry = helper.make_tensor_value_info(
-                UINT8_INPUT, TensorProto.UINT8, ["N", side, side, 3]
-            )
-        exits = [
-            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", classes]) for n in OUTPUTS
-        ]
+            entry = info(UINT8_INPUT, TensorProto.UINT8, ["N", side, side, 3])
+        exits = [info(name, TensorProto.FLOAT, ["N", classes]) for name in OUTPUTS]
         graph = helper.make_graph(
             self.nodes, "efficientface", [entry], exits, initializer=self.initializers
         )
@@ -73,47 +69,19 @@ class GraphBuilder:
         bias: Array,
         *,
         relu: bool = False,
-        order: Sequence[Any] | None = None,
+        order: Sequence[int | None] | None = None,
     ) -> Map:
         """A 1x1 convolution whose weights (out, in, 1, 1) are in the network's order."""
         order = self.padded(len(weight)) if order is None else tuple(order)
-        laid_out = columns_in_order(rows_in_order(weight, order), x.channels)
-        result = self.conv(name, x.name, laid_out, rows_in_order(bias, order), relu=relu)
-        return Map(result, tuple(order), x.side)
-
-    def pointwise_rows(
-        self, name: str, x: Map, rows: Mapping[Any, tuple[Array, Any]], order: Sequence[Any]
-    ) -> Map:
-        """A 1x1 convolution with ReLU, given by the row (in, 1, 1) and bias of each channel."""
-        width = len(next(iter(rows.values()))[0])
-        zero = np.zeros((width, 1, 1), np.float32), np.float32(0)
-        weight = np.stack([(zero if c is None else rows[c])[0] for c in order])
-        bias = np.array([(zero if c is None else rows[c])[1] for c in order], dtype=np.float32)
-        result = self.conv(name, x.name, columns_in_order(weight, x.channels), bias, relu=True)
-        return Map(result, tuple(order), x.side)
+        weight = columns_in_order(rows_in_order(weight, order), x.channels)
+        result = self.conv(name, x.name, weight, rows_in_order(bias, order), relu=relu)
+        return Map(result, order, x.side)
 
     def depthwise(self, name: str, x: Map, weight: Array, bias: Array, stride: int) -> Map:
         """A depthwise convolution; weights (C, 1, 3, 3) are in the network's order."""
-        return self.depthwise_rows(
-            name, x, {c: (weight[c], bias[c]) for c in range(len(weight))}, stride
-        )
-
-    def depthwise_rows(
-        self, name: str, x: Map, kernels: Mapping[Any, tuple[Array, Any]], stride: int
-    ) -> Map:
-        """The same, given by the kernel (1, 3, 3) and bias of each channel."""
-        zero = np.zeros((1, 3, 3), np.float32), np.float32(0)
-        weight = np.stack([(zero if c is None else kernels[c])[0] for c in x.channels])
-        bias = np.array([(zero if c is None else kernels[c])[1] for c in x.channels], np.float32)
-        result = self.conv(
-            name,
-            x.name,
-            weight,
-            bias,
-            strides=[stride, stride],
-            pads=[1, 1, 1, 1],
-            group=len(weight),
-        )
+        weight, bias = rows_in_order(weight, x.channels), rows_in_order(bias, x.channels)
+        options: dict[str, Any] = {"strides": [stride, stride], "pads": [1, 1, 1, 1]}
+        result = self.conv(name, x.name, weight, bias, group=len(weight), **options)
         return Map(result, x.channels, x.side // stride)
 
     def conv(
@@ -127,18 +95,12 @@ class GraphBuilder:
         **attributes: Any,
     ) -> str:
         """A convolution, with ReLU on request; ``weight`` is (out, in / group, kh, kw)."""
-        kernel = weight.shape[2:]
         inputs = [x, self.array(f"{name}.weight", weight), self.array(f"{name}.bias", bias)]
-        result = self.node("Conv", name, inputs, kernel_shape=list(kernel), **attributes)
+        result = self.node("Conv", name, inputs, kernel_shape=list(weight.shape[2:]), **attributes)
         return self.node("Relu", f"{name}.relu", [result]) if relu else result
 
     def cut(
-        self,
-        name: str,
-        x: str,
-        axes: Sequence[int],
-        starts: Sequence[int],
-        stops: Sequence[int],
+        self, name: str, x: str, axes: Sequence[int], starts: Sequence[int], stops: Sequence[int]
     ) -> str:
         """A slice."""
         inputs = [self.integers(*starts), self.integers(*stops), self.integers(*axes)]
@@ -165,17 +127,6 @@ class GraphBuilder:
     def padded(self, count: int) -> tuple[int | None, ...]:
         """Channels 0 to count - 1, then zeros up to a whole block."""
         return tuple(pad(range(count), self.align))
-
-
-def renumbered(x: Map, keys: Sequence[Any]) -> Map:
-    """The map with its channels named by their position among ``keys``."""
-    position = {key: index for index, key in enumerate(keys)}
-    return Map(x.name, tuple(None if c is None else position[c] for c in x.channels), x.side)
-
-
-def pad(channels: Sequence[Any], align: int) -> list[Any]:
-    """Channels and zeros (None) up to a whole block."""
-    return [*channels, *[None] * (-len(channels) % align)]
 
 
 def rows_in_order(array: Array, order: Sequence[int | None]) -> Array:

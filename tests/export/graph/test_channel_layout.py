@@ -8,13 +8,10 @@ from hypothesis import strategies as st
 
 from efficientface_deploy.models.efficientface import channel_shuffle
 from efficientface_export.graph.channel_layout import (
-    Costs,
     channel_lifetimes,
     layout_source,
     multiplied_order,
 )
-
-COSTS = Costs(produce=100.0, read=100.0, copy=8.0, convolution=2_000.0, cut=4_000.0)
 
 
 def shuffled(units: int, half: int) -> list[list[tuple[int, int]]]:
@@ -52,16 +49,14 @@ def test_every_channel_is_consumed_once(units, half):
     units=st.integers(1, 6),
     half=st.integers(1, 30),
     align=st.sampled_from([1, 4, 8]),
-    convolution=st.floats(0, 1e6),
-    cut=st.floats(0, 1e6),
+    slices=st.booleans(),
 )
-def test_layout_holds_every_channel_where_it_is_read(units, half, align, convolution, cut):
+def test_layout_holds_every_channel_where_it_is_read(units, half, align, slices):
     lives = channel_lifetimes(units, half)
     time_of = lives.time_of()
-    costs = Costs(100.0, 100.0, 8.0, convolution, cut)
     for source in range(units + 1):
         channels = [(source, index) for index in range(half)]
-        layout = layout_source(channels, time_of, align, costs)
+        layout = layout_source(channels, time_of, align, slices)
         made = [channel for group in layout.groups for channel in group if channel is not None]
         assert sorted(made) == channels
         assert all(len(group) % align == 0 for group in layout.groups)
@@ -76,10 +71,10 @@ def test_layout_holds_every_channel_where_it_is_read(units, half, align, convolu
     units=st.integers(1, 6),
     half=st.integers(1, 30),
     align=st.sampled_from([1, 4, 8]),
-    costs=st.builds(Costs, *[st.floats(0, 1e6)] * 5),
+    slices=st.booleans(),
     data=st.data(),
 )
-def test_what_is_consumed_last_lies_as_wanted(units, half, align, costs, data):
+def test_what_is_consumed_last_lies_as_wanted(units, half, align, slices, data):
     lives = channel_lifetimes(units, half)
     time_of = lives.time_of()
     for source in range(units + 1):
@@ -88,7 +83,7 @@ def test_what_is_consumed_last_lies_as_wanted(units, half, align, costs, data):
         if not last:
             continue
         wanted = data.draw(st.permutations([*last, *[None] * (-len(last) % align)]))
-        layout = layout_source(channels, time_of, align, costs, wanted)
+        layout = layout_source(channels, time_of, align, slices, wanted)
         part = layout.parts[lives.end]
         assert list(layout.groups[part.group][part.start : part.stop]) == wanted
         made = [channel for group in layout.groups for channel in group if channel is not None]
@@ -128,31 +123,28 @@ def test_no_order_is_given_where_it_would_cost_channels():
     assert multiplied_order(channel_lifetimes(4, 58), 4, 16) is None
 
 
-def test_layout_follows_the_costs():
+@pytest.mark.parametrize("source", [2, 3])
+def test_one_convolution_for_a_source_or_one_for_each_reader(source):
     lives = channel_lifetimes(8, 116)
-    channels = [(3, index) for index in range(116)]
-
-    def layout(**changes):
-        costs = Costs(**{**COSTS.__dict__, **changes})
-        return layout_source(channels, lives.time_of(), 8, costs)
-
-    cheap, dear = layout(convolution=0.0, cut=1e9), layout(convolution=1e9, cut=0.0)
-    assert len(cheap.groups) > 3 and len(dear.groups) == 1
-    widths = {len(group) for group in cheap.groups}
-    assert all(len(cheap.groups[p.group]) == p.stop - p.start for p in cheap.parts.values())
-    assert 8 in widths  # the last few channels share one block
+    channels = [(source, index) for index in range(116)]
+    whole = layout_source(channels, lives.time_of(), 8, slices=True)
+    split = layout_source(channels, lives.time_of(), 8, slices=False)
+    assert len(whole.groups) == 1 and len(whole.groups[0]) == 120
+    assert len(split.groups) > 3
+    assert all(len(split.groups[p.group]) == p.stop - p.start for p in split.parts.values())
+    assert 8 in {len(group) for group in split.groups}  # the last few channels share one block
 
 
+@pytest.mark.parametrize("slices", [False, True])
 @pytest.mark.parametrize("align", [1, 8])
-def test_cheapest_is_no_dearer_than_one_block_for_each_run(align):
+def test_blocks_are_no_more_than_one_for_each_run_needs(align, slices):
     """Against the prototype's layout: every run in blocks of its own, one convolution."""
     lives = channel_lifetimes(8, 116)
     time_of = lives.time_of()
     channels = [(2, index) for index in range(116)]
     counts = np.bincount([time_of[channel] for channel in channels])
     simple = sum(-(-int(count) // align) * align for count in counts)
-    costs = Costs(produce=1.0, read=1.0, copy=0.0, convolution=0.0, cut=0.0)
-    layout = layout_source(channels, time_of, align, costs)
+    layout = layout_source(channels, time_of, align, slices)
     made = sum(map(len, layout.groups))
     read = sum(part.stop - part.start for part in layout.parts.values())
     assert made + read <= 2 * simple

@@ -16,7 +16,7 @@ from efficientface_export.graph.efficientface import deploy_graph
 
 LAYOUTS = {
     "default": Profile(),
-    "one convolution for each source": Profile(convolution=1e9),
+    "one convolution for each source": Profile(slices=True),
     "blocks of one": Profile(align=1),
     "blocks of sixteen": Profile(align=16),
     "depthwise multiplier": Profile(split_multiplier=True),
@@ -29,7 +29,7 @@ LAYOUTS = {
         merge_branches=True,
         merge_patches=True,
         first_read_whole=("stage2", "stage3", "stage4"),
-        convolution=1e9,
+        slices=True,
     ),
     "cpu": PROFILES["cpu"],
     "gpu": PROFILES["gpu"],
@@ -64,7 +64,6 @@ def run(graph, **inputs) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "side"),
     [(name, 112) for name in LAYOUTS]
-    # What costs least, and so the layout, depends on the size.
     + [(name, side) for name in ("cpu", "gpu") for side in (32, 48, 96, 224)],
 )
 def test_logits_are_the_modules(name, side):
