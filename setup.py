@@ -22,7 +22,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "torchmetrics>=1.4",
 ]
-EXPORT = ["onnx>=1.16", "onnxconverter-common>=1.14"]
+EXPORT = ["onnx>=1.16"]
 TRT_RTX = [
     "tensorrt-rtx-cu12-libs>=1.2",
     "tensorrt-rtx-cu12-bindings>=1.2",
@@ -68,7 +68,7 @@ setup(
         "video": VIDEO,
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
-        "export": [*TORCH, *EXPORT, "onnxscript>=0.2", "rich>=13.7"],
+        "export": [*TORCH, *EXPORT, "onnxscript>=0.2"],
         # Enough to build engines from an ONNX file on a device, without torch.
         "engine": EXPORT,
         # Wheels for Linux on x86-64 alone, so not in [dev]; `make fuzz` installs it.

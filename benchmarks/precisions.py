@@ -24,7 +24,7 @@ NOTE = (
     "the INT8 file was calibrated on synthetic faces, for its time alone: its answers mean nothing"
 )
 
-_NEEDED = ("torch", "onnx", "onnxruntime", "onnxconverter_common", "onnxscript", "rich")
+_NEEDED = ("torch", "onnx", "onnxruntime", "onnxscript", "rich")
 _IMAGES = 140
 
 

@@ -40,7 +40,7 @@ _MEASURED = (
     "cuda-python",
     "onnx",
 )
-_EXPORTING = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxconverter-common")
+_EXPORTING = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 # They decide how many threads a library starts and how long these spin.
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

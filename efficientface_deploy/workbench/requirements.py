@@ -10,7 +10,6 @@ from efficientface_deploy.errors import BackendError
 # Module: what it is for, and the extra that brings it.
 _EXTRAS = {
     "onnx": ("to read and write ONNX files", "engine"),
-    "onnxconverter_common": ("to convert a graph to FP16", "engine"),
     "onnxruntime": ("to measure ranges for FP16 and INT8", "cpu"),
     "onnxscript": ("to trace a checkpoint to ONNX", "export"),
     "rich": ("to draw tables", "bench"),

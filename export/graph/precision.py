@@ -7,14 +7,14 @@ nothing by itself.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import Counter
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
+from efficientface_deploy.artifact import OUTPUTS
 from efficientface_deploy.errors import ExportError
-from efficientface_deploy.workbench.requirements import require_package
 from efficientface_export.int8.qdq import QUANTISED_OPERATORS, quantisable_layers
 
 FP16_MAX = 65_504.0
@@ -39,23 +39,33 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
         A new graph; only the conversion of the picture, the logits' cast back and the softmax
         touch other types.
     """
-    require_package("onnxconverter_common")
-    from onnxconverter_common import float16
-
-    with warnings.catch_warnings():
-        # Weights below FP16's smallest number become that number; their effect is below rounding.
-        warnings.simplefilter("ignore", UserWarning)
-        # By default weights above 1e4 would be clipped; what FP16 cannot hold was refused before.
-        converted: onnx.ModelProto = float16.convert_float_to_float16(
-            _copy(graph), keep_io_types=True, max_finite_val=FP16_MAX
-        )
-    for node in converted.graph.node:
-        if node.op_type == "Cast" and node.input[0] == graph.graph.input[0].name:
-            # uint8 goes straight to FP16, which holds 0 to 255 exactly.
-            _set_cast_type(node, TensorProto.FLOAT16)
-    _softmax_in_fp32(converted)
-    del converted.graph.value_info[:]  # types of before; shape inference makes them anew
-    return onnx.shape_inference.infer_shapes(converted)
+    half = onnx.ModelProto()
+    half.CopyFrom(graph)
+    del half.graph.node[:]
+    del half.graph.value_info[:]  # types of before; shape inference makes them anew
+    for weight in half.graph.initializer:
+        _round(weight)
+    logits, probabilities = OUTPUTS
+    inside = {logits: f"{logits}_fp16"}  # names inside of what is FP32 outside
+    (image,) = graph.graph.input
+    if image.type.tensor_type.elem_type == TensorProto.FLOAT:
+        inside[image.name] = f"{image.name}_fp16"
+        half.graph.node.append(_cast(image.name, inside[image.name], TensorProto.FLOAT16))
+    for original in graph.graph.node:
+        node = half.graph.node.add()
+        node.CopyFrom(original)
+        if node.output[0] == probabilities:  # softmax, of the FP32 logits: they sum to one
+            continue
+        node.input[:] = [inside.get(name, name) for name in node.input]
+        node.output[:] = [inside.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16  # of the picture: it holds 0 to 255 exactly
+            elif attribute.type == onnx.AttributeProto.TENSOR:
+                _round(attribute.t)
+        if original.output[0] == logits:
+            half.graph.node.append(_cast(inside[logits], logits, TensorProto.FLOAT))
+    return onnx.shape_inference.infer_shapes(half)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +161,12 @@ def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, flo
     return name, ranges[name]
 
 
-def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
-    duplicate = onnx.ModelProto()
-    duplicate.CopyFrom(graph)
-    return duplicate
+def _round(tensor: onnx.TensorProto) -> None:
+    """Make a tensor FP16 if it is FP32; what FP16 cannot hold was refused before."""
+    if tensor.data_type == TensorProto.FLOAT:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 
-def _set_cast_type(node: onnx.NodeProto, kind: int) -> None:
-    del node.attribute[:]
-    node.attribute.append(onnx.helper.make_attribute("to", kind))
-
-
-def _softmax_in_fp32(graph: onnx.ModelProto) -> None:
-    """Feed softmax from the FP32 logits, so that probabilities sum to one in FP32."""
-    nodes = graph.graph.node
-    softmax = next(node for node in nodes if node.op_type == "Softmax")
-    cast = next(node for node in nodes if softmax.output[0] in node.input)
-    softmax.input[0] = "logits"
-    softmax.output[0] = cast.output[0]
-    nodes.remove(cast)
-    nodes.remove(softmax)
-    nodes.append(softmax)  # after the cast that makes the logits
+def _cast(source: str, result: str, kind: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [result], f"{source}_to_{result}", to=kind)

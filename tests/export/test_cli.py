@@ -863,7 +863,6 @@ class TestPackagesMissing:
         [
             (("onnx",), ("--precision", "fp16"), "[engine]"),
             (("onnxruntime",), ("--precision", "fp16"), "[cpu]"),
-            (("onnxconverter_common",), ("--precision", "fp16"), "[engine]"),
         ],
     )
     def test_one_line_names_the_extra(

@@ -13,7 +13,9 @@ from onnx import TensorProto, numpy_helper
 
 from efficientface_deploy import load
 from efficientface_deploy.backends import onnx as onnx_backend
-from efficientface_deploy.errors import BackendError, ExportError
+from efficientface_deploy.errors import ExportError
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import normalise
 from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
 from efficientface_deploy.workbench.metrics import (
     accuracy,
@@ -76,18 +78,31 @@ class TestFP16:
         assert graph.SerializeToString(deterministic=True) == before
 
     def test_large_weights_are_not_clipped(self, graph: onnx.ModelProto) -> None:
-        """The converter clips above 1e4 by default, without an error."""
+        """As onnxconverter-common does above 1e4 by default, without an error."""
         large = _with_weight(graph, "fc.bias", 15_000.0)
         converted = to_fp16(large)
         (bias,) = [w for w in converted.graph.initializer if w.name.endswith("fc.bias")]
         assert numpy_helper.to_array(bias).max() == 15_000
 
-    def test_missing_converter(
-        self, graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+    def test_float_input_is_cast_once(
+        self, float_graph: onnx.ModelProto, images: np.ndarray, small_spec: ModelSpec, infer: Any
     ) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "onnxconverter_common", None)
-        with pytest.raises(BackendError, match=r"onnxconverter-common.*\[engine\]"):
-            to_fp16(graph)
+        half = to_fp16(float_graph)
+        (cast,) = [node for node in half.graph.node if "input" in node.input]
+        assert (cast.op_type, types_of(half)["input"]) == ("Cast", TensorProto.FLOAT)
+        assert types_of(half)[cast.output[0]] == TensorProto.FLOAT16
+        pixels = normalise(images, small_spec)
+        full, found = infer(float_graph, pixels), infer(half, pixels)
+        assert 0 < max_probability_difference(full[1], found[1]) < 0.01
+
+    def test_weights_are_rounded_to_the_nearest(
+        self, graph: onnx.ModelProto, fp16: onnx.ModelProto
+    ) -> None:
+        halves = {weight.name: numpy_helper.to_array(weight) for weight in fp16.graph.initializer}
+        for weight in graph.graph.initializer:
+            if weight.data_type == TensorProto.FLOAT:
+                values = numpy_helper.to_array(weight)
+                np.testing.assert_array_equal(halves[weight.name], values.astype(np.float16))
 
 
 class TestFP16Range:
