@@ -24,17 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         EfficientFaceError: What was asked for could not be delivered.
     """
-    config = parse_config(
-        ExportConfig, argv, prog="efficientface-export", description=__doc__ or ""
-    )
-    if config.verify is not None:
+    prog, description = "efficientface-export", __doc__ or ""
+    options = parse_config(ExportConfig, argv, prog=prog, description=description)
+    if options.verify is not None:
         from efficientface_export.reverify import verify_command
 
-        return verify_command(config, config.verify)
+        return verify_command(options.verify, options.val, options.preset)
     require_package("onnx")
     from efficientface_export.pipeline import export_command
 
-    return export_command(config)
+    return export_command(options)
 
 
 def entry_point() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efficientface_deploy.command import option
 from efficientface_deploy.spec import PRESETS
+from efficientface_export.verification.provenance import PRECISIONS
 
 ENGINES = ("onnx", "trt", "trt-rtx", "auto")
-PRECISIONS = ("fp32", "fp16", "int8")
 TARGETS = ("cpu", "gpu")
 GRAPHS = ("plain", "deploy")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")

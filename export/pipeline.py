@@ -1,25 +1,51 @@
-"""What ``efficientface-export`` does: make artifacts, verify each, and report."""
+"""What ``efficientface-export`` does: make each artifact, verify it, give it its name, report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
+import numpy.typing as npt
+import onnx
+
+from efficientface_deploy.artifact import FLOAT_INPUT
 from efficientface_deploy.backends.tensorrt.library import rebuild_command
-from efficientface_deploy.errors import ArtifactError, ConfigError, ExportError
-from efficientface_export.folder import open_folder
-from efficientface_export.int8.calibration import Calibration, load_calibration
-from efficientface_export.int8.sensitivity import SEARCH_IMAGES
-from efficientface_export.make import Job, make_engine, make_onnx
+from efficientface_deploy.command import interrupts_wait
+from efficientface_deploy.errors import ConfigError, ExportError
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.workbench.environment import now
+from efficientface_deploy.workbench.workspace import Workspace, open_workspace
+from efficientface_export.graph.io import OnnxFile, write_onnx
+from efficientface_export.graph.precision import require_fp16_range, require_precision, to_fp16
+from efficientface_export.int8.calibration import read_images
+from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
+from efficientface_export.int8.ranges import activation_amax, tensor_ranges
+from efficientface_export.int8.sensitivity import find_sensitive_layers
 from efficientface_export.options import ExportConfig
-from efficientface_export.plan import Plan, check_folder, make_plan
+from efficientface_export.plan import Plan, Step, resolve
 from efficientface_export.source import Source, open_source
-from efficientface_export.verification.parity import wrong_outputs
-from efficientface_export.verification.reference import read_reference, write_reference
-from efficientface_export.verification.report import MARKDOWN_FILE, Row, report_header, write_report
+from efficientface_export.tensorrt import builder as engines
+from efficientface_export.tensorrt.builder import build_progress
+from efficientface_export.tensorrt.options import EngineKind
+from efficientface_export.verification.parity import verify_artifact, wrong_outputs
+from efficientface_export.verification.provenance import Provenance
+from efficientface_export.verification.reference import TestSet, write_reference
+from efficientface_export.verification.report import (
+    MARKDOWN_FILE,
+    Report,
+    ReportRow,
+    failed_name,
+    report_header,
+)
+
+# Images on which FP16's range is measured when no calibration set is given.
+_RANGE_IMAGES = 64
 
 
-def export_command(config: ExportConfig) -> int:
+def export_command(options: ExportConfig) -> int:
     """Make the artifacts that the options ask for, and verify each.
 
     Returns:
@@ -30,116 +56,294 @@ def export_command(config: ExportConfig) -> int:
         EfficientFaceError: The options or files are unusable, or the engine that was asked for
             cannot be made here.
     """
-    source = open_source(config.weights, config.preset, config.input_size)
+    source = open_source(options.weights, options.preset, options.input_size)
     size = f"{source.spec.input_size}x{source.spec.input_size}"
     print(f"weights: {source.path} ({source.spec.name}, {size})")
     if source.spec.architecture != "efficientface":
         print(f"note: its artifacts are called efficientface, and are a {source.spec.architecture}")
-    plan = make_plan(config, source)
-    _check_something_to_make(plan, source)
-    rows: list[Row] = []
-    made: list[Path] = []
-    with open_folder(plan.out) as folder:
-        calibration = _calibration(config, plan, source)
-        reused = check_folder(config, plan, source, calibration)
-        reference = source.reference(config.val, config.preset)
-        job = Job(config, plan, source, calibration, *reference, folder, reused)
-        for precision in plan.precisions:
-            path, row = make_onnx(job, precision)
-            made.append(path)
-            _publish(rows, row, job)
-            if plan.engine != "onnx" and not row.verification.problems:
-                _publish(rows, make_engine(job, path, precision), job)
+    if options.out.is_file():
+        raise ConfigError(options.out, "a folder", "a file", "choose another --out")
+    with open_workspace(options.out, "export") as work:
+        plan = resolve(options, source)  # here, since what is reused depends on the folder
+        data = load_data(plan, source)
+        rows = _make_all(plan, source, data, work)
     print(f"report: {plan.out / MARKDOWN_FILE}")
-    _conclude(config, plan, rows, made)
+    _conclude(plan, rows)
     return 0
 
 
-def _check_something_to_make(plan: Plan, source: Source) -> None:
-    """Refuse to make an ONNX file of one that is what was asked for.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images of one call.
+
+    Attributes:
+        calibration: uint8 (N, S, S, 3), RGB, that ranges are measured on.
+        held_out: uint8 (M, S, S, 3), others, that the search measures on.
+        test_set: Images that artifacts are verified on.
+        logits: float32 (K, C), the reference's on them.
+    """
+
+    calibration: UInt8Array
+    held_out: UInt8Array
+    test_set: TestSet
+    logits: Float32Array
+
+
+def load_data(plan: Plan, source: Source) -> Data:
+    """Read all images, before anything is made, and let the reference answer.
 
     Raises:
-        ConfigError: Nothing would be made.
+        EfficientFaceError: A data set is unusable, or nothing here runs the reference.
     """
-    if plan.engine == "onnx" and not plan.missing and source.is_onnx_in(plan.precisions[-1]):
-        raise ConfigError(
-            "--engine onnx",
-            "a checkpoint, or another --precision than the file's",
-            f"{source.path}, an ONNX file in {source.precision}",
-            f"use it as it is (--verify {source.path} checks it); for a checkpoint "
-            "pip install 'efficientface-deploy[export,cpu]'",
+    chosen = plan.calibration
+    if chosen is not None:
+        record = chosen.record
+        print(f"calibration: {record['count']} images of {record['dataset']} ({record['split']})")
+        images = read_images(chosen.chosen, source.spec)
+        held_out = read_images(chosen.held_out, source.spec)
+    test_set, logits = source.reference(plan.val, plan.preset)
+    if chosen is None:
+        images, held_out = test_set.images[:_RANGE_IMAGES], test_set.images[:0]
+    return Data(images, held_out, test_set, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An artifact that is made, or there already, and not verified yet.
+
+    Attributes:
+        file: The graph that it holds or was built of, the spec, and its provenance.
+        notes: What to say of it: warnings, and what an engine was built with and for.
+        write: Writes it with its provenance, that of now; None for a file that is there already.
+    """
+
+    file: OnnxFile
+    notes: tuple[str, ...]
+    write: Callable[[Path, dict[str, Any]], None] | None
+
+
+def _make_all(
+    plan: Plan, source: Source, data: Data, work: Workspace
+) -> list[tuple[Step, ReportRow]]:
+    """Make, verify and publish one artifact after the other; what follows may fail."""
+    if not plan.keeps_reference:
+        write_reference(work.scratch, data.test_set, data.logits, source.weights["sha256"])
+    report = Report(plan.out, report_header(source.weights, source.spec))
+    converter = Converter(plan, source, data)
+    rows: list[tuple[Step, ReportRow]] = []
+    for step in plan.steps:
+        if step.engine == "onnx":
+            artifact = parent = make_onnx(step, plan, source, converter)
+        elif rows[-1][1].verification.problems:
+            continue
+        else:
+            artifact = make_engine(step, plan, parent.file, rows[-1][0].path)
+        row = verify(step, artifact, source, data, work)
+        report.add(row)
+        report.write(work.scratch)
+        work.publish(failed_name)
+        print(row.describe(), flush=True)
+        rows.append((step, row))
+    return rows
+
+
+def make_onnx(step: Step, plan: Plan, source: Source, converter: Converter) -> Artifact:
+    """An ONNX file; one that is there is used as it is.
+
+    Raises:
+        EfficientFaceError: It could not be made.
+    """
+    path = step.path
+    if step.present is not None:
+        notes: tuple[str, ...] = ()
+        if path != source.path:
+            same = "of the same weights, options and versions; not made anew"
+            print(f"{path}: is there already, {same}")
+            notes = (
+                plan.calibration.warnings if plan.calibration and step.precision == "int8" else ()
+            )
+        return Artifact(step.present, notes, None)
+    graph, details, notes = converter.convert(step.precision, path)
+    record = {
+        **plan.requests[step.precision],
+        "parent": {"file": source.path.name, "sha256": source.sha256},
+        **details,
+        "created": now(),
+    }
+
+    def write(path: Path, record: dict[str, Any]) -> None:
+        write_onnx(graph, path, source.spec, record)
+
+    return Artifact(OnnxFile(graph, source.spec, record), notes, write)
+
+
+def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifact:
+    """A TensorRT engine of the ONNX file at ``path``.
+
+    Raises:
+        EfficientFaceError: It could not be built.
+    """
+    # The builder tells its log to Python, and swallows an interrupt that is raised there.
+    with interrupts_wait(), build_progress(step.path.name) as progress:
+        engine = engines.build_engine(
+            path,
+            cast(EngineKind, step.engine),
+            plan.engine_options,
+            graph=parent.graph,
+            folder=plan.out,
+            progress=progress,
         )
-
-
-def _calibration(config: ExportConfig, plan: Plan, source: Source) -> Calibration | None:
-    if config.calib is None:
-        return None
-    apart = SEARCH_IMAGES if config.int8_search and "int8" in plan.precisions else 0
-    calibration = load_calibration(
-        config.calib, source.spec, config.calib_images, config.seed, apart
+    note = (
+        f"{engine.library} {engine.version} for {', '.join(engine.compute_capabilities)}, "
+        f"{engine.kernels} kernels, built in {engine.build_seconds:.1f} s"
     )
-    record = calibration.record
-    print(f"calibration: {record['count']} images of {record['dataset']} ({record['split']})")
-    return calibration
+
+    def write(path: Path, record: dict[str, Any]) -> None:
+        engine.write(path, parent.spec, record)
+
+    return Artifact(parent, (note,), write)
 
 
-def _publish(rows: list[Row], row: Row, job: Job) -> None:
-    """Give an artifact its name, with its reference and the report; then what follows may fail."""
-    rows.append(row)
-    source, folder = job.source, job.folder
-    if not _has_reference(job):
-        write_reference(folder.scratch, job.test_set, job.logits, source.weights["sha256"])
-    header = report_header(source.weights, source.spec)
-    write_report(folder.path, rows, header, into=folder.scratch)
-    folder.publish()
-    print(row.describe(), flush=True)
+def verify(
+    step: Step, artifact: Artifact, source: Source, data: Data, work: Workspace
+) -> ReportRow:
+    """Compare an artifact with the reference, and finish what is to be published of it.
 
-
-def _has_reference(job: Job) -> bool:
-    """Whether the folder's own ``verify.npz`` serves: of this model, and nobody asks for another.
-
-    It may hold a data set's images, where a later call without ``--val`` has synthetic ones.
+    Returns:
+        Its row; an artifact that failed is called ``*.failed.*``.
     """
-    if job.config.val is not None or job.config.overwrite:
-        return False
-    try:
-        read_reference(job.folder.path, job.source.spec, job.source.weights["sha256"])
-    except ArtifactError:
-        return False
-    return True
+    file, precision = artifact.file, step.precision
+    if artifact.write is None:
+        path, folder = step.path, work.path
+        provenance = Provenance(file.provenance, path)
+        if path == source.path:
+            verification = source.verify()
+        else:
+            verification = verify_artifact(path, data.logits, data.test_set, precision)
+        arithmetic = require_precision(file.graph, precision, provenance.excluded, path)
+    else:
+        path, folder = work.scratch / step.path.name, work.scratch
+        record = dict(file.provenance)
+        artifact.write(path, record)
+        verification = verify_artifact(path, data.logits, data.test_set, precision)
+        record["verification"] = verification.as_dict()
+        if verification.problems:
+            for written in folder.glob(f"{path.name}*"):  # a sidecar too
+                written.unlink()
+            path = path.with_name(failed_name(path.name))
+        artifact.write(path, record)
+        provenance = Provenance(record, path)
+        arithmetic = provenance.arithmetic
+    return ReportRow.of(path, folder, provenance, arithmetic, verification, artifact.notes)
 
 
-def _conclude(config: ExportConfig, plan: Plan, rows: Sequence[Row], made: Sequence[Path]) -> None:
+class Converter:
+    """Brings the FP32 graph of one call into other precisions; it is made and measured once.
+
+    Args:
+        plan: Says how.
+        source: Gives the graph.
+        data: Images to measure on.
+    """
+
+    def __init__(self, plan: Plan, source: Source, data: Data) -> None:
+        self.plan = plan
+        self.source = source
+        self.data = data
+
+    @functools.cached_property
+    def graph(self) -> onnx.ModelProto:
+        """FP32."""
+        if self.plan.graph == "deploy" and self.source.lay_out is not None:
+            return self.source.lay_out(self.plan.float_input, self.plan.target)
+        return self.source.trace(self.plan.float_input)
+
+    @functools.cached_property
+    def ranges(self) -> dict[str, float]:
+        """Largest magnitude of every tensor of it."""
+        return tensor_ranges(self.graph, self._fed(self.data.calibration))
+
+    def convert(
+        self, precision: str, path: Path
+    ) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+        """The graph in one precision, what is to be recorded about it, and what to warn about.
+
+        Args:
+            precision: ``fp32``, ``fp16`` or ``int8``.
+            path: The file, for errors.
+
+        Raises:
+            ExportError: The precision does not hold the network.
+        """
+        graph = self.graph
+        details: dict[str, Any] = {}
+        notes: tuple[str, ...] = ()
+        halves = precision == "fp16" or (precision == "int8" and self.plan.target == "gpu")
+        if halves:
+            tensor, largest = require_fp16_range(self.ranges, path)
+            details["largest_fp32_value"] = {"tensor": tensor, "magnitude": largest}
+        if precision == "int8":
+            graph, int8_details, notes = self._quantise()
+            details |= int8_details
+        if halves:
+            graph = to_fp16(graph)
+        excluded = len(details.get("excluded", ()))
+        details["arithmetic"] = require_precision(graph, precision, excluded, path)
+        return graph, details, notes
+
+    def _quantise(self) -> tuple[onnx.ModelProto, dict[str, Any], tuple[str, ...]]:
+        """The graph in INT8, what is to be recorded about it, and what to warn about."""
+        plan, graph = self.plan, self.graph
+        assert plan.calibration is not None  # the plan sees to it
+        scheme = SCHEMES[plan.target]
+        groups = quantised_groups(graph, scheme)
+        largest = {name: self.ranges[name] for group in groups for name in group.tensors}
+        images = self._fed(self.data.calibration)
+        amax = activation_amax(graph, largest, images, plan.calib_method)
+        details: dict[str, Any] = {}
+        notes, excluded = plan.calibration.warnings, set(plan.exclude)
+        if plan.int8_search:
+            weight_bytes = 2 if plan.target == "gpu" else 4
+            held_out = self._fed(self.data.held_out)
+            search = find_sensitive_layers(graph, amax, scheme, held_out, excluded, weight_bytes)
+            details["search"] = search.record()
+            notes += (search.describe(),)
+            excluded = excluded.union(search.left_out)
+        details["excluded"] = sorted(excluded)
+        return quantise(graph, amax, scheme, excluded), details, notes
+
+    def _fed(self, images: UInt8Array) -> npt.NDArray[Any]:
+        """Images as the graph takes them."""
+        takes_floats = self.graph.graph.input[0].name == FLOAT_INPUT
+        return normalise(images, self.source.spec) if takes_floats else images
+
+
+def _conclude(plan: Plan, rows: Sequence[tuple[Step, ReportRow]]) -> None:
     """Say what is missing of what was asked for, by an error."""
-    if failed := [row.file for row in rows if row.verification.problems]:
+    if failed := [row.file for _, row in rows if row.verification.problems]:
         fix = f"see {plan.out / MARKDOWN_FILE}; try --precision fp32, --exclude, or another --calib"
         raise wrong_outputs(failed, fix)
-    unverified = [row.file for row in rows if row.verification.not_run]
-    if unverified and config.require_verified:
-        raise ExportError(
-            ", ".join(unverified),
-            "verification, as --require-verified asks",
-            "no backend here that can run it",
-            "verify it on the device with efficientface-export --verify FILE",
-        )
+    unverified = ", ".join(row.file for _, row in rows if row.verification.not_run)
+    if unverified and plan.require_verified:
+        expected = "verification, as --require-verified asks"
+        fix = "verify it on the device with efficientface-export --verify FILE"
+        raise ExportError(unverified, expected, "no backend here that can run it", fix)
     if plan.missing:
         print(plan.missing)
-        for path, precision in zip(made, plan.precisions, strict=True):
-            print(f"  on the device, with {path.name} and verify.npz beside it:")
-            print("    " + _finish("trt", Path(path.name), config, precision))
+        for step, _ in rows:
+            print(f"  on the device, with {step.path.name} and verify.npz beside it:")
+            print("    " + _finish("trt", Path(step.path.name), plan, step.precision))
             print("  for RTX, on any machine:")
-            print("    " + _finish("trt-rtx", path, config, precision))
-        raise ExportError(
-            f"--engine {config.engine}",
-            "an engine",
-            "the ONNX file only: " + ", ".join(map(str, made)),
-            "finish with one of the commands above",
-        )
+            print("    " + _finish("trt-rtx", step.path, plan, step.precision))
+        found = "the ONNX file only: " + ", ".join(str(step.path) for step, _ in rows)
+        fix = "finish with one of the commands above"
+        raise ExportError(f"--engine {plan.asked}", "an engine", found, fix)
 
 
-def _finish(kind: str, weights: Path, config: ExportConfig, precision: str) -> str:
+def _finish(kind: str, weights: Path, plan: Plan, precision: str) -> str:
     """The command that makes the engine of an ONNX file that is there."""
-    targets = config.compute_capabilities if kind == "trt-rtx" else ()
+    options = plan.engine_options
+    targets = options.compute_capabilities if kind == "trt-rtx" else ()
     return rebuild_command(
-        kind, weights, config.max_batch, precision=precision, compute_capabilities=targets
+        kind, weights, options.max_batch, precision=precision, compute_capabilities=targets
     )

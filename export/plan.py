@@ -1,4 +1,4 @@
-"""What one call makes, what of it is there already, and what must not be replaced."""
+"""Every decision of one call: what is made of what, where, and what is there already."""
 
 from __future__ import annotations
 
@@ -7,284 +7,338 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.errors import ArtifactError, ConfigError, EfficientFaceError
 from efficientface_deploy.workbench.environment import versions
-from efficientface_export.graph.io import read_onnx
-from efficientface_export.int8.calibration import Calibration
-from efficientface_export.int8.qdq import ROUNDINGS
-from efficientface_export.options import PRECISIONS, ExportConfig
+from efficientface_export.graph.io import OnnxFile, read_onnx
+from efficientface_export.int8.calibration import Calibration, choose_calibration
+from efficientface_export.int8.qdq import SCHEMES
+from efficientface_export.int8.sensitivity import SEARCH_IMAGES
+from efficientface_export.options import ExportConfig
 from efficientface_export.source import Source
 from efficientface_export.tensorrt import builder as engines
-from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions, Kind
-from efficientface_export.verification.reference import stored_parent
+from efficientface_export.tensorrt.options import SUFFIXES, EngineKind, EngineOptions
+from efficientface_export.verification.provenance import PRECISIONS
+from efficientface_export.verification.reference import read_reference, stored_parent
 from efficientface_export.verification.report import report_header, reports_other_model
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """One artifact.
+
+    Attributes:
+        engine: ``onnx``, ``trt`` or ``trt-rtx``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        path: Where it is to be, or is.
+        present: What an ONNX file holds that is used as it is; None for one that is made.
+    """
+
+    engine: str
+    precision: str
+    path: Path
+    present: OnnxFile | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one call makes.
+    """What one call makes; nothing below it sees the options.
 
     Attributes:
         out: Folder of the artifacts.
+        asked: The engine that was asked for.
         engine: ``onnx``, ``trt`` or ``trt-rtx``: what can be made here.
         target: ``cpu`` or ``gpu``.
         graph: ``plain`` or ``deploy``; what an ONNX source records.
         precisions: In the order in which they are made.
         missing: Why the engine that was asked for cannot be made here; empty when it can.
+        float_input: Whether the graph takes float32 (N, 3, S, S), normalised.
+        calibration: Images for INT8's ranges; None where none are given.
+        calib_method: How ranges are chosen from them.
+        exclude: Layers that INT8 leaves out in any case.
+        int8_search: Whether layers that INT8 hurts most are searched for, and left out.
+        engine_options: How engines are built.
+        val: Labelled data set to verify on, or None.
+        preset: What its numbered folders mean.
+        keeps_reference: Whether the folder's own ``verify.npz`` stays.
+        require_verified: Whether what cannot be verified here is an error.
+        requests: What decides the content of an ONNX file, for each precision, as its provenance
+            records it. Files of equal requests, and of one spec, are equal.
+        steps: The artifacts in order; an engine comes after its ONNX file.
     """
 
     out: Path
+    asked: str
     engine: str
     target: str
     graph: str
     precisions: tuple[str, ...]
-    missing: str = ""
+    missing: str
+    float_input: bool
+    calibration: Calibration | None
+    calib_method: str
+    exclude: frozenset[str]
+    int8_search: bool
+    engine_options: EngineOptions
+    val: Path | None
+    preset: str | None
+    keeps_reference: bool
+    require_verified: bool
+    requests: Mapping[str, Mapping[str, Any]]
+    steps: tuple[Step, ...]
 
-    def onnx_path(self, precision: str) -> Path:
-        """``efficientface-{precision}-{target}.onnx``."""
-        return self.out / f"efficientface-{precision}-{self.target}.onnx"
 
-    def engine_path(self, precision: str) -> Path:
-        """``efficientface-{precision}-{target}.engine`` or ``.rtx.engine``."""
-        suffix = SUFFIXES[self.engine]
-        return self.out / f"efficientface-{precision}-{self.target}{suffix}"
-
-
-def make_plan(config: ExportConfig, source: Source) -> Plan:
+def resolve(options: ExportConfig, source: Source) -> Plan:
     """Decide what is made.
 
+    Without ``--overwrite`` an ONNX file that is there is used as it is when it is what would be
+    made; nothing else that is there is touched.
+
     Raises:
-        ConfigError: The options contradict each other or the source, or ``--out`` is a file.
+        ConfigError: The options contradict each other or the source, a file is in the way, or the
+            folder's artifacts are of another model.
+        DatasetError: The calibration set is unusable.
     """
-    engine, missing = _choose_engine(config)
-    _check_engine_options(config, engine, missing)
-    target = _choose_target(config, source, engine)
-    precisions = _choose_precisions(config, source, engine)
-    _check_options(config, source, precisions)
-    graph = _choose_graph(config, source, target)
-    plan = Plan(config.out, "onnx" if missing else engine, target, graph, precisions, missing)
-    if plan.out.exists() and not plan.out.is_dir():
-        raise ConfigError(plan.out, "a folder", "a file", "choose another --out")
-    return plan
+    asked, missing = _choose_engine(options)
+    engine_options = _engine_options(options, asked, missing)
+    engine = "onnx" if missing else asked
+    target = _choose_target(options, source, asked)
+    precisions = _choose_precisions(options, source, asked)
+    _check_options(options, source, precisions)
+    graph = _choose_graph(options, source, target)
+    if engine == "onnx" and not missing and source.is_onnx_in(precisions[-1]):
+        raise _nothing_to_make(source)
+    calibration = _choose_calibration(options, precisions)
+    requests = {
+        precision: _request(options, source, target, graph, calibration, precision)
+        for precision in precisions
+    }
+    if not options.overwrite:
+        _check_model(options.out, source)
+    steps = []
+    for precision in precisions:
+        stem = options.out / f"efficientface-{precision}-{target}"
+        steps.append(_onnx_step(options, source, Path(f"{stem}.onnx"), requests[precision]))
+        if engine != "onnx":
+            path = Path(f"{stem}{SUFFIXES[engine]}")
+            if path.exists() and not options.overwrite:
+                raise _in_the_way(path, "an earlier export")
+            steps.append(Step(engine, precision, path))
+    return Plan(
+        out=options.out,
+        asked=options.engine,
+        engine=engine,
+        target=target,
+        graph=graph,
+        precisions=precisions,
+        missing=missing,
+        float_input=options.float_input,
+        calibration=calibration,
+        calib_method=options.calib_method,
+        exclude=frozenset(options.exclude),
+        int8_search=options.int8_search,
+        engine_options=engine_options,
+        val=options.val,
+        preset=options.preset,
+        keeps_reference=_keeps_reference(options, source),
+        require_verified=options.require_verified,
+        requests=requests,
+        steps=tuple(steps),
+    )
 
 
-def _choose_engine(config: ExportConfig) -> tuple[str, str]:
+def _choose_engine(options: ExportConfig) -> tuple[str, str]:
     """The engine, and why it cannot be made here."""
-    engine = config.engine
+    engine = options.engine
     if engine == "auto":
-        kinds = SUFFIXES if config.target != "cpu" else ()
+        kinds = SUFFIXES if options.target != "cpu" else ()
         engine = next((kind for kind in kinds if not _why_not(kind)), "onnx")
         print(f"engine: {engine}, the best that this machine can make")
         return engine, ""
     if engine == "onnx":
         return engine, ""
-    if config.target == "cpu":
-        raise ConfigError(
-            "--target cpu",
-            f"gpu with --engine {engine}",
-            "cpu",
-            "leave --target out, or use --engine onnx",
-        )
+    if options.target == "cpu":
+        fix = "leave --target out, or use --engine onnx"
+        raise ConfigError("--target cpu", f"gpu with --engine {engine}", "cpu", fix)
     reason = _why_not(engine)
     return engine, f"--engine {engine} cannot be made here: {reason}" if reason else ""
 
 
 def _why_not(engine: str) -> str | None:
     """Why an engine cannot be made here; None when it can."""
-    return engines.available(cast(Kind, engine))
+    return engines.available(cast(EngineKind, engine))
 
 
-def _check_engine_options(config: ExportConfig, engine: str, missing: str) -> None:
+def _engine_options(options: ExportConfig, engine: str, missing: str) -> EngineOptions:
     """Refuse GPUs and sizes that no builder takes, before anything is made for it."""
-    names = config.compute_capabilities
-    EngineOptions(max_batch=config.max_batch, compute_capabilities=names)
+    names = options.compute_capabilities
+    found = EngineOptions(
+        max_batch=options.max_batch, workspace_mib=options.workspace, compute_capabilities=names
+    )
     if names and engine != "trt-rtx":
-        raise ConfigError(
-            "--compute-capability",
-            "--engine trt-rtx, which alone is told what to build for",
-            f"--engine {engine}",
-            "leave it out, or use --engine trt-rtx",
-        )
+        expected = "--engine trt-rtx, which alone is told what to build for"
+        fix = "leave it out, or use --engine trt-rtx"
+        raise ConfigError("--compute-capability", expected, f"--engine {engine}", fix)
     if names and not missing:
         engines.check_targets("trt-rtx", names)
+    return found
 
 
-def _choose_target(config: ExportConfig, source: Source, engine: str) -> str:
+def _choose_target(options: ExportConfig, source: Source, engine: str) -> str:
     if source.precision == "fp32":
-        return config.target or ("gpu" if engine != "onnx" else source.target or "cpu")
-    if config.target not in (None, source.target):
-        raise ConfigError(
-            f"--target {config.target}",
-            f"{source.target}, which {source.path.name} was made for",
-            str(config.target),
-            "leave --target out, or give the checkpoint as --weights",
-        )
+        return options.target or ("gpu" if engine != "onnx" else source.target or "cpu")
+    if options.target not in (None, source.target):
+        expected = f"{source.target}, which {source.path.name} was made for"
+        fix = "leave --target out, or give the checkpoint as --weights"
+        raise ConfigError(f"--target {options.target}", expected, str(options.target), fix)
     return source.target
 
 
-def _choose_precisions(config: ExportConfig, source: Source, engine: str) -> tuple[str, ...]:
+def _choose_precisions(options: ExportConfig, source: Source, engine: str) -> tuple[str, ...]:
+    asked = options.precision
     if source.precision != "fp32":
-        if config.precision not in (None, source.precision):
-            raise ConfigError(
-                f"--precision {config.precision}",
-                f"{source.precision}, which {source.path.name} is",
-                str(config.precision),
-                "give the FP32 file or the checkpoint as --weights",
-            )
+        if asked not in (None, source.precision):
+            expected = f"{source.precision}, which {source.path.name} is"
+            fix = "give the FP32 file or the checkpoint as --weights"
+            raise ConfigError(f"--precision {asked}", expected, str(asked), fix)
         return (source.precision,)
-    if config.precision == "all":
+    if asked == "all":
         return PRECISIONS
-    return (config.precision or ("fp32" if engine == "onnx" else "fp16"),)
+    return (asked or ("fp32" if engine == "onnx" else "fp16"),)
 
 
-def _check_options(config: ExportConfig, source: Source, precisions: tuple[str, ...]) -> None:
+def _check_options(options: ExportConfig, source: Source, precisions: tuple[str, ...]) -> None:
     """Refuse what would have to be ignored."""
-    if source.is_onnx:
-        for name, given in (
-            ("--float-input", config.float_input),
-            ("--input-size", config.input_size is not None),
-        ):
-            if given:
-                raise ConfigError(
-                    name,
-                    "a checkpoint as --weights",
-                    source.path.name,
-                    "give the checkpoint that the ONNX file was made from",
-                )
+    resized = options.input_size is not None
+    for name, given in (("--float-input", options.float_input), ("--input-size", resized)):
+        if given and source.is_onnx:
+            fix = "give the checkpoint that the ONNX file was made from"
+            raise ConfigError(name, "a checkpoint as --weights", source.path.name, fix)
     quantises = "int8" in precisions and source.precision == "fp32"
-    if quantises and config.calib is None:
-        raise ConfigError(
-            "--calib",
-            "a folder of training images for INT8",
-            "none",
-            "give the data set that the network was trained on, e.g. --calib RAF-DB",
-        )
-    if config.exclude and not quantises:
-        raise ConfigError(
-            "--exclude",
-            "--precision int8, and an FP32 source",
-            ", ".join(precisions),
-            "leave --exclude out",
-        )
+    if quantises and options.calib is None:
+        fix = "give the data set that the network was trained on, e.g. --calib RAF-DB"
+        raise ConfigError("--calib", "a folder of training images for INT8", "none", fix)
+    if options.exclude and not quantises:
+        expected = "--precision int8, and an FP32 source"
+        raise ConfigError("--exclude", expected, ", ".join(precisions), "leave --exclude out")
 
 
-def _choose_graph(config: ExportConfig, source: Source, target: str) -> str:
+def _choose_graph(options: ExportConfig, source: Source, target: str) -> str:
     """The graph's layout: an ONNX file keeps its own, and only EfficientFace has two."""
+    name, asked = source.path.name, options.graph
     if source.is_onnx:
-        if config.graph is not None:
-            raise ConfigError(
-                f"--graph {config.graph}",
-                "a checkpoint as --weights",
-                source.path.name,
-                "leave --graph out: the file keeps the graph that it has",
-            )
+        if asked is not None:
+            fix = "leave --graph out: the file keeps the graph that it has"
+            raise ConfigError(f"--graph {asked}", "a checkpoint as --weights", name, fix)
         graph = source.provenance.graph
         if graph == "deploy" and source.target != target:
-            print(f"note: {source.path.name} is laid out for a {source.target}, not for a {target}")
+            print(f"note: {name} is laid out for a {source.target}, not for a {target}")
         return graph
     if source.lay_out is not None:
-        return config.graph or "deploy"
-    if config.graph == "deploy":
-        raise ConfigError(
-            "--graph deploy",
-            "an EfficientFace checkpoint as --weights",
-            f"{source.path.name}, {source.spec.architecture}",
-            "leave --graph out",
-        )
+        return asked or "deploy"
+    if asked == "deploy":
+        expected = "an EfficientFace checkpoint as --weights"
+        found = f"{name}, {source.spec.architecture}"
+        raise ConfigError("--graph deploy", expected, found, "leave --graph out")
     return "plain"
 
 
-def request(
-    config: ExportConfig,
-    plan: Plan,
+def _nothing_to_make(source: Source) -> ConfigError:
+    return ConfigError(
+        "--engine onnx",
+        "a checkpoint, or another --precision than the file's",
+        f"{source.path}, an ONNX file in {source.precision}",
+        f"use it as it is (--verify {source.path} checks it); for a checkpoint "
+        "pip install 'efficientface-deploy[export,cpu]'",
+    )
+
+
+def _choose_calibration(options: ExportConfig, precisions: tuple[str, ...]) -> Calibration | None:
+    if options.calib is None:
+        return None
+    held_out = SEARCH_IMAGES if options.int8_search and "int8" in precisions else 0
+    return choose_calibration(options.calib, options.calib_images, options.seed, held_out)
+
+
+def _request(
+    options: ExportConfig,
     source: Source,
+    target: str,
+    graph: str,
     calibration: Calibration | None,
     precision: str,
 ) -> dict[str, Any]:
-    """What decides the content of an ONNX file, as its provenance records it.
-
-    Files of equal requests, and of one spec, are equal.
-    """
+    """One of :attr:`Plan.requests`."""
+    made = "float32 NCHW normalised" if options.float_input else "uint8 NHWC RGB"
     decided: dict[str, Any] = {
         "precision": precision,
-        "target": plan.target,
-        "graph": plan.graph,
-        "input": source.provenance.input
-        or ("float32 NCHW normalised" if config.float_input else "uint8 NHWC RGB"),
+        "target": target,
+        "graph": graph,
+        "input": source.provenance.input or made,
         "weights": source.weights,
         "versions": versions(),
     }
     if precision == "int8" and calibration is not None:
-        decided["calibration"] = {**calibration.record, "method": config.calib_method}
-        decided["exclude"] = sorted(set(config.exclude))
-        decided["int8_search"] = config.int8_search
-        decided["rounding"] = dataclasses.asdict(ROUNDINGS[plan.target])
+        decided["calibration"] = {**calibration.record, "method": options.calib_method}
+        decided["exclude"] = sorted(set(options.exclude))
+        decided["int8_search"] = options.int8_search
+        decided["rounding"] = dataclasses.asdict(SCHEMES[target])
     return decided
 
 
-def check_folder(
-    config: ExportConfig, plan: Plan, source: Source, calibration: Calibration | None
-) -> frozenset[str]:
-    """Refuse to replace files, or to mix artifacts of different models in one folder.
-
-    Without ``--overwrite`` an ONNX file that is there is used as it is when it is what would be
-    made; nothing else that is there is touched.
-
-    Returns:
-        Precisions whose ONNX file is used as it is.
-
-    Raises:
-        ConfigError: A file is in the way, or the folder's artifacts are of another model.
-    """
-    if config.overwrite:
-        return frozenset()
-    if plan.engine != "onnx":
-        for precision in plan.precisions:
-            if plan.engine_path(precision).exists():
-                raise _in_the_way(plan.engine_path(precision), "an earlier export")
-    _check_model(plan, source)
-    present = frozenset(
-        precision
-        for precision in plan.precisions
-        if plan.onnx_path(precision).exists() and not source.is_onnx_in(precision)
-    )
-    for precision in present:
-        path = plan.onnx_path(precision)
-        wanted = request(config, plan, source, calibration, precision)
-        if differing := _differences(path, source, wanted):
-            raise _in_the_way(path, f"an earlier export of other {', '.join(differing)}")
-    return present
+# ---- what is there already
 
 
-def _check_model(plan: Plan, source: Source) -> None:
+def _check_model(out: Path, source: Source) -> None:
     """One ``verify.npz`` serves a folder: two models in it could not both be verified."""
-    parent = stored_parent(plan.out)
     header = report_header(source.weights, source.spec)
-    if parent not in (None, source.weights["sha256"]) or reports_other_model(plan.out, header):
-        raise ConfigError(
-            plan.out,
-            "artifacts of the same weights, labels and input size, or none",
-            "artifacts of others",
-            "add --overwrite, or choose another --out",
-        )
+    others = stored_parent(out) not in (None, source.weights["sha256"])
+    if others or reports_other_model(out, header):
+        expected = "artifacts of the same weights, labels and input size, or none"
+        fix = "add --overwrite, or choose another --out"
+        raise ConfigError(out, expected, "artifacts of others", fix)
 
 
-def _differences(path: Path, source: Source, wanted: Mapping[str, Any]) -> list[str]:
-    """In what an ONNX file differs from the one that would be made; empty when in nothing."""
+def _onnx_step(
+    options: ExportConfig, source: Source, path: Path, request: Mapping[str, Any]
+) -> Step:
+    """The step of an ONNX file: made, or used as it is."""
+    precision = request["precision"]
+    if source.is_onnx_in(precision):
+        present = OnnxFile(source.trace(False), source.spec, source.provenance.record)
+        return Step("onnx", precision, source.path, present)
+    if options.overwrite or not path.exists():
+        return Step("onnx", precision, path)
     try:
-        _, spec, record = read_onnx(path)
+        present = read_onnx(path)
     except EfficientFaceError:
-        return ["making"]
-    found = {**record, "weights": {**wanted["weights"], **_sha256(record)}}
-    differing = [key for key, value in wanted.items() if found.get(key) != value]
-    return differing + (["labels or input size"] if spec != source.spec else [])
+        raise _in_the_way(path, "an earlier export of other making") from None
+    if differing := _differences(present, source, request):
+        raise _in_the_way(path, f"an earlier export of other {', '.join(differing)}")
+    return Step("onnx", precision, path, present)
 
 
-def _sha256(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The hash of the weights in a record; their file's name says nothing."""
-    weights = record.get("weights")
-    return {"sha256": weights.get("sha256") if isinstance(weights, dict) else None}
+def _differences(found: OnnxFile, source: Source, wanted: Mapping[str, Any]) -> list[str]:
+    """In what an ONNX file differs from the one that would be made; empty when in nothing."""
+    weights = found.provenance.get("weights")
+    sha256 = weights.get("sha256") if isinstance(weights, dict) else None  # its name says nothing
+    record = {**found.provenance, "weights": {**wanted["weights"], "sha256": sha256}}
+    differing = [key for key, value in wanted.items() if record.get(key) != value]
+    return differing + (["labels or input size"] if found.spec != source.spec else [])
 
 
 def _in_the_way(path: Path, found: str) -> ConfigError:
     return ConfigError(path, "no such file yet", found, "add --overwrite, or choose another --out")
+
+
+def _keeps_reference(options: ExportConfig, source: Source) -> bool:
+    """Whether the folder's own ``verify.npz`` serves: of this model, and nobody asks for another.
+
+    It may hold a data set's images, where a later call without ``--val`` has synthetic ones.
+    """
+    if options.val is not None or options.overwrite:
+        return False
+    try:
+        read_reference(options.out, source.spec, source.weights["sha256"])
+    except ArtifactError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ from efficientface_deploy.artifact import ENGINE_SUFFIX, ONNX_SUFFIX, describe_f
 from efficientface_deploy.errors import ArtifactError, ExportError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.requirements import is_installed
-from efficientface_export.options import ExportConfig
 from efficientface_export.verification.parity import score_artifact, verify_artifact, wrong_outputs
 from efficientface_export.verification.provenance import Provenance
 from efficientface_export.verification.reference import load_test_set, read_reference
-from efficientface_export.verification.report import Row
+from efficientface_export.verification.report import ReportRow
 
 
-def verify_command(config: ExportConfig, path: Path) -> int:
+def verify_command(path: Path, val: Path | None = None, preset: str | None = None) -> int:
     """Verify one artifact by the reference outputs beside it; writes nothing.
+
+    Args:
+        path: The artifact.
+        val: A labelled data set to score it on.
+        preset: What its numbered folders mean.
 
     Returns:
         0.
@@ -33,24 +38,18 @@ def verify_command(config: ExportConfig, path: Path) -> int:
     weights = provenance.weights or {}
     test_set, logits = read_reference(path.parent, spec, weights.get("sha256"))
     verification = verify_artifact(path, logits, test_set, provenance.precision)
-    row = Row.of(path, path.parent, provenance, arithmetic, verification)
+    row = ReportRow.of(path, path.parent, provenance, arithmetic, verification)
     print(row.describe())
     if verification.problems:
         raise wrong_outputs([row.file], "export it again")
     if verification.not_run:
-        raise ExportError(
-            path,
-            "a backend that can run it",
-            verification.not_run,
-            "verify it on the machine that it was built for",
-        )
-    if config.val is not None:
-        labelled = load_test_set(config.val, spec, config.preset)
+        fix = "verify it on the machine that it was built for"
+        raise ExportError(path, "a backend that can run it", verification.not_run, fix)
+    if val is not None:
+        labelled = load_test_set(val, spec, preset)
         scores = score_artifact(path, labelled)
-        print(
-            f"  [ok] {labelled.source}: accuracy {scores['accuracy']:.4f}, "
-            f"macro-F1 {scores['macro_f1']:.4f}"
-        )
+        text = f"accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}"
+        print(f"  [ok] {labelled.source}: {text}")
     return 0
 
 
@@ -72,7 +71,7 @@ def _require_artifact(path: Path) -> None:
     raise ArtifactError(path, "an ONNX file or an engine of ours", found, fix)
 
 
-def _read(path: Path) -> tuple[ModelSpec, dict[str, Any], str]:
+def _read(path: Path) -> tuple[ModelSpec, Mapping[str, Any], str]:
     """Spec, provenance, and the precision as counted: empty where nothing here can count it."""
     if path.suffix == ENGINE_SUFFIX:
         spec, record = read_sidecar(path)
@@ -83,7 +82,7 @@ def _read(path: Path) -> tuple[ModelSpec, dict[str, Any], str]:
     from efficientface_export.graph.io import read_onnx
     from efficientface_export.graph.precision import require_precision
 
-    graph, spec, record = read_onnx(path)
-    provenance = Provenance(record, path)
-    counted = require_precision(graph, provenance.precision, provenance.excluded, path)
-    return spec, record, counted
+    file = read_onnx(path)
+    provenance = Provenance(file.provenance, path)
+    counted = require_precision(file.graph, provenance.precision, provenance.excluded, path)
+    return file.spec, file.provenance, counted

@@ -107,12 +107,9 @@ class Source:
         """
         if self.precision != "fp32" or self.infer is None:
             if val is not None:
-                raise ConfigError(
-                    "--val",
-                    "a checkpoint or an FP32 ONNX file, and a runtime that runs it",
-                    f"{self.path.name} ({self.precision})",
-                    f"leave --val out; score it with --verify {self.path} --val {val}",
-                )
+                expected = "a checkpoint or an FP32 ONNX file, and a runtime that runs it"
+                fix = f"leave --val out; score it with --verify {self.path} --val {val}"
+                raise ConfigError("--val", expected, f"{self.path.name} ({self.precision})", fix)
             if self.infer is None or (self.path.parent / REFERENCE_FILE).is_file():
                 return read_reference(self.path.parent, self.spec, self.weights["sha256"])
         test_set = load_test_set(val, self.spec, preset)
@@ -188,13 +185,9 @@ def _require_weights(path: Path) -> None:
 
 def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> Source:
     if reason := missing_reason("torch"):
-        raise BackendError(
-            path,
-            "PyTorch, to export a checkpoint",
-            reason,
-            "pip install 'efficientface-deploy[export,cpu]', or give an ONNX file of ours as "
-            "--weights",
-        )
+        install = "pip install 'efficientface-deploy[export,cpu]'"
+        fix = f"{install}, or give an ONNX file of ours as --weights"
+        raise BackendError(path, "PyTorch, to export a checkpoint", reason, fix)
     require_package("onnxscript")
     try:
         import torch
@@ -202,9 +195,8 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
         from efficientface_deploy.models import load_checkpoint
         from efficientface_export.graph.trace import trace
     except (ImportError, OSError, RuntimeError) as error:  # torch and torchvision that do not fit
-        raise broken_package(
-            "PyTorch", error, "install torch and torchvision of one release, in a new environment"
-        ) from None
+        fix = "install torch and torchvision of one release, in a new environment"
+        raise broken_package("PyTorch", error, fix) from None
 
     # First whether it is a network of ours at all: a preset makes no other file usable.
     model, spec = load_checkpoint(path, preset)

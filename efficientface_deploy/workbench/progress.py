@@ -6,15 +6,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.progress import track as rich_track
-
 Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     """The items, with a bar while they last; a log shows nothing."""
-    hidden = not sys.stdout.isatty()
-    yield from rich_track(items, what, total=total, transient=True, disable=hidden)
+    if not sys.stdout.isatty():
+        yield from items
+        return
+    from rich.progress import track as rich_track  # here: an export needs no rich
+
+    yield from rich_track(items, what, total=total, transient=True)
 
 
 def duration(seconds: float) -> str:

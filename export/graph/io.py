@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,14 +29,25 @@ IR_VERSION = 9  # the oldest that knows opset 19, for the runtimes of older devi
 _KEEP_SHAPE = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
-def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, Any]]:
+class OnnxFile(NamedTuple):
+    """What an ONNX file of ours holds.
+
+    Attributes:
+        graph: The graph, not to be changed.
+        spec: The model's.
+        provenance: How it was made.
+    """
+
+    graph: onnx.ModelProto
+    spec: ModelSpec
+    provenance: Mapping[str, Any]
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
     """Read an ONNX file of ours.
 
     Args:
         path: ``*.onnx``.
-
-    Returns:
-        Graph, spec and provenance.
 
     Raises:
         ArtifactError: The file is not ONNX, or not of ours.
@@ -52,10 +63,10 @@ def read_onnx(path: str | Path) -> tuple[onnx.ModelProto, ModelSpec, dict[str, A
         if any(map(onnx.external_data_helper.uses_external_data, graph.graph.initializer)):
             raise DecodeError("its weights are in other files")
     except (DecodeError, ValueError, OSError) as error:
-        raise ArtifactError(
-            path, "an ONNX model", f"a damaged or foreign file ({error})", "export it again"
-        ) from None
-    return graph, spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
+        found = f"a damaged or foreign file ({error})"
+        raise ArtifactError(path, "an ONNX model", found, "export it again") from None
+    spec, provenance = spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
+    return OnnxFile(graph, spec, provenance)
 
 
 def write_onnx(
@@ -80,12 +91,9 @@ def write_onnx(
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            path,
-            "a valid ONNX graph",
-            str(error).strip().splitlines()[0],
-            "report this with the versions of torch and onnx",
-        ) from None
+        found = str(error).strip().splitlines()[0]
+        fix = "report this with the versions of torch and onnx"
+        raise ExportError(path, "a valid ONNX graph", found, fix) from None
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 

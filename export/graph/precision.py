@@ -132,12 +132,9 @@ def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, pat
     others = counts.total() - counts[precision]
     if counts[precision] == 0 or others > (excluded if precision == "int8" else 0):
         but = f" but {excluded} that were excluded" if precision == "int8" and excluded else ""
-        raise ExportError(
-            path,
-            f"all convolutions and linear layers in {precision}{but}",
-            str(summary),
-            "export it again; if this file was just made, report it as a bug",
-        )
+        expected = f"all convolutions and linear layers in {precision}{but}"
+        fix = "export it again; if this file was just made, report it as a bug"
+        raise ExportError(path, expected, str(summary), fix)
     return str(summary)
 
 
@@ -152,12 +149,9 @@ def require_fp16_range(ranges: dict[str, float], path: object) -> tuple[str, flo
     """
     name = max(ranges, key=ranges.__getitem__)
     if not ranges[name] * FP16_MARGIN < FP16_MAX:
-        raise ExportError(
-            path,
-            f"every tensor below {FP16_MAX / FP16_MARGIN:g} for FP16",
-            f"{ranges[name]:.3g} in {name}",
-            "export with --precision fp32",
-        )
+        expected = f"every tensor below {FP16_MAX / FP16_MARGIN:g} for FP16"
+        found = f"{ranges[name]:.3g} in {name}"
+        raise ExportError(path, expected, found, "export with --precision fp32")
     return name, ranges[name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +30,44 @@ class Calibration:
     """Images that ranges are measured on.
 
     Attributes:
-        images: uint8 (N, S, S, 3), RGB, made by the runtime's preprocessing.
-        apart: uint8 (M, S, S, 3), others of the same choice, to judge by what the ranges gave.
+        chosen: Those images.
+        held_out: Others of the same choice, to measure what the ranges gave.
         record: Where they come from, for the provenance: data set, split, counts, seed and hashes.
         warnings: What a careful user should know about the choice.
     """
 
-    images: UInt8Array
-    apart: UInt8Array
+    chosen: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
     record: dict[str, Any]
     warnings: tuple[str, ...]
 
 
-def load_calibration(
-    root: Path, spec: ModelSpec, count: int, seed: int = 0, apart: int = 0
-) -> Calibration:
-    """Read a seeded choice of training images, as the classes come.
+def choose_calibration(root: Path, count: int, seed: int = 0, held_out: int = 0) -> Calibration:
+    """A seeded choice of training images, as the classes come.
 
     As many of each class gave no better ranges: docs/int8.md.
 
     Args:
         root: A prepared data set, a data set's folder with ``train/``, or any folder of images;
             labels are not looked at.
-        spec: The model's.
         count: How many images, fewer when there are fewer.
         seed: Of the choice.
-        apart: How many more to keep apart, at most a third of all.
+        held_out: How many more to hold out, at most a third of all.
 
     Raises:
-        DatasetError: The folder is missing, or holds no images or too few to keep any apart.
-        ImageError: One of the images cannot be read.
+        DatasetError: The folder is missing, or holds no images or too few to hold any out.
     """
     samples, split = _find_images(root)
-    if apart and len(samples) < 3:
-        raise DatasetError(
-            root,
-            "images for calibration and others to judge by",
-            f"{len(samples)} in all",
-            "give more images, or add --no-int8-search",
-        )
-    apart = min(apart, len(samples) // 3)
-    count = min(count, len(samples) - apart)
+    if held_out and len(samples) < 3:
+        fix = "give more images, or add --no-int8-search"
+        expected = "images for calibration and others to judge by"
+        raise DatasetError(root, expected, f"{len(samples)} in all", fix)
+    held_out = min(held_out, len(samples) // 3)
+    count = min(count, len(samples) - held_out)
     order = np.random.default_rng(seed).permutation(len(samples))
-    chosen, kept = (
-        [samples[index] for index in sorted(part)]
-        for part in (order[:count], order[count : count + apart])
+    chosen, others = (
+        tuple(samples[index] for index in sorted(part))
+        for part in (order[:count], order[count : count + held_out])
     )
     notes = []
     if len(chosen) < FEW:
@@ -87,12 +81,17 @@ def load_calibration(
         "seed": seed,
         "images_sha256": image_list_hash(chosen, root),
     }
-    if kept:
-        record["apart"] = {"count": len(kept), "images_sha256": image_list_hash(kept, root)}
-    return Calibration(_read(chosen, spec), _read(kept, spec), record, tuple(notes))
+    if others:
+        record["apart"] = {"count": len(others), "images_sha256": image_list_hash(others, root)}
+    return Calibration(chosen, others, record, tuple(notes))
 
 
-def _read(samples: list[Sample], spec: ModelSpec) -> UInt8Array:
+def read_images(samples: Sequence[Sample], spec: ModelSpec) -> UInt8Array:
+    """Images, uint8 (N, S, S, 3), RGB, by the runtime's preprocessing.
+
+    Raises:
+        ImageError: One of them cannot be read.
+    """
     none = np.zeros((0, spec.input_size, spec.input_size, 3), dtype=np.uint8)
     return np.concatenate([none, *(batch for batch, _ in iterate_batches(samples, spec, 100))])
 
@@ -109,12 +108,8 @@ def _find_images(root: Path) -> tuple[list[Sample], str]:
     )
     if not paths:
         found = "no images in it" if root.is_dir() else "no such folder"
-        raise DatasetError(
-            root,
-            "a folder of images for calibration",
-            found,
-            "give the training images, e.g. --calib RAF-DB",
-        )
+        fix = "give the training images, e.g. --calib RAF-DB"
+        raise DatasetError(root, "a folder of images for calibration", found, fix)
     split = "train" if folder != root else _split_of(root)
     return [Sample(path, 0) for path in paths], split
 

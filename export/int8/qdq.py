@@ -28,22 +28,13 @@ LUMA = "luma"
 FP16_TINY = 2.0**-24  # FP16's smallest number above zero: a scale must not become zero
 
 # What gives out nothing but values that it got.
-_MOVERS = (
-    "Concat",
-    "Flatten",
-    "MaxPool",
-    "Reshape",
-    "Slice",
-    "Split",
-    "Squeeze",
-    "Transpose",
-)
+_MOVERS = ("Concat", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose")
 _NEVER_NEGATIVE = ("Relu", "Sigmoid", "Softmax")
 _KEEPS_SIGNS = (*_MOVERS, "Add", "AveragePool", "GlobalAveragePool", "Mul")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class QuantisationScheme:
     """How a kind of processor wants INT8.
 
     Attributes:
@@ -59,9 +50,9 @@ class Rounding:
 
 
 # -128 is not used: ranges of weights are symmetric.
-ROUNDINGS = {
-    "cpu": Rounding(unsigned=True, everywhere=True, weight_max=64),
-    "gpu": Rounding(unsigned=False, everywhere=False, weight_max=127),
+SCHEMES = {
+    "cpu": QuantisationScheme(unsigned=True, everywhere=True, weight_max=64),
+    "gpu": QuantisationScheme(unsigned=False, everywhere=False, weight_max=127),
 }
 
 
@@ -81,17 +72,17 @@ class Group:
 
 def quantise(
     graph: onnx.ModelProto,
-    limits: Mapping[str, float],
-    rounding: Rounding,
+    amax: Mapping[str, float],
+    scheme: QuantisationScheme,
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
     """INT8 by Q/DQ pairs: weights per channel, activations per tensor, biases not quantised.
 
     Args:
         graph: FP32.
-        limits: Magnitude that the largest value stands for, for each tensor of
-            :func:`rounded_groups`.
-        rounding: Where the pairs go and what is between them.
+        amax: Magnitude that the largest value stands for, for each tensor of
+            :func:`quantised_groups`.
+        scheme: Where the pairs go and what is between them.
         exclude: Names of layers that stay in higher precision.
 
     Returns:
@@ -102,16 +93,16 @@ def quantise(
     """
     _check_excluded(graph, exclude)
     chosen = {layer.name for layer in quantisable_layers(graph)} - set(exclude)
-    scales = _group_limits(rounded_groups(graph, rounding, exclude), limits)
+    largest = _group_amax(quantised_groups(graph, scheme, exclude), amax)
     quantised = onnx.ModelProto()
     quantised.CopyFrom(graph)
     del quantised.graph.node[:]
-    pairs = _PairWriter(quantised.graph, rounding, _never_negative(graph))
+    pairs = _PairWriter(quantised.graph, scheme, _never_negative(graph))
     for node in graph.graph.node:
         is_chosen = node.name in chosen
         inputs = [
-            pairs.activation(name, scales[name])
-            if name in scales and (is_chosen or rounding.everywhere)
+            pairs.activation(name, largest[name])
+            if name in largest and (is_chosen or scheme.everywhere)
             else name
             for name in node.input
         ]
@@ -138,18 +129,17 @@ def quantisable_layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     ]
 
 
-def rounded_groups(
-    graph: onnx.ModelProto, rounding: Rounding, exclude: Collection[str] = ()
+def quantised_groups(
+    graph: onnx.ModelProto, scheme: QuantisationScheme, exclude: Collection[str] = ()
 ) -> list[Group]:
     """The activations that INT8 rounds."""
     layers = quantisable_layers(graph)
     readers = _by_tensor((layer.input[0], layer.name) for layer in layers)
-    if not rounding.everywhere:
+    if not scheme.everywhere:
         groups = [Group((name,), tuple(names)) for name, names in readers.items()]
     else:
-        makers = _by_tensor(
-            (name, layer.name) for layer in layers for name in _result(graph, layer)
-        )
+        results = ((name, layer.name) for layer in layers for name in _result(graph, layer))
+        makers = _by_tensor(results)
         groups = [
             Group(tuple(tensors), tuple(_of(tensors, readers) or _of(tensors, makers)))
             for tensors in _moved_together(graph, [*readers, *makers])
@@ -197,10 +187,10 @@ def _moved_together(graph: onnx.ModelProto, names: Sequence[str]) -> list[list[s
     return list(kept.values())
 
 
-def _group_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> dict[str, float]:
-    """For each tensor, the largest limit in its group."""
+def _group_amax(groups: Sequence[Group], amax: Mapping[str, float]) -> dict[str, float]:
+    """For each tensor, the largest amax in its group."""
     return {
-        name: max(limits[member] for member in group.tensors)
+        name: max(amax[member] for member in group.tensors)
         for group in groups
         for name in group.tensors
     }
@@ -221,15 +211,15 @@ class _PairWriter:
     """Appends Q/DQ pairs to a graph, one for each tensor however many nodes read it."""
 
     def __init__(
-        self, graph: onnx.GraphProto, rounding: Rounding, never_negative: Collection[str]
+        self, graph: onnx.GraphProto, scheme: QuantisationScheme, never_negative: Collection[str]
     ) -> None:
         self.graph = graph
-        self.rounding = rounding
+        self.scheme = scheme
         self.never_negative = never_negative
         self.weights = {weight.name: weight for weight in graph.initializer}
         self.dequantised: dict[str, str] = {}
 
-    def activation(self, name: str, limit: float) -> str:
+    def activation(self, name: str, amax: float) -> str:
         """Round an activation to one scale.
 
         Returns:
@@ -237,13 +227,13 @@ class _PairWriter:
         """
         if name not in self.dequantised:
             zero_point: np.int8 | np.uint8
-            if not self.rounding.unsigned:
+            if not self.scheme.unsigned:
                 steps, zero_point = 127, np.int8(0)
             elif name in self.never_negative:
                 steps, zero_point = 255, np.uint8(0)
             else:
                 steps, zero_point = 127, np.uint8(128)
-            parameters = self.parameters(name, _scale(np.float32(limit), steps), zero_point)
+            parameters = self.parameters(name, _scale(np.float32(amax), steps), zero_point)
             rounded = f"{name}_quantized"
             self.node("QuantizeLinear", name, [name, *parameters], rounded)
             self.node("DequantizeLinear", name, [rounded, *parameters], f"{name}_dequantized")
@@ -259,7 +249,7 @@ class _PairWriter:
         if name not in self.dequantised:
             values = numpy_helper.to_array(self.weights[name])
             others = tuple(other for other in range(values.ndim) if other != axis)
-            scale = _scale(np.abs(values).max(axis=others), self.rounding.weight_max)  # (C,)
+            scale = _scale(np.abs(values).max(axis=others), self.scheme.weight_max)  # (C,)
             rounded = np.rint(values / np.expand_dims(scale, others)).astype(np.int8)
             parameters = self.parameters(name, scale, np.zeros_like(scale, dtype=np.int8))
             inputs = [self.array(f"{name}_quantized", rounded), *parameters]
@@ -278,9 +268,8 @@ class _PairWriter:
         self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any
     ) -> None:
         named = f"{name}_{operator}"
-        self.graph.node.append(
-            onnx.helper.make_node(operator, inputs, [output], named, **attributes)
-        )
+        node = onnx.helper.make_node(operator, inputs, [output], named, **attributes)
+        self.graph.node.append(node)
 
 
 def _scale(magnitude: Any, steps: int) -> Any:
@@ -299,9 +288,6 @@ def _check_excluded(graph: onnx.ModelProto, exclude: Collection[str]) -> None:
     layers = [layer.name for layer in quantisable_layers(graph)]
     if unknown := [name for name in exclude if name not in layers]:
         near = difflib.get_close_matches(unknown[0], layers, n=3) or layers[:3]
-        raise ExportError(
-            "--exclude",
-            "names of convolutions or linear layers, such as " + ", ".join(near),
-            ", ".join(unknown),
-            "look them up in the FP32 ONNX file, e.g. with Netron",
-        )
+        expected = "names of convolutions or linear layers, such as " + ", ".join(near)
+        fix = "look them up in the FP32 ONNX file, e.g. with Netron"
+        raise ExportError("--exclude", expected, ", ".join(unknown), fix)

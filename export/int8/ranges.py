@@ -54,7 +54,7 @@ def tensor_ranges(graph: onnx.ModelProto, images: Array) -> dict[str, float]:
     return ranges
 
 
-def activation_limits(
+def activation_amax(
     graph: onnx.ModelProto, largest: Mapping[str, float], images: Array, method: str
 ) -> dict[str, float]:
     """Magnitude that the largest INT8 value is to stand for; what exceeds it is clipped.
@@ -69,21 +69,18 @@ def activation_limits(
             TensorRT's calibrator.
 
     Returns:
-        Tensor name to limit.
+        Tensor name to amax.
 
     Raises:
         ExportError: A tensor is not finite.
     """
     if infinite := [name for name, magnitude in largest.items() if not np.isfinite(magnitude)]:
-        raise ExportError(
-            "INT8",
-            "finite values in every tensor",
-            f"NaN or infinity in {infinite[0]}",
-            "train the network anew: it overflows on the calibration images",
-        )
+        found = f"NaN or infinity in {infinite[0]}"
+        fix = "train the network anew: it overflows on the calibration images"
+        raise ExportError("INT8", "finite values in every tensor", found, fix)
     if method == "minmax":
         return dict(largest)
-    choose = {"percentile": _percentile_limit, "entropy": _entropy_limit}[method]
+    choose = {"percentile": _percentile_bins, "entropy": _entropy_bins}[method]
     histograms = _histograms(graph, largest, images)
     return {name: choose(histograms[name]) * largest[name] / BINS for name in largest}
 
@@ -101,13 +98,13 @@ def _histograms(
     return counts
 
 
-def _percentile_limit(histogram: npt.NDArray[np.int64]) -> int:
+def _percentile_bins(histogram: npt.NDArray[np.int64]) -> int:
     """Number of bins, from 0 on, that hold the percentile."""
     below = np.cumsum(histogram)
     return int(np.searchsorted(below, below[-1] * PERCENTILE / 100)) + 1
 
 
-def _entropy_limit(histogram: npt.NDArray[np.int64]) -> int:
+def _entropy_bins(histogram: npt.NDArray[np.int64]) -> int:
     """Number of bins whose quantisation to 128 levels diverges least from the whole."""
     counts = histogram.astype(np.float64)
     counts[0] = counts[1]  # zeros, half of what a ReLU gives, are exact at any scale

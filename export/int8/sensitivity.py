@@ -19,7 +19,12 @@ import onnx
 
 from efficientface_deploy.artifact import OUTPUTS
 from efficientface_deploy.workbench.metrics import mean_kl
-from efficientface_export.int8.qdq import Rounding, quantisable_layers, quantise, rounded_groups
+from efficientface_export.int8.qdq import (
+    QuantisationScheme,
+    quantisable_layers,
+    quantise,
+    quantised_groups,
+)
 from efficientface_export.int8.ranges import run_tensors
 
 SEARCH_IMAGES = 256
@@ -64,8 +69,8 @@ class Search:
 
 def find_sensitive_layers(
     graph: onnx.ModelProto,
-    limits: Mapping[str, float],
-    rounding: Rounding,
+    amax: Mapping[str, float],
+    scheme: QuantisationScheme,
     images: npt.NDArray[Any],
     exclude: Collection[str],
     weight_bytes: int,
@@ -77,8 +82,8 @@ def find_sensitive_layers(
 
     Args:
         graph: FP32.
-        limits: Ranges of its activations, as :func:`quantise` takes them.
-        rounding: How the processor wants INT8.
+        amax: Ranges of its activations, as :func:`quantise` takes them.
+        scheme: How the processor wants INT8.
         images: As the graph takes them; not those that the ranges come from.
         exclude: Layers that are left out in any case.
         weight_bytes: What a weight of a layer that is left out takes in the file: 4 or 2.
@@ -86,19 +91,19 @@ def find_sensitive_layers(
     reference = _probabilities(graph, images)
 
     def divergence(left_out: Collection[str], count: int = len(images)) -> float:
-        found = _probabilities(quantise(graph, limits, rounding, left_out), images[:count])
+        found = _probabilities(quantise(graph, amax, scheme, left_out), images[:count])
         return mean_kl(reference[:count], found)
 
     first = divergence(exclude)
     left_out: list[str] = []
     kl = first
     if kl > KL_TARGET:
-        groups = rounded_groups(graph, rounding, exclude)
+        groups = quantised_groups(graph, scheme, exclude)
         layers = {layer.name for layer in quantisable_layers(graph)}
         alone = [layers.difference(group.layers) for group in groups]
         harm = [divergence(others.union(exclude), _RANKING_IMAGES) for others in alone]
         growth = _growth(graph, weight_bytes)
-        allowed = GROWTH * quantise(graph, limits, rounding, exclude).ByteSize()
+        allowed = GROWTH * quantise(graph, amax, scheme, exclude).ByteSize()
         for index in np.argsort(harm)[::-1]:
             if kl <= KL_TARGET:
                 break

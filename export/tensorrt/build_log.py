@@ -14,17 +14,9 @@ from efficientface_deploy.backends.tensorrt.library import is_echo
 
 # Layers of the finished engine that launch nothing: shapes, and waiting between streams.
 _NO_KERNEL = frozenset({"shape_call", "signal", "wait", "NoOp", "Constant"})
-
-
 _LISTINGS = ("Layers:", "Engine Layer Information:")  # newer and older TensorRT 10
-
-
 _LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: \[(?P<inputs>.*)")
-
-
 _DATATYPE = re.compile(r"Datatype: [^}\]]*?\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b")
-
-
 _PRECISIONS = {
     "Float": "fp32",
     "FP32": "fp32",
@@ -92,7 +84,7 @@ def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer,
     return tuple(layers)
 
 
-def _builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
+def builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
     """The first error of a build, after the ONNX node that it or another error speaks of."""
     errors = [text for level, text in records if level == logging.ERROR]
     causes = [text for text in errors if not is_echo(text)] or errors
@@ -108,7 +100,7 @@ def _builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) 
     return reason
 
 
-def _parser_reason(error: Any) -> str:
+def parser_reason(error: Any) -> str:
     """The node that the parser stumbled over, and why, in one line."""
     lines = [line for line in error.desc().splitlines() if not is_echo(line)]
     node = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
@@ -121,5 +113,6 @@ def _as_tf32(layer: Layer) -> Layer:
     return layer
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def counted(counts: Mapping[str, int]) -> str:
+    """Text such as ``66 int8 + 2 fp16``."""
     return " + ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n) or "no"

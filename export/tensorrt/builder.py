@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import signal
 import sys
@@ -32,26 +33,26 @@ from efficientface_deploy.backends.tensorrt.library import (
 )
 from efficientface_deploy.errors import BackendError, ConfigError, ExportError
 from efficientface_deploy.files import atomic_path, file_hash, write_text
+from efficientface_deploy.spec import ModelSpec
 from efficientface_export.graph.io import read_onnx
 from efficientface_export.graph.precision import summarise_precision
 from efficientface_export.tensorrt.build_log import (
     Layer,
-    _builder_reason,
-    _counted,
-    _parser_reason,
+    builder_reason,
+    counted,
     parse_layers,
+    parser_reason,
 )
 from efficientface_export.tensorrt.options import (
     CURRENT,
     SUFFIXES,
+    EngineKind,
     EngineOptions,
-    Kind,
-    _bad_option,
+    bad_option,
 )
 
 # Takes the phase that the builder is in, and the share of the whole build that is done, 0 to 1.
-Progress = Callable[[str, float], None]
-
+OnProgress = Callable[[str, float], None]
 
 # What TensorRT for RTX targets when nothing is asked of it: Ampere and everything newer.
 _RTX_DEFAULT = ("sm80+",)
@@ -60,42 +61,7 @@ _RTX_DEFAULT = ("sm80+",)
 _JETSON_WORKSPACE_MIB = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class BuiltEngine:
-    """An engine in memory, and what its builder said of it.
-
-    Attributes:
-        plan: The serialised engine.
-        layers: All layers of the finished engine, in order.
-        library: ``tensorrt`` or ``tensorrt_rtx``.
-        version: That library's version.
-        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
-        precisions: Number of convolutions per precision.
-        build_seconds: Time from parsing to the serialised engine.
-        options: What it was built with.
-    """
-
-    plan: bytes = dataclasses.field(repr=False)
-    layers: tuple[Layer, ...] = dataclasses.field(repr=False)
-    library: str
-    version: str
-    compute_capabilities: tuple[str, ...]
-    precisions: dict[str, int]
-    build_seconds: float
-    options: EngineOptions
-
-    @property
-    def kernels(self) -> int:
-        """Number of kernels that one inference launches."""
-        return sum(layer.is_kernel for layer in self.layers)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the plan."""
-        return len(self.plan)
-
-
-def available(kind: Kind) -> str | None:
+def available(kind: EngineKind) -> str | None:
     """Why engines cannot be built here; None when they can.
 
     TensorRT times its kernels and needs a GPU to build; TensorRT for RTX does not.
@@ -113,7 +79,7 @@ def available(kind: Kind) -> str | None:
     return None
 
 
-def check_targets(kind: Kind, names: Sequence[str]) -> None:
+def check_targets(kind: EngineKind, names: Sequence[str]) -> None:
     """Refuse compute capabilities that the library does not build for.
 
     Raises:
@@ -137,13 +103,94 @@ def default_workspace_mib(root: Path = Path("/")) -> int | None:
     return _JETSON_WORKSPACE_MIB if jetson else None
 
 
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """An engine in memory, and what its builder said of it.
+
+    Attributes:
+        kind: ``trt`` or ``trt-rtx``.
+        parent: The ONNX file that it was built of.
+        plan: The serialised engine.
+        layers: All layers of the finished engine, in order.
+        library: ``tensorrt`` or ``tensorrt_rtx``.
+        version: That library's version.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
+        precisions: Number of convolutions per precision.
+        build_seconds: Time from parsing to the serialised engine.
+        options: What it was built with.
+    """
+
+    kind: EngineKind
+    parent: Path
+    plan: bytes = dataclasses.field(repr=False)
+    layers: tuple[Layer, ...] = dataclasses.field(repr=False)
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precisions: dict[str, int]
+    build_seconds: float
+    options: EngineOptions
+
+    @property
+    def kernels(self) -> int:
+        """Number of kernels that one inference launches."""
+        return sum(layer.is_kernel for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plan."""
+        return len(self.plan)
+
+    def write(self, path: Path, spec: ModelSpec, provenance: Mapping[str, Any]) -> None:
+        """Write the engine with its sidecar; a failure leaves both as they were.
+
+        Args:
+            path: ``*.engine`` for ``trt``, ``*.rtx.engine`` for ``trt-rtx``.
+            spec: The model's.
+            provenance: Of the ONNX file, and what is to be said beside it.
+        """
+        record = self._record(str(provenance.get("precision", "fp32")))
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self.plan)
+            # Before the engine takes its name: a pair of different builds is refused by its hash.
+            write_sidecar(path, spec, {**provenance, "engine": record})
+
+    def _record(self, precision: str) -> dict[str, Any]:
+        """What the sidecar says of the engine."""
+        options, parent = self.options, Path(self.parent.name)
+        targets = options.compute_capabilities
+        return {
+            "sha256": hashlib.sha256(self.plan).hexdigest(),
+            "library": self.library,
+            "version": self.version,
+            "compute_capabilities": list(self.compute_capabilities),
+            "kernels": self.kernels,
+            "precisions": self.precisions,
+            "max_batch": options.max_batch,
+            "opt_batch": options.opt_batch,
+            "workspace_mib": options.workspace_mib,
+            "tf32": options.tf32,
+            "build_seconds": self.build_seconds,
+            "parent": parent.name,
+            "parent_sha256": file_hash(self.parent),
+            "rebuild": rebuild_command(
+                self.kind,
+                parent,
+                options.max_batch,
+                precision=precision,
+                compute_capabilities=targets,
+            ),
+        }
+
+
 def build_engine(
     onnx_path: str | Path,
-    kind: Kind,
+    kind: EngineKind,
     options: EngineOptions | None = None,
     *,
+    graph: onnx.ModelProto | None = None,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> BuiltEngine:
     """Build an engine from one of our ONNX files, and check that it has the graph's precision.
 
@@ -153,6 +200,7 @@ def build_engine(
         onnx_path: ``*.onnx``, its batch dynamic.
         kind: ``trt`` for the GPU in this machine, or ``trt-rtx``.
         options: Batch sizes, workspace, targets.
+        graph: What the file holds, where somebody has read it already.
         folder: Where the builder's verbose log stays if it fails, as ``*.engine.log``, and where
             TensorRT keeps its timings of kernels for the next build (that for RTX has none); None
             keeps neither.
@@ -172,12 +220,13 @@ def build_engine(
     options = options or EngineOptions()
     if options.workspace_mib is None and kind == "trt":
         options = dataclasses.replace(options, workspace_mib=default_workspace_mib())
-    graph, _, _ = read_onnx(onnx_path)
+    if graph is None:
+        graph = read_onnx(onnx_path).graph
     module = load_library(kind)
     targets = _targets(module, kind, options.compute_capabilities)
     built_for = _built_for(kind, options.compute_capabilities)
     _check_batch(graph, onnx_path)
-    _check_rounding(graph, onnx_path)
+    _check_scheme(graph, onnx_path)
     _check_turing(graph, kind, built_for, onnx_path)
     timings = folder / f"tensorrt-{built_for[0]}.timings" if folder and kind == "trt" else None
 
@@ -197,6 +246,8 @@ def build_engine(
         layers = parse_layers([text for _, text in build.logger.records], tf32=options.tf32)
         precisions = _check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32)
     return BuiltEngine(
+        kind=kind,
+        parent=onnx_path,
         plan=plan,
         layers=layers,
         library=module.__name__,
@@ -211,13 +262,11 @@ def build_engine(
 def write_engine(
     onnx_path: str | Path,
     out_path: str | Path,
-    kind: Kind,
+    kind: EngineKind,
     options: EngineOptions | None = None,
     overwrite: bool = False,
-    extra_provenance: Mapping[str, Any] | None = None,
     *,
-    folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Path:
     """Build an engine and write it with its sidecar; a failure leaves both as they were.
 
@@ -227,8 +276,6 @@ def write_engine(
         kind: ``trt`` or ``trt-rtx``.
         options: See :class:`EngineOptions`.
         overwrite: Replace files that are there.
-        extra_provenance: Goes into the sidecar beside the ONNX file's own provenance.
-        folder: See :func:`build_engine`; that of ``out_path`` by default.
         progress: See :func:`build_engine`.
 
     Returns:
@@ -240,16 +287,10 @@ def write_engine(
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     _check_target(out_path, kind, overwrite)
-    _, spec, provenance = read_onnx(onnx_path)
-    folder = folder or out_path.parent
-    engine = build_engine(onnx_path, kind, options, folder=folder, progress=progress)
-    with atomic_path(out_path) as temporary:
-        temporary.write_bytes(engine.plan)
-        precision = str(provenance.get("precision", "fp32"))
-        record = _record(engine, onnx_path, kind, precision, file_hash(temporary))
-        content = {**provenance, **(extra_provenance or {}), "engine": record}
-        # Before the engine takes its name: a pair of different builds is refused by its hash.
-        write_sidecar(out_path, spec, content)
+    graph, spec, provenance = read_onnx(onnx_path)
+    folder = out_path.parent
+    engine = build_engine(onnx_path, kind, options, graph=graph, folder=folder, progress=progress)
+    engine.write(out_path, spec, provenance)
     return out_path
 
 
@@ -274,12 +315,10 @@ class _Build:
             self._network = self._builder.create_network(1 << flag)
             self._config = self._builder.create_builder_config()
         except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
-            raise BackendError(
-                f"engine {kind}",
-                f"{LIBRARIES[kind].label} to start",
-                self.logger.first_error() or str(error),
-                "check the GPU and its driver with nvidia-smi",
-            ) from None
+            found = self.logger.first_error() or str(error)
+            expected = f"{LIBRARIES[kind].label} to start"
+            fix = "check the GPU and its driver with nvidia-smi"
+            raise BackendError(f"engine {kind}", expected, found, fix) from None
 
     def parse(self, path: Path) -> None:
         """Read the ONNX file into the network.
@@ -290,13 +329,10 @@ class _Build:
         parser = self.module.OnnxParser(self._network, self.logger)
         if not parser.parse_from_file(str(path)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            reason = _parser_reason(errors[0]) if errors else self.logger.first_error()
-            raise ExportError(
-                path,
-                f"a graph that the ONNX parser of {self.module.__name__} takes",
-                reason or "no reason given",
-                "export the ONNX file again with this version, or keep to --engine onnx",
-            )
+            reason = parser_reason(errors[0]) if errors else self.logger.first_error()
+            expected = f"a graph that the ONNX parser of {self.module.__name__} takes"
+            fix = "export the ONNX file again with this version, or keep to --engine onnx"
+            raise ExportError(path, expected, reason or "no reason given", fix)
 
     def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
         """Set monitor, verbosity, workspace, TF32, targets and the dynamic batch's profile."""
@@ -304,9 +340,8 @@ class _Build:
         config.progress_monitor = monitor
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         if options.workspace_mib is not None:
-            config.set_memory_pool_limit(
-                module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20
-            )
+            workspace = module.MemoryPoolType.WORKSPACE
+            config.set_memory_pool_limit(workspace, options.workspace_mib << 20)
         if not options.tf32:
             config.clear_flag(module.BuilderFlag.TF32)
         if targets:
@@ -350,12 +385,10 @@ class _Build:
         plan = self._builder.build_serialized_network(self._network, self._config)
         if plan is None:
             self._flush_failure()
-            raise ExportError(
-                path,
-                f"a graph that {self.module.__name__} {version_of(self.module)} builds",
-                _builder_reason(self.logger.records[before:], graph),
-                "try another --precision or --workspace, or keep to --engine onnx",
-            )
+            expected = f"a graph that {self.module.__name__} {version_of(self.module)} builds"
+            fix = "try another --precision or --workspace, or keep to --engine onnx"
+            found = builder_reason(self.logger.records[before:], graph)
+            raise ExportError(path, expected, found, fix)
         return bytes(plan)
 
     @contextlib.contextmanager
@@ -373,12 +406,8 @@ class _Build:
                 f"{logging.getLevelName(level)}: {text}" for level, text in self.logger.records
             )
             write_text(path, "\n".join(lines) + "\n")
-            raise ExportError(
-                error.subject,
-                error.expected,
-                error.found,
-                f"{error.fix}; the builder's log is {path}",
-            ) from None
+            fix = f"{error.fix}; the builder's log is {path}"
+            raise ExportError(error.subject, error.expected, error.found, fix) from None
         if path is not None:
             path.unlink(missing_ok=True)
 
@@ -397,7 +426,7 @@ class _Build:
         other._builder.build_serialized_network(other._network, other._config)
 
 
-def _make_monitor(module: Any, progress: Progress | None) -> Any:
+def _make_monitor(module: Any, progress: OnProgress | None) -> Any:
     """An ``IProgressMonitor`` that tells ``progress``, and ends the build when ``stop`` is set."""
     base: Any = module.IProgressMonitor
 
@@ -457,16 +486,13 @@ def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
     if not names:
         return []
     if kind == "trt":
-        raise ConfigError(
-            "--compute-capability",
-            "none with --engine trt, which builds for the GPU that is here",
-            ",".join(names),
-            "leave it out, or build with --engine trt-rtx",
-        )
+        expected = "none with --engine trt, which builds for the GPU that is here"
+        fix = "leave it out, or build with --engine trt-rtx"
+        raise ConfigError("--compute-capability", expected, ",".join(names), fix)
     members = module.ComputeCapability.__members__
     known = {name.lower(): value for name, value in members.items() if name != "NONE"}
     if unknown := [name for name in names if name not in known]:
-        raise _bad_option("--compute-capability", ", ".join(known), ", ".join(unknown))
+        raise bad_option("--compute-capability", ", ".join(known), ", ".join(unknown))
     return [known[name] for name in dict.fromkeys(names)]
 
 
@@ -487,15 +513,13 @@ def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
     dims = image.type.tensor_type.shape.dim
     shape = [dim.dim_value or dim.dim_param or "?" for dim in dims]
     if [isinstance(size, int) for size in shape] != [False, True, True, True]:
-        raise ExportError(
-            path,
-            "an input whose batch, and nothing else, is dynamic",
-            f"{image.name} of shape ({', '.join(map(str, shape))})",
-            "export the ONNX file again with efficientface-export",
-        )
+        expected = "an input whose batch, and nothing else, is dynamic"
+        found = f"{image.name} of shape ({', '.join(map(str, shape))})"
+        fix = "export the ONNX file again with efficientface-export"
+        raise ExportError(path, expected, found, fix)
 
 
-def _check_rounding(graph: onnx.ModelProto, path: Path) -> None:
+def _check_scheme(graph: onnx.ModelProto, path: Path) -> None:
     """Refuse INT8 as ONNX Runtime's CPU wants it.
 
     Raises:
@@ -505,12 +529,10 @@ def _check_rounding(graph: onnx.ModelProto, path: Path) -> None:
     for node in graph.graph.node:
         rounds = node.op_type == "QuantizeLinear"
         if rounds and TensorProto.UINT8 in map(types.get, node.input[2:]):
-            raise ExportError(
-                path,
-                "INT8 for a GPU, with activations of int8",
-                "INT8 for a CPU, with activations of uint8",
-                "export it from the checkpoint or the FP32 file with --target gpu",
-            )
+            expected = "INT8 for a GPU, with activations of int8"
+            found = "INT8 for a CPU, with activations of uint8"
+            fix = "export it from the checkpoint or the FP32 file with --target gpu"
+            raise ExportError(path, expected, found, fix)
 
 
 def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], path: Path) -> None:
@@ -523,13 +545,12 @@ def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], p
         return
     summary = summarise_precision(graph)
     if {*summary.convolutions, *summary.linear} - {"fp16"}:
-        raise ExportError(
-            path,
+        expected = (
             "an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
-            "products and emulates INT8",
-            str(summary),
-            "build for sm75 with --precision fp16, or leave sm75 out",
+            "products and emulates INT8"
         )
+        fix = "build for sm75 with --precision fp16, or leave sm75 out"
+        raise ExportError(path, expected, str(summary), fix)
 
 
 def _check_precisions(
@@ -554,12 +575,10 @@ def _check_precisions(
     unasked = sum(count for name, count in built.items() if not asked[name])
     most, count = asked.most_common(1)[0] if asked else ("", 0)
     if unasked > preprocessing or built[most] < count / 2:
-        raise ExportError(
-            path,
-            f"an engine with {_counted(asked)} convolutions, as in the graph",
-            f"{_counted(built)} in the builder's log",
-            "build for other GPUs (--compute-capability) or in another --precision",
-        )
+        expected = f"an engine with {counted(asked)} convolutions, as in the graph"
+        found = f"{counted(built)} in the builder's log"
+        fix = "build for other GPUs (--compute-capability) or in another --precision"
+        raise ExportError(path, expected, found, fix)
     return dict(sorted(built.items()))
 
 
@@ -567,63 +586,25 @@ def _check_target(path: Path, kind: str, overwrite: bool) -> None:
     """Refuse a name that the runtime would give to the other library, and files that are there."""
     rtx = path.name.endswith(SUFFIXES["trt-rtx"])
     if not path.name.endswith(SUFFIXES[kind]) or rtx != (kind == "trt-rtx"):
-        raise _bad_option(f"engine {kind}", f"a name that ends in {SUFFIXES[kind]}", path.name)
+        raise bad_option(f"engine {kind}", f"a name that ends in {SUFFIXES[kind]}", path.name)
     for existing in (path, sidecar_path(path)):
         if existing.exists() and not overwrite:
-            raise ExportError(
-                existing,
-                "no file of this name",
-                "one",
-                "add --overwrite, or choose another folder with --out",
-            )
-
-
-def _record(
-    engine: BuiltEngine,
-    parent: Path,
-    kind: str,
-    precision: str,
-    sha256: str,
-) -> dict[str, Any]:
-    """What the sidecar says of the engine."""
-    options = engine.options
-    rebuild = rebuild_command(
-        kind,
-        Path(parent.name),
-        options.max_batch,
-        precision=precision,
-        compute_capabilities=options.compute_capabilities,
-    )
-    return {
-        "sha256": sha256,
-        "library": engine.library,
-        "version": engine.version,
-        "compute_capabilities": list(engine.compute_capabilities),
-        "kernels": engine.kernels,
-        "precisions": engine.precisions,
-        "max_batch": options.max_batch,
-        "opt_batch": options.opt_batch,
-        "workspace_mib": options.workspace_mib,
-        "tf32": options.tf32,
-        "build_seconds": engine.build_seconds,
-        "parent": parent.name,
-        "parent_sha256": file_hash(parent),
-        "rebuild": rebuild,
-    }
+            fix = "add --overwrite, or choose another folder with --out"
+            raise ExportError(existing, "no file of this name", "one", fix)
 
 
 _ERASE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
-def build_progress(what: str) -> Iterator[Progress | None]:
+def build_progress(what: str) -> Iterator[OnProgress | None]:
     """Show a build on standard error while it lasts, if somebody watches.
 
     Args:
         what: What is built, for people.
 
     Yields:
-        What :func:`engine.build_engine` takes as ``progress``; None where nobody watches.
+        What :func:`build_engine` takes as ``progress``; None where nobody watches.
     """
     if not sys.stderr.isatty():
         yield None

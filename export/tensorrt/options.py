@@ -7,13 +7,10 @@ from typing import Literal
 
 from efficientface_deploy.errors import ConfigError
 
-Kind = Literal["trt", "trt-rtx"]
-
+EngineKind = Literal["trt", "trt-rtx"]
 
 SUFFIXES: dict[str, str] = {"trt": ".engine", "trt-rtx": ".rtx.engine"}
-
-
-CURRENT = "current"
+CURRENT = "current"  # the GPU that is here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +42,16 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Refuse what no builder could do."""
         if self.max_batch < 1:
-            raise _bad_option("--max-batch", "at least 1", str(self.max_batch))
+            raise bad_option("--max-batch", "at least 1", str(self.max_batch))
         if not 1 <= self.opt_batch <= self.max_batch:
-            raise _bad_option("opt_batch", f"1 to {self.max_batch}", str(self.opt_batch))
+            raise bad_option("opt_batch", f"1 to {self.max_batch}", str(self.opt_batch))
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise _bad_option("--workspace", "at least 1 MiB", str(self.workspace_mib))
+            raise bad_option("--workspace", "at least 1 MiB", str(self.workspace_mib))
         if CURRENT in self.compute_capabilities and len(self.compute_capabilities) > 1:
             found = ",".join(self.compute_capabilities)
-            raise _bad_option("--compute-capability", f"{CURRENT} alone, or a list", found)
+            raise bad_option("--compute-capability", f"{CURRENT} alone, or a list", found)
 
 
-def _bad_option(option: str, expected: str, found: str) -> ConfigError:
+def bad_option(option: str, expected: str, found: str) -> ConfigError:
+    """The error of a value that no builder takes."""
     return ConfigError(option, expected, found, "change it accordingly")

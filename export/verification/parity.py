@@ -11,12 +11,10 @@ import efficientface_deploy as ef
 from efficientface_deploy.errors import VerificationError
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.evaluation import Differences, Scores, run_in_batches, softmax
-from efficientface_deploy.workbench.metrics import (
-    Interval,
-)
+from efficientface_deploy.workbench.metrics import Interval
 from efficientface_export.verification.reference import TestSet
 
-# Agreement on a handful of images moves in steps that are too coarse to judge by.
+# Agreement on a handful of images moves in steps that are too coarse for a threshold.
 MINIMUM_FOR_AGREEMENT = 100
 
 
@@ -26,8 +24,8 @@ class Threshold:
 
     Attributes:
         max_difference: Largest difference in any probability.
-        min_agreement: Part of the images with the same most probable class; judged by the upper
-            end of its 95 % interval, so that chance on few images fails nothing.
+        min_agreement: Part of the images with the same most probable class; what counts is
+            the upper end of its 95 % interval, so that chance on few images fails nothing.
         max_kl: Mean Kullback-Leibler divergence of the probabilities, in nats.
     """
 
@@ -156,7 +154,7 @@ def compare(
     precision: str,
     runner: str,
 ) -> Verification:
-    """Judge an artifact's probabilities by the reference's logits.
+    """Compare an artifact's probabilities with those of the reference's logits.
 
     Args:
         probabilities: float32 (N, C), the artifact's.
@@ -165,41 +163,35 @@ def compare(
         precision: Chooses the thresholds.
         runner: What ran the artifact.
     """
-    reference = softmax(reference_logits)
-    threshold = THRESHOLDS[precision]
-    apart = Differences.of(reference, probabilities, test_set.labels)
-    images, agreement, kl = len(reference), apart.agreement, apart.mean_kl
-
+    found = Differences.of(softmax(reference_logits), probabilities, test_set.labels)
+    images, agreement, kl = len(probabilities), found.agreement, found.mean_kl
+    threshold, interval = THRESHOLDS[precision], found.agreement_interval
     problems = []
     # Written so that NaN counts as a problem.
-    if not apart.largest <= threshold.max_difference:
-        problems.append(f"difference {apart.largest:.2g} > {threshold.max_difference:g}")
+    if not found.largest <= threshold.max_difference:
+        problems.append(f"difference {found.largest:.2g} > {threshold.max_difference:g}")
     if not kl <= threshold.max_kl:
         problems.append(f"KL {kl:.2g} > {threshold.max_kl:g}")
-    if (
-        images >= MINIMUM_FOR_AGREEMENT
-        and not apart.agreement_interval[1] >= threshold.min_agreement
-    ):
+    if images >= MINIMUM_FOR_AGREEMENT and not interval[1] >= threshold.min_agreement:
         problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
-
     verification = Verification(
         runner=runner,
         images=images,
         source=test_set.source,
-        max_difference=apart.largest,
+        max_difference=found.largest,
         agreement=agreement,
-        agreement_interval=apart.agreement_interval,
+        agreement_interval=interval,
         kl=kl,
         problems=tuple(problems),
     )
-    if test_set.labels is None or apart.accuracy is None:
+    if test_set.labels is None or found.accuracy is None:
         return verification
     scores = Scores.of(test_set.labels, probabilities)
     return dataclasses.replace(
         verification,
         accuracy=scores.accuracy,
-        accuracy_difference=apart.accuracy.value,
-        accuracy_interval=apart.accuracy.interval,
+        accuracy_difference=found.accuracy.value,
+        accuracy_interval=found.accuracy.interval,
         macro_f1=scores.macro_f1,
     )
 
@@ -237,21 +229,19 @@ def verify_artifact(
 
 def wrong_outputs(names: Sequence[str], fix: str) -> VerificationError:
     """The error that ends a command after artifacts that failed."""
-    return VerificationError(
-        ", ".join(names), "outputs like the reference network's", "others", fix
-    )
+    expected = "outputs like the reference network's"
+    return VerificationError(", ".join(names), expected, "others", fix)
 
 
-def score_artifact(path: Path, test_set: TestSet) -> dict[str, float]:
-    """``accuracy`` and ``macro_f1`` of an artifact on a labelled test set.
+def score_artifact(path: Path, test_set: TestSet) -> Scores:
+    """Scores of an artifact on a labelled test set.
 
     Raises:
         BackendError: Nothing here can run it.
     """
     assert test_set.labels is not None
     with ef.load(path) as predictor:
-        scores = Scores.of(test_set.labels, _probabilities(predictor, test_set))
-    return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+        return Scores.of(test_set.labels, _probabilities(predictor, test_set))
 
 
 def _probabilities(predictor: ef.Predictor, test_set: TestSet) -> Float32Array:

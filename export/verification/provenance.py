@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_export.options import PRECISIONS
+
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,11 @@ class Provenance:
     path: Path
 
     def __post_init__(self) -> None:
-        """Refuse a precision for which there is no way to judge the artifact."""
+        """Refuse a precision for which there is no threshold."""
         if self.precision not in PRECISIONS:
-            raise ArtifactError(
-                self.path,
-                "precision " + ", ".join(PRECISIONS),
-                self.precision,
-                "export it again with efficientface-export",
-            )
+            fix = "export it again with efficientface-export"
+            wanted = "precision " + ", ".join(PRECISIONS)
+            raise ArtifactError(self.path, wanted, self.precision, fix)
 
     @property
     def precision(self) -> str:

@@ -11,21 +11,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientface_deploy.errors import ArtifactError, DatasetError
+from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, resize
 from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
+from efficientface_deploy.workbench.evaluation import check_labels, labels_of
 
 REFERENCE_FILE = "verify.npz"
-
-
 STORED_IMAGES = 16
 
-
+_COPY_REFERENCE = f"copy the {REFERENCE_FILE} that was exported with it"
 _SHEET = Path(__file__).parent / "reference_faces.png"
-
-
 _SHEET_ROWS, _SHEET_COLUMNS = 4, 4
 
 
@@ -60,18 +57,12 @@ def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None)
     if root is None:
         return TestSet(_bundled_faces(spec), None, "16 synthetic faces")
     dataset = read_dataset(root, preset)
-    if dataset.labels != spec.labels:
-        raise DatasetError(
-            root,
-            "the model's labels: " + ", ".join(spec.labels),
-            ", ".join(dataset.labels),
-            "give the data set that the model was trained for",
-        )
+    check_labels(spec, dataset)
     split = dataset.evaluation_split()
-    batches = list(iterate_batches(dataset.split(split), spec, 256))
-    images = np.concatenate([batch for batch, _ in batches])
-    labels = np.concatenate([part for _, part in batches])
-    return TestSet(images, labels, f"{dataset.name}, {split}, {len(images):,} images")
+    samples = dataset.split(split)
+    images = np.concatenate([batch for batch, _ in iterate_batches(samples, spec, 256)])
+    source = f"{dataset.name}, {split}, {len(images):,} images"
+    return TestSet(images, labels_of(samples), source)
 
 
 def _bundled_faces(spec: ModelSpec) -> UInt8Array:
@@ -99,13 +90,8 @@ def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, paren
     kept = np.linspace(0, total - 1, count).round().astype(int)  # sets are sorted by class
     source = test_set.source if count == total else f"{count} of {test_set.source}"
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        images=test_set.images[kept],
-        logits=logits[kept],
-        source=np.array(source),
-        parent=np.array(parent),
-    )
+    images, logits = test_set.images[kept], logits[kept]
+    np.savez_compressed(buffer, images=images, logits=logits, source=source, parent=parent)
     with atomic_path(folder / REFERENCE_FILE) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -134,26 +120,18 @@ def read_reference(
     path = folder / REFERENCE_FILE
     arrays, own_parent = _read_archive(path)
     if parent is not None and parent != own_parent:
-        raise ArtifactError(
-            path,
-            f"reference outputs of the weights {parent[:12]}...",
-            f"those of {own_parent[:12]}...",
-            _COPY_REFERENCE,
-        )
-    wanted = (spec.input_size, spec.input_size, 3), spec.num_classes
-    found = arrays["images"].shape[1:], arrays["logits"].shape[1]
+        wanted = f"reference outputs of the weights {parent[:12]}..."
+        raise ArtifactError(path, wanted, f"those of {own_parent[:12]}...", _COPY_REFERENCE)
+    wanted = _shapes((spec.input_size, spec.input_size, 3), spec.num_classes)
+    found = _shapes(arrays["images"].shape[1:], arrays["logits"].shape[1])
     if found != wanted:
-        raise ArtifactError(
-            path,
-            f"images of shape {wanted[0]} and {wanted[1]} logits",
-            f"images of shape {found[0]} and {found[1]} logits",
-            _COPY_REFERENCE,
-        )
+        raise ArtifactError(path, wanted, found, _COPY_REFERENCE)
     test_set = TestSet(arrays["images"], None, str(arrays["source"]))
     return test_set, arrays["logits"].astype(np.float32)
 
 
-_COPY_REFERENCE = f"copy the {REFERENCE_FILE} that was exported with it"
+def _shapes(image: tuple[int, ...], logits: int) -> str:
+    return f"images of shape {image} and {logits} logits"
 
 
 def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from efficientface_deploy.files import file_hash, write_text
 from efficientface_deploy.spec import ModelSpec
-from efficientface_export.folder import failed_name
+from efficientface_deploy.workbench.tables import Table
 from efficientface_export.verification.parity import (
     MINIMUM_FOR_AGREEMENT,
     THRESHOLDS,
@@ -29,7 +29,7 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionE
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One artifact.
 
     Attributes:
@@ -66,7 +66,7 @@ class Row:
         arithmetic: str,
         verification: Verification,
         notes: Sequence[str] = (),
-    ) -> Row:
+    ) -> ReportRow:
         """The row of the artifact at ``path`` in the report in ``folder``."""
         return cls(
             file=Path(os.path.relpath(path, folder)).as_posix(),
@@ -119,20 +119,17 @@ class Row:
         if result.accuracy is None:
             yield "--", "accuracy: not measured, which --val would do"
         else:
-            mark = "FAILED" if result.exceeds("accuracy") else "ok"
             minus = f", minus the reference's {result.difference_text}"
-            yield (
-                mark,
-                f"accuracy: {result.accuracy:.4f}{minus if result.difference_text else ''}, "
-                f"macro-F1 {result.macro_f1:.4f}",
-            )
+            text = f"accuracy: {result.accuracy:.4f}{minus if result.difference_text else ''}"
+            mark = "FAILED" if result.exceeds("accuracy") else "ok"
+            yield mark, f"{text}, macro-F1 {result.macro_f1:.4f}"
 
     def as_dict(self) -> dict[str, Any]:
         """For ``report.json``."""
         return {**dataclasses.asdict(self), "verification": self.verification.as_dict()}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Row:
+    def from_dict(cls, fields: Mapping[str, Any]) -> ReportRow:
         """Read back what :meth:`as_dict` made.
 
         Raises:
@@ -168,38 +165,59 @@ def report_header(weights: Mapping[str, str], spec: ModelSpec) -> dict[str, Any]
     }
 
 
-def write_report(
-    folder: Path, rows: Sequence[Row], header: Mapping[str, Any], into: Path | None = None
-) -> None:
-    """Write both reports.
+class Report:
+    """The report of a folder.
 
     Rows of earlier exports of the same model stay while the files that they describe are there,
     unchanged; so does what a file that was used again has shown on more images.
 
     Args:
         folder: Where the artifacts are.
-        rows: Of this export.
         header: See :func:`report_header`.
-        into: Where the reports are written; None for ``folder``.
     """
-    merged = {row.file: row for row in _earlier_rows(folder, header)}
-    for row in rows:
-        merged.pop(failed_name(row.file), None)
-        earlier = merged.get(row.file)
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        self._header = header
+        self._rows = {row.file: row for row in _earlier_rows(folder, header)}
+
+    def add(self, row: ReportRow) -> None:
+        """Take the row of an artifact of this export."""
+        self._rows.pop(failed_name(row.file), None)
+        earlier = self._rows.get(row.file)
         if earlier is None or not _says_more(earlier, row):
-            merged[row.file] = row
-    artifacts = [row for _, row in sorted(merged.items())]
-    content = {
-        "schema": SCHEMA_VERSION,
-        **header,
-        "artifacts": [row.as_dict() for row in artifacts],
-    }
-    target = folder if into is None else into
-    write_text(target / JSON_FILE, json.dumps(content, indent=2) + "\n")
-    write_text(target / MARKDOWN_FILE, _markdown(header, artifacts))
+            self._rows[row.file] = row
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` and ``report.md``."""
+        rows = [row for _, row in sorted(self._rows.items())]
+        artifacts = [row.as_dict() for row in rows]
+        content = {"schema": SCHEMA_VERSION, **self._header, "artifacts": artifacts}
+        write_text(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
+        write_text(folder / MARKDOWN_FILE, _markdown(self._header, rows))
 
 
-def _says_more(earlier: Row, row: Row) -> bool:
+def failed_name(name: str) -> str:
+    """``efficientface-int8-gpu.rtx.engine`` -> ``efficientface-int8-gpu.failed.rtx.engine``."""
+    return name.replace(".", ".failed.", 1)
+
+
+def reports_other_model(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Whether the report in a folder is of other weights, or of another use of the same."""
+    try:
+        return _identity(_read_json(folder)) != _identity(header)
+    except _DAMAGED:
+        return False
+
+
+def _read_json(folder: Path) -> Any:
+    return json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+
+
+def _identity(content: Mapping[str, Any]) -> tuple[Any, Any]:
+    return content["weights_sha256"], content["spec"]
+
+
+def _says_more(earlier: ReportRow, row: ReportRow) -> bool:
     """Whether the same file was verified on more images before, and nothing is wrong with it."""
     return (
         earlier.sha256 == row.sha256
@@ -208,73 +226,52 @@ def _says_more(earlier: Row, row: Row) -> bool:
     )
 
 
-def reports_other_model(folder: Path, header: Mapping[str, Any]) -> bool:
-    """Whether the report in a folder is of other weights, or of another use of the same."""
-    try:
-        content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-        return _identity(content) != _identity(header)
-    except _DAMAGED:
-        return False
-
-
-def _identity(content: Mapping[str, Any]) -> tuple[Any, Any]:
-    return content["weights_sha256"], content["spec"]
-
-
-def _earlier_rows(folder: Path, header: Mapping[str, Any]) -> list[Row]:
+def _earlier_rows(folder: Path, header: Mapping[str, Any]) -> list[ReportRow]:
     """Rows of the report that is there; none when it is of another model, damaged or foreign."""
     try:
-        content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        content = _read_json(folder)
         if content["schema"] != SCHEMA_VERSION or _identity(content) != _identity(header):
             return []
-        rows = [Row.from_dict(fields) for fields in content["artifacts"]]
-        return [row for row in rows if _is_described_by(folder / row.file, row)]
+        rows = [ReportRow.from_dict(fields) for fields in content["artifacts"]]
+        return [
+            row
+            for row in rows
+            if (folder / row.file).is_file() and file_hash(folder / row.file) == row.sha256
+        ]
     except _DAMAGED:
         return []
-
-
-def _is_described_by(path: Path, row: Row) -> bool:
-    return path.is_file() and file_hash(path) == row.sha256
 
 
 def _mark(result: Verification) -> str:
     return "--" if result.not_run else "FAILED" if result.problems else "ok"
 
 
-def _markdown(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    lines = [
-        f"# Export of {header['weights']}",
-        "",
+def _markdown(header: Mapping[str, Any], rows: Sequence[ReportRow]) -> str:
+    introduction = (
         f"{header['model']}. Differences in probability, and all else, are to the reference "
         "network in FP32 (PyTorch; where it is missing, the ONNX file that they were made from) "
-        "on the same images, with 95 % intervals over images.",
-        "",
-        "| file | MB | arithmetic | images | largest difference | agreement | mean KL "
-        "| accuracy | accuracy minus reference | macro-F1 | status | made |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_markdown_row(row) for row in rows]
-    notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
+        "on the same images, with 95 % intervals over images."
+    )
+    table = Table(_COLUMNS, [_cells(row) for row in rows]).to_markdown()
     sources = sorted({row.verification.source for row in rows})
-    lines += ["", *(f"Images: {source}." for source in sources if source)]
+    lines = [f"# Export of {header['weights']}", "", introduction, "", table]
+    lines += [f"Images: {source}." for source in sources if source]
+    notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def _markdown_row(row: Row) -> str:
+_COLUMNS = (
+    *("file", "MB", "arithmetic", "images", "largest difference", "agreement", "mean KL"),
+    *("accuracy", "accuracy minus reference", "macro-F1", "status", "made"),
+)
+
+
+def _cells(row: ReportRow) -> list[str]:
     result = row.verification
-    status = result.status + (f" ({result.reason})" if result.reason else "")
-    cells = [
-        row.file,
-        f"{row.bytes / 1e6:.2f}",
-        row.arithmetic,
-        str(result.images or ""),
-        number(result.max_difference, ".2g"),
-        result.agreement_text,
-        number(result.kl, ".2g"),
-        number(result.accuracy, ".4f"),
-        result.difference_text,
-        number(result.macro_f1, ".4f"),
-        status,
+    return [
+        *(row.file, f"{row.bytes / 1e6:.2f}", row.arithmetic, str(result.images or "")),
+        *(number(result.max_difference, ".2g"), result.agreement_text, number(result.kl, ".2g")),
+        *(number(result.accuracy, ".4f"), result.difference_text, number(result.macro_f1, ".4f")),
+        result.status + (f" ({result.reason})" if result.reason else ""),
         row.created,
     ]
-    return "| " + " | ".join(cells) + " |"

@@ -24,8 +24,8 @@ from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.preprocess import normalise
 from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
 from efficientface_export.cli import main
-from efficientface_export.int8.qdq import ROUNDINGS, quantise, rounded_groups
-from efficientface_export.int8.ranges import activation_limits, tensor_ranges
+from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
+from efficientface_export.int8.ranges import activation_amax, tensor_ranges
 from training import prepare
 from training.datasets.ferplus import majority_label
 
@@ -144,10 +144,10 @@ def int8_of() -> Callable[..., onnx.ModelProto]:
         exclude: Iterable[str] = (),
         target: str = "gpu",
     ) -> onnx.ModelProto:
-        ranges, rounding = tensor_ranges(graph, images), ROUNDINGS[target]
-        names = [name for group in rounded_groups(graph, rounding) for name in group.tensors]
-        limits = activation_limits(graph, {name: ranges[name] for name in names}, images, method)
-        return quantise(graph, limits, rounding, exclude)
+        ranges, scheme = tensor_ranges(graph, images), SCHEMES[target]
+        names = [name for group in quantised_groups(graph, scheme) for name in group.tensors]
+        amax = activation_amax(graph, {name: ranges[name] for name in names}, images, method)
+        return quantise(graph, amax, scheme, exclude)
 
     return convert
 

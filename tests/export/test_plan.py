@@ -16,11 +16,11 @@ from efficientface_export import plan as plan_module
 from efficientface_export.graph.io import write_onnx
 from efficientface_export.int8.calibration import Calibration
 from efficientface_export.options import ExportConfig
-from efficientface_export.plan import Plan, check_folder, make_plan, request
+from efficientface_export.plan import Plan, resolve
 from efficientface_export.source import Source
 from efficientface_export.verification.provenance import Provenance
 from efficientface_export.verification.reference import TestSet, write_reference
-from efficientface_export.verification.report import report_header, write_report
+from efficientface_export.verification.report import Report, report_header
 
 SHA = "a" * 64
 
@@ -29,6 +29,8 @@ SHA = "a" * 64
 def engines_here(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Why each kind of engine cannot be made; both can be, unless a test says otherwise."""
     reasons: dict[str, str | None] = {"trt": None, "trt-rtx": None}
+    images = Calibration((), (), {"images_sha256": "c" * 64}, ())
+    monkeypatch.setattr(plan_module, "choose_calibration", lambda *_: images)
     monkeypatch.setattr(plan_module.engines, "available", lambda kind: reasons[kind])
     return reasons
 
@@ -51,7 +53,7 @@ def make_source(small_spec: ModelSpec) -> Any:
 
 
 def plan(source: Source, tmp_path: Path, **options: Any) -> Plan:
-    return make_plan(ExportConfig(**{"out": tmp_path / "out", **options}), source)
+    return resolve(ExportConfig(**{"out": tmp_path / "out", **options}), source)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +84,47 @@ def test_checkpoint(
     precisions: tuple[str, ...],
 ) -> None:
     found = plan(make_source(), tmp_path, **options)
-    assert found == Plan(tmp_path / "out", engine, target, "deploy", precisions)
+    assert (found.engine, found.target, found.graph, found.missing) == (
+        engine,
+        target,
+        "deploy",
+        "",
+    )
+    assert found.precisions == precisions
 
 
-def test_names(make_source: Any, tmp_path: Path) -> None:
-    found = plan(make_source(), tmp_path, engine="trt-rtx")
-    assert found.onnx_path("fp16").name == "efficientface-fp16-gpu.onnx"
-    assert found.engine_path("fp16").name == "efficientface-fp16-gpu.rtx.engine"
-    found = plan(make_source(), tmp_path, engine="trt")
-    assert found.engine_path("int8").name == "efficientface-int8-gpu.engine"
+@pytest.mark.parametrize(
+    ("engine", "precision", "files"),
+    [
+        ("trt-rtx", "fp16", ["fp16-gpu.onnx", "fp16-gpu.rtx.engine"]),
+        ("trt", "int8", ["int8-gpu.onnx", "int8-gpu.engine"]),
+        ("onnx", "all", ["fp32-cpu.onnx", "fp16-cpu.onnx", "int8-cpu.onnx"]),
+        (
+            *("trt", "all"),
+            [f"{p}-gpu{end}" for p in ("fp32", "fp16", "int8") for end in (".onnx", ".engine")],
+        ),
+    ],
+)
+def test_steps(
+    make_source: Any, tmp_path: Path, engine: str, precision: str, files: list[str]
+) -> None:
+    """An engine comes after its ONNX file."""
+    found = plan(make_source(), tmp_path, engine=engine, precision=precision, calib=tmp_path)
+    wanted = [tmp_path / "out" / f"efficientface-{name}" for name in files]
+    assert [step.path for step in found.steps] == wanted
+    assert [step.present for step in found.steps] == [None] * len(files)
+
+
+def test_a_plan_is_not_changed_afterwards(make_source: Any, tmp_path: Path) -> None:
+    found = plan(make_source(), tmp_path, engine="onnx")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.target = "gpu"
+
+
+def test_nothing_to_make(make_source: Any, tmp_path: Path) -> None:
+    source = make_source("model.onnx", precision="fp32", target="cpu")
+    with pytest.raises(ConfigError, match=r"--engine onnx: .* model\.onnx, an ONNX file in fp32"):
+        plan(source, tmp_path, engine="onnx")
 
 
 def test_fp32_onnx_made_for_a_cpu_serves_a_gpu(make_source: Any, tmp_path: Path) -> None:
@@ -101,16 +135,20 @@ def test_fp32_onnx_made_for_a_cpu_serves_a_gpu(make_source: Any, tmp_path: Path)
 def test_fp32_onnx_keeps_its_target(make_source: Any, tmp_path: Path) -> None:
     source = make_source("model.onnx", precision="fp32", target="gpu")
     assert plan(source, tmp_path, engine="onnx", precision="fp16").target == "gpu"
-    assert plan(source, tmp_path, engine="onnx", target="cpu").target == "cpu"
+    assert plan(source, tmp_path, engine="onnx", precision="fp16", target="cpu").target == "cpu"
     silent = make_source("model.onnx", precision="fp32")
-    assert plan(silent, tmp_path, engine="onnx").target == "cpu"
+    assert plan(silent, tmp_path, engine="onnx", precision="fp16").target == "cpu"
 
 
 def test_lower_precision_is_taken_as_it_is(make_source: Any, tmp_path: Path) -> None:
     source = make_source("model.onnx", precision="int8", target="gpu")
     found = plan(source, tmp_path, engine="trt")
     assert (found.target, found.precisions) == ("gpu", ("int8",))
-    assert plan(source, tmp_path, engine="trt", precision="int8", target="gpu") == found
+    again = plan(source, tmp_path, engine="trt", precision="int8", target="gpu")
+    assert (again.target, again.precisions) == ("gpu", ("int8",))
+    onnx_step, engine = found.steps
+    assert (onnx_step.path, engine.path.name) == (source.path, "efficientface-int8-gpu.engine")
+    assert onnx_step.present is not None
 
 
 @pytest.mark.parametrize(
@@ -174,13 +212,6 @@ def test_contradictions_with_an_onnx_file(
         plan(source, tmp_path, engine="onnx", **options)
 
 
-def test_out_is_a_file(make_source: Any, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("x")
-    for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="out: expected a folder, found a file"):
-            plan(make_source(), tmp_path, engine="onnx", overwrite=overwrite)
-
-
 class TestComputeCapability:
     """Refused before anything is made."""
 
@@ -221,12 +252,12 @@ class TestFolder:
 
     @pytest.fixture
     def check(self, tmp_path: Path, make_source: Any) -> Any:
-        def run(source: Source | None = None, **options: Any) -> frozenset[str]:
-            source = source or make_source()
+        """Gives the precisions whose ONNX file is used as it is."""
+
+        def run(source: Source | None = None, **options: Any) -> set[str]:
             config = ExportConfig(**{"out": tmp_path, "engine": "trt", **options})
-            images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-            calibration = Calibration(images, images, {"images_sha256": "c" * 64}, ())
-            return check_folder(config, make_plan(config, source), source, calibration)
+            steps = resolve(config, source or make_source()).steps
+            return {step.precision for step in steps if step.present is not None}
 
         return run
 
@@ -237,19 +268,16 @@ class TestFolder:
         """Write the ONNX file that a call would make, with changes to its record."""
 
         def write(made: str = "fp16", spec: ModelSpec = small_spec, **changes: Any) -> Path:
-            source = make_source()
             config = ExportConfig(out=tmp_path, engine="trt", precision=made, calib=tmp_path)
-            found = make_plan(config, source)
-            images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-            calibration = Calibration(images, images, {"images_sha256": "c" * 64}, ())
-            record = {**request(config, found, source, calibration, made), **changes}
-            write_onnx(graph, found.onnx_path(made), spec, {**record, "created": "then"})
-            return found.onnx_path(made)
+            found = resolve(config, make_source())
+            path = found.steps[0].path
+            write_onnx(graph, path, spec, {**found.requests[made], **changes, "created": "then"})
+            return path
 
         return write
 
     def test_empty(self, check: Any) -> None:
-        assert check() == frozenset()
+        assert check() == set()
 
     @pytest.mark.parametrize("precision", ["fp16", "int8"])
     def test_the_file_that_would_be_made_is_used(
@@ -257,7 +285,7 @@ class TestFolder:
     ) -> None:
         put(precision, weights={"file": "renamed.safetensors", "sha256": SHA})
         assert check(precision=precision, calib=tmp_path) == {precision}
-        assert check(precision=precision, calib=tmp_path, overwrite=True) == frozenset()
+        assert check(precision=precision, calib=tmp_path, overwrite=True) == set()
 
     @pytest.mark.parametrize(
         ("changes", "difference"),
@@ -279,7 +307,7 @@ class TestFolder:
         before = path.read_bytes()
         with pytest.raises(ConfigError, match=f"an earlier export of other {difference}; add --ov"):
             check()
-        assert check(overwrite=True) == frozenset()
+        assert check(overwrite=True) == set()
         assert path.read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -312,7 +340,7 @@ class TestFolder:
     ) -> None:
         path = tmp_path / "efficientface-fp16-gpu.onnx"
         path.write_text("x")
-        assert check(make_source(str(path), precision="fp16", target="gpu")) == frozenset()
+        assert check(make_source(str(path), precision="fp16", target="gpu")) == {"fp16"}
 
     def test_artifacts_of_other_weights(self, check: Any, tmp_path: Path) -> None:
         """One verify.npz serves a folder: two networks in it could not both be verified."""
@@ -329,9 +357,10 @@ class TestFolder:
     ) -> None:
         """The same weights at another size, or as another preset."""
         weights = {"file": "student.safetensors", "sha256": SHA}
-        write_report(tmp_path, [], report_header(weights, small_spec))
+        Report(tmp_path, report_header(weights, small_spec)).write(tmp_path)
         check()
-        write_report(tmp_path, [], report_header(weights, small_spec.replace(input_size=96)))
+        other = report_header(weights, small_spec.replace(input_size=96))
+        Report(tmp_path, other).write(tmp_path)
         with pytest.raises(ConfigError, match="labels and input size, or none"):
             check()
 
@@ -339,14 +368,15 @@ class TestFolder:
 @pytest.mark.parametrize("graph", ["plain", "deploy"])
 def test_an_onnx_file_keeps_its_graph(make_source: Any, tmp_path: Path, graph: str) -> None:
     source = make_source("model.onnx", precision="fp32", target="cpu", graph=graph)
-    assert plan(source, tmp_path, engine="onnx").graph == graph
+    assert plan(source, tmp_path, engine="onnx", precision="fp16").graph == graph
     with pytest.raises(ConfigError, match=r"--graph .*: expected a checkpoint as --weights"):
         plan(source, tmp_path, engine="onnx", graph=graph)
 
 
 def test_a_graph_for_the_other_target_is_noted(make_source: Any, tmp_path: Path, capsys) -> None:
     source = make_source("model.onnx", precision="fp32", target="cpu", graph="deploy")
-    assert plan(source, tmp_path, engine="onnx", target="gpu").target == "gpu"
+    found = plan(source, tmp_path, engine="onnx", precision="fp16", target="gpu")
+    assert found.target == "gpu"
     assert "note: model.onnx is laid out for a cpu, not for a gpu" in capsys.readouterr().out
 
 

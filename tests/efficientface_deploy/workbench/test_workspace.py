@@ -13,9 +13,17 @@ import pytest
 
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench import workspace as lock_module
-from efficientface_deploy.workbench.workspace import check_writable, lock_folder, make_folder
+from efficientface_deploy.workbench.workspace import (
+    Workspace,
+    check_writable,
+    lock_folder,
+    make_folder,
+    open_workspace,
+)
 
 pytest.importorskip("fcntl", reason="the lock is POSIX's")
+
+SCRATCH = ".efficientface-export"
 
 
 def test_second_job_is_refused(tmp_path: Path) -> None:
@@ -146,3 +154,147 @@ def test_full_disk_is_not_a_matter_of_the_folder(claim, tmp_path: Path, monkeypa
     monkeypatch.setattr(lock_module.tempfile, "TemporaryFile", full)
     with pytest.raises(OSError, match="No space left"):
         claim(tmp_path)
+
+
+# ---- a workspace
+
+
+def put(folder: Workspace, **files: str) -> None:
+    """``a_onnx="x"`` is a file a.onnx in the scratch folder."""
+    for name, content in files.items():
+        (folder.scratch / name.replace("_", ".")).write_text(content)
+
+
+def content(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_published_together(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    with open_workspace(out, "export") as folder:
+        assert folder.path == out
+        put(folder, a_onnx="1", report_md="2")
+        assert [file.name for file in out.iterdir()] == [SCRATCH]
+        folder.publish()
+        assert content(folder.scratch) == {}
+        put(folder, b_onnx="3")
+    assert content(out) == {"a.onnx": "1", "report.md": "2"}
+
+
+def test_failed_predecessor_goes(tmp_path: Path) -> None:
+    for name in ("a.failed.rtx.engine", "a.failed.rtx.engine.json", "b.failed.onnx"):
+        (tmp_path / name).write_text("old")
+    with open_workspace(tmp_path, "export") as folder:
+        put(folder, a_rtx_engine="new", a_rtx_engine_json="new")
+        folder.publish(lambda name: name.replace(".", ".failed.", 1))
+    assert set(content(tmp_path)) == {"a.rtx.engine", "a.rtx.engine.json", "b.failed.onnx"}
+
+
+def test_failure_leaves_the_earlier_success(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_text("good")
+    with open_workspace(tmp_path, "export") as folder:
+        put(folder, a_failed_onnx="bad")
+        folder.publish()
+    assert content(tmp_path) == {"a.onnx": "good", "a.failed.onnx": "bad"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), open_workspace(tmp_path / "a" / "b", "export") as folder:
+        put(folder, a_onnx="1")
+        raise error
+    assert content(tmp_path) == {}
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with open_workspace(tmp_path / "a" / "b", "export"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert content(tmp_path / "a") == {}
+
+
+def test_interrupt_waits_until_all_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine and its sidecar, say, of which the first is replaced already."""
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), open_workspace(tmp_path, "export") as folder:
+        put(folder, a_engine="1", a_engine_json="2")
+        folder.publish()
+    assert content(tmp_path) == {"a.engine": "1", "a.engine.json": "2"}
+
+
+def test_second_export_is_refused(tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "out", "export") as first:
+        put(first, a_onnx="1")
+        with (
+            pytest.raises(ConfigError, match="expected no other export at work in this folder"),
+            open_workspace(tmp_path / "out", "export"),
+        ):
+            pytest.fail("two at once")
+        first.publish()
+    assert content(tmp_path / "out") == {"a.onnx": "1"}
+    with open_workspace(tmp_path / "out", "export"):
+        pass
+
+
+def test_killed_export_neither_blocks_nor_leaves_anything(tmp_path: Path) -> None:
+    """SIGKILL cannot be handled: the system frees the lock, the next export clears up."""
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from efficientface_deploy.workbench.workspace import open_workspace\n"
+        "with open_workspace(Path(sys.argv[1]), 'export') as folder:\n"
+        "    (folder.scratch / 'a.onnx').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [SCRATCH]
+    with open_workspace(tmp_path, "export") as folder:
+        assert content(folder.scratch) == {}
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk(tmp_path: Path, number: int) -> None:
+    (tmp_path / "earlier.onnx").write_text("precious")
+    message = f"{tmp_path}: expected space for what is written, found .*; free some on that disk"
+    with pytest.raises(ConfigError, match=message), open_workspace(tmp_path, "export") as folder:
+        put(folder, a_onnx="half")
+        raise OSError(number, os.strerror(number))
+    assert content(tmp_path) == {"earlier.onnx": "precious"}
+
+
+def test_other_errors_of_the_system_pass(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), open_workspace(tmp_path, "export"):
+        raise PermissionError(errno.EACCES, "Permission denied", "somewhere else")
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ConfigError, match="a folder that can be written, found not a directory"),
+        open_workspace(tmp_path / "file" / "out", "export"),
+    ):
+        pytest.fail("no folder")
+
+
+def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The superuser, who may run these tests, writes everywhere."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(ConfigError, match="found read-only file system; choose another --out"),
+        open_workspace(tmp_path, "export"),
+    ):
+        pytest.fail("no folder")

@@ -13,7 +13,7 @@ from PIL import Image
 from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import to_model_input
-from efficientface_export.int8.calibration import load_calibration
+from efficientface_export.int8.calibration import choose_calibration, read_images
 
 
 def write_images(folder: Path, count: int, start: int = 0) -> list[Path]:
@@ -37,74 +37,76 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_choice_is_seeded(published: Path, small_spec: ModelSpec) -> None:
-    first = load_calibration(published, small_spec, 100, seed=1)
-    again = load_calibration(published, small_spec, 100, seed=1)
-    other = load_calibration(published, small_spec, 100, seed=2)
-    np.testing.assert_array_equal(first.images, again.images)
+    first = choose_calibration(published, 100, seed=1)
+    again = choose_calibration(published, 100, seed=1)
+    other = choose_calibration(published, 100, seed=2)
+    assert first.chosen == again.chosen
     assert first.record == again.record
     assert other.record["images_sha256"] != first.record["images_sha256"]
-    assert first.images.shape == (100, 64, 64, 3)
-    assert first.images.dtype == np.uint8
+    images = read_images(first.chosen, small_spec)
+    assert (images.shape, images.dtype) == ((100, 64, 64, 3), np.uint8)
+    assert read_images((), small_spec).shape == (0, 64, 64, 3)
 
 
 def test_record(published: Path, small_spec: ModelSpec) -> None:
-    calibration = load_calibration(published, small_spec, 120, seed=7)
+    calibration = choose_calibration(published, 120, seed=7)
     digest = calibration.record.pop("images_sha256")
     assert len(digest) == 64
     assert calibration.record == {"dataset": "RAF-DB", "split": "train", "count": 120, "seed": 7}
     assert calibration.warnings == ()
-    values = calibration.images[:, 0, 0, 0]
+    values = read_images(calibration.chosen, small_spec)[:, 0, 0, 0]
     assert values.max() < 150  # of the train split alone
     assert len(set(values)) == 120  # each once
     assert (values < 75).any() and (values >= 75).any()  # of all classes
 
 
-def test_images_kept_apart(published: Path, small_spec: ModelSpec) -> None:
+def test_images_held_out(published: Path, small_spec: ModelSpec) -> None:
     """Others than those that the ranges come from, recorded as well."""
-    together = load_calibration(published, small_spec, 150)
-    alone = load_calibration(published, small_spec, 90)
-    found = load_calibration(published, small_spec, 90, apart=40)
-    np.testing.assert_array_equal(found.images, alone.images)
-    assert together.apart.shape == alone.apart.shape == (0, 64, 64, 3)
-    values = [set(part[:, 0, 0, 0]) for part in (found.images, found.apart)]
-    assert [len(part) for part in values] == [90, 40]
-    assert not values[0] & values[1]
+    together = choose_calibration(published, 150)
+    alone = choose_calibration(published, 90)
+    found = choose_calibration(published, 90, held_out=40)
+    assert found.chosen == alone.chosen
+    assert together.held_out == alone.held_out == ()
+    paths = [{sample.path for sample in part} for part in (found.chosen, found.held_out)]
+    assert [len(part) for part in paths] == [90, 40]
+    assert not paths[0] & paths[1]
     assert found.record["images_sha256"] == alone.record["images_sha256"]
     assert found.record["apart"]["count"] == 40
     assert len(found.record["apart"]["images_sha256"]) == 64
     assert "apart" not in alone.record
 
 
-def test_at_most_a_third_is_kept_apart(published: Path, small_spec: ModelSpec) -> None:
-    found = load_calibration(published, small_spec, 500, apart=256)
-    assert (len(found.images), len(found.apart)) == (100, 50)
+def test_at_most_a_third_is_held_out(published: Path, small_spec: ModelSpec) -> None:
+    found = choose_calibration(published, 500, held_out=256)
+    assert (len(found.chosen), len(found.held_out)) == (100, 50)
 
 
-def test_too_few_to_keep_any_apart(tmp_path: Path, small_spec: ModelSpec) -> None:
+def test_too_few_to_hold_any_out(tmp_path: Path, small_spec: ModelSpec) -> None:
     write_images(tmp_path / "two", 2)
     with pytest.raises(DatasetError, match=r"found 2 in all; .*--no-int8-search"):
-        load_calibration(tmp_path / "two", small_spec, 10, apart=5)
-    assert len(load_calibration(tmp_path / "two", small_spec, 10).images) == 2
+        choose_calibration(tmp_path / "two", 10, held_out=5)
+    assert len(choose_calibration(tmp_path / "two", 10).chosen) == 2
 
 
 def test_hash_follows_the_content(published: Path, small_spec: ModelSpec) -> None:
-    before = load_calibration(published, small_spec, 150).record["images_sha256"]
+    before = choose_calibration(published, 150).record["images_sha256"]
     changed = published / "train" / "0" / "0003.png"
     Image.fromarray(np.full((40, 40, 3), 77, dtype=np.uint8)).save(changed)
-    after = load_calibration(published, small_spec, 150).record["images_sha256"]
+    after = choose_calibration(published, 150).record["images_sha256"]
     assert before != after
 
 
 def test_runtime_preprocessing(faces: Path, small_spec: ModelSpec) -> None:
-    calibration = load_calibration(faces, small_spec, 1000)
+    calibration = choose_calibration(faces, 1000)
     paths = sorted((faces / "train").rglob("*.jpg"))
-    assert len(paths) == len(calibration.images) == 105
+    images = read_images(calibration.chosen, small_spec)
+    assert len(paths) == len(images) == 105
     expected = {to_model_input(path, small_spec).tobytes() for path in paths}
-    assert {image.tobytes() for image in calibration.images} == expected
+    assert {image.tobytes() for image in images} == expected
 
 
 def test_prepared_data_set(faces: Path, small_spec: ModelSpec) -> None:
-    calibration = load_calibration(faces, small_spec, 10)
+    calibration = choose_calibration(faces, 10)
     assert calibration.record["split"] == "train"
     assert calibration.warnings == (f"only 10 calibration images in {faces}; give 100 or more",)
 
@@ -116,12 +118,12 @@ def test_prepared_data_set_without_train(
     (root / "manifest.csv").unlink()
     shutil.rmtree(root / "train")
     with pytest.raises(DatasetError, match="expected a train split, found test"):
-        load_calibration(root, small_spec, 10)
+        choose_calibration(root, 10)
 
 
 @pytest.mark.parametrize("part", ["test", "test/1"])
 def test_test_split_is_warned_about(published: Path, small_spec: ModelSpec, part: str) -> None:
-    calibration = load_calibration(published / part, small_spec, 500)
+    calibration = choose_calibration(published / part, 500)
     assert calibration.record["split"] == "test"
     few, held_out = calibration.warnings
     assert "only 20 calibration images" in few
@@ -130,7 +132,7 @@ def test_test_split_is_warned_about(published: Path, small_spec: ModelSpec, part
 
 def test_folder_with_a_test_split_alone(tmp_path: Path, small_spec: ModelSpec) -> None:
     write_images(tmp_path / "data" / "test" / "0", 120)
-    calibration = load_calibration(tmp_path / "data", small_spec, 120)
+    calibration = choose_calibration(tmp_path / "data", 120)
     assert calibration.record["split"] == "test"
 
 
@@ -140,7 +142,7 @@ def test_any_folder(tmp_path: Path, small_spec: ModelSpec) -> None:
     write_images(root, 100)
     (root / "._0001.png").write_bytes(b"not an image")
     (root / "readme.txt").write_text("not an image either")
-    calibration = load_calibration(root, small_spec, 500)
+    calibration = choose_calibration(root, 500)
     assert calibration.record["split"] == "unknown"
     assert calibration.warnings == ()
 
@@ -149,7 +151,7 @@ def test_name_of_the_current_folder(
     published: Path, small_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(published)
-    assert load_calibration(Path(), small_spec, 10).record["dataset"] == "RAF-DB"
+    assert choose_calibration(Path(), 10).record["dataset"] == "RAF-DB"
 
 
 @pytest.mark.parametrize("make", [True, False])
@@ -159,16 +161,16 @@ def test_no_images(tmp_path: Path, small_spec: ModelSpec, make: bool) -> None:
         root.mkdir()
     found = "no images in it" if make else "no such folder"
     with pytest.raises(DatasetError, match=f"nothing: expected a folder of images .*{found}"):
-        load_calibration(root, small_spec, 10)
+        choose_calibration(root, 10)
 
 
 def test_unreadable_image_is_named(published: Path, small_spec: ModelSpec) -> None:
     bad = published / "train" / "0" / "0007.png"
     bad.write_bytes(b"\x89PNG broken")
     with pytest.raises(ImageError, match=r"0007\.png"):
-        load_calibration(published, small_spec, 150)
+        read_images(choose_calibration(published, 150).chosen, small_spec)
 
 
 def test_record_is_json(published: Path, small_spec: ModelSpec) -> None:
-    record = load_calibration(published, small_spec, 5).record
+    record = choose_calibration(published, 5).record
     assert json.loads(json.dumps(record)) == record

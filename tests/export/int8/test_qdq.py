@@ -23,7 +23,7 @@ from efficientface_deploy.workbench.metrics import (
 from efficientface_export.graph.channel_layout import PROFILES
 from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.precision import require_precision, summarise_precision, to_fp16
-from efficientface_export.int8.qdq import FP16_TINY, ROUNDINGS, quantise, rounded_groups
+from efficientface_export.int8.qdq import FP16_TINY, SCHEMES, quantise, quantised_groups
 from efficientface_export.int8.ranges import tensor_ranges
 from tests.export.graphs import by_output, types_of
 
@@ -169,7 +169,7 @@ def test_scales_lie_on_the_output_channels(transposed: int) -> None:
     graph = onnx.helper.make_model(
         onnx.helper.make_graph([node], "test", values[:1], values[1:], [initializer])
     )
-    quantised = quantise(graph, {"x": 0.0}, ROUNDINGS["gpu"])
+    quantised = quantise(graph, {"x": 0.0}, SCHEMES["gpu"])
     arrays = {w.name: numpy_helper.to_array(w) for w in quantised.graph.initializer}
     np.testing.assert_allclose(arrays["w_scale"], [20 / 127, 1 / 127, FP16_TINY])
     assert (arrays["w_scale"].astype(np.float16) > 0).all()
@@ -312,12 +312,12 @@ class TestForCPUs:
         require_precision(quantised, "int8", 2, "x")
 
     def test_a_group_goes_when_all_that_read_it_are_excluded(self, full: onnx.ModelProto) -> None:
-        groups = rounded_groups(full, ROUNDINGS["cpu"])
+        groups = quantised_groups(full, SCHEMES["cpu"])
         for group in groups:
-            left = rounded_groups(full, ROUNDINGS["cpu"], group.layers)
+            left = quantised_groups(full, SCHEMES["cpu"], group.layers)
             assert group not in left
             if len(group.layers) > 1:
-                assert group in rounded_groups(full, ROUNDINGS["cpu"], group.layers[1:])
+                assert group in quantised_groups(full, SCHEMES["cpu"], group.layers[1:])
         names = [name for group in groups for name in group.tensors]
         assert len(names) == len(set(names))
         assert not {"logits", "probabilities", "image"} & set(names)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from efficientface_deploy.errors import BackendError, ExportError
 from efficientface_export.int8 import ranges
-from efficientface_export.int8.ranges import activation_limits, tensor_ranges
+from efficientface_export.int8.ranges import activation_amax, tensor_ranges
 
 
 def pass_through(weight: float = 1.0) -> onnx.ModelProto:
@@ -27,10 +27,10 @@ def pass_through(weight: float = 1.0) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
 
 
-def limit_of(values: np.ndarray, method: str) -> float:
+def amax_of(values: np.ndarray, method: str) -> float:
     """Limit of the tensor ``inner``, through which the values pass."""
     largest = {"inner": tensor_ranges(pass_through(), values)["inner"]}
-    return activation_limits(pass_through(), largest, values, method)["inner"]
+    return activation_amax(pass_through(), largest, values, method)["inner"]
 
 
 def normal(count: int = 1000) -> np.ndarray:
@@ -63,31 +63,31 @@ def test_every_tensor_of_the_network_is_measured(
 
 def test_minmax_takes_the_largest_magnitude() -> None:
     values = normal()
-    assert limit_of(values, "minmax") == float(np.abs(values).max())
+    assert amax_of(values, "minmax") == float(np.abs(values).max())
 
 
 def test_percentile() -> None:
     values = normal()
     values[0, 0] = 50
-    limit = limit_of(values, "percentile")
+    limit = amax_of(values, "percentile")
     assert limit == pytest.approx(np.percentile(np.abs(values), 99.999), abs=50 / ranges.BINS)
 
 
 def test_entropy_clips_a_tail_and_keeps_a_box() -> None:
     tail = normal(2000)
     tail[0, :5] = 60
-    clipped = limit_of(tail, "entropy")
+    clipped = amax_of(tail, "entropy")
     assert 3 < clipped < 12
     box = np.random.default_rng(0).uniform(-1, 1, (2000, 100)).astype(np.float32)
-    assert limit_of(box, "entropy") > 0.97
+    assert amax_of(box, "entropy") > 0.97
 
 
 def test_zeros_do_not_count_for_entropy() -> None:
     """A ReLU makes half of the values zero; that says nothing about the scale."""
     values = np.abs(normal(2000))
     with_zeros = np.concatenate([values, np.zeros_like(values), np.zeros_like(values)])
-    limits = [limit_of(part, "entropy") for part in (values, with_zeros)]
-    assert limits[0] == pytest.approx(limits[1], rel=0.02)
+    amax = [amax_of(part, "entropy") for part in (values, with_zeros)]
+    assert amax[0] == pytest.approx(amax[1], rel=0.02)
 
 
 def test_methods_differ_on_a_network(graph: onnx.ModelProto, images: np.ndarray) -> None:
@@ -96,7 +96,7 @@ def test_methods_differ_on_a_network(graph: onnx.ModelProto, images: np.ndarray)
     ranges = tensor_ranges(graph, images)
     largest = {name: ranges[name] for name in names}
     found = {
-        method: activation_limits(graph, largest, images, method)
+        method: activation_amax(graph, largest, images, method)
         for method in ("minmax", "percentile", "entropy")
     }
     for name in largest:
@@ -112,21 +112,21 @@ def test_with_128_bins_entropy_would_be_minmax(monkeypatch: pytest.MonkeyPatch) 
     tail = normal()
     tail[0, :5] = 60
     monkeypatch.setattr(ranges, "BINS", 128)
-    assert limit_of(tail, "entropy") == 60
+    assert amax_of(tail, "entropy") == 60
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
 def test_dead_tensor(method: str) -> None:
     values = np.zeros((4, 100), dtype=np.float32)
-    assert limit_of(values, method) == 0
+    assert amax_of(values, method) == 0
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
-def test_a_network_that_overflows_has_no_limits(method: str) -> None:
+def test_a_network_that_overflows_has_no_amax(method: str) -> None:
     values = normal(20)
     values[3, 7] = np.nan
     with pytest.raises(ExportError, match="found NaN or infinity in inner"):
-        limit_of(values, method)
+        amax_of(values, method)
 
 
 def test_activations_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_activations_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             yield values
 
     monkeypatch.setattr(ranges, "run_tensors", counted)
-    limit_of(normal(100), "entropy")
+    amax_of(normal(100), "entropy")
     assert max(alive) <= 16
     assert sum(alive) == 200  # once for the range, once for the histogram
 

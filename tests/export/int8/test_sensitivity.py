@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from efficientface_deploy.workbench.metrics import mean_kl
 from efficientface_export.int8 import sensitivity
-from efficientface_export.int8.qdq import ROUNDINGS, quantise, rounded_groups
+from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
 from efficientface_export.int8.ranges import tensor_ranges
 from efficientface_export.int8.sensitivity import KL_TARGET, Search, find_sensitive_layers
 
 CLASSES = 4
-GPU = ROUNDINGS["gpu"]
+GPU = SCHEMES["gpu"]
 WIDTH = 16
 
 
@@ -73,11 +73,11 @@ def pictures() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((200, 3, 4, 4)).astype(np.float32)
 
 
-def limits_of(graph: onnx.ModelProto, pictures: np.ndarray, **worse: float) -> dict[str, float]:
+def amax_of(graph: onnx.ModelProto, pictures: np.ndarray, **worse: float) -> dict[str, float]:
     """Ranges of all rounded tensors, some of them too wide by a factor: their steps are coarse."""
     ranges = tensor_ranges(graph, pictures)
-    limits = {name: ranges[name] for group in rounded_groups(graph, GPU) for name in group.tensors}
-    return {name: limit * worse.get(name.split(".")[0], 1.0) for name, limit in limits.items()}
+    amax = {name: ranges[name] for group in quantised_groups(graph, GPU) for name in group.tensors}
+    return {name: largest * worse.get(name.split(".")[0], 1.0) for name, largest in amax.items()}
 
 
 @pytest.fixture
@@ -87,17 +87,17 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def divergence(
-    graph: onnx.ModelProto, limits: dict[str, float], left_out: Any, pictures: Any, infer: Any
+    graph: onnx.ModelProto, amax: dict[str, float], left_out: Any, pictures: Any, infer: Any
 ) -> float:
     return mean_kl(
-        infer(graph, pictures)[1], infer(quantise(graph, limits, GPU, left_out), pictures)[1]
+        infer(graph, pictures)[1], infer(quantise(graph, amax, GPU, left_out), pictures)[1]
     )
 
 
 def test_nothing_is_left_out_where_nothing_hurts(
     small: onnx.ModelProto, pictures: np.ndarray
 ) -> None:
-    found = find_sensitive_layers(small, limits_of(small, pictures), GPU, pictures, (), 4)
+    found = find_sensitive_layers(small, amax_of(small, pictures), GPU, pictures, (), 4)
     assert found.left_out == ()
     assert found.kl_before == found.kl_after <= KL_TARGET
     assert found.images == 200
@@ -109,31 +109,29 @@ def test_the_layer_that_hurts_is_left_out_alone(
 ) -> None:
     """Ranges of the layer's input are sixty times too wide: three or so levels remain."""
     source = {"third": "both", "fourth": "third"}[name]
-    limits = limits_of(small, pictures, **{source: 60.0})
-    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
+    amax = amax_of(small, pictures, **{source: 60.0})
+    found = find_sensitive_layers(small, amax, GPU, pictures, (), 4)
     assert found.left_out == (name,)
     assert found.kl_after <= KL_TARGET < found.kl_before
-    assert found.kl_before == pytest.approx(
-        divergence(small, limits, (), pictures, infer), rel=1e-3
-    )
+    assert found.kl_before == pytest.approx(divergence(small, amax, (), pictures, infer), rel=1e-3)
     assert found.kl_after == pytest.approx(
-        divergence(small, limits, [name], pictures, infer), rel=1e-3
+        divergence(small, amax, [name], pictures, infer), rel=1e-3
     )
 
 
 def test_layers_that_read_one_tensor_go_together_and_the_worst_first(
     small: onnx.ModelProto, pictures: np.ndarray, roomy: None
 ) -> None:
-    limits = limits_of(small, pictures, input=60.0, features=15.0)
-    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
+    amax = amax_of(small, pictures, input=60.0, features=15.0)
+    found = find_sensitive_layers(small, amax, GPU, pictures, (), 4)
     assert found.left_out == ("left", "right", "fc")
 
 
 def test_excluded_layers_are_not_measured(
     small: onnx.ModelProto, pictures: np.ndarray, roomy: None
 ) -> None:
-    limits = limits_of(small, pictures, both=60.0, features=60.0)
-    found = find_sensitive_layers(small, limits, GPU, pictures, ("third",), 4)
+    amax = amax_of(small, pictures, both=60.0, features=60.0)
+    found = find_sensitive_layers(small, amax, GPU, pictures, ("third",), 4)
     assert found.left_out == ("fc",)
 
 
@@ -141,16 +139,16 @@ def test_the_file_may_grow_by_a_tenth(
     small: onnx.ModelProto, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer too large is passed over for the next; FP16 takes a third of what FP32 adds."""
-    limits = limits_of(small, pictures, both=60.0, features=40.0)
-    size = quantise(small, limits, GPU).ByteSize()
+    amax = amax_of(small, pictures, both=60.0, features=40.0)
+    size = quantise(small, amax, GPU).ByteSize()
     room = CLASSES * WIDTH * 3 + 1  # for the linear layer in FP32
     monkeypatch.setattr(sensitivity, "GROWTH", room / size)
-    found = find_sensitive_layers(small, limits, GPU, pictures, (), 4)
+    found = find_sensitive_layers(small, amax, GPU, pictures, (), 4)
     assert "fc" in found.left_out and "third" not in found.left_out
     assert found.kl_after > KL_TARGET
     assert "not 0.0002: more would make the file over" in found.describe()
     monkeypatch.setattr(sensitivity, "GROWTH", (WIDTH * WIDTH + CLASSES * WIDTH + 1) / size)
-    in_halves = find_sensitive_layers(small, limits, GPU, pictures, (), 2)
+    in_halves = find_sensitive_layers(small, amax, GPU, pictures, (), 2)
     assert in_halves.left_out == ("third", "fc")
     assert "not" not in in_halves.describe()
 

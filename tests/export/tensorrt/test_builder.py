@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -36,10 +36,11 @@ from efficientface_deploy.vision.preprocess import normalisation
 from efficientface_export.graph.io import read_onnx, write_onnx
 from efficientface_export.graph.precision import to_fp16
 from efficientface_export.tensorrt import builder as engine_module
-from efficientface_export.tensorrt.build_log import Layer, parse_layers
+from efficientface_export.tensorrt.build_log import Layer
 from efficientface_export.tensorrt.builder import (
     available,
     build_engine,
+    build_progress,
     default_workspace_mib,
     write_engine,
 )
@@ -288,34 +289,6 @@ def test_failed_build_does_not_change_the_next(
     assert after.precisions == before.precisions
 
 
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        (["No room for node_conv2d_2 + node_relu"], "Conv node node_conv2d_2: No room for"),
-        (["node_conv2d_21 failed"], "node_conv2d_21 failed"),
-        (["Out of memory\nat x.cpp", "in {ForeignNode[fc]}"], "Gemm node fc: Out of memory at x"),
-        (["[catchCudaError] no GPU", "stage/0/conv broke"], "Conv node stage/0/conv: stage/0"),
-        (["[catchCudaError] no GPU"], "[catchCudaError] no GPU"),
-        ([], "no reason given"),
-    ],
-)
-def test_first_error_and_its_node(errors: list[str], expected: str) -> None:
-    nodes = [
-        helper.make_node(operator, ["x"], ["y"], name)
-        for operator, name in (
-            ("Conv", "node_conv2d_2"),
-            ("Conv", "node_conv2d"),
-            ("Conv", "stage/0/conv"),
-            ("Conv", "conv"),
-            ("Gemm", "fc"),
-            ("Relu", ""),
-        )
-    ]
-    graph = helper.make_model(helper.make_graph(nodes, "test", [], []))
-    records = [(logging.WARNING, "fc is slow"), *((logging.ERROR, text) for text in errors)]
-    assert engine_module._builder_reason(records, graph).startswith(expected)
-
-
 def test_fixed_batch_is_refused(rtx: types.ModuleType, onnx_file: Callable[..., Path]) -> None:
     with pytest.raises(ExportError, match=r"batch.* dynamic.*image of shape \(1, 64, 64, 3\)"):
         build_engine(onnx_file(batch=1), "trt-rtx", SM89)
@@ -342,75 +315,7 @@ def test_unknown_compute_capability(
         build_engine(onnx_file(), "trt-rtx", EngineOptions(compute_capabilities=(name,)))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_batch": 0},
-        {"opt_batch": 0},
-        {"max_batch": 4, "opt_batch": 5},
-        {"workspace_mib": 0},
-        {"compute_capabilities": ("current", "sm86")},
-    ],
-)
-def test_options_out_of_range(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        EngineOptions(**changes)
-
-
 # --- what the builder's log says -----------------------------------------------------------------
-
-RTX_LISTING = """Layers:
-Name: __mye_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , \
-StreamId: 0
-Name: __myl_CastMul_1, LayerType: kgen, Inputs: [ { Name: image, Dimensions: [-1,32,32,3], \
-Strides: [3072,96,3,1], Datatype: UInt8, Format: (Linear) Row major linear format }], \
-Constants: [ { Name: c, Dimensions: [1], Datatype: Half, Format: (NHWC) x }], Outputs: []
-Name: conv1_2, LayerType: correlation, Inputs: [ { Name: r, Dimensions: [-1,4,32,32], \
-Datatype: Half, Format: (NHWC) Channel major format }], Constants: [ { Name: b, \
-Datatype: Float, Format: (Linear) x }], Outputs: []
-Name: __myl_CorrRelu_3, LayerType: runtime_fusion, Inputs: [ { Name: a, Datatype: Int8, F: x }]
-Name: __myl_FcAddRelu_4, LayerType: runtime_fusion, Inputs: [ { Name: a, Datatype: Half, F: x }]
-Name: w_5, LayerType: wait, Inputs: [], Outputs: []
-
-I/O Tensors:
- Name: image, IOMode: Input, DataType: UInt8, Dimensions: [-1,32,32,3], Location: Device
-"""
-TENSORRT_LISTING = """Engine Layer Information:
-Name: Reformatting CopyNode, LayerType: Reformat, Inputs: [ { Name: in, Location: Device, \
-Dimensions: [1,3,224,224], Format/Datatype: Row major linear FP32 format }], Outputs: []
-Name: w + conv, LayerType: CaskConvolution, Inputs: [ { Name: x, Location: Device, \
-Dimensions: [4,64,56,56], Format/Datatype: Thirty-two wide channel vectorized row major Int8 \
-format }], Outputs: [], Weights: {"Type": "Int8", "Count": 864}, Bias: {"Type": "Float"}
-Name: conv2, LayerType: CaskConvolution, Inputs: [ { Name: y, Location: Device, \
-Dimensions: [1,3,224,224], Format/Datatype: Half }], Outputs: []
-"""
-
-
-def test_listing_of_tensorrt_for_rtx() -> None:
-    layers = parse_layers(["Graph optimization time: 0.1 s", RTX_LISTING, "Adding 1 engine(s)"])
-    facts = [(x.type, x.precision, x.is_kernel, x.is_convolution) for x in layers]
-    assert facts == [
-        ("shape_call", "", False, False),
-        ("kgen", "", True, False),
-        ("correlation", "fp16", True, True),
-        ("runtime_fusion", "int8", True, True),
-        ("runtime_fusion", "fp16", True, False),
-        ("wait", "", False, False),
-    ]
-
-
-def test_listing_of_tensorrt() -> None:
-    layers = parse_layers([TENSORRT_LISTING])
-    facts = [(x.name, x.precision, x.is_convolution) for x in layers]
-    assert facts == [
-        ("Reformatting CopyNode", "fp32", False),
-        ("w + conv", "int8", True),
-        ("conv2", "fp16", True),
-    ]
-
-
-def test_log_without_a_listing() -> None:
-    assert parse_layers(["Layers are fused", "done"]) == ()
 
 
 def layers_of(**counts: int) -> list[Layer]:
@@ -452,13 +357,12 @@ def test_sidecar_is_complete(
 ) -> None:
     parent = onnx_file("fp16")
     path = tmp_path / "out" / "model.rtx.engine"
-    assert write_engine(parent, path, "trt-rtx", SM89, False, {"verification": "none"}) == path
+    assert write_engine(parent, path, "trt-rtx", SM89) == path
     assert files_in(path.parent) == {"model.rtx.engine", "model.rtx.engine.json"}
 
     read_spec, provenance = read_sidecar(path)
     assert read_spec == spec
     assert provenance["precision"] == "fp16", "the ONNX file's own provenance"
-    assert provenance["verification"] == "none"
     record = provenance["engine"]
     assert 4 <= record.pop("kernels") <= 20
     assert record.pop("build_seconds") > 0
@@ -675,6 +579,43 @@ def test_workspace_on_a_jetson(
     write_engine(onnx_file(), path, "trt", EngineOptions(workspace_mib=asked))
     assert library.limits == [expected << 20]
     assert read_sidecar(path)[1]["engine"]["workspace_mib"] == expected
+
+
+# --- a line for who watches -----------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_line_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(RuntimeError), build_progress("model.engine") as progress:
+        assert progress is not None
+        progress("Timing tactics", 0.25)
+        progress("Building engine", 1.0)
+        raise RuntimeError
+    assert terminal.getvalue() == (
+        "\r\x1b[Kmodel.engine: 25%, timing tactics\r\x1b[Kmodel.engine: 100%, building engine"
+        "\r\x1b[K"
+    )
+
+
+def test_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with build_progress("model.engine") as progress:
+        assert progress is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_terminal_that_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with build_progress("model.engine") as progress:
+        assert progress is not None
+        terminal.close()
+        progress("Timing tactics", 0.25)
 
 
 # --- where it cannot be done ---------------------------------------------------------------------

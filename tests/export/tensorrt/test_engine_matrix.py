@@ -18,7 +18,7 @@ from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.io import write_onnx
 from efficientface_export.graph.precision import to_fp16
 from efficientface_export.graph.trace import trace
-from efficientface_export.int8.qdq import ROUNDINGS, quantise
+from efficientface_export.int8.qdq import SCHEMES, quantise
 from efficientface_export.int8.ranges import tensor_ranges
 from efficientface_export.tensorrt.builder import build_engine
 from efficientface_export.tensorrt.options import EngineOptions
@@ -68,7 +68,7 @@ def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
             weights = {name: value.numpy() for name, value in network.state_dict().items()}
             graph = deploy_graph(weights, spec, PROFILES["gpu"])
         if precision == "int8":
-            graph = quantise(graph, tensor_ranges(graph, images), ROUNDINGS["gpu"])
+            graph = quantise(graph, tensor_ranges(graph, images), SCHEMES["gpu"])
         return graph if precision == "fp32" else to_fp16(graph)
 
     def make(layout: str, precision: str) -> Path:

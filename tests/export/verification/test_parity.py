@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 import efficientface_deploy as ef
-from efficientface_deploy.errors import ArtifactError, DatasetError
-from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.workbench.evaluation import run_in_batches, softmax
+from efficientface_deploy.workbench.evaluation import softmax
 from efficientface_export.verification.parity import (
     THRESHOLDS,
     Verification,
@@ -22,12 +20,7 @@ from efficientface_export.verification.parity import (
     verify_artifact,
 )
 from efficientface_export.verification.reference import (
-    REFERENCE_FILE,
     TestSet,
-    load_test_set,
-    read_reference,
-    stored_parent,
-    write_reference,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -149,45 +142,6 @@ class TestVerification:
         ]
 
 
-class TestTestSet:
-    def test_bundled_faces(self, small_spec: ModelSpec) -> None:
-        for size in (64, 224):
-            test_set = load_test_set(None, small_spec.replace(input_size=size))
-            assert test_set.images.shape == (16, size, size, 3)
-            assert test_set.images.dtype == np.uint8
-            assert len({image.tobytes() for image in test_set.images}) == 16
-            assert test_set.labels is None
-            assert test_set.source == "16 synthetic faces"
-
-    def test_prepared_data_set(self, faces: Path, small_spec: ModelSpec) -> None:
-        test_set = load_test_set(faces, small_spec)
-        assert test_set.source == "synthetic faces, test, 14 images"
-        assert test_set.images.shape == (14, 64, 64, 3)
-        assert test_set.labels is not None
-        assert sorted(set(test_set.labels)) == list(range(7))
-
-    def test_labels_of_another_model(self, faces: Path) -> None:
-        with pytest.raises(DatasetError, match="the model's labels: Neutral, Happiness, Surprise"):
-            load_test_set(faces, preset("ferplus"))
-
-    def test_published_layout_needs_a_preset(self, ferplus: Path, small_spec: ModelSpec) -> None:
-        with pytest.raises(DatasetError, match="--preset"):
-            load_test_set(ferplus, small_spec)
-        test_set = load_test_set(ferplus, preset("ferplus"), "ferplus")
-        assert len(test_set.images) == 300
-
-    def test_batches(self) -> None:
-        sizes: list[int] = []
-
-        def infer(images: np.ndarray) -> np.ndarray:
-            sizes.append(len(images))
-            return images[:, 0, 0].astype(np.float32)
-
-        images = RANDOM.integers(0, 255, (70, 2, 2, 3), dtype=np.uint8)
-        np.testing.assert_array_equal(run_in_batches(infer, images), images[:, 0, 0])
-        assert sizes == [64, 6]
-
-
 class TestArtifact:
     def reference(self, exported: Path, images: np.ndarray, infer: Any) -> tuple[Any, TestSet]:
         logits, _ = infer(exported / "efficientface-fp32-cpu.onnx", images)
@@ -201,7 +155,7 @@ class TestArtifact:
             assert found.problems == ()
             assert found.status == "verified"
             assert (found.runner, found.images) == ("onnx:cpu", 40)
-            assert found.accuracy == score_artifact(path, test_set)["accuracy"]
+            assert found.accuracy == score_artifact(path, test_set).accuracy
 
     def test_worse_than_its_name(self, exported: Path, images: np.ndarray, infer: Any) -> None:
         logits, test_set = self.reference(exported, images, infer)
@@ -238,94 +192,3 @@ class TestArtifact:
         assert found.status == "built, not verified here"
         assert found.not_run == "backend onnx: not installed"
         assert found.max_difference is None
-
-
-class TestStoredReference:
-    def write(self, folder: Path, count: int = 200, source: str = "faces") -> TestSet:
-        images = RANDOM.integers(0, 255, (count, 64, 64, 3), dtype=np.uint8)
-        test_set = TestSet(images, None, source)
-        write_reference(folder, test_set, LOGITS[:count], PARENT)
-        return test_set
-
-    def test_round_trip(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        written = self.write(tmp_path)
-        test_set, logits = read_reference(tmp_path, small_spec, PARENT)
-        assert test_set.source == "16 of faces"
-        assert test_set.labels is None
-        assert len(test_set.images) == len(logits) == 16
-        assert logits.dtype == np.float32
-        # Evenly spread: the images of a data set are sorted by class.
-        for kept, where in ((0, 0), (15, 199), (8, 106)):
-            np.testing.assert_array_equal(test_set.images[kept], written.images[where])
-            np.testing.assert_array_equal(logits[kept], LOGITS[where])
-        assert stored_parent(tmp_path) == PARENT
-
-    def test_written_again_it_stays(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        self.write(tmp_path)
-        first, logits = read_reference(tmp_path, small_spec, PARENT)
-        write_reference(tmp_path, first, logits, PARENT)
-        again, _ = read_reference(tmp_path, small_spec, PARENT)
-        assert again.source == first.source
-        np.testing.assert_array_equal(again.images, first.images)
-
-    def test_fewer_images(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        self.write(tmp_path, 3)
-        test_set, _ = read_reference(tmp_path, small_spec, None)
-        assert (len(test_set.images), test_set.source) == (3, "faces")
-
-    def test_missing(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        with pytest.raises(ArtifactError, match=r"verify\.npz: .*no such file; copy"):
-            read_reference(tmp_path, small_spec, PARENT)
-        assert stored_parent(tmp_path) is None
-
-    def test_other_weights(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        self.write(tmp_path)
-        with pytest.raises(ArtifactError, match=r"of the weights eeee.*found those of ffff"):
-            read_reference(tmp_path, small_spec, "e" * 64)
-
-    def test_another_model(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        self.write(tmp_path)
-        with pytest.raises(
-            ArtifactError, match=r"\(96, 96, 3\) and 7 logits, found .*\(64, 64, 3\)"
-        ):
-            read_reference(tmp_path, small_spec.replace(input_size=96), PARENT)
-        with pytest.raises(ArtifactError, match=r"and 8 logits, found .* and 7 logits"):
-            read_reference(tmp_path, preset("ferplus").replace(input_size=64), PARENT)
-
-    def test_damaged(self, tmp_path: Path, small_spec: ModelSpec) -> None:
-        self.write(tmp_path)
-        path = tmp_path / REFERENCE_FILE
-        content = path.read_bytes()
-        for damaged in (b"", b"not a zip", content[: len(content) // 2], content[:-4000]):
-            path.write_bytes(damaged)
-            with pytest.raises(ArtifactError, match=r"verify\.npz: .*a damaged file"):
-                read_reference(tmp_path, small_spec, PARENT)
-            assert stored_parent(tmp_path) is None
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"images": np.zeros((16, 64, 64, 3), dtype=np.float32)},
-            {"images": np.zeros((16, 64), dtype=np.uint8)},
-            {"images": np.zeros((15, 64, 64, 3), dtype=np.uint8)},
-            {"images": np.zeros((0, 64, 64, 3), dtype=np.uint8), "logits": np.zeros((0, 7))},
-            {"logits": np.zeros(16, dtype=np.float32)},
-            {"logits": np.array([["a"] * 7] * 16)},
-            {"logits": None},
-            {"source": None},
-            {"parent": None},
-            {"images": np.array([object()])},
-        ],
-    )
-    def test_foreign(self, tmp_path: Path, small_spec: ModelSpec, change: dict[str, Any]) -> None:
-        """Nothing in the file is unpickled, and nothing else is trusted."""
-        arrays: dict[str, Any] = {
-            "images": np.zeros((16, 64, 64, 3), dtype=np.uint8),
-            "logits": LOGITS[:16],
-            "source": np.array("faces"),
-            "parent": np.array(PARENT),
-        }
-        arrays = {key: value for key, value in (arrays | change).items() if value is not None}
-        np.savez(tmp_path / REFERENCE_FILE, **arrays)
-        with pytest.raises(ArtifactError, match="a damaged file"):
-            read_reference(tmp_path, small_spec, PARENT)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,11 @@ from efficientface_deploy.spec import preset
 from efficientface_export.verification.parity import Verification
 from efficientface_export.verification.provenance import Provenance
 from efficientface_export.verification.report import (
-    Row,
+    Report,
+    ReportRow,
+    failed_name,
     report_header,
     reports_other_model,
-    write_report,
 )
 
 SPEC = preset("rafdb").replace(input_size=64, name="test")
@@ -38,14 +41,26 @@ GOOD = Verification(
 )
 
 
-def add(folder: Path, name: str, verification: Verification = GOOD, **changes: object) -> Row:
+def write(
+    folder: Path,
+    rows: Sequence[ReportRow],
+    header: Mapping[str, Any] = HEADER,
+    into: Path | None = None,
+) -> None:
+    report = Report(folder, header)
+    for row in rows:
+        report.add(row)
+    report.write(into or folder)
+
+
+def add(folder: Path, name: str, verification: Verification = GOOD, **changes: object) -> ReportRow:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * 1_450_000)
     record = {"precision": "int8", "created": CREATED, "versions": {"onnx": "1"}}
     provenance = Provenance(record, path)
-    row = Row.of(path, folder, provenance, "68 int8 convolutions", verification, ["a note"])
-    write_report(folder, [row], {**HEADER, **changes})
+    row = ReportRow.of(path, folder, provenance, "68 int8 convolutions", verification, ["a note"])
+    write(folder, [row], {**HEADER, **changes})
     return row
 
 
@@ -66,7 +81,7 @@ def test_json(tmp_path: Path) -> None:
     assert (stored["created"], stored["versions"]) == (CREATED, {"onnx": "1"})
     assert stored["verification"]["status"] == "verified"
     assert stored["verification"]["agreement"] == 0.9917
-    assert Row.from_dict(stored) == row
+    assert ReportRow.from_dict(stored) == row
 
 
 def test_markdown(tmp_path: Path) -> None:
@@ -125,13 +140,13 @@ def test_success_takes_the_place_of_failure(tmp_path: Path) -> None:
 def test_what_more_images_showed_of_the_same_file_stays(tmp_path: Path) -> None:
     few = dataclasses.replace(GOOD, images=16, accuracy=None, macro_f1=None)
     rows = [add(tmp_path, "a.onnx"), add(tmp_path, "b.onnx"), add(tmp_path, "c.onnx")]
-    write_report(tmp_path, rows, HEADER)
+    write(tmp_path, rows)
     again = [
         dataclasses.replace(rows[0], verification=few),
         dataclasses.replace(rows[1], verification=few, sha256="b" * 64),  # another file
         dataclasses.replace(rows[2], verification=dataclasses.replace(few, problems=("KL 9",))),
     ]
-    write_report(tmp_path, again, HEADER)
+    write(tmp_path, again)
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["verification"]["images"] for row in content["artifacts"]] == [120, 16, 16]
 
@@ -149,7 +164,7 @@ def test_written_elsewhere_first(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     row = add(scratch, "b.onnx")
-    write_report(tmp_path, [row], HEADER, into=scratch)
+    write(tmp_path, [row], into=scratch)
     assert files(scratch) == ["a.onnx", "b.onnx"]
     assert (tmp_path / "report.json").read_bytes() == before
 
@@ -287,3 +302,9 @@ def test_lines_without_figures(tmp_path: Path) -> None:
     lines = described(tmp_path, nan)
     assert lines[0] == "[FAILED] a.onnx: 1.45 MB, FAILED on s by onnx:cpu"
     assert lines[2] == "  [FAILED] outputs: NaN instead of finite outputs"
+
+
+def test_failed_name() -> None:
+    assert failed_name("efficientface-int8-gpu.rtx.engine") == (
+        "efficientface-int8-gpu.failed.rtx.engine"
+    )
