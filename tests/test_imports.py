@@ -48,18 +48,6 @@ BROKEN: dict[Import, str] = {
     ): "the report façade is not split yet",
     Import("benchmarks.runtime", "benchmarks.graph_layouts"): "what both measure is not shared yet",
     Import(
-        "efficientface_export.make", "efficientface_export.options"
-    ): "the plan is not finished once yet",
-    Import(
-        "efficientface_export.make", "efficientface_export.plan"
-    ): "the plan is not finished once yet",
-    Import(
-        "efficientface_export.make", "efficientface_export.source"
-    ): "the plan is not finished once yet",
-    Import(
-        "efficientface_export.verification.provenance", "efficientface_export.options"
-    ): "the plan is not finished once yet",
-    Import(
         "benchmarks.measure.models", "benchmarks.report.result"
     ): "a result's schema is not shared yet",
     Import(
