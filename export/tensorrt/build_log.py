@@ -57,7 +57,7 @@ class Layer:
         return "conv" in self.type.lower() or self.type == "correlation"
 
 
-def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer, ...]:
+def parse_layers(messages: Sequence[str]) -> tuple[Layer, ...]:
     """Read the layers of the finished engine from a verbose build log.
 
     With ``ProfilingVerbosity.DETAILED`` the library ends a build by listing them, one a line, in
@@ -65,7 +65,6 @@ def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer,
 
     Args:
         messages: The log, a message an element.
-        tf32: Whether FP32 convolutions were allowed to run in TF32; they are then called so.
 
     Returns:
         The layers of the last listing; empty when there is none.
@@ -79,8 +78,6 @@ def parse_layers(messages: Sequence[str], *, tf32: bool = False) -> tuple[Layer,
             datatype = _DATATYPE.search(data + "}")
             precision = _PRECISIONS[datatype[1]] if datatype else ""
             layers.append(Layer(match["name"], match["type"], precision))
-    if tf32:
-        layers = [_as_tf32(layer) for layer in layers]
     return tuple(layers)
 
 
@@ -105,12 +102,6 @@ def parser_reason(error: Any) -> str:
     lines = [line for line in error.desc().splitlines() if not is_echo(line)]
     node = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
     return f"{node} node: {' '.join(lines)}" if node else " ".join(lines)
-
-
-def _as_tf32(layer: Layer) -> Layer:
-    if layer.is_convolution and layer.precision == "fp32":
-        return dataclasses.replace(layer, precision="tf32")
-    return layer
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -14,13 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
 from efficientface_deploy.artifact import sidecar_path, write_sidecar
 from efficientface_deploy.backends.tensorrt.cuda import open_cuda
@@ -35,13 +33,17 @@ from efficientface_deploy.errors import BackendError, ConfigError, ExportError
 from efficientface_deploy.files import atomic_path, file_hash, write_text
 from efficientface_deploy.spec import ModelSpec
 from efficientface_export.graph.io import read_onnx
-from efficientface_export.graph.precision import summarise_precision
 from efficientface_export.tensorrt.build_log import (
     Layer,
     builder_reason,
-    counted,
     parse_layers,
     parser_reason,
+)
+from efficientface_export.tensorrt.checks import (
+    check_batch,
+    check_precisions,
+    check_scheme,
+    check_turing,
 )
 from efficientface_export.tensorrt.options import (
     CURRENT,
@@ -118,6 +120,7 @@ class BuiltEngine:
         precisions: Number of convolutions per precision.
         build_seconds: Time from parsing to the serialised engine.
         options: What it was built with.
+        parent_sha256: Of the ONNX file.
     """
 
     kind: EngineKind
@@ -130,6 +133,7 @@ class BuiltEngine:
     precisions: dict[str, int]
     build_seconds: float
     options: EngineOptions
+    parent_sha256: str
 
     @property
     def kernels(self) -> int:
@@ -169,10 +173,10 @@ class BuiltEngine:
             "max_batch": options.max_batch,
             "opt_batch": options.opt_batch,
             "workspace_mib": options.workspace_mib,
-            "tf32": options.tf32,
+            "tf32": False,
             "build_seconds": self.build_seconds,
             "parent": parent.name,
-            "parent_sha256": file_hash(self.parent),
+            "parent_sha256": self.parent_sha256,
             "rebuild": rebuild_command(
                 self.kind,
                 parent,
@@ -225,9 +229,9 @@ def build_engine(
     module = load_library(kind)
     targets = _targets(module, kind, options.compute_capabilities)
     built_for = _built_for(kind, options.compute_capabilities)
-    _check_batch(graph, onnx_path)
-    _check_scheme(graph, onnx_path)
-    _check_turing(graph, kind, built_for, onnx_path)
+    check_batch(graph, onnx_path)
+    check_scheme(graph, onnx_path)
+    check_turing(graph, kind, built_for, onnx_path)
     timings = folder / f"tensorrt-{built_for[0]}.timings" if folder and kind == "trt" else None
 
     start = time.perf_counter()
@@ -243,8 +247,8 @@ def build_engine(
         if timings:
             build.write_timings(timings)
         seconds = time.perf_counter() - start
-        layers = parse_layers([text for _, text in build.logger.records], tf32=options.tf32)
-        precisions = _check_precisions(graph, layers, kind, onnx_path, tf32=options.tf32)
+        layers = parse_layers([text for _, text in build.logger.records])
+        precisions = check_precisions(graph, layers, kind, onnx_path)
     return BuiltEngine(
         kind=kind,
         parent=onnx_path,
@@ -256,6 +260,7 @@ def build_engine(
         precisions=precisions,
         build_seconds=round(seconds, 2),
         options=options,
+        parent_sha256=file_hash(onnx_path),
     )
 
 
@@ -335,15 +340,15 @@ class _Build:
             raise ExportError(path, expected, reason or "no reason given", fix)
 
     def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
-        """Set monitor, verbosity, workspace, TF32, targets and the dynamic batch's profile."""
+        """Set monitor, verbosity, workspace, targets and the dynamic batch's profile."""
         config, module = self._config, self.module
         config.progress_monitor = monitor
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         if options.workspace_mib is not None:
             workspace = module.MemoryPoolType.WORKSPACE
             config.set_memory_pool_limit(workspace, options.workspace_mib << 20)
-        if not options.tf32:
-            config.clear_flag(module.BuilderFlag.TF32)
+        # TF32 would round the inputs of FP32 convolutions to 10 bits; in TensorRT it is on.
+        config.clear_flag(module.BuilderFlag.TF32)
         if targets:
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
@@ -501,85 +506,6 @@ def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
     if kind == "trt" or CURRENT in names:
         return (open_cuda().compute_capability(),)
     return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
-
-
-def _check_batch(graph: onnx.ModelProto, path: Path) -> None:
-    """Refuse a graph whose batch, or anything but the batch, does not fit a profile.
-
-    Raises:
-        ExportError: The batch is fixed, or another dimension is not.
-    """
-    image = graph.graph.input[0]
-    dims = image.type.tensor_type.shape.dim
-    shape = [dim.dim_value or dim.dim_param or "?" for dim in dims]
-    if [isinstance(size, int) for size in shape] != [False, True, True, True]:
-        expected = "an input whose batch, and nothing else, is dynamic"
-        found = f"{image.name} of shape ({', '.join(map(str, shape))})"
-        fix = "export the ONNX file again with efficientface-export"
-        raise ExportError(path, expected, found, fix)
-
-
-def _check_scheme(graph: onnx.ModelProto, path: Path) -> None:
-    """Refuse INT8 as ONNX Runtime's CPU wants it.
-
-    Raises:
-        ExportError: Activations are uint8.
-    """
-    types = {weight.name: weight.data_type for weight in graph.graph.initializer}
-    for node in graph.graph.node:
-        rounds = node.op_type == "QuantizeLinear"
-        if rounds and TensorProto.UINT8 in map(types.get, node.input[2:]):
-            expected = "INT8 for a GPU, with activations of int8"
-            found = "INT8 for a CPU, with activations of uint8"
-            fix = "export it from the checkpoint or the FP32 file with --target gpu"
-            raise ExportError(path, expected, found, fix)
-
-
-def _check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], path: Path) -> None:
-    """Say what TensorRT for RTX cannot do on Turing before it tries: all but FP16 (seen with 1.7).
-
-    Raises:
-        ExportError: The graph is for SM75 and not FP16.
-    """
-    if kind != "trt-rtx" or "sm75" not in built_for:
-        return
-    summary = summarise_precision(graph)
-    if {*summary.convolutions, *summary.linear} - {"fp16"}:
-        expected = (
-            "an FP16 graph for sm75, where TensorRT for RTX has no FP32 or BF16 matrix "
-            "products and emulates INT8"
-        )
-        fix = "build for sm75 with --precision fp16, or leave sm75 out"
-        raise ExportError(path, expected, str(summary), fix)
-
-
-def _check_precisions(
-    graph: onnx.ModelProto, layers: Sequence[Layer], kind: str, path: Path, *, tf32: bool
-) -> dict[str, int]:
-    """Hold what was built against the graph: convolutions per precision.
-
-    Fusions change the number of convolutions a little, so that half of them is enough for the
-    precision that most have; one that the graph has nowhere is too many, but for convolutions of
-    the preprocessing, which the summary leaves out.
-
-    Raises:
-        ExportError: Another precision was built, or TensorRT for RTX lists no convolution.
-    """
-    asked = Counter(summarise_precision(graph).convolutions)
-    if tf32:
-        asked["tf32"] = asked.pop("fp32", 0)
-    built = Counter(layer.precision for layer in layers if layer.is_convolution)
-    if not built and kind == "trt":
-        return {}  # older TensorRT 10 lists nothing; there the strongly typed graph is the check
-    preprocessing = sum(node.op_type == "Conv" for node in graph.graph.node) - asked.total()
-    unasked = sum(count for name, count in built.items() if not asked[name])
-    most, count = asked.most_common(1)[0] if asked else ("", 0)
-    if unasked > preprocessing or built[most] < count / 2:
-        expected = f"an engine with {counted(asked)} convolutions, as in the graph"
-        found = f"{counted(built)} in the builder's log"
-        fix = "build for other GPUs (--compute-capability) or in another --precision"
-        raise ExportError(path, expected, found, fix)
-    return dict(sorted(built.items()))
 
 
 def _check_target(path: Path, kind: str, overwrite: bool) -> None:

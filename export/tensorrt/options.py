@@ -26,8 +26,6 @@ class EngineOptions:
         compute_capabilities: GPUs to build for, e.g. ``("sm86", "sm89")``, or ``("current",)``
             for the one that is here; for TensorRT for RTX alone, whose default is Ampere and
             newer.
-        tf32: Let FP32 convolutions round their inputs to TF32 (10 bits): faster, and no longer
-            what was asked for when FP32 was. Off by default, although it is on in TensorRT.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -37,7 +35,6 @@ class EngineOptions:
     opt_batch: int = 1
     workspace_mib: int | None = None
     compute_capabilities: tuple[str, ...] = ()
-    tf32: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no builder could do."""

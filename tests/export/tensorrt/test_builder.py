@@ -36,7 +36,6 @@ from efficientface_deploy.vision.preprocess import normalisation
 from efficientface_export.graph.io import read_onnx, write_onnx
 from efficientface_export.graph.precision import to_fp16
 from efficientface_export.tensorrt import builder as engine_module
-from efficientface_export.tensorrt.build_log import Layer
 from efficientface_export.tensorrt.builder import (
     available,
     build_engine,
@@ -160,11 +159,6 @@ def test_engine_has_the_graphs_precision(
     assert len(repr(engine)) < 500, "megabytes of plan stay out of messages"
 
 
-def test_tf32_is_what_it_is_called(rtx: types.ModuleType, onnx_file: Callable[..., Path]) -> None:
-    options = EngineOptions(compute_capabilities=("sm89",), tf32=True)
-    assert build_engine(onnx_file(), "trt-rtx", options).precisions == {"tf32": 3}
-
-
 def test_default_targets_are_ampere_and_newer(
     rtx: types.ModuleType, onnx_file: Callable[..., Path]
 ) -> None:
@@ -253,7 +247,7 @@ def gemm_file(tmp_path: Path, spec: ModelSpec) -> Path:
 @pytest.fixture
 def turing_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiler fail where the exporter would not have asked it."""
-    monkeypatch.setattr(engine_module, "_check_turing", lambda *_: None)
+    monkeypatch.setattr(engine_module, "check_turing", lambda *_: None)
 
 
 def test_failure_of_the_compiler_names_the_node_and_keeps_the_log(
@@ -313,40 +307,6 @@ def test_unknown_compute_capability(
 ) -> None:
     with pytest.raises(ConfigError, match=r"sm75.*sm86"):
         build_engine(onnx_file(), "trt-rtx", EngineOptions(compute_capabilities=(name,)))
-
-
-# --- what the builder's log says -----------------------------------------------------------------
-
-
-def layers_of(**counts: int) -> list[Layer]:
-    return [Layer("c", "correlation", name) for name, n in counts.items() for _ in range(n)]
-
-
-@pytest.mark.parametrize(
-    ("precision", "built", "accepted"),
-    [
-        ("fp16", {"fp16": 3}, True),
-        ("fp16", {"fp16": 2}, True),  # two merged
-        ("fp16", {"fp16": 1}, False),
-        ("fp16", {"fp32": 3}, False),
-        ("fp16", {"fp16": 3, "fp32": 1}, False),
-        ("int8", {"fp16": 3}, False),
-        ("int8", {}, False),
-    ],
-)
-def test_check_against_the_graph(
-    spec: ModelSpec, precision: str, built: dict[str, int], accepted: bool
-) -> None:
-    def check() -> dict[str, int]:
-        return engine_module._check_precisions(
-            make_graph(spec, precision), layers_of(**built), "trt-rtx", Path("m.onnx"), tf32=False
-        )
-
-    if accepted:
-        assert check() == built
-    else:
-        with pytest.raises(ExportError, match=f"3 {precision} convolutions"):
-            check()
 
 
 # --- files ---------------------------------------------------------------------------------------

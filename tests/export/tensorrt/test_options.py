@@ -29,5 +29,5 @@ def test_options_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_what_is_asked_of_a_build_by_default() -> None:
     options = EngineOptions()
-    assert (options.max_batch, options.opt_batch, options.tf32) == (32, 1, False)
+    assert (options.max_batch, options.opt_batch) == (32, 1)
     assert options.workspace_mib is None and options.compute_capabilities == ()
