@@ -192,11 +192,14 @@ def _complain(error: BaseException, code: int = 2) -> int:
 
 
 @contextlib.contextmanager
-def interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[Sequence[int]]:
     """Let Ctrl-C and SIGTERM wait for the end of the block, and then have their effect.
 
     For steps that make sense only together, and for libraries that call Python and swallow what
     is raised there.
+
+    Yields:
+        The signals that wait, for a block that can end early.
     """
     held: list[int] = []
 
@@ -205,7 +208,7 @@ def interrupts_wait() -> Iterator[None]:
 
     try:
         with _signals_handled_by({signal.SIGINT: hold, signal.SIGTERM: hold}):
-            yield
+            yield held
     finally:
         if held:
             signal.raise_signal(held[0])

@@ -13,7 +13,6 @@ import onnx
 
 from efficientface_deploy.artifact import FLOAT_INPUT
 from efficientface_deploy.backends.tensorrt.library import rebuild_command
-from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ConfigError, ExportError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.environment import now
@@ -183,8 +182,7 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
     Raises:
         EfficientFaceError: It could not be built.
     """
-    # The builder tells its log to Python, and swallows an interrupt that is raised there.
-    with interrupts_wait(), build_progress(step.path.name) as progress:
+    with build_progress(step.path.name) as progress:
         engine = engines.build_engine(
             path,
             cast(EngineKind, step.engine),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -82,11 +83,12 @@ class PrecisionSummary:
 
     def __str__(self) -> str:
         """Text such as ``66 int8 + 2 fp16 convolutions, 3 int8 linear``."""
-
-        def counted(counts: dict[str, int]) -> str:
-            return " + ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "no"
-
         return f"{counted(self.convolutions)} convolutions, {counted(self.linear)} linear"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Text such as ``66 int8 + 2 fp16``."""
+    return " + ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n) or "no"
 
 
 def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:

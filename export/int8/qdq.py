@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,11 @@ def quantise(
     """
     _check_excluded(graph, exclude)
     chosen = {layer.name for layer in quantisable_layers(graph)} - set(exclude)
-    largest = _group_amax(quantised_groups(graph, scheme, exclude), amax)
+    largest = {
+        name: max(amax[member] for member in group.tensors)
+        for group in quantised_groups(graph, scheme, exclude)
+        for name in group.tensors
+    }
     quantised = onnx.ModelProto()
     quantised.CopyFrom(graph)
     del quantised.graph.node[:]
@@ -134,29 +138,22 @@ def quantised_groups(
 ) -> list[Group]:
     """The activations that INT8 rounds."""
     layers = quantisable_layers(graph)
-    readers = _by_tensor((layer.input[0], layer.name) for layer in layers)
-    if not scheme.everywhere:
-        groups = [Group((name,), tuple(names)) for name, names in readers.items()]
-    else:
-        results = ((name, layer.name) for layer in layers for name in _result(graph, layer))
-        makers = _by_tensor(results)
-        groups = [
-            Group(tuple(tensors), tuple(_of(tensors, readers) or _of(tensors, makers)))
-            for tensors in _moved_together(graph, [*readers, *makers])
-        ]
+    readers = [(layer.input[0], layer.name) for layer in layers]
+    makers: list[tuple[str, str]] = []
+    together = [[name] for name in dict.fromkeys(name for name, _ in readers)]
+    if scheme.everywhere:
+        makers = [(name, layer.name) for layer in layers for name in _result(graph, layer)]
+        names = dict.fromkeys(name for name, _ in (*readers, *makers))
+        together = _moved_together(graph, list(names))
+    groups = [
+        Group(tuple(tensors), _layers_of(tensors, readers) or _layers_of(tensors, makers))
+        for tensors in together
+    ]
     return [group for group in groups if not set(group.layers) <= set(exclude)]
 
 
-def _by_tensor(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Layers by the name of a tensor."""
-    found: dict[str, list[str]] = {}
-    for tensor, layer in pairs:
-        found.setdefault(tensor, []).append(layer)
-    return found
-
-
-def _of(tensors: Sequence[str], layers: Mapping[str, list[str]]) -> list[str]:
-    return [layer for tensor in tensors for layer in layers.get(tensor, ())]
+def _layers_of(tensors: Sequence[str], layers: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(layer for tensor, layer in layers if tensor in tensors)
 
 
 def _result(graph: onnx.ModelProto, layer: onnx.NodeProto) -> list[str]:
@@ -185,15 +182,6 @@ def _moved_together(graph: onnx.ModelProto, names: Sequence[str]) -> list[list[s
             group_of[member] = merged
     kept = {id(group_of[name]): group_of[name] for name in names}
     return list(kept.values())
-
-
-def _group_amax(groups: Sequence[Group], amax: Mapping[str, float]) -> dict[str, float]:
-    """For each tensor, the largest amax in its group."""
-    return {
-        name: max(amax[member] for member in group.tensors)
-        for group in groups
-        for name in group.tensors
-    }
 
 
 def _never_negative(graph: onnx.ModelProto) -> set[str]:

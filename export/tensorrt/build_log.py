@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -102,8 +102,3 @@ def parser_reason(error: Any) -> str:
     lines = [line for line in error.desc().splitlines() if not is_echo(line)]
     node = " ".join(text for text in (error.node_operator(), error.node_name()) if text)
     return f"{node} node: {' '.join(lines)}" if node else " ".join(lines)
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    """Text such as ``66 int8 + 2 fp16``."""
-    return " + ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n) or "no"

@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from efficientface_deploy.backends.tensorrt.library import (
     rebuild_command,
     version_of,
 )
+from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import BackendError, ConfigError, ExportError
 from efficientface_deploy.files import atomic_path, file_hash, write_text
 from efficientface_deploy.spec import ModelSpec
@@ -198,7 +197,7 @@ def build_engine(
 ) -> BuiltEngine:
     """Build an engine from one of our ONNX files, and check that it has the graph's precision.
 
-    Ctrl-C ends the build at its next step.
+    Ctrl-C and SIGTERM end the build at its next step.
 
     Args:
         onnx_path: ``*.onnx``, its batch dynamic.
@@ -237,10 +236,11 @@ def build_engine(
     start = time.perf_counter()
     build = _Build(module, kind)
     log = folder / f"{onnx_path.stem}{SUFFIXES[kind]}.log" if folder else None
-    monitor = _make_monitor(module, progress)
-    with build.log_kept(log), _interrupt_kept(monitor):
+    # The interpreter would raise an interrupt in whatever callback the library makes next, and an
+    # exception that passes through the library ends the process.
+    with build.log_kept(log), interrupts_wait() as interrupts:
         build.parse(onnx_path)
-        build.configure(options, targets, monitor)
+        build.configure(options, targets, _make_monitor(module, progress, interrupts))
         if timings:
             build.read_timings(timings)
         plan = build.serialise(onnx_path, graph)
@@ -431,14 +431,13 @@ class _Build:
         other._builder.build_serialized_network(other._network, other._config)
 
 
-def _make_monitor(module: Any, progress: OnProgress | None) -> Any:
-    """An ``IProgressMonitor`` that tells ``progress``, and ends the build when ``stop`` is set."""
+def _make_monitor(module: Any, progress: OnProgress | None, interrupts: Sequence[int]) -> Any:
+    """An ``IProgressMonitor`` that tells ``progress``, and ends the build at an interrupt."""
     base: Any = module.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.stop = False
             self._phases: dict[str, tuple[int, int]] = {}  # those that run: done, of how many
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -449,7 +448,7 @@ def _make_monitor(module: Any, progress: OnProgress | None) -> Any:
             self._phases[phase_name] = (step + 1, steps)
             if progress is not None:
                 progress(phase_name, self._share())
-            return not self.stop
+            return not interrupts
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.pop(phase_name, None)
@@ -461,29 +460,6 @@ def _make_monitor(module: Any, progress: OnProgress | None) -> Any:
             return share
 
     return Monitor()
-
-
-@contextlib.contextmanager
-def _interrupt_kept(monitor: Any) -> Iterator[None]:
-    """Keep Ctrl-C for the end of the block, and ask the builder to come to it.
-
-    The interpreter would raise it in whatever callback the library makes next, and an exception
-    that passes through the library ends the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        monitor.stop = True
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if monitor.stop:  # rather than the error of a build that was ended
-            raise KeyboardInterrupt
 
 
 def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:

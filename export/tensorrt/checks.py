@@ -10,8 +10,8 @@ import onnx
 from onnx import TensorProto
 
 from efficientface_deploy.errors import ExportError
-from efficientface_export.graph.precision import summarise_precision
-from efficientface_export.tensorrt.build_log import Layer, counted
+from efficientface_export.graph.precision import counted, summarise_precision
+from efficientface_export.tensorrt.build_log import Layer
 
 
 def check_batch(graph: onnx.ModelProto, path: Path) -> None:
