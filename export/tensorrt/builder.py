@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 
-from efficientface_deploy.artifact import sidecar_path, write_sidecar
+from efficientface_deploy.artifact import write_sidecar
 from efficientface_deploy.backends.tensorrt.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt.library import (
     LIBRARIES,
@@ -264,41 +264,6 @@ def build_engine(
     )
 
 
-def write_engine(
-    onnx_path: str | Path,
-    out_path: str | Path,
-    kind: EngineKind,
-    options: EngineOptions | None = None,
-    overwrite: bool = False,
-    *,
-    progress: OnProgress | None = None,
-) -> Path:
-    """Build an engine and write it with its sidecar; a failure leaves both as they were.
-
-    Args:
-        onnx_path: ``*.onnx``.
-        out_path: ``*.engine`` for ``trt``, ``*.rtx.engine`` for ``trt-rtx``.
-        kind: ``trt`` or ``trt-rtx``.
-        options: See :class:`EngineOptions`.
-        overwrite: Replace files that are there.
-        progress: See :func:`build_engine`.
-
-    Returns:
-        ``out_path``.
-
-    Raises:
-        EfficientFaceError: See :func:`build_engine`; also a file that is there, or a name with
-            another ending.
-    """
-    onnx_path, out_path = Path(onnx_path), Path(out_path)
-    _check_target(out_path, kind, overwrite)
-    graph, spec, provenance = read_onnx(onnx_path)
-    folder = out_path.parent
-    engine = build_engine(onnx_path, kind, options, graph=graph, folder=folder, progress=progress)
-    engine.write(out_path, spec, provenance)
-    return out_path
-
-
 class _Build:
     """One run of a builder, and the log that it writes.
 
@@ -482,17 +447,6 @@ def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
     if kind == "trt" or CURRENT in names:
         return (open_cuda().compute_capability(),)
     return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
-
-
-def _check_target(path: Path, kind: str, overwrite: bool) -> None:
-    """Refuse a name that the runtime would give to the other library, and files that are there."""
-    rtx = path.name.endswith(SUFFIXES["trt-rtx"])
-    if not path.name.endswith(SUFFIXES[kind]) or rtx != (kind == "trt-rtx"):
-        raise bad_option(f"engine {kind}", f"a name that ends in {SUFFIXES[kind]}", path.name)
-    for existing in (path, sidecar_path(path)):
-        if existing.exists() and not overwrite:
-            fix = "add --overwrite, or choose another folder with --out"
-            raise ExportError(existing, "no file of this name", "one", fix)
 
 
 _ERASE = "\r\x1b[K"

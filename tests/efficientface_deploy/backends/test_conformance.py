@@ -35,9 +35,10 @@ from efficientface_deploy.vision.preprocess import normalise
 from efficientface_export.graph.io import write_onnx
 from efficientface_export.graph.precision import to_fp16
 from efficientface_export.graph.trace import export_onnx
-from efficientface_export.tensorrt.builder import available, write_engine
+from efficientface_export.tensorrt.builder import available
 from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
 from efficientface_export.verification.parity import THRESHOLDS
+from tests.engines import write_engine
 
 SPEC = PRESETS["rafdb"].replace(input_size=64)
 SAME = 1e-4  # of a probability, between two runs of one backend

@@ -41,9 +41,9 @@ from efficientface_export.tensorrt.builder import (
     build_engine,
     build_progress,
     default_workspace_mib,
-    write_engine,
 )
 from efficientface_export.tensorrt.options import EngineOptions
+from tests.engines import write_engine
 
 SIDE = 64
 SM89 = EngineOptions(max_batch=8, compute_capabilities=("sm89",))
@@ -343,30 +343,6 @@ def test_sidecar_is_complete(
     }
 
 
-def test_existing_files_are_replaced_only_when_told(
-    rtx: types.ModuleType, onnx_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    parent, path = onnx_file("fp16"), tmp_path / "model.rtx.engine"
-    for existing in (path, sidecar_path(path)):
-        existing.write_text("mine")
-        with pytest.raises(ExportError, match="--overwrite"):
-            write_engine(parent, path, "trt-rtx", SM89)
-        assert existing.read_text() == "mine"
-        existing.unlink()
-    path.write_text("old")
-    write_engine(parent, path, "trt-rtx", SM89, overwrite=True)
-    read_sidecar(path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("trt", "m.rtx.engine"), ("trt-rtx", "m.engine"), ("trt", "m.plan"), ("trt-rtx", "m")],
-)
-def test_ending_must_be_that_of_the_library(tmp_path: Path, kind: Any, name: str) -> None:
-    with pytest.raises(ConfigError, match="ends in"):
-        write_engine(tmp_path / "m.onnx", tmp_path / name, kind)
-
-
 @pytest.mark.parametrize("existing", [False, True])
 def test_failed_build_leaves_everything_as_it_was(
     rtx: types.ModuleType,
@@ -387,9 +363,9 @@ def test_failed_build_leaves_everything_as_it_was(
 
     monkeypatch.setattr(engine_module, "write_sidecar", fail)
     with pytest.raises(OSError, match="No space"):
-        write_engine(parent, path, "trt-rtx", SM89, overwrite=True)
+        write_engine(parent, path, "trt-rtx", SM89)
     with pytest.raises(ExportError):
-        write_engine(onnx_file(batch=1), path, "trt-rtx", SM89, overwrite=True)
+        write_engine(onnx_file(batch=1), path, "trt-rtx", SM89)
     assert {file.name: file.read_bytes() for file in folder.glob("*")} == before
 
 
@@ -719,8 +695,8 @@ def test_building_needs_neither_torch_nor_onnxruntime(
     done = run_python(
         "import sys\n"
         "for name in ('torch', 'onnxruntime', 'torchvision'): sys.modules[name] = None\n"
-        "from efficientface_export.tensorrt.builder import write_engine\n"
-        "print(write_engine(sys.argv[1], sys.argv[2], 'trt-rtx'))",
+        "from efficientface_export.tensorrt.builder import build_engine\n"
+        "print(build_engine(sys.argv[1], 'trt-rtx').kernels)",
         str(onnx_file("fp16")),
         str(tmp_path / "model.rtx.engine"),
     )

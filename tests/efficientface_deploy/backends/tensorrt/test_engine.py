@@ -198,7 +198,7 @@ def test_cache_on_a_gpu(
     model_files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx", exc_type=ImportError)
-    from efficientface_export.tensorrt.builder import write_engine
+    from tests.engines import write_engine
 
     path = tmp_path / "model.rtx.engine"
     write_engine(model_files["onnx"], path, "trt-rtx")

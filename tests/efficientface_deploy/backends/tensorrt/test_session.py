@@ -206,8 +206,9 @@ def test_rtx_switched_off(rtx_engine: Path, rtx_library: Library) -> None:
 def test_graphs_change_nothing_on_a_gpu(
     kind: str, model_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    from efficientface_export.tensorrt.builder import available, write_engine
+    from efficientface_export.tensorrt.builder import available
     from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
+    from tests.engines import write_engine
 
     if reason := available(kind):
         pytest.skip(reason)

@@ -1,0 +1,21 @@
+"""Engines for tests that need one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from efficientface_export.graph.io import read_onnx
+from efficientface_export.tensorrt.builder import build_engine
+from efficientface_export.tensorrt.options import EngineKind
+
+
+def write_engine(
+    onnx_path: Path, out_path: Path, kind: EngineKind, *options: Any, **keywords: Any
+) -> Path:
+    """Build an engine of an ONNX file, and write it with its sidecar; gives ``out_path``."""
+    graph, spec, provenance = read_onnx(onnx_path)
+    folder = out_path.parent
+    engine = build_engine(onnx_path, kind, *options, graph=graph, folder=folder, **keywords)
+    engine.write(out_path, spec, provenance)
+    return out_path
