@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,7 +208,6 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
             logits: Float32Array = model(torch.from_numpy(normalise(batch, spec))).numpy()
         return logits
 
-    @functools.cache  # half a minute on a small machine, and the same for every precision
     def graph(float_input: bool) -> onnx.ModelProto:
         return trace(model, spec, float_input=float_input)
 

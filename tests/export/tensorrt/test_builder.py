@@ -689,7 +689,6 @@ def test_real_engine_that_does_not_fit(
 def test_building_needs_neither_torch_nor_onnxruntime(
     rtx: types.ModuleType,
     onnx_file: Callable[..., Path],
-    tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     done = run_python(
@@ -698,10 +697,9 @@ def test_building_needs_neither_torch_nor_onnxruntime(
         "from efficientface_export.tensorrt.builder import build_engine\n"
         "print(build_engine(sys.argv[1], 'trt-rtx').kernels)",
         str(onnx_file("fp16")),
-        str(tmp_path / "model.rtx.engine"),
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("model.rtx.engine")
+    assert int(done.stdout) > 0
     assert done.stderr == ""
 
 
