@@ -46,10 +46,8 @@ class Plan:
     Attributes:
         out: Folder of the artifacts.
         asked: The engine that was asked for.
-        engine: ``onnx``, ``trt`` or ``trt-rtx``: what can be made here.
         target: ``cpu`` or ``gpu``.
         graph: ``plain`` or ``deploy``; what an ONNX source records.
-        precisions: In the order in which they are made.
         missing: Why the engine that was asked for cannot be made here; empty when it can.
         float_input: Whether the graph takes float32 (N, 3, S, S), normalised.
         calibration: Images for INT8's ranges; None where none are given.
@@ -68,10 +66,8 @@ class Plan:
 
     out: Path
     asked: str
-    engine: str
     target: str
     graph: str
-    precisions: tuple[str, ...]
     missing: str
     float_input: bool
     calibration: Calibration | None
@@ -126,10 +122,8 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     return Plan(
         out=options.out,
         asked=options.engine,
-        engine=engine,
         target=target,
         graph=graph,
-        precisions=precisions,
         missing=missing,
         float_input=options.float_input,
         calibration=calibration,
