@@ -116,10 +116,10 @@ def layout_source(
     groups: list[list[Channel | None]] = [[]]
     parts = {}
     for time, run in runs.items():
-        apart = not slices and len(groups[-1]) + len(run) > align
-        if apart or run is last:
+        begins = not slices and len(groups[-1]) + len(run) > align
+        if begins or run is last:
             groups[-1] = pad(groups[-1], align)
-        if apart and groups[-1]:
+        if begins and groups[-1]:
             groups.append([])
         start, stop = len(groups[-1]), len(groups[-1]) + len(run)
         groups[-1] += run

@@ -90,12 +90,12 @@ def find_sensitive_layers(
     """
     reference = _probabilities(graph, images)
 
-    def divergence(left_out: Collection[str], count: int = len(images)) -> float:
-        found = _probabilities(quantise(graph, amax, scheme, left_out), images[:count])
+    def divergence(excluded: Collection[str], count: int = len(images)) -> float:
+        found = _probabilities(quantise(graph, amax, scheme, excluded), images[:count])
         return mean_kl(reference[:count], found)
 
     first = divergence(exclude)
-    left_out: list[str] = []
+    excluded: list[str] = []
     kl = first
     if kl > KL_TARGET:
         groups = quantised_groups(graph, scheme, exclude)
@@ -107,13 +107,13 @@ def find_sensitive_layers(
         for index in np.argsort(harm)[::-1]:
             if kl <= KL_TARGET:
                 break
-            more = set(groups[index].layers).difference(exclude, left_out)
+            more = set(groups[index].layers).difference(exclude, excluded)
             added = sum(growth[layer] for layer in more)
             if added <= allowed:
                 allowed -= added
-                left_out += sorted(more)
-                kl = divergence([*exclude, *left_out])
-    return Search(tuple(left_out), len(images), first, kl)
+                excluded += sorted(more)
+                kl = divergence([*exclude, *excluded])
+    return Search(tuple(excluded), len(images), first, kl)
 
 
 def _probabilities(graph: onnx.ModelProto, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
