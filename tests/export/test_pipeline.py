@@ -377,11 +377,7 @@ class TestOptions:
         assert exit_code("--verify", artifacts / INT8)[0] == 0
 
     def test_layers_that_the_search_leaves_out_are_recorded(
-        self,
-        artifacts: Path,
-        faces: Path,
-        exit_code: Run,
-        monkeypatch: pytest.MonkeyPatch,
+        self, artifacts: Path, faces: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With images that calibration does not see, and beside what is excluded by hand."""
         first, second, third, *others = convolutions(artifacts)

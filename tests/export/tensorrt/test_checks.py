@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientface_deploy.errors import (
-    ExportError,
-)
+from efficientface_deploy.errors import ExportError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_export.tensorrt.build_log import Layer
 from efficientface_export.tensorrt.checks import check_precisions

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from efficientface_deploy.errors import (
-    ConfigError,
-)
+from efficientface_deploy.errors import ConfigError
 from efficientface_export.tensorrt.options import EngineOptions
 
 

@@ -19,9 +19,7 @@ from efficientface_export.verification.parity import (
     score_artifact,
     verify_artifact,
 )
-from efficientface_export.verification.reference import (
-    TestSet,
-)
+from efficientface_export.verification.reference import TestSet
 
 RANDOM = np.random.default_rng(0)
 LOGITS = RANDOM.standard_normal((200, 7)).astype(np.float32) * 2
