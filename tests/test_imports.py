@@ -34,19 +34,8 @@ BROKEN: dict[Import, str] = {
         "benchmarks.accuracy", "benchmarks.report.__main__"
     ): "the report façade is not split yet",
     Import(
-        "benchmarks.graph_layouts", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
         "benchmarks.latency", "benchmarks.report.__main__"
     ): "the report façade is not split yet",
-    Import("benchmarks.peers", "benchmarks.report.__main__"): "the report façade is not split yet",
-    Import(
-        "benchmarks.runtime", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
-        "benchmarks.training_step", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import("benchmarks.runtime", "benchmarks.graph_layouts"): "what both measure is not shared yet",
     Import(
         "efficientface_export.make", "efficientface_export.options"
     ): "the plan is not finished once yet",
@@ -59,9 +48,6 @@ BROKEN: dict[Import, str] = {
     Import(
         "efficientface_export.verification.provenance", "efficientface_export.options"
     ): "the plan is not finished once yet",
-    Import(
-        "benchmarks.measure.models", "benchmarks.report.result"
-    ): "a result's schema is not shared yet",
     Import(
         "benchmarks.report.readme", "benchmarks.measure.roofline"
     ): "a result's schema is not shared yet",
@@ -276,7 +262,6 @@ def optional_importers() -> dict[tuple[str, str], set[str]]:
 
 # Packages that several modules of one folder import, with the reason.
 SPREAD: dict[tuple[str, str], str] = {
-    ("benchmarks", "onnxruntime"): "not shared yet",
     ("benchmarks", "rich"): "not shared yet",
     ("training", "matplotlib"): "not shared yet",
     ("training", "torchvision"): "not shared yet",
