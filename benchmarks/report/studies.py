@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.result import Result
-from benchmarks.report.tables import Table
+from efficientface_deploy.workbench.tables import Table
 
 NOISY = "the machine was busy with something else: read the times with care"
 
@@ -31,10 +31,9 @@ def peers_tables(result: Result) -> list[Table]:
         plural = "s" if row["threads"] > 1 else ""
         work = f"batch {row['batch']}, {row['threads']} thread{plural}"
         works.setdefault(work, []).append(row)
-    groups = [
-        (work, [_peer(row) for row in sorted(rows, key=_by_network_and_time)])
-        for work, rows in works.items()
-    ]
+    calls = []
+    for work, rows in works.items():
+        calls += [[work], *(_peer(row) for row in sorted(rows, key=_by_network_and_time))]
     side = result["config"]["input_size"]
     notes = (
         f"{side}x{side}, random weights; a call is the same work for all: from uint8 pictures in "
@@ -49,9 +48,9 @@ def peers_tables(result: Result) -> list[Table]:
     columns += [">Ours is faster (95 %)", ">Difference", ">CPUs", "Note"]
     settings = [[name, setting] for name, setting in result["settings"].items()]
     return [
-        _table("Goals", ["Goal", ">Wanted", ">Reached", "Met", "Against"], goals),
-        Table("The same work by every toolchain", columns, groups, notes),
-        _table("Settings", ["With", "Setting"], settings),
+        Table(["Goal", ">Wanted", ">Reached", "Met", "Against"], goals, "Goals"),
+        Table(columns, calls, "The same work by every toolchain", notes),
+        Table(["With", "Setting"], settings, "Settings"),
     ]
 
 
@@ -77,17 +76,16 @@ def runtime_tables(result: Result) -> list[Table]:
     calls = result["calls"]
     timed = [row[part] for row in calls for part in ("session", "predictor")]
     tables = [
-        _table(
-            "Goals",
+        Table(
             ["Goal", ">Found", ">At most", "Met"],
             [
                 [row["name"], f"{row['found']:.4g}", f"{row['at_most']:g}", _MET[row["met"]]]
                 for row in result["goals"]
             ],
+            "Goals",
             _noise([*timed, *result["pictures"].values()]),
         ),
-        _table(
-            "From starting Python to a label",
+        Table(
             ["Start", ">p50, ms", ">min", ">peak, MB", ">modules", "large libraries"],
             [
                 [
@@ -97,10 +95,10 @@ def runtime_tables(result: Result) -> list[Table]:
                 ]
                 for name, row in start.items()
             ],
+            "From starting Python to a label",
             [f"the runtime by the bare script: {_ratio(result['start']['ratio'])}"],
         ),
-        _table(
-            "One call, an array of the model's size",
+        Table(
             [
                 *("Array", ">threads", ">session.run, ms", ">predictor, ms", ">ratio (95 %)"),
                 *(">preprocess, us", ">preprocess, a quarter larger, us"),
@@ -115,17 +113,17 @@ def runtime_tables(result: Result) -> list[Table]:
                 ]
                 for row in calls
             ],
+            "One call, an array of the model's size",
         ),
-        _table(
-            "The bytes of a file to a label",
+        Table(
             ["JPEG, 224 pixels, bundled model, 1 thread", ">p50, ms", ">p90, ms"],
             [
                 [name, f"{row['p50_ms']:.3f}", f"{row['p90_ms']:.3f}"]
                 for name, row in result["pictures"].items()
             ],
+            "The bytes of a file to a label",
         ),
-        _table(
-            "32 faces at once and one by one",
+        Table(
             [">Threads", ">images/s, batch 32", ">one by one", ">gain (95 %)"],
             [
                 [
@@ -135,9 +133,9 @@ def runtime_tables(result: Result) -> list[Table]:
                 ]
                 for row in result["batches"]
             ],
+            "32 faces at once and one by one",
         ),
-        _table(
-            "Memory of a process that does nothing but predict",
+        Table(
             [">Predictions", ">kB a thousand", ">MiB after the first fifth", ">MiB at the end"],
             [
                 [
@@ -145,6 +143,7 @@ def runtime_tables(result: Result) -> list[Table]:
                     *(f"{memory[key] / 1024:.1f}" for key in ("settled_kb", "end_kb")),
                 ]
             ],
+            "Memory of a process that does nothing but predict",
         ),
     ]
     return [*tables, *([_settings(result["settings"])] if "settings" in result else [])]
@@ -163,7 +162,7 @@ def _settings(settings: Sequence[Mapping[str, Any]]) -> Table:
         for row in settings
     ]
     columns += [">its CPU, ms", ">MB", ">peak, batch 32"]
-    return _table("Settings of ONNX Runtime", columns, rows)
+    return Table(columns, rows, "Settings of ONNX Runtime")
 
 
 def graphs_tables(result: Result) -> list[Table]:
@@ -185,7 +184,7 @@ def graphs_tables(result: Result) -> list[Table]:
         "on ONNX Runtime's CPU provider; kernels of the FP16 engine for SM89 by TensorRT for RTX",
         *_noise(result["graphs"]),
     ]
-    return [_table("Layouts of the graph", columns, rows, notes)]
+    return [Table(columns, rows, "Layouts of the graph", notes)]
 
 
 def training_tables(result: Result) -> list[Table]:
@@ -196,7 +195,7 @@ def training_tables(result: Result) -> list[Table]:
     ]
     title = f"A training step, batch {result['config']['batch_size']}"
     notes = [f"cost: time of a step by that of {result['baseline']!r}", *_noise(result["cases"])]
-    return [_table(title, ["Step", ">images/s", ">cost (95 %)"], rows, notes)]
+    return [Table(["Step", ">images/s", ">cost (95 %)"], rows, title, notes)]
 
 
 STUDIES: dict[str, Callable[[Result], list[Table]]] = {
@@ -205,15 +204,6 @@ STUDIES: dict[str, Callable[[Result], list[Table]]] = {
     "graphs": graphs_tables,
     "training": training_tables,
 }
-
-
-def _table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    notes: Sequence[str] = (),
-) -> Table:
-    return Table(title, columns, [("", rows)], notes)
 
 
 def _noise(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.machine import ROOT
 from benchmarks.report.result import read_result
 from benchmarks.report.studies import NOISY, STUDIES, graphs_tables
+from efficientface_deploy.workbench.environment import ROOT
 
 COMMITTED = sorted(
     path
@@ -17,8 +17,8 @@ COMMITTED = sorted(
 def test_committed_results_have_tables_without_gaps(path):
     result = read_result(path)
     for table in STUDIES[result["kind"]](result):
-        for _, rows in table.groups:
-            assert rows and all(len(row) == len(table.columns) for row in rows)
+        assert table.rows
+        assert all(len(row) in (1, len(table.columns)) for row in table.rows)
         assert table.to_markdown()
 
 
@@ -37,14 +37,14 @@ def test_a_noisy_run_says_so_beside_its_figures():
 def test_figures_are_those_of_the_result():
     path = ROOT / "benchmarks/results/peers-2026-11-26-intel-xeon-2cpu/peers.json"
     goals, calls, settings = STUDIES["peers"](read_result(path))
-    assert goals.groups[0][1][0][:4] == [
+    assert goals.rows[0][:4] == [
         *("faster than the best peer on the same network", "1.2", "1.26 (1.09 to 1.60)", "yes")
     ]
-    assert [work for work, _ in calls.groups] == [
+    assert [row[0] for row in calls.rows if len(row) == 1] == [
         *("batch 1, 1 thread", "batch 1, 2 threads", "batch 32, 2 threads")
     ]
-    assert calls.groups[0][1][1][:3] == ["EfficientFace", "**EfficientFace Deploy**", "4.72"]
-    assert "our graph" in [name for name, _ in settings.groups[0][1]]
+    assert calls.rows[2][:3] == ["EfficientFace", "**EfficientFace Deploy**", "4.72"]
+    assert "our graph" in [name for name, _ in settings.rows]
     path = ROOT / "benchmarks/results/runtime-2026-11-26-intel-xeon-2cpu/runtime.json"
     memory = STUDIES["runtime"](read_result(path))[5]
-    assert memory.groups[0][1] == [["100000", "+0.430", "83.6", "83.6"]]
+    assert memory.rows == [["100000", "+0.430", "83.6", "83.6"]]
