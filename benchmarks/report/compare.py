@@ -77,14 +77,12 @@ def compare(
     old, new = read_result(old_path), read_result(new_path)
     kind, kinds = new["kind"], (*TIMED, "accuracy")
     if old["kind"] != kind or kind not in kinds:
-        expected, found = (
-            f"two results of one kind ({', '.join(kinds)})",
-            f"{old['kind']} and {kind}",
-        )
+        expected = f"two results of one kind ({', '.join(kinds)})"
+        found = f"{old['kind']} and {kind}"
         raise ConfigError("--compare", expected, found, "give results of the same command")
     warnings = _file_warnings(old, new)
     if kind == "accuracy":
-        kept = [_read_beside(path, one) for path, one in ((old_path, old), (new_path, new))]
+        kept = _read_beside(old_path, old), _read_beside(new_path, new)
         return _compare_accuracy(old, new, kept, warnings)
     other_machine = _machine_differences(old, new)
     if strict and other_machine:
@@ -228,12 +226,8 @@ def read_predictions(path: Path) -> Predictions:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         classes, probabilities = (
-            {
-                name.removeprefix(own): value
-                for name, value in arrays.items()
-                if name.startswith(own)
-            }
-            for own in (_CLASSES, _PROBABILITIES)
+            {name.removeprefix(lead): own for name, own in arrays.items() if name.startswith(lead)}
+            for lead in (_CLASSES, _PROBABILITIES)
         )
         images, labels = arrays["images"].tolist(), arrays["labels"]
         lengths = {len(own) for own in (images, *classes.values(), *probabilities.values())}
@@ -260,7 +254,10 @@ def _read_beside(result_path: Path, result: Result) -> Predictions | None:
 
 
 def _compare_accuracy(
-    old: Result, new: Result, kept: Sequence[Predictions | None], warnings: list[str]
+    old: Result,
+    new: Result,
+    kept: tuple[Predictions | None, Predictions | None],
+    warnings: list[str],
 ) -> Comparison:
     if old["data"].get("images_sha256") != new["data"].get("images_sha256"):
         warnings.append("other images: the accuracies are of different data")

@@ -12,6 +12,7 @@ table of it. A test compares the files with what their results give.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,8 @@ from benchmarks.report.result import (
     rows_of,
 )
 from benchmarks.report.tables import (
-    goals_table,
     interval,
     of,
-    profile_table,
     scaled,
     tables_of,
     tabulate,
@@ -101,15 +100,14 @@ def render(text: str, path: Path, root: Path = ROOT) -> str:
 def _table(form: str, path: Path) -> Table:
     result = read_result(path)
     if form in _PARTS:
-        made = _PARTS[form](result)
-        return Table(made.columns, made.rows)
+        titles = {table.title: table for table in tables_of(result)}
+        return dataclasses.replace(titles[_PARTS[form]], title="", notes=())
     if result["kind"] != form:
         expected = f"a result of kind {form}, as the comment says"
         raise ArtifactError(path, expected, result["kind"], "name a result of that kind")
     if form in _SUMMARIES:
         return _SUMMARIES[form](result)
-    first = tables_of(result)[0]
-    return Table(first.columns, first.rows)
+    return dataclasses.replace(tables_of(result)[0], title="", notes=())
 
 
 def latency_summary(result: Result) -> Table:
@@ -208,7 +206,7 @@ def peers_summary(result: Result) -> Table:
     return tabulate("", columns, rows)
 
 
-_PARTS = {"goals": goals_table, "profile": profile_table}
+_PARTS = {"goals": "Goals", "profile": "Profile by kind of operator"}  # titles
 _SUMMARIES = {
     "latency": latency_summary,
     "accuracy": accuracy_summary,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.result import (
     COMPUTE,
-    TIMED,
     Case,
     Result,
     Row,
@@ -48,14 +47,6 @@ class Plot:
         """Write the figure as PNG, atomically."""
         with atomic_path(path) as temporary:
             self.figure.savefig(temporary, format="png", dpi=120)
-
-
-def plots_of(result: Result) -> list[Plot]:
-    """The plots of a result, the most important first; none of some kinds."""
-    if result["kind"] in TIMED:
-        plots = [latency_plot(result), throughput_plot(result), profile_plot(result)]
-        return [plot for plot in plots if plot is not None]
-    return [accuracy_plot(result)] if result["kind"] == "accuracy" else []
 
 
 def latency_plot(result: Result) -> Plot:
@@ -96,74 +87,6 @@ def _draw_distributions(
     axis.minorticks_off()
     axis.margins(x=0.16)
     axis.set_xlabel("ms a call", fontsize=8)
-
-
-def throughput_plot(result: Result) -> Plot | None:
-    """One panel per number of threads: images a second by images in a call."""
-    cases = [case for case in result["cases"] if case["stage"] == COMPUTE]
-    threads = list(dict.fromkeys(case.get("threads") for case in cases))
-    if len({case["batch"] for case in cases}) < 2:
-        return None
-    plot, axes = _figure("throughput", "Throughput, compute alone", len(threads), 12)
-    colours = _colours(cases)
-    for axis, count in zip(axes, threads, strict=True):
-        own = [case for case in cases if case.get("threads") == count]
-        for contender in dict.fromkeys(map(_contender, own)):
-            line = sorted(
-                (case["batch"], case["images_per_second"])
-                for case in own
-                if _contender(case) == contender
-            )
-            label = "{} ({})".format(*contender)
-            axis.plot(*zip(*line, strict=True), marker="o", color=colours[contender], label=label)
-        steps = sorted({case["batch"] for case in own})
-        axis.set_title(_threads(count), fontsize=9)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(steps, [str(step) for step in steps])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("images in a call", fontsize=8)
-        axis.set_ylabel("images/s", fontsize=8)
-        axis.legend(fontsize=7)
-    return plot
-
-
-def profile_plot(result: Result) -> Plot | None:
-    """The time by kind of operator, all models below each other."""
-    profiles = [entry for entry in result.get("profiles") or [] if entry.get("kinds")]
-    if not profiles:
-        return None
-    kinds = list(dict.fromkeys(row["kind"] for entry in profiles for row in entry["kinds"]))
-    title = "Where the time goes: batch 1, medians by ONNX Runtime's profiler"
-    plot, (axis,) = _figure("profile", title, 1, len(profiles) + 4)
-    for position, profile in enumerate(profiles):
-        left = 0.0
-        found = {row["kind"]: row["us"] / 1e3 for row in profile["kinds"]}
-        for number, kind in enumerate(kinds):
-            width = found.get(kind, 0.0)
-            label = kind if position == 0 else None
-            axis.barh(position, width, 0.6, left, color=f"C{number}", label=label)
-            left += width
-        _annotate(axis, left, left, position)
-    _name_rows(axis, profiles)
-    axis.margins(x=0.12)
-    axis.set_xlabel("ms a pass, under the profiler", fontsize=8)
-    plot.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
-    return plot
-
-
-def accuracy_plot(result: Result) -> Plot:
-    """Accuracy of each model with its interval."""
-    rows = result["rows"]
-    title = "Accuracy, with 95 % intervals over images"
-    plot, (axis,) = _figure("accuracy", title, 1, len(rows))
-    for position, row in enumerate(rows):
-        ends = [100 * end for end in row.get("accuracy_interval") or ()]
-        axis.plot(ends, [position] * len(ends), color=f"C{position}", linewidth=2)
-        axis.plot(100 * row["accuracy"], position, "o", color=f"C{position}")
-    _name_rows(axis, rows)
-    axis.margins(x=0.1)
-    axis.set_xlabel("accuracy, %", fontsize=8)
-    return plot
 
 
 def tradeoff_plot(latency: Result, accuracy: Result) -> Plot | None:

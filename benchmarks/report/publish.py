@@ -6,12 +6,12 @@ rich and matplotlib are imported where they draw: reading a result needs neither
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.compare import Comparison
-from benchmarks.report.plots import Plot, plots_of, tradeoff_plot
+from benchmarks.report.plots import Plot, latency_plot, tradeoff_plot
 from benchmarks.report.result import (
     TIMED,
     Result,
@@ -69,7 +69,7 @@ def publish(result: Mapping[str, Any], out: Path | None) -> Path:
     write_text(path.with_suffix(".md"), "\n".join(_section(read)))
     written = [path.name, path.with_suffix(".md").name]
     if read["kind"] in TIMED:
-        plots_of(read)[0].save(path.with_suffix(".png"))
+        latency_plot(read).save(path.with_suffix(".png"))
         written.append(path.with_suffix(".png").name)
     output = console()
     show(read, output)
@@ -79,29 +79,29 @@ def publish(result: Mapping[str, Any], out: Path | None) -> Path:
 
 def write_report(results: Sequence[Result], comparison: Comparison | None, folder: Path) -> None:
     """Write ``report.md`` on all results, and beside it the plots that it shows."""
-    drawn = [plots_of(result) for result in results]
-    tradeoffs = [
-        plot
-        for timed, scored in itertools.permutations(results, 2)
-        if timed["kind"] in TIMED and scored["kind"] == "accuracy"
-        if (plot := tradeoff_plot(timed, scored)) is not None
-    ]
-    numbers = itertools.count(1)
-    names = {plot: f"{next(numbers)}-{plot.name}.png" for plot in [*tradeoffs, *sum(drawn, [])]}
+    plots: dict[str, Plot] = {}  # by the names of their files
+
+    def image(plot: Plot) -> str:
+        name = f"{len(plots) + 1}-{plot.name}.png"
+        plots[name] = plot
+        return f"![{plot.title}]({name})\n"
+
     parts = [f"# {TITLE}\n"]
     if comparison is not None:
         parts += ["## Compared\n", comparison.table.to_markdown()]
         parts += [f"- Warning: {warning}" for warning in comparison.warnings]
         parts += [f"- **Regression:** {line}" for line in comparison.regressions] + [""]
-    parts += ["## Accuracy by latency\n"] if tradeoffs else []
-    parts += _shown(tradeoffs, names)
-    for result, plots in zip(results, drawn, strict=True):
+    for timed, scored in itertools.permutations(results, 2):
+        if timed["kind"] in TIMED and scored["kind"] == "accuracy":
+            plot = tradeoff_plot(timed, scored)
+            parts += ["## Accuracy by latency\n", image(plot)] if plot is not None else []
+    for result in results:
         name = _NAMES.get(result["kind"], result["kind"].capitalize())
         date = (result.get("date") or "")[:10]
-        parts += [f"## {', '.join(filter(None, (name, date)))}\n"]
-        parts += [*_section(result), *_shown(plots, names)]
+        parts += [f"## {', '.join(filter(None, (name, date)))}\n", *_section(result)]
+        parts += [image(latency_plot(result))] if result["kind"] in TIMED else []
     parts += ["## How it was measured, and what may not be concluded\n", METHOD]
-    for plot, name in names.items():
+    for name, plot in plots.items():
         plot.save(folder / name)
     write_text(folder / "report.md", "\n".join(parts))
 
@@ -110,10 +110,6 @@ def _section(result: Result) -> list[str]:
     """A result as Markdown: machine, warnings, tables."""
     warnings = [f"> Warning: {warning}\n" for warning in result["warnings"]]
     return [f"{headline(result)}\n", *warnings, *(t.to_markdown() for t in tables_of(result))]
-
-
-def _shown(plots: Iterable[Plot], names: Mapping[Plot, str]) -> list[str]:
-    return [f"![{plot.title}]({names[plot]})\n" for plot in plots]
 
 
 def show(result: Result, output: Console) -> None:

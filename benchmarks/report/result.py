@@ -88,6 +88,16 @@ class Result(TypedDict, total=False):
     rows: list[Row]
     # report.json of efficientface-export
     weights: str
+    artifacts: list[Row]
+    # peers, runtime, graphs
+    packages: dict[str, str]
+    settings: Any
+    start: dict[str, Any]
+    calls: list[Row]
+    pictures: dict[str, Row]
+    batches: list[Row]
+    memory: dict[str, Any]
+    graphs: list[Row]
 
 
 class _Kind(TypedDict):
@@ -242,9 +252,9 @@ def panels(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
     return [(work_name(own[0]), own) for _, own in ordered]
 
 
-def work_name(case: Case) -> str:
+def work_name(case: Mapping[str, Any]) -> str:
     """``compute, batch 8`` or ``end to end``."""
-    stage = case["stage"]
+    stage: str = case["stage"]
     return f"{stage}, batch {case['batch']}" if stage == COMPUTE else stage
 
 

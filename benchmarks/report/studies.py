@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.result import Result
+from benchmarks.report.result import Result, rows_of
 from efficientface_deploy.workbench.tables import Table
 
 NOISY = "the machine was busy with something else: read the times with care"
@@ -27,7 +27,7 @@ def peers_tables(result: Result) -> list[Table]:
         for row in result["goals"]
     ]
     works: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result["cases"]:
+    for row in rows_of(result):
         plural = "s" if row["threads"] > 1 else ""
         work = f"batch {row['batch']}, {row['threads']} thread{plural}"
         works.setdefault(work, []).append(row)
@@ -191,10 +191,10 @@ def training_tables(result: Result) -> list[Table]:
     """One row per way to compute a training step."""
     rows = [
         [row["name"], f"{row['images_per_second']:.0f}", _ratio(row["cost"])]
-        for row in result["cases"]
+        for row in rows_of(result)
     ]
     title = f"A training step, batch {result['config']['batch_size']}"
-    notes = [f"cost: time of a step by that of {result['baseline']!r}", *_noise(result["cases"])]
+    notes = [f"cost: time of a step by that of {result['baseline']!r}", *_noise(rows_of(result))]
     return [Table(["Step", ">images/s", ">cost (95 %)"], rows, title, notes)]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.report.result import (
     COMPUTE,
     END_TO_END,
-    TIMED,
     Result,
     Row,
     digits,
@@ -19,6 +18,7 @@ from benchmarks.report.result import (
     roofline_distance,
     rows_of,
 )
+from benchmarks.report.studies import STUDIES
 from efficientface_deploy.workbench.tables import Table
 
 Columns = Mapping[str, Callable[[Any], str]]
@@ -32,19 +32,21 @@ _HEAD |= {"absent", "warnings", "goals"}
 
 def tables_of(result: Result) -> list[Table]:
     """Every table that a result has, the most important first; none of them is empty."""
-    found = [goals_table(result), *_tables_of_kind(result), absent_table(result)]
+    found = [*_tables_of_kind(result), absent_table(result)]
     return [table for table in found if any(len(row) == len(table.columns) for row in table.rows)]
 
 
 def _tables_of_kind(result: Result) -> list[Table]:
     kind = result["kind"]
-    if kind in TIMED:
-        return timed_tables(result)
+    if kind == "latency":
+        return [goals_table(result), *latency_tables(result)]
     if kind == "accuracy":
         return [accuracy_table(result), per_class_table(result)]
-    if kind == "graphs":
-        return [graphs_table(result)]
-    return [export_table(result)] if kind == "export" else generic_tables(result)
+    if kind == "export":
+        return [export_table(result)]
+    if kind in STUDIES:
+        return STUDIES[kind](result)
+    return [goals_table(result), *generic_tables(result)]
 
 
 # ---- how a table is made
@@ -122,11 +124,11 @@ _MODEL: Columns = {
 }
 _WHERE: Columns = {**_MODEL, ">Threads": of("threads")}
 
-# ---- latency, peers
+# ---- latency
 
 
-def timed_tables(result: Result) -> list[Table]:
-    """Of a result whose rows are calls that were timed."""
+def latency_tables(result: Result) -> list[Table]:
+    """Percentiles, cold starts, files, the machine's peak, profiles."""
     return [
         latency_table(result),
         cold_table(result),
@@ -159,8 +161,6 @@ def latency_table(result: Result) -> Table:
         ">Speed-up (95 %)": of("speedup", interval),
         ">x roofline": lambda case: digits(roofline_distance(case)),
         ">mJ an image": of("joules_per_image", lambda joules: digits(1e3 * joules)),
-        "Group": of("group"),
-        "Note": of("note"),
     }
     rows = [row for title, own in panels(cases) for row in (title, *own)]
     return tabulate("Latency, milliseconds a call", columns, rows, notes)
@@ -225,7 +225,7 @@ def profile_table(result: Result) -> Table:
     profiles = [entry for entry in result.get("profiles") or [] if "kinds" in entry]
     found = [{row["kind"]: row for row in profile["kinds"]} for profile in profiles]
     # In the order of the profile with most kinds; one that it lacks comes before its last.
-    longest = list(max(found, key=len, default={}))
+    longest = list(max(found, key=lambda own: len(own), default={}))
     others = [kind for kind in dict.fromkeys(kind for own in found for kind in own)]
     others = [kind for kind in others if kind not in longest]
     rows = [[own.get(kind) for own in found] for kind in (*longest[:-1], *others, *longest[-1:])]
@@ -285,7 +285,7 @@ def engine_table(result: Result) -> Table:
     return tabulate("Engines' layers, by TensorRT's inspector", columns, rows)
 
 
-# ---- accuracy, graphs, export
+# ---- accuracy, export
 
 
 def accuracy_table(result: Result) -> Table:
@@ -330,22 +330,6 @@ def _class_cell(row: Row, index: int) -> str:
     f1 = row["f1"][index] if row.get("f1") else None
     cell = "-" if recall is None else f"{100 * recall:.1f}"
     return cell if f1 is None else f"{cell} ({100 * f1:.1f})"
-
-
-def graphs_table(result: Result) -> Table:
-    """One row per layout of the graph."""
-    columns = {
-        "graph": of("name"),
-        "expected": of("expected"),
-        ">p50, ms": of("p50_ms", digits),
-        ">by straight's (95 %)": of("time_ratio", lambda ratio: interval(ratio, 3)),
-        ">by minimum": of("min_ratio", scaled(1, 3)),
-        ">multiply-adds, M": of("multiply_adds", _MILLIONS),
-        ">multiply-adds by straight's": of("multiply_adds_ratio", scaled(1, 3)),
-        ">nodes": of("nodes"),
-        ">kernels": of("kernels"),
-    }
-    return tabulate("Layouts of the graph", columns, rows_of(result))
 
 
 def export_table(result: Result) -> Table:
