@@ -9,7 +9,6 @@ beside the result, and ``--compare OLD.json`` sets a second run beside an older 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,8 +37,9 @@ from benchmarks.report.result import default_folder, new_result
 from benchmarks.report.tables import console, require_libraries, show
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, load_image, resize
-from efficientface_deploy.workbench import metrics
 from efficientface_deploy.workbench.dataset import Dataset, Sample, image_list_hash, read_dataset
+from efficientface_deploy.workbench.evaluation import Differences, Scores
+from efficientface_deploy.workbench.metrics import IndexArray
 
 _CHUNK = 32  # images decoded at a time: enough to keep a GPU busy, little memory at any size
 
@@ -229,7 +229,7 @@ def describe_model(contender: Contender) -> dict[str, Any]:
 
 
 def score(
-    probabilities: Float32Array, labels: metrics.IndexArray, reference: Float32Array
+    probabilities: Float32Array, labels: IndexArray, reference: Float32Array
 ) -> dict[str, Any]:
     """The metrics' part of a row.
 
@@ -238,27 +238,25 @@ def score(
         labels: Integers (N,).
         reference: Probabilities of the reference, float32 (N, C).
     """
-    images, classes = probabilities.shape
-    predictions = probabilities.argmax(axis=1)
-    agreement = metrics.top1_agreement(reference, probabilities)
-    ends = metrics.bootstrap_intervals(labels, predictions, classes)
-    difference = metrics.paired_accuracy_difference(labels, reference.argmax(axis=1), predictions)
-    right = int((labels == predictions).sum())
+    scores = Scores.of(labels, probabilities)
+    apart = Differences.of(reference, probabilities, labels)
+    assert apart.accuracy is not None
+    per_class = scores.per_class
     return {
-        "accuracy": metrics.accuracy(labels, predictions),
-        "accuracy_interval": metrics.share_interval(right, images),
-        "macro_f1": metrics.macro_f1(labels, predictions, classes),
-        "macro_f1_interval": ends.macro_f1,
-        "ece": metrics.expected_calibration_error(probabilities, labels),
-        "agreement": agreement,
-        "agreement_interval": metrics.share_interval(round(agreement * images), images),
-        "difference": dataclasses.asdict(difference),
-        "mean_kl": metrics.mean_kl(reference, probabilities),
-        "max_probability_difference": metrics.max_probability_difference(reference, probabilities),
-        "recall": _finite(metrics.per_class_recall(labels, predictions, classes)),
-        "precision_per_class": _finite(metrics.per_class_precision(labels, predictions, classes)),
-        "f1": _finite(metrics.per_class_f1(labels, predictions, classes)),
-        "confusion": metrics.confusion_matrix(labels, predictions, classes).tolist(),
+        "accuracy": scores.accuracy,
+        "accuracy_interval": scores.accuracy_interval,
+        "macro_f1": scores.macro_f1,
+        "macro_f1_interval": scores.bootstrap.macro_f1,
+        "ece": scores.ece,
+        "agreement": apart.agreement,
+        "agreement_interval": apart.agreement_interval,
+        "difference": dataclasses.asdict(apart.accuracy),
+        "mean_kl": apart.mean_kl,
+        "max_probability_difference": apart.largest,
+        "recall": per_class["recall"],
+        "precision_per_class": per_class["precision"],
+        "f1": per_class["f1"],
+        "confusion": scores.confusion.tolist(),
     }
 
 
@@ -276,11 +274,6 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
             "much they differ, not what a precision costs"
         )
     return list(dict.fromkeys(found))
-
-
-def _finite(values: metrics.FloatArray) -> list[float | None]:
-    """JSON has no NaN: a figure of a class without images is None."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _geometry(contender: Contender) -> tuple[int, str]:

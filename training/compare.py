@@ -19,10 +19,11 @@ from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
+from efficientface_deploy.workbench.evaluation import check_labels
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import table
 from efficientface_deploy.workbench.workspace import check_writable
-from training.evaluate import check_labels, predict_samples, samples_of, score
+from training.evaluate import predict_samples, samples_of, score
 from training.plots import METRICS
 from training.trainer.config import CONFIG, FREE_OPTIONS
 from training.trainer.label_store import STORE, seconds_per_view
@@ -152,7 +153,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
     reference = None
     for run in runs:
         with load(run.weights) as predictor:
-            check_labels(predictor, dataset)
+            check_labels(predictor.spec, dataset)
             probabilities = predict_samples(predictor, samples)
         predicted = probabilities.argmax(axis=1)
         reference = predicted if reference is None else reference

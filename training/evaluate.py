@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from efficientface_deploy.artifact import require_preset
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import file_hash, write_text
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.vision.preprocess import Float32Array
@@ -26,31 +25,27 @@ from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     Dataset,
     Sample,
-    iterate_batches,
     label_distributions,
     read_dataset,
 )
-from efficientface_deploy.workbench.metrics import (
-    accuracy,
-    bootstrap_intervals,
-    confusion_matrix,
-    expected_calibration_error,
-    macro_f1,
-    mean_kl,
-    per_class_f1,
-    per_class_precision,
-    per_class_recall,
-    reliability_bins,
+from efficientface_deploy.workbench.evaluation import (
+    BINS,
+    Scores,
+    check_labels,
+    labels_of,
+    predict,
+    without_nan,
 )
-from efficientface_deploy.workbench.progress import track
+from efficientface_deploy.workbench.metrics import (
+    expected_calibration_error,
+    mean_kl,
+)
 from efficientface_deploy.workbench.tables import escaped, table
 from efficientface_deploy.workbench.workspace import check_writable
 from training.plots import plot_confusion, plot_reliability
 from training.trainer.loader import HOLDOUT, hold_out
 from training.trainer.targets import Blend
 
-BATCH = 64
-BINS = 15
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
@@ -95,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = _read_dataset(config)
     split = config.split or dataset.evaluation_split()
     with load(config.weights, preset=config.preset) as predictor:
-        check_labels(predictor, dataset)
+        check_labels(predictor.spec, dataset)
         seed = holdout_seed(predictor, config.seed) if split == HOLDOUT else 0
         samples = samples_of(dataset, split, seed)
         probabilities = predict_samples(predictor, samples)
@@ -149,21 +144,6 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
     return int(seed)
 
 
-def check_labels(predictor: Predictor, dataset: Dataset) -> None:
-    """Refuse a model of other classes, or in another order.
-
-    Raises:
-        DatasetError: It is one.
-    """
-    if predictor.spec.labels != dataset.labels:
-        raise DatasetError(
-            dataset.root,
-            "the model's labels: " + ", ".join(predictor.spec.labels),
-            ", ".join(dataset.labels),
-            "give the data set that the model was trained for",
-        )
-
-
 def kept_temperature(predictor: Predictor) -> float | None:
     """The temperature that its training found and left out of its weights, as for an LDG."""
     found = predictor.provenance.get("calibration", {})
@@ -172,10 +152,7 @@ def kept_temperature(predictor: Predictor) -> float | None:
 
 def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32Array:
     """Probabilities float32 (N, C) of the samples, in order."""
-    batches = iterate_batches(samples, predictor.spec, BATCH)
-    total = (len(samples) + BATCH - 1) // BATCH
-    parts = [predictor.infer(images)[1] for images, _ in track(batches, "evaluating", total)]
-    return np.concatenate(parts)
+    return predict(lambda images: predictor.infer(images)[1], samples, predictor.spec, "evaluating")
 
 
 def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequence[str]) -> Figures:
@@ -186,48 +163,34 @@ def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequen
         samples: N samples with their labels and, where people voted, votes.
         labels: C class names.
     """
-    truth = np.array([sample.label for sample in samples])
-    predicted = probabilities.argmax(axis=1)
-    classes = len(labels)
-    intervals = bootstrap_intervals(
-        truth, predicted, classes, resamples=RESAMPLES, level=LEVEL, seed=SEED
-    )
-    images = np.bincount(truth, minlength=classes)
-    per_class = zip(
-        labels,
-        images.tolist(),
-        _without_nan(per_class_precision(truth, predicted, classes)),
-        _without_nan(per_class_recall(truth, predicted, classes)),
-        _without_nan(per_class_f1(truth, predicted, classes)),
-        strict=True,
-    )
-    bins = reliability_bins(probabilities, truth, BINS)
-    figures: Figures = {
-        "images": len(samples),
-        "accuracy": accuracy(truth, predicted),
-        "accuracy_interval": list(intervals.accuracy),
-        "macro_f1": macro_f1(truth, predicted, classes),
-        "macro_f1_interval": list(intervals.macro_f1),
+    scores = Scores.of(labels_of(samples), probabilities)
+    counts = scores.confusion.sum(axis=1).tolist()
+    columns = zip(labels, counts, *scores.per_class.values(), strict=True)
+    return {
+        "images": scores.images,
+        "accuracy": scores.accuracy,
+        "accuracy_interval": list(scores.bootstrap.accuracy),
+        "macro_f1": scores.macro_f1,
+        "macro_f1_interval": list(scores.bootstrap.macro_f1),
         "interval": {
             "method": "percentile bootstrap over images",
             "level": LEVEL,
             "resamples": RESAMPLES,
             "seed": SEED,
         },
-        "largest_class": float(images.max() / len(truth)),
+        "largest_class": max(counts) / scores.images,
         **score_confidence(probabilities, samples),
         "classes": [
             {"label": label, "images": count, "precision": precision, "recall": recall, "f1": f1}
-            for label, count, precision, recall, f1 in per_class
+            for label, count, precision, recall, f1 in columns
         ],
-        "confusion_matrix": confusion_matrix(truth, predicted, classes).tolist(),
+        "confusion_matrix": scores.confusion.tolist(),
         "reliability": {
-            "confidence": _without_nan(bins.confidence),
-            "accuracy": _without_nan(bins.accuracy),
-            "count": bins.count.tolist(),
+            "confidence": without_nan(scores.reliability.confidence),
+            "accuracy": without_nan(scores.reliability.accuracy),
+            "count": scores.reliability.count.tolist(),
         },
     }
-    return figures
 
 
 def score_confidence(probabilities: Float32Array, samples: Sequence[Sample]) -> dict[str, float]:
@@ -324,10 +287,6 @@ def _read_dataset(config: EvaluateConfig) -> Dataset:
 def _scaled(figures: Figures) -> list[tuple[str, float]]:
     names = {"expected_calibration_error": "ECE", "mean_kl_from_votes": "KL from the votes"}
     return [(names[key], value) for key, value in figures["scaled"].items()]
-
-
-def _without_nan(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _described_data(figures: Figures) -> str:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 IndexArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
+CountArray = npt.NDArray[np.int64]
 
 Interval = tuple[float, float]
 
@@ -37,9 +38,7 @@ def accuracy(labels: IndexArray, predictions: IndexArray) -> float:
     return float(np.mean(labels == predictions))
 
 
-def confusion_matrix(
-    labels: IndexArray, predictions: IndexArray, num_classes: int
-) -> npt.NDArray[np.int64]:
+def confusion_matrix(labels: IndexArray, predictions: IndexArray, num_classes: int) -> CountArray:
     """Count the images of each labelled class by predicted class.
 
     Args:
@@ -56,71 +55,40 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def per_class_recall(
-    labels: IndexArray, predictions: IndexArray, num_classes: int
-) -> npt.NDArray[np.float64]:
-    """Share of each labelled class that was found.
+def per_class_recall(confusion: CountArray) -> npt.NDArray[np.float64]:
+    """Share of each labelled class that was found, float64 (C,).
 
-    Args:
-        labels: Integers (N,), 0 to C - 1.
-        predictions: Integers (N,), 0 to C - 1.
-        num_classes: C.
-
-    Returns:
-        float64 (C,), 0 to 1; NaN for a class that no image is labelled with.
+    NaN for a class that no image is labelled with. ``confusion`` is that of
+    :func:`confusion_matrix`, int64 (C, C), here and below.
     """
-    counts = confusion_matrix(labels, predictions, num_classes)
-    return _ratio(np.diagonal(counts), counts.sum(axis=1))
+    return _ratio(np.diagonal(confusion), confusion.sum(axis=1))
 
 
-def per_class_precision(
-    labels: IndexArray, predictions: IndexArray, num_classes: int
-) -> npt.NDArray[np.float64]:
-    """Share of the images predicted as each class that are of it.
+def per_class_precision(confusion: CountArray) -> npt.NDArray[np.float64]:
+    """Share of the images predicted as each class that are of it, float64 (C,).
 
-    Args:
-        labels: Integers (N,), 0 to C - 1.
-        predictions: Integers (N,), 0 to C - 1.
-        num_classes: C.
-
-    Returns:
-        float64 (C,), 0 to 1; NaN for a class that is never predicted.
+    NaN for a class that is never predicted.
     """
-    counts = confusion_matrix(labels, predictions, num_classes)
-    return _ratio(np.diagonal(counts), counts.sum(axis=0))
+    return _ratio(np.diagonal(confusion), confusion.sum(axis=0))
 
 
-def per_class_f1(
-    labels: IndexArray, predictions: IndexArray, num_classes: int
-) -> npt.NDArray[np.float64]:
-    """F1 = 2 TP / (2 TP + FP + FN) of each class.
+def per_class_f1(confusion: CountArray) -> npt.NDArray[np.float64]:
+    """F1 = 2 TP / (2 TP + FP + FN) of each class, float64 (..., C), from counts (..., C, C).
 
-    Args:
-        labels: Integers (N,), 0 to C - 1.
-        predictions: Integers (N,), 0 to C - 1.
-        num_classes: C.
-
-    Returns:
-        float64 (C,), 0 to 1; NaN for a class that is neither labelled nor predicted anywhere.
+    NaN for a class that is neither labelled nor predicted anywhere.
     """
-    return _f1(confusion_matrix(labels, predictions, num_classes))
+    true_positives = np.diagonal(confusion, axis1=-2, axis2=-1)
+    # Row sum = TP + FN, column sum = TP + FP.
+    return _ratio(2 * true_positives, confusion.sum(axis=-1) + confusion.sum(axis=-2))
 
 
-def macro_f1(labels: IndexArray, predictions: IndexArray, num_classes: int) -> float:
-    """Mean over classes of F1, every class weighing the same.
+def macro_f1(confusion: CountArray) -> float:
+    """Mean over classes of F1, every class weighing the same; 0 to 1.
 
     A class that is neither labelled nor predicted anywhere is left out of the mean, as torchmetrics
     and scikit-learn do; one that is labelled but never predicted, or the other way, counts as 0.
-
-    Args:
-        labels: Integers (N,), 0 to C - 1.
-        predictions: Integers (N,), 0 to C - 1.
-        num_classes: C.
-
-    Returns:
-        0 to 1.
     """
-    return float(np.nanmean(per_class_f1(labels, predictions, num_classes)))
+    return float(np.nanmean(per_class_f1(confusion)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +105,7 @@ class BootstrapIntervals:
 
 
 def bootstrap_intervals(
-    labels: IndexArray,
-    predictions: IndexArray,
-    num_classes: int,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    confusion: CountArray, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> BootstrapIntervals:
     """Percentile bootstrap intervals over images (Efron 1979).
 
@@ -151,22 +113,19 @@ def bootstrap_intervals(
     its cells from a multinomial distribution: that is what is drawn.
 
     Args:
-        labels: Integers (N,), 0 to C - 1.
-        predictions: Integers (N,), 0 to C - 1.
-        num_classes: C.
+        confusion: int64 (C, C).
         resamples: How many samples of N images are drawn.
         level: Share of the resamples that the interval holds.
         seed: Of the draws.
     """
-    counts = confusion_matrix(labels, predictions, num_classes)
     generator = np.random.default_rng(seed)
-    images = int(counts.sum())
-    drawn = generator.multinomial(images, counts.ravel() / images, size=resamples)
-    drawn = drawn.reshape(resamples, num_classes, num_classes)
+    images = int(confusion.sum())
+    drawn = generator.multinomial(images, confusion.ravel() / images, size=resamples)
+    drawn = drawn.reshape(resamples, *confusion.shape)
     accuracies = np.trace(drawn, axis1=1, axis2=2) / images  # (resamples,)
-    f1 = np.nanmean(_f1(drawn), axis=1)  # (resamples,)
+    mean_f1 = np.nanmean(per_class_f1(drawn), axis=1)  # (resamples,)
     ends = (0.5 - level / 2, 0.5 + level / 2)
-    low, high = np.quantile(np.stack((accuracies, f1)), ends, axis=1)  # (2,) each
+    low, high = np.quantile(np.stack((accuracies, mean_f1)), ends, axis=1)  # (2,) each
     return BootstrapIntervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
 
 
@@ -346,13 +305,6 @@ def max_probability_difference(reference: FloatArray, other: FloatArray) -> floa
 def _clipped(probabilities: FloatArray) -> npt.NDArray[np.float64]:
     clipped = np.maximum(probabilities.astype(np.float64), KL_EPSILON)
     return np.asarray(clipped / clipped.sum(axis=1, keepdims=True))
-
-
-def _f1(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """F1 of each class, (..., C), from confusion matrices (..., C, C)."""
-    true_positives = np.diagonal(counts, axis1=-2, axis2=-1)
-    # Row sum = TP + FN, column sum = TP + FP.
-    return _ratio(2 * true_positives, counts.sum(axis=-1) + counts.sum(axis=-2))
 
 
 def _ratio(

@@ -1,12 +1,14 @@
-"""Folders to write to: refused early, used by one job at a time, not left behind empty."""
+"""Folders to write to: refused early, one command at a time, nothing left half-written."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
@@ -123,3 +125,85 @@ def empty_folders_removed(path: Path) -> Iterator[None]:
         with interrupts_wait(), contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def claim_folder(path: Path, work: str, option: str = "--out") -> Iterator[None]:
+    """Make a folder where it is missing and keep other commands of this kind out of it.
+
+    A folder that was made here and is empty at the end goes again.
+
+    Args:
+        path: The folder.
+        work: What is done in it, as one word, for messages.
+        option: What names it, for messages.
+
+    Raises:
+        ConfigError: It cannot be made or written, or another process works in it.
+        OSError: The disk is full.
+    """
+    with empty_folders_removed(path):
+        make_folder(path, option)
+        with lock_folder(path, work):
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """A folder that one command works in; see :func:`open_workspace`.
+
+    Attributes:
+        path: The folder.
+        scratch: A hidden folder in it. Files are made here, under their own names.
+    """
+
+    path: Path
+    scratch: Path
+
+    def publish(self, obsolete: Callable[[str], str] | None = None) -> None:
+        """Move all files of ``scratch`` to their places, together; an interrupt waits for it.
+
+        Args:
+            obsolete: Of a file's name, that of the file which goes when this one comes.
+        """
+        with interrupts_wait():
+            for file in sorted(self.scratch.iterdir()):
+                os.replace(file, self.path / file.name)
+                if obsolete is not None:
+                    (self.path / obsolete(file.name)).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
+    """Claim a folder, with a hidden one in it to make files in.
+
+    Whatever ends the block, what was not published is gone afterwards. What a command that was
+    killed has left is cleared away first.
+
+    Args:
+        path: The folder.
+        work: What is done in it, as one word: of its messages and of the hidden folder's name.
+
+    Raises:
+        ConfigError: It cannot be made or written, another process works in it, or the disk is
+            full.
+    """
+    scratch = path / f".efficientface-{work}"
+    try:
+        with claim_folder(path, work):
+            try:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                yield Workspace(path, scratch)
+            finally:
+                with interrupts_wait():
+                    shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ConfigError(
+            error.filename or path,
+            "space for what is written",
+            system_words(error),
+            "free some on that disk, or choose another --out",
+        ) from None

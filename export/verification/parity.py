@@ -7,22 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 import efficientface_deploy as ef
 from efficientface_deploy.errors import VerificationError
 from efficientface_deploy.vision.preprocess import Float32Array
-from efficientface_deploy.workbench.evaluation import run_in_batches, softmax
+from efficientface_deploy.workbench.evaluation import Differences, Scores, run_in_batches, softmax
 from efficientface_deploy.workbench.metrics import (
     Interval,
-    accuracy,
-    macro_f1,
-    max_probability_difference,
-    mean_kl,
-    paired_accuracy_difference,
-    share_interval,
-    top1_agreement,
 )
 from efficientface_export.verification.reference import TestSet
 
@@ -177,43 +167,40 @@ def compare(
     """
     reference = softmax(reference_logits)
     threshold = THRESHOLDS[precision]
-    difference = max_probability_difference(reference, probabilities)
-    agreement = top1_agreement(reference, probabilities)
-    images = len(reference)
-    interval = share_interval(round(agreement * images), images)
-    kl = mean_kl(reference, probabilities)
+    apart = Differences.of(reference, probabilities, test_set.labels)
+    images, agreement, kl = len(reference), apart.agreement, apart.mean_kl
 
     problems = []
     # Written so that NaN counts as a problem.
-    if not difference <= threshold.max_difference:
-        problems.append(f"difference {difference:.2g} > {threshold.max_difference:g}")
+    if not apart.largest <= threshold.max_difference:
+        problems.append(f"difference {apart.largest:.2g} > {threshold.max_difference:g}")
     if not kl <= threshold.max_kl:
         problems.append(f"KL {kl:.2g} > {threshold.max_kl:g}")
-    if images >= MINIMUM_FOR_AGREEMENT and not interval[1] >= threshold.min_agreement:
+    if (
+        images >= MINIMUM_FOR_AGREEMENT
+        and not apart.agreement_interval[1] >= threshold.min_agreement
+    ):
         problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
 
     verification = Verification(
         runner=runner,
         images=images,
         source=test_set.source,
-        max_difference=difference,
+        max_difference=apart.largest,
         agreement=agreement,
-        agreement_interval=interval,
+        agreement_interval=apart.agreement_interval,
         kl=kl,
         problems=tuple(problems),
     )
-    if test_set.labels is None:
+    if test_set.labels is None or apart.accuracy is None:
         return verification
-    paired = paired_accuracy_difference(
-        test_set.labels, reference.argmax(axis=1), probabilities.argmax(axis=1)
-    )
-    scores = _scores(probabilities, test_set.labels)
+    scores = Scores.of(test_set.labels, probabilities)
     return dataclasses.replace(
         verification,
-        accuracy=scores["accuracy"],
-        accuracy_difference=paired.value,
-        accuracy_interval=paired.interval,
-        macro_f1=scores["macro_f1"],
+        accuracy=scores.accuracy,
+        accuracy_difference=apart.accuracy.value,
+        accuracy_interval=apart.accuracy.interval,
+        macro_f1=scores.macro_f1,
     )
 
 
@@ -263,16 +250,9 @@ def score_artifact(path: Path, test_set: TestSet) -> dict[str, float]:
     """
     assert test_set.labels is not None
     with ef.load(path) as predictor:
-        return _scores(_probabilities(predictor, test_set), test_set.labels)
+        scores = Scores.of(test_set.labels, _probabilities(predictor, test_set))
+    return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
 
 
 def _probabilities(predictor: ef.Predictor, test_set: TestSet) -> Float32Array:
     return run_in_batches(lambda batch: predictor.infer(batch)[1], test_set.images)
-
-
-def _scores(probabilities: Float32Array, labels: npt.NDArray[np.int64]) -> dict[str, float]:
-    predicted = probabilities.argmax(axis=1)
-    return {
-        "accuracy": accuracy(labels, predicted),
-        "macro_f1": macro_f1(labels, predicted, probabilities.shape[1]),
-    }

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.dataset import Sample
-from efficientface_deploy.workbench.metrics import IndexArray, accuracy, macro_f1
+from efficientface_deploy.workbench.metrics import IndexArray, accuracy, confusion_matrix, macro_f1
 from efficientface_deploy.workbench.progress import duration
 from training.plots import write_curves
 from training.trainer.checkpointing import (
@@ -95,7 +95,9 @@ def train(
                 logits, labels = trainer.judge(selection)
                 predicted = logits.argmax(axis=1)
                 row["accuracy"] = accuracy(labels, predicted)
-                row["macro_f1"] = macro_f1(labels, predicted, job.spec.num_classes)
+                row["macro_f1"] = macro_f1(
+                    confusion_matrix(labels, predicted, job.spec.num_classes)
+                )
             seconds = progress.seconds
             progress = Progress(history=[*progress.history, row])
             if ranks.is_first:

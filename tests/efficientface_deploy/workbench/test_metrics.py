@@ -47,19 +47,21 @@ def test_confusion_matrix_has_labels_as_rows() -> None:
 
 
 def test_per_class_recall_is_nan_for_an_unlabelled_class() -> None:
-    recall = per_class_recall(np.array([0, 0, 2]), np.array([0, 1, 2]), 4)
+    recall = per_class_recall(confusion_matrix(np.array([0, 0, 2]), np.array([0, 1, 2]), 4))
     np.testing.assert_array_equal(recall, [0.5, np.nan, 1.0, np.nan])
 
 
 def test_macro_f1_leaves_out_a_class_that_never_occurs() -> None:
     labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
     expected = (2 * 2 / (2 * 2 + 1) + 2 * 1 / (2 * 1 + 1)) / 2
-    assert macro_f1(labels, predictions, 2) == pytest.approx(expected)
-    assert macro_f1(labels, predictions, 9) == pytest.approx(expected)
+    assert macro_f1(confusion_matrix(labels, predictions, 2)) == pytest.approx(expected)
+    assert macro_f1(confusion_matrix(labels, predictions, 9)) == pytest.approx(expected)
 
 
 def test_macro_f1_counts_a_class_that_is_only_predicted_as_zero() -> None:
-    assert macro_f1(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx((2 / 3 + 0) / 2)
+    assert macro_f1(confusion_matrix(np.array([0, 0]), np.array([0, 1]), 2)) == pytest.approx(
+        (2 / 3 + 0) / 2
+    )
 
 
 def test_calibration_error_by_hand() -> None:
@@ -93,11 +95,11 @@ def test_agrees_with_torchmetrics(seed: int, present: int) -> None:
     expected = functional.multiclass_accuracy(p, t, CLASSES, average="micro").item()
     assert accuracy(labels, predictions) == pytest.approx(expected)
     expected = functional.multiclass_f1_score(p, t, CLASSES, average="macro").item()
-    assert macro_f1(labels, predictions, CLASSES) == pytest.approx(expected)
+    assert macro_f1(confusion_matrix(labels, predictions, CLASSES)) == pytest.approx(expected)
     matrix = functional.multiclass_confusion_matrix(p, t, CLASSES).numpy()
     np.testing.assert_array_equal(confusion_matrix(labels, predictions, CLASSES), matrix)
     recall = functional.multiclass_recall(p, t, CLASSES, average="none").numpy()[:present]
-    ours = per_class_recall(labels, predictions, CLASSES)
+    ours = per_class_recall(confusion_matrix(labels, predictions, CLASSES))
     np.testing.assert_allclose(ours[:present], recall, rtol=1e-6)
     assert np.isnan(ours[present:]).all()
     for bins in (10, 15):
@@ -142,7 +144,7 @@ def test_nan_is_not_hidden() -> None:
 )
 def test_wrong_indices_are_refused(labels: list[int], predictions: list[int]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        macro_f1(np.array(labels, dtype=int), np.array(predictions, dtype=int), 3)
+        confusion_matrix(np.array(labels, dtype=int), np.array(predictions, dtype=int), 3)
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -158,11 +160,12 @@ def test_wrong_shapes_are_refused() -> None:
 def test_precision_recall_and_f1_of_each_class_by_hand() -> None:
     labels, predictions = np.array([0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
     nan = np.nan
-    np.testing.assert_allclose(per_class_precision(labels, predictions, 4), [1, 1 / 3, nan, nan])
-    np.testing.assert_allclose(per_class_recall(labels, predictions, 4), [2 / 3, 1, 0, nan])
-    f1 = per_class_f1(labels, predictions, 4)
+    confusion = confusion_matrix(labels, predictions, 4)
+    np.testing.assert_allclose(per_class_precision(confusion), [1, 1 / 3, nan, nan])
+    np.testing.assert_allclose(per_class_recall(confusion), [2 / 3, 1, 0, nan])
+    f1 = per_class_f1(confusion)
     np.testing.assert_allclose(f1, [0.8, 0.5, 0, nan])
-    assert macro_f1(labels, predictions, 4) == pytest.approx(np.nanmean(f1))
+    assert macro_f1(confusion) == pytest.approx(np.nanmean(f1))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -173,10 +176,16 @@ def test_intervals_are_those_of_drawing_images(seed: int) -> None:
     predictions = np.where(generator.random(300) < 0.7, labels, generator.integers(0, 4, 300))
     drawn = generator.integers(0, 300, (4000, 300))
     scores = [
-        (accuracy(labels[i], predictions[i]), macro_f1(labels[i], predictions[i], 4)) for i in drawn
+        (
+            accuracy(labels[i], predictions[i]),
+            macro_f1(confusion_matrix(labels[i], predictions[i], 4)),
+        )
+        for i in drawn
     ]
     low, high = np.quantile(scores, (0.025, 0.975), axis=0)
-    found = bootstrap_intervals(labels, predictions, 4, resamples=20_000, seed=seed)
+    found = bootstrap_intervals(
+        confusion_matrix(labels, predictions, 4), resamples=20_000, seed=seed
+    )
     np.testing.assert_allclose(found.accuracy, (low[0], high[0]), atol=0.005)
     np.testing.assert_allclose(found.macro_f1, (low[1], high[1]), atol=0.012)
     assert found.accuracy[0] < accuracy(labels, predictions) < found.accuracy[1]
@@ -188,7 +197,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     for _ in range(300):
         labels = np.zeros(400, dtype=int)
         predictions = (generator.random(400) > 0.8).astype(int)  # right four times in five
-        low, high = bootstrap_intervals(labels, predictions, 2, resamples=500).accuracy
+        low, high = bootstrap_intervals(
+            confusion_matrix(labels, predictions, 2), resamples=500
+        ).accuracy
         hits += low <= 0.8 <= high
     assert 0.91 <= hits / 300 <= 0.98
 
@@ -196,14 +207,15 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_intervals_are_seeded_wider_at_a_higher_level_and_a_point_without_errors() -> None:
     probabilities, labels = random_case(0)
     predictions = probabilities.argmax(axis=1)
-    first = bootstrap_intervals(labels, predictions, CLASSES)
-    assert first == bootstrap_intervals(labels, predictions, CLASSES)
-    assert first != bootstrap_intervals(labels, predictions, CLASSES, seed=1)
-    wider = bootstrap_intervals(labels, predictions, CLASSES, level=0.99)
+    first = bootstrap_intervals(confusion_matrix(labels, predictions, CLASSES))
+    assert first == bootstrap_intervals(confusion_matrix(labels, predictions, CLASSES))
+    assert first != bootstrap_intervals(confusion_matrix(labels, predictions, CLASSES), seed=1)
+    wider = bootstrap_intervals(confusion_matrix(labels, predictions, CLASSES), level=0.99)
     assert wider.accuracy[0] < first.accuracy[0] and wider.accuracy[1] > first.accuracy[1]
-    perfect = bootstrap_intervals(labels, labels, CLASSES)
+    perfect = bootstrap_intervals(confusion_matrix(labels, labels, CLASSES))
     assert perfect.accuracy == perfect.macro_f1 == (1.0, 1.0)
-    assert bootstrap_intervals(np.array([1]), np.array([0]), 2).accuracy == (0.0, 0.0)
+    wrong = confusion_matrix(np.array([1]), np.array([0]), 2)
+    assert bootstrap_intervals(wrong).accuracy == (0.0, 0.0)
 
 
 def test_reliability_bins_by_hand() -> None:

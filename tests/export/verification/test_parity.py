@@ -185,7 +185,7 @@ class TestTestSet:
 
         images = RANDOM.integers(0, 255, (70, 2, 2, 3), dtype=np.uint8)
         np.testing.assert_array_equal(run_in_batches(infer, images), images[:, 0, 0])
-        assert sizes == [32, 32, 6]
+        assert sizes == [64, 6]
 
 
 class TestArtifact:
@@ -216,7 +216,7 @@ class TestArtifact:
         from efficientface_deploy.backends.base import Output
         from efficientface_deploy.backends.onnx import OnnxBackend
 
-        bad = np.full((32, 7), np.nan, dtype=np.float32)
+        bad = np.full((64, 7), np.nan, dtype=np.float32)
         monkeypatch.setattr(
             OnnxBackend, "_infer", lambda self, batch: Output(bad[: len(batch)], bad[: len(batch)])
         )
