@@ -33,7 +33,6 @@ from benchmarks.report.result import (
 from benchmarks.report.tables import (
     interval,
     of,
-    scaled,
     tables_of,
     tabulate,
 )
@@ -47,7 +46,6 @@ _BLOCK = re.compile(
 )
 _HEAD = re.compile(r"^<!-- [a-z]+: \S+ -->$", re.MULTILINE)
 _BACKENDS = {"torch": "PyTorch", "onnx": "ONNX", "trt": "TensorRT", "trt-rtx": "TensorRT for RTX"}
-_PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -100,8 +98,10 @@ def render(text: str, path: Path, root: Path = ROOT) -> str:
 def _table(form: str, path: Path) -> Table:
     result = read_result(path)
     if form in _PARTS:
-        titles = {table.title: table for table in tables_of(result)}
-        return dataclasses.replace(titles[_PARTS[form]], title="", notes=())
+        found = [table for table in tables_of(result) if table.title == _PARTS[form]]
+        if not found:
+            raise ArtifactError(path, f"a result with {form}", "none", "name another result")
+        return dataclasses.replace(found[0], title="", notes=())
     if result["kind"] != form:
         expected = f"a result of kind {form}, as the comment says"
         raise ArtifactError(path, expected, result["kind"], "name a result of that kind")
@@ -144,45 +144,6 @@ def latency_summary(result: Result) -> Table:
     return tabulate("", columns, rows)
 
 
-def accuracy_summary(result: Result) -> Table:
-    """One row per model and backend."""
-    columns = {
-        "": _name,
-        ">accuracy": _share("accuracy"),
-        ">macro-F1": _share("macro_f1"),
-        ">ECE": _share("ece"),
-        f">same label as {result['reference']}": _share("agreement"),
-    }
-    return tabulate("", columns, result["rows"])
-
-
-def export_summary(result: Result) -> Table:
-    """One row per exported file; an engine that could not run here says so."""
-
-    def order(entry: Row) -> tuple[bool, int]:
-        precision = entry.get("precision")
-        rank = _PRECISIONS.index(precision) if precision in _PRECISIONS else len(_PRECISIONS)
-        return not entry["file"].endswith(".onnx"), rank
-
-    def difference(entry: Row) -> str:
-        if entry.get("accuracy_difference") is None:
-            return ""
-        low, high = entry["accuracy_interval"]
-        value = f"{100 * entry['accuracy_difference']:+.2f}"
-        return f"{value} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-    columns = {
-        "file": lambda entry: f"`{entry['file']}`",
-        ">MB": of("bytes", scaled(1e-6, 2)),
-        "arithmetic (convolutions)": _arithmetic,
-        ">same label": lambda entry: _share("agreement")(entry) or "not run here",
-        ">accuracy minus PyTorch's, points": difference,
-        ">mean KL": of("kl", lambda value: f"{value:.1e}"),
-    }
-    rows = [{**row, **(row.get("verification") or {})} for row in rows_of(result)]
-    return tabulate("", columns, sorted(rows, key=order))
-
-
 def peers_summary(result: Result) -> Table:
     """One row per network and toolchain that is ranked: its time by ours, for each kind of work."""
     found: dict[tuple[str, str], dict[tuple[int, int], Row]] = {}
@@ -207,19 +168,7 @@ def peers_summary(result: Result) -> Table:
 
 
 _PARTS = {"goals": "Goals", "profile": "Profile by kind of operator"}  # titles
-_SUMMARIES = {
-    "latency": latency_summary,
-    "accuracy": accuracy_summary,
-    "export": export_summary,
-    "peers": peers_summary,
-}
-
-
-def _arithmetic(entry: Row) -> str:
-    """``24 fp32 + 102 int8``; an engine's kernels, which its notes count."""
-    text = str(entry.get("arithmetic") or "").partition(" convolutions")[0]
-    kernels = re.search(r"\b\d+ kernels\b", " ".join(map(str, entry.get("notes") or [])))
-    return f"{text}, {kernels[0]}" if kernels else text
+_SUMMARIES = {"latency": latency_summary, "peers": peers_summary}
 
 
 def _name(row: Any) -> str:
@@ -234,19 +183,6 @@ def _name(row: Any) -> str:
 def _with_speedup(case: Case) -> str:
     gain, text = case.get("speedup"), digits(case["p50_ms"])
     return text if gain is None or gain["value"] == 1 else f"{text} ({gain['value']:.1f}x)"
-
-
-def _share(key: str) -> Callable[[Row], str]:
-    """A share in percent, its interval in square brackets."""
-
-    def say(row: Row) -> str:
-        if row.get(key) is None:
-            return ""
-        ends = row.get(f"{key}_interval")
-        text = f"{100 * row[key]:.2f} %"
-        return f"{text} [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else text
-
-    return say
 
 
 def _count(number: int, thing: str) -> str:

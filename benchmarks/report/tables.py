@@ -5,6 +5,7 @@ A column is a name and what it says of a row; the name of one that holds figures
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,12 @@ from efficientface_deploy.workbench.tables import Table
 Columns = Mapping[str, Callable[[Any], str]]
 
 TOP_LAYERS = 12
+_PRECISIONS = ("fp32", "fp16", "int8")
+
+
+class Heading(str):
+    """A line over the rows that follow it."""
+
 
 # What a kind without tables of its own has beside its figures.
 _HEAD = {"schema", "kind", "date", "machine", "software", "git", "config"}
@@ -58,11 +65,12 @@ def tabulate(title: str, columns: Columns, rows: Iterable[Any], notes: Sequence[
     Args:
         title: Above it.
         columns: Name of each column -> what it says of a row.
-        rows: Parts of a result; a text is a heading over those that follow.
+        rows: Parts of a result, and headings.
         notes: Below it.
     """
     cells = [
-        [row] if isinstance(row, str) else [say(row) for say in columns.values()] for row in rows
+        [row] if isinstance(row, Heading) else [say(row) for say in columns.values()]
+        for row in rows
     ]
     filled = [row for row in cells if len(row) == len(columns)]
     kept = [index for index in range(len(columns)) if any(row[index] for row in filled)]
@@ -162,7 +170,7 @@ def latency_table(result: Result) -> Table:
         ">x roofline": lambda case: digits(roofline_distance(case)),
         ">mJ an image": of("joules_per_image", lambda joules: digits(1e3 * joules)),
     }
-    rows = [row for title, own in panels(cases) for row in (title, *own)]
+    rows = [row for title, own in panels(cases) for row in (Heading(title), *own)]
     return tabulate("Latency, milliseconds a call", columns, rows, notes)
 
 
@@ -224,12 +232,9 @@ def profile_table(result: Result) -> Table:
     """Where the time goes, by what the operators do; a column for each model."""
     profiles = [entry for entry in result.get("profiles") or [] if "kinds" in entry]
     found = [{row["kind"]: row for row in profile["kinds"]} for profile in profiles]
-    # In the order of the profile with most kinds; one that it lacks comes before its last.
-    longest = list(max(found, key=lambda own: len(own), default={}))
-    others = [kind for kind in dict.fromkeys(kind for own in found for kind in own)]
-    others = [kind for kind in others if kind not in longest]
-    rows = [[own.get(kind) for own in found] for kind in (*longest[:-1], *others, *longest[-1:])]
-    body = [[next(row["kind"] for row in own if row), *map(_profile_cell, own)] for own in rows]
+    # In the order of the profile with most kinds.
+    kinds = dict.fromkeys(kind for own in sorted(found, key=len, reverse=True) for kind in own)
+    body = [[kind, *(_profile_cell(own.get(kind)) for own in found)] for kind in kinds]
     if profiles:
         body.append(["all", *(f"{profile['total_us']:,.0f}" for profile in profiles)])
     columns = ["Microseconds a pass", *(f">{_profile_name(profile)}" for profile in profiles)]
@@ -258,11 +263,11 @@ def _profile_name(profile: Row) -> str:
 
 def layers_table(result: Result) -> Table:
     """The layers that take longest, for each model."""
-    rows: list[Row | str] = []
+    rows: list[Row | Heading] = []
     for profile in result.get("profiles") or []:
         layers = (profile.get("layers") or [])[:TOP_LAYERS]
         own = [{**layer, "share": layer["us"] / profile["total_us"]} for layer in layers]
-        rows += [_profile_name(profile), *own] if own else []
+        rows += [Heading(_profile_name(profile)), *own] if own else []
     columns = {
         "Layer": of("name"),
         "Operator": of("operator"),
@@ -276,11 +281,11 @@ def layers_table(result: Result) -> Table:
 
 def engine_table(result: Result) -> Table:
     """The layers of each engine, counted by kind."""
-    rows: list[Row | str] = []
+    rows: list[Row | Heading] = []
     for profile in result.get("profiles") or []:
         kinds = [layer["kind"] for layer in profile.get("engine_layers") or []]
         own = [{"kind": kind, "layers": kinds.count(kind)} for kind in dict.fromkeys(kinds)]
-        rows += [_profile_name(profile), *own] if own else []
+        rows += [Heading(_profile_name(profile)), *own] if own else []
     columns = {"Kind": of("kind"), ">Layers": of("layers")}
     return tabulate("Engines' layers, by TensorRT's inspector", columns, rows)
 
@@ -333,12 +338,23 @@ def _class_cell(row: Row, index: int) -> str:
 
 
 def export_table(result: Result) -> Table:
-    """One row per exported file, from the report of efficientface-export."""
+    """One row per exported file, from the report of efficientface-export; engines come last."""
+
+    def order(entry: Row) -> tuple[bool, int]:
+        precision = entry.get("precision")
+        rank = _PRECISIONS.index(precision) if precision in _PRECISIONS else len(_PRECISIONS)
+        return not entry["file"].endswith(".onnx"), rank
+
+    def kernels(entry: Row) -> str:
+        found = re.search(r"\b(\d+) kernels\b", " ".join(map(str, entry.get("notes") or [])))
+        return found[1] if found else ""
+
     rows = [{**row, **(row.get("verification") or {})} for row in rows_of(result)]
     columns: Columns = {
-        "File": of("file"),
+        "File": of("file", lambda name: f"`{name}`"),
         ">MB": of("bytes", scaled(1e-6, 2)),
         "Arithmetic": of("arithmetic"),
+        ">Kernels": kernels,
         ">Same label %": share("agreement"),
         ">Accuracy minus PyTorch's, points": lambda row: of(
             "accuracy_difference", lambda value: points(value, row["accuracy_interval"])
@@ -346,7 +362,8 @@ def export_table(result: Result) -> Table:
         ">Mean KL": of("kl", lambda value: f"{value:.1e}"),
         "Status": of("status"),
     }
-    return tabulate(f"Export of {result.get('weights') or 'a model'}", columns, rows)
+    title = f"Export of {result.get('weights') or 'a model'}"
+    return tabulate(title, columns, sorted(rows, key=order))
 
 
 # ---- any kind
