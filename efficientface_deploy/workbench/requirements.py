@@ -1,4 +1,4 @@
-"""One line for a package that is not installed, instead of a traceback."""
+"""Packages that may be missing: one line that names the extra, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import importlib.util
 from efficientface_deploy.errors import BackendError
 
 # Module: what it is for, and the extra that brings it.
-_PURPOSES = {
+_EXTRAS = {
     "onnx": ("to read and write ONNX files", "engine"),
     "onnxconverter_common": ("to convert a graph to FP16", "engine"),
     "onnxruntime": ("to measure ranges for FP16 and INT8", "cpu"),
     "onnxscript": ("to trace a checkpoint to ONNX", "export"),
+    "rich": ("to draw tables", "bench"),
+    "matplotlib": ("to draw plots", "bench"),
+    "MNN": ("to compare with", "peers"),
+    "ncnn": ("to compare with", "peers"),
+    "openvino": ("to compare with", "peers"),
+    "pnnx": ("to compare with", "peers"),
+    "torch": ("to train, and to export a checkpoint", "torch"),
+    "torchvision": ("to train, and to compare with", "torch"),
 }
 
 
@@ -20,18 +28,30 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def require_package(module: str) -> None:
+def missing_reason(*modules: str) -> str | None:
+    """``no MNN and no pnnx here; pip install ...``; None where all are installed."""
+    missing = [module for module in modules if not is_installed(module)]
+    if not missing:
+        return None
+    extras = ",".join(dict.fromkeys(_EXTRAS[module][1] for module in missing))
+    return f"no {' and no '.join(missing)} here; {_install(extras)}"
+
+
+def require_package(module: str, subject: str = "efficientface-export") -> None:
     """Make sure that an optional package is installed.
 
+    Args:
+        module: One of the table above.
+        subject: Who asks for it.
+
     Raises:
-        BackendError: It is not; the error names the extra to install.
+        BackendError: It is not installed; the error names the extra to install.
     """
-    if is_installed(module):
-        return
-    purpose, extra = _PURPOSES[module]
-    raise BackendError(
-        "efficientface-export",
-        f"{module.replace('_', '-')}, {purpose}",
-        "it is not installed",
-        f"pip install 'efficientface-deploy[{extra}]'",
-    )
+    if not is_installed(module):
+        purpose, extra = _EXTRAS[module]
+        expected = f"{module.replace('_', '-')}, {purpose}"
+        raise BackendError(subject, expected, "it is not installed", _install(extra))
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'efficientface-deploy[{extra}]'"
