@@ -51,9 +51,9 @@ from benchmarks.measure.roofline import (
     measure_peaks,
     roofline_of,
 )
-from benchmarks.report.publish import publish, require_libraries
+from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, END_TO_END, Row, new_result
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, run_command
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
@@ -123,15 +123,8 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/latency.py``."""
-    config = parse_config(
-        LatencyConfig,
-        argv,
-        prog="benchmarks/latency.py",
-        description="Time every model on every backend of this machine.",
-    )
-    require_libraries()
-    publish(run(config), config.out)
-    return 0
+    description = "Time every model on every backend of this machine."
+    return run_benchmark("latency", LatencyConfig, run, argv, description)
 
 
 def run(config: LatencyConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ rich and matplotlib are imported where they draw: reading a result needs neither
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from benchmarks.report.result import (
     write_result,
 )
 from benchmarks.report.tables import tables_of
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.command import parse_config
 from efficientface_deploy.files import write_text
-from efficientface_deploy.workbench.requirements import is_installed
+from efficientface_deploy.workbench.requirements import require_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +52,39 @@ _NAMES |= {"training": "Training steps"}
 _PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own
 
 
+def run_benchmark(
+    command: str,
+    config_class: type[Any],
+    run: Callable[[Any], Mapping[str, Any]],
+    argv: Sequence[str] | None,
+    description: str | None,
+) -> int:
+    """The command of a benchmark: read the options, measure, write the result and show it.
+
+    Args:
+        command: Its file's name, e.g. ``latency``.
+        config_class: The options.
+        run: Measures.
+        argv: Arguments; None reads ``sys.argv``.
+        description: For ``--help``.
+    """
+    prog = f"benchmarks/{command}.py"
+    config = parse_config(config_class, argv, prog=prog, description=description or "")
+    require_libraries()
+    publish(run(config), config.out)
+    return 0
+
+
+def require_libraries() -> None:
+    """Ask for what draws before the measurement rather than after it.
+
+    Raises:
+        BackendError: rich or matplotlib is not installed.
+    """
+    for module in ("rich", "matplotlib"):
+        require_package(module, "benchmarks")
+
+
 def publish(result: Mapping[str, Any], out: Path | None) -> Path:
     """Write a new result as JSON, Markdown and, where calls were timed, PNG; print it.
 
@@ -73,7 +106,7 @@ def publish(result: Mapping[str, Any], out: Path | None) -> Path:
         written.append(path.with_suffix(".png").name)
     output = console()
     show(read, output)
-    output.print(f"wrote {', '.join(written)} to {folder}", markup=False)
+    output.print(f"wrote {' and '.join(written)} to {folder}", markup=False)
     return path
 
 
@@ -130,18 +163,6 @@ def show_comparison(comparison: Comparison, output: Console) -> None:
         output.print(f"regression: {regression}", style="red", markup=False)
     if not comparison.regressions and comparison.judged:
         output.print("no regression beyond the noise", markup=False)
-
-
-def require_libraries() -> None:
-    """Ask for what draws before the measurement rather than after it.
-
-    Raises:
-        ConfigError: rich or matplotlib is not installed.
-    """
-    missing = [name for name in ("rich", "matplotlib") if not is_installed(name)]
-    if missing:
-        found, fix = f"no {' and no '.join(missing)}", "pip install 'efficientface-deploy[bench]'"
-        raise ConfigError("benchmarks", "rich and matplotlib", found, fix)
 
 
 def console() -> Console:

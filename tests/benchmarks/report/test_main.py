@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import ROOT
-from benchmarks.report import publish
 from benchmarks.report.__main__ import main
 from benchmarks.report.publish import METHOD, console, require_libraries, show
 from benchmarks.report.result import write_result
 from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import BackendError
+from efficientface_deploy.workbench import requirements
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 
@@ -163,6 +163,6 @@ def test_a_damaged_part_is_one_line_and_nothing_is_written(
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_libraries()
-    monkeypatch.setattr(publish, "is_installed", lambda name: False)
-    with pytest.raises(ConfigError, match=r"no rich and no matplotlib.*deploy\[bench\]"):
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
+    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*deploy\[bench\]"):
         require_libraries()
