@@ -38,6 +38,7 @@ from benchmarks.measure.models import (
     Absent,
     Contender,
     choose_backends,
+    default_models,
     find_models,
     one_line,
     open_contenders,
@@ -52,7 +53,6 @@ from benchmarks.measure.roofline import (
     floor_of,
     measure_ceilings,
 )
-from benchmarks.precisions import default_models
 from benchmarks.report.__main__ import COMPUTE, END_TO_END, plot_latency, write_result
 from benchmarks.report.result import default_folder, new_result
 from benchmarks.report.tables import console, require_libraries, show

@@ -1,7 +1,7 @@
-"""The tables of peers, runtime, graph layouts and training steps.
+"""The studies: peers, runtime, graph layouts and training steps; their tables, their one command.
 
-Each function takes a result of its kind, one made by an older version too, and gives its tables,
-the most important first. What was skipped and the warnings are shown by the report itself.
+Each function for tables takes a result of its kind, one made by an older version too, and gives its
+tables, the most important first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.result import Result
+from benchmarks.report.result import Result, default_folder, headline, write_result
+from benchmarks.report.tables import absent_table, console, require_libraries
+from efficientface_deploy.command import parse_config
+from efficientface_deploy.files import write_text
 from efficientface_deploy.workbench.tables import Table
 
 NOISY = "the machine was busy with something else: read the times with care"
@@ -204,6 +207,43 @@ STUDIES: dict[str, Callable[[Result], list[Table]]] = {
     "graphs": graphs_tables,
     "training": training_tables,
 }
+
+
+def run_study(
+    kind: str,
+    config_class: type[Any],
+    run: Callable[[Any], Result],
+    argv: Sequence[str] | None,
+    description: str | None,
+    command: str = "",
+) -> int:
+    """The command of a study: read the options, measure, write JSON and Markdown, show the tables.
+
+    Args:
+        kind: Of the result, which names its files.
+        config_class: The options.
+        run: Measures.
+        argv: Arguments; None reads ``sys.argv``.
+        description: For ``--help``.
+        command: Its file's name, where the kind does not have it.
+    """
+    prog = f"benchmarks/{command or kind}.py"
+    config = parse_config(config_class, argv, prog=prog, description=description or "")
+    require_libraries()
+    result = run(config)
+    folder = config.out or default_folder(result)
+    write_result(result, folder / f"{kind}.json")
+    tables: list[Any] = STUDIES[kind](result)
+    if result.get("absent"):
+        tables.append(absent_table(result["absent"]))
+    notes = [f"warning: {warning}" for warning in result.get("warnings", ())]
+    parts = [headline(result), *(table.to_markdown().rstrip() for table in tables), *notes]
+    write_text(folder / f"{kind}.md", "\n\n".join(parts) + "\n")
+    output = console()
+    for part in (headline(result), *tables, *notes):
+        output.print(part, markup=False) if isinstance(part, str) else output.print(part)
+    output.print(f"wrote {kind}.json and {kind}.md to {folder}", markup=False)
+    return 0
 
 
 def _noise(rows: Iterable[Mapping[str, Any]]) -> list[str]:
