@@ -112,7 +112,7 @@ def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
         print(f"evaluating {len(candidates)} rows, {len(samples)} images each", file=sys.stderr)
         probabilities, failed = predict(candidates, dataset, samples)
         skipped += failed
-        require_candidates(probabilities, skipped)
+        require_candidates(list(probabilities), skipped)
         reference = choose_reference(list(probabilities))
         rows = [
             {**describe(entry), **score(own, labels, probabilities[reference])}

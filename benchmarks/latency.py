@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,8 @@ def run(config: LatencyConfig) -> dict[str, Any]:
     threads = positive_integers(config.threads or f"1,{usable_cpus()}", "--threads")
     backends = choose_backends(config.backends)
     result = new_result("latency", config)
-    given = (find_models(config.models), [], []) if config.models else None
     with (
-        contextlib.nullcontext(given) if given else default_models() as (paths, unmade, notes),
+        _models(config) as (paths, unmade, notes),
         open_candidates(paths, backends, threads, without_graphs=True) as (candidates, skipped),
     ):
         skipped += unmade
@@ -156,8 +155,8 @@ def run(config: LatencyConfig) -> dict[str, Any]:
             candidates, make_jpegs(config.seed)[0], runs=config.cold, seed=config.seed
         )
         skipped += failed
-        print(f"measuring {len(works)} rows, {len(works) * config.seconds:.0f} s or more",
-              file=sys.stderr)  # fmt: skip
+        seconds = len(works) * config.seconds
+        print(f"measuring {len(works)} rows, {seconds:.0f} s or more", file=sys.stderr)
         samples = measure(
             {work.name: work.call for work in works},
             seconds=config.seconds,
@@ -187,6 +186,16 @@ def run(config: LatencyConfig) -> dict[str, Any]:
         "absent": [dataclasses.asdict(entry) for entry in skipped],
         "warnings": [*warnings(samples), *notes],
     }
+
+
+@contextlib.contextmanager
+def _models(config: LatencyConfig) -> Iterator[tuple[list[Path], list[Skipped], list[str]]]:
+    """The model files, what is missing of them, and what to say of them."""
+    if config.models:
+        yield find_models(config.models), [], []
+    else:
+        with default_models() as found:
+            yield found
 
 
 def plan_works(candidates: Sequence[Candidate], batches: Sequence[int], seed: int) -> list[Work]:

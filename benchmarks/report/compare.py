@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.report.columns import interval, of, points, scaled, tabulate
 from benchmarks.report.result import TIMED, Result, Row, digits, read_result, rows_of, work_name
-from benchmarks.report.tables import interval, of, points, scaled, tabulate
 from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.vision.preprocess import Float32Array

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.report.columns import interval, of, tabulate
 from benchmarks.report.result import (
     COMPUTE,
     END_TO_END,
@@ -30,12 +31,7 @@ from benchmarks.report.result import (
     roofline_distance,
     rows_of,
 )
-from benchmarks.report.tables import (
-    interval,
-    of,
-    tables_of,
-    tabulate,
-)
+from benchmarks.report.tables import tables_of
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.workbench.tables import Table

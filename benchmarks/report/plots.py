@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Contender = tuple[str, str]  # model and backend
+Candidate = tuple[str, str]  # model and backend
 
 _PANEL_WIDTH = 7.5  # inches
 _ROW_HEIGHT = 0.32
@@ -50,7 +50,7 @@ class Plot:
 
 
 def latency_plot(result: Result) -> Plot:
-    """One panel per kind of work, one line per contender: how long the calls took."""
+    """One panel per kind of work, one line per candidate: how long the calls took."""
     cases = result["cases"]
     groups = panels(cases)
     busy = any(case.get("busy") for case in cases)
@@ -66,12 +66,12 @@ def latency_plot(result: Result) -> Plot:
 
 
 def _draw_distributions(
-    axis: Axes, cases: Sequence[Case], colours: Mapping[Contender, str]
+    axis: Axes, cases: Sequence[Case], colours: Mapping[Candidate, str]
 ) -> None:
     from matplotlib.ticker import LogLocator
 
     for position, case in enumerate(cases):
-        colour = colours[_contender(case)]
+        colour = colours[_candidate(case)]
         axis.plot([case["min_ms"], case["p99_ms"]], [position] * 2, color=colour, linewidth=1.2)
         axis.plot([case["min_ms"], case["p90_ms"]], [position] * 2, color=colour, linewidth=5)
         axis.plot(case["p50_ms"], position, "o", color=colour, markeredgecolor="white")
@@ -106,10 +106,10 @@ def tradeoff_plot(latency: Result, accuracy: Result) -> Plot | None:
     colours = _colours(cases)
     for axis, (threads, own) in zip(axes, groups.items(), strict=True):
         for case in own:
-            score, colour = scores[case["model"]], colours[_contender(case)]
+            score, colour = scores[case["model"]], colours[_candidate(case)]
             ends = [100 * end for end in score.get("accuracy_interval") or ()]
             axis.plot([case["p50_ms"]] * len(ends), ends, color=colour, linewidth=1.2)
-            label = "{} ({})".format(*_contender(case))
+            label = "{} ({})".format(*_candidate(case))
             axis.plot(case["p50_ms"], 100 * score["accuracy"], "o", color=colour, label=label)
         axis.set_title(_threads(threads), fontsize=9)
         axis.margins(0.12)
@@ -182,11 +182,11 @@ def _threads(count: int | None) -> str:
     return "" if count is None else f"{count} thread{'' if count == 1 else 's'}"
 
 
-def _contender(case: Mapping[str, Any]) -> Contender:
+def _candidate(case: Mapping[str, Any]) -> Candidate:
     return case["model"], case["backend"]
 
 
-def _colours(cases: Sequence[Case]) -> dict[Contender, str]:
+def _colours(cases: Sequence[Case]) -> dict[Candidate, str]:
     """A colour for each model and backend, the same in all panels."""
-    contenders = dict.fromkeys(map(_contender, cases))
-    return {one: f"C{number}" for number, one in enumerate(contenders)}
+    candidates = dict.fromkeys(map(_candidate, cases))
+    return {one: f"C{number}" for number, one in enumerate(candidates)}

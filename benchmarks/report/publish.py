@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TITLE = "EfficientFace Deploy: measured"
 # Said in every report: figures travel without their documentation.
 METHOD = """\
-Contenders take turns in rounds of random order after a warm-up, each call has another input, and
+Candidates take turns in rounds of random order after a warm-up, each call has another input, and
 every call is timed by perf_counter_ns. Intervals of speed-ups are bootstraps over rounds, those of
 accuracy are over images. docs/benchmarks.md has the whole method.
 

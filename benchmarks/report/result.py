@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from benchmarks import ROOT
+from benchmarks import ROOT, shown_path
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import require_file, write_text
 from efficientface_deploy.workbench.environment import (
@@ -269,12 +269,6 @@ def digits(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:#.3g}".removesuffix(".") if value < 999.5 else f"{value:.0f}"
-
-
-def shown_path(path: Path) -> str:
-    """A path as a result may tell it: within the repository, or the file's name alone."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
 
 
 def _without_folders(value: Any) -> Any:

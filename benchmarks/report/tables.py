@@ -1,14 +1,21 @@
-"""The tables of a result: which columns each has, and how its figures are written.
-
-A column is a name and what it says of a row; the name of one that holds figures starts with ``>``.
-"""
+"""The tables of a result: which columns each has, and of which rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.report.columns import (
+    Columns,
+    Heading,
+    interval,
+    of,
+    points,
+    scaled,
+    share,
+    tabulate,
+)
 from benchmarks.report.result import (
     COMPUTE,
     END_TO_END,
@@ -22,15 +29,8 @@ from benchmarks.report.result import (
 from benchmarks.report.studies import STUDIES
 from efficientface_deploy.workbench.tables import Table
 
-Columns = Mapping[str, Callable[[Any], str]]
-
 TOP_LAYERS = 12
 _PRECISIONS = ("fp32", "fp16", "int8")
-
-
-class Heading(str):
-    """A line over the rows that follow it."""
-
 
 # What a kind without tables of its own has beside its figures.
 _HEAD = {"schema", "kind", "date", "machine", "software", "git", "config"}
@@ -39,89 +39,10 @@ _HEAD |= {"absent", "warnings", "goals"}
 
 def tables_of(result: Result) -> list[Table]:
     """Every table that a result has, the most important first; none of them is empty."""
-    found = [*_tables_of_kind(result), absent_table(result)]
+    makers = {"latency": latency_tables, "accuracy": accuracy_tables, "export": export_tables}
+    make = (makers | STUDIES).get(result["kind"], generic_tables)
+    found = [goals_table(result), *make(result), absent_table(result)]
     return [table for table in found if any(len(row) == len(table.columns) for row in table.rows)]
-
-
-def _tables_of_kind(result: Result) -> list[Table]:
-    kind = result["kind"]
-    if kind == "latency":
-        return [goals_table(result), *latency_tables(result)]
-    if kind == "accuracy":
-        return [accuracy_table(result), per_class_table(result)]
-    if kind == "export":
-        return [export_table(result)]
-    if kind in STUDIES:
-        return STUDIES[kind](result)
-    return [goals_table(result), *generic_tables(result)]
-
-
-# ---- how a table is made
-
-
-def tabulate(title: str, columns: Columns, rows: Iterable[Any], notes: Sequence[str] = ()) -> Table:
-    """A table without the columns that no row fills: an older result measured less.
-
-    Args:
-        title: Above it.
-        columns: Name of each column -> what it says of a row.
-        rows: Parts of a result, and headings.
-        notes: Below it.
-    """
-    cells = [
-        [row] if isinstance(row, Heading) else [say(row) for say in columns.values()]
-        for row in rows
-    ]
-    filled = [row for row in cells if len(row) == len(columns)]
-    kept = [index for index in range(len(columns)) if any(row[index] for row in filled)]
-    names = [name for index, name in enumerate(columns) if index in kept]
-    shown = [[row[index] for index in kept] if len(row) == len(columns) else row for row in cells]
-    return Table(names, shown, title, notes)
-
-
-def of(key: str, write: Callable[[Any], str] | None = None) -> Callable[[Any], str]:
-    """What a column says of a row: the value at ``key``, or nothing where there is none."""
-    write = write or _text
-    return lambda row: "" if row.get(key) is None else write(row[key])
-
-
-def scaled(factor: float, places: int) -> Callable[[float], str]:
-    """Writes a figure times ``factor``, with so many decimals."""
-    return lambda value: f"{factor * value:.{places}f}"
-
-
-def interval(value: Mapping[str, float], places: int = 2) -> str:
-    """``2.00 (1.90 to 2.10)``."""
-    figure, low, high = (f"{value[key]:.{places}f}" for key in ("value", "low", "high"))
-    return f"{figure} ({low} to {high})"
-
-
-def share(key: str) -> Callable[[Row], str]:
-    """A share in percent, with its interval where the row has one."""
-
-    def say(row: Row) -> str:
-        ends = row.get(f"{key}_interval")
-        text = "" if row.get(key) is None else f"{100 * row[key]:.2f}"
-        return f"{text} ({100 * ends[0]:.2f} to {100 * ends[1]:.2f})" if text and ends else text
-
-    return say
-
-
-def points(value: float, ends: Sequence[float]) -> str:
-    """A difference of shares in percentage points, with its interval."""
-    return f"{100 * value:+.2f} ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})"
-
-
-def _text(value: Any) -> str:
-    """A single value; an object is a figure with its interval."""
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        ends = f" ({_text(value['low'])} to {_text(value['high'])})" if "low" in value else ""
-        return _text(value["value"]) + ends
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _MILLIONS = scaled(1e-6, 1)
@@ -293,8 +214,13 @@ def engine_table(result: Result) -> Table:
 # ---- accuracy, export
 
 
+def accuracy_tables(result: Result) -> list[Table]:
+    """How good each model is, and how near to the reference; its recall of each class."""
+    return [accuracy_table(result), per_class_table(result)]
+
+
 def accuracy_table(result: Result) -> Table:
-    """One row per model and backend: how good, and how near to the reference."""
+    """One row per model and backend."""
     rows, data = result["rows"], result["data"]
     columns = {
         **_MODEL,
@@ -337,7 +263,7 @@ def _class_cell(row: Row, index: int) -> str:
     return cell if f1 is None else f"{cell} ({100 * f1:.1f})"
 
 
-def export_table(result: Result) -> Table:
+def export_tables(result: Result) -> list[Table]:
     """One row per exported file, from the report of efficientface-export; engines come last."""
 
     def order(entry: Row) -> tuple[bool, int]:
@@ -363,7 +289,7 @@ def export_table(result: Result) -> Table:
         "Status": of("status"),
     }
     title = f"Export of {result.get('weights') or 'a model'}"
-    return tabulate(title, columns, sorted(rows, key=order))
+    return [tabulate(title, columns, sorted(rows, key=order))]
 
 
 # ---- any kind

@@ -195,3 +195,19 @@ def full_latency(latency: dict[str, Any]) -> dict[str, Any]:
         "goals": [{"goal": "x roofline at most", "wanted": 1.5, "reached": 1.4, "met": True}],
         "something new": {"a later version": "wrote this"},
     }
+
+
+@pytest.fixture
+def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another layout in the place of torch's export, which takes long to trace."""
+    from benchmarks.measure import networks
+    from efficientface_export.graph.channel_layout import PROFILES
+    from efficientface_export.graph.efficientface import deploy_graph
+    from efficientface_export.graph.io import write_onnx
+
+    def export(module: Any, spec: ModelSpec, path: Path, *, float_input: bool) -> None:
+        weights = {key: value.numpy() for key, value in module.state_dict().items()}
+        graph = deploy_graph(weights, spec, PROFILES["gpu"], float_input=float_input)
+        write_onnx(graph, path, spec, {})
+
+    monkeypatch.setattr(networks, "export_onnx", export)
