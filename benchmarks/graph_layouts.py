@@ -33,8 +33,8 @@ from benchmarks.measure.networks import (
     relative_difference,
 )
 from benchmarks.measure.sessions import open_session
+from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from benchmarks.report.studies import run_study
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.spec import preset
@@ -129,7 +129,7 @@ VARIANTS: dict[str, Variant] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/graph_layouts.py``."""
-    return run_study("graphs", GraphsConfig, run, argv, __doc__, command="graph_layouts")
+    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__)
 
 
 def run(config: GraphsConfig) -> dict[str, Any]:

@@ -49,8 +49,8 @@ from benchmarks.measure.toolchains import (
     Work,
     native_output_to_stderr,
 )
+from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, new_result
-from benchmarks.report.studies import run_study
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
@@ -120,7 +120,7 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/peers.py``."""
-    return run_study("peers", PeersConfig, run, argv, __doc__)
+    return run_benchmark("peers", PeersConfig, run, argv, __doc__)
 
 
 def run(config: PeersConfig) -> dict[str, Any]:

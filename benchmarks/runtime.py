@@ -34,8 +34,8 @@ from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
 from benchmarks.measure.networks import DEPLOY, Network, random_network
 from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job, run_with_setting
 from benchmarks.measure.sessions import open_session
+from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from benchmarks.report.studies import run_study
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.predictor import BUNDLED_ONNX, Predictor, load
@@ -97,7 +97,7 @@ class RuntimeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/runtime.py``."""
-    return run_study("runtime", RuntimeConfig, run, argv, __doc__)
+    return run_benchmark("runtime", RuntimeConfig, run, argv, __doc__)
 
 
 def run(config: RuntimeConfig) -> dict[str, Any]:

@@ -21,8 +21,8 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import torch
 from torch import nn
 
+from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from benchmarks.report.studies import run_study
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
@@ -97,7 +97,7 @@ def plan_cases() -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/training_step.py``."""
     config = TrainingBenchConfig
-    return run_study("training", config, run, argv, __doc__, command="training_step")
+    return run_benchmark("training_step", config, run, argv, __doc__)
 
 
 def run(config: TrainingBenchConfig) -> dict[str, Any]:

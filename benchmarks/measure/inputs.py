@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -80,9 +80,9 @@ def _make_jpeg(rng: np.random.Generator) -> bytes:
 _PHOTO_SIDE, _JPEG_QUALITY = PHOTO_SIDE, JPEG_QUALITY
 
 
-def compute_call(contender: Any, batches: Sequence[UInt8Array]) -> Call:  # noqa: D103
+def compute_call(contender, batches):  # type: ignore[no-untyped-def]
     return in_turn(contender.predictor.infer, batches)
 
 
-def end_to_end_call(contender: Any, jpegs: Sequence[bytes]) -> Call:  # noqa: D103
+def end_to_end_call(contender, jpegs):  # type: ignore[no-untyped-def]
     return in_turn(contender.predictor, jpegs)

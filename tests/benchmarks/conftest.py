@@ -115,7 +115,7 @@ HEAD: dict[str, Any] = {
         {"backend": "onnx:cuda", "model": "a.onnx", "reason": "no provider"},
         {"backend": "onnx:cuda", "model": "b.onnx", "reason": "no provider"},
     ],
-    "warnings": ["the machine was busy: [3 of 4]"],
+    "warnings": ["the machine was noisy: [3 of 4]"],
 }
 
 
@@ -183,7 +183,6 @@ def full_latency(latency: dict[str, Any]) -> dict[str, Any]:
         row["p95_ms"] = 1.5
         row["floor"] = {"multiply_adds": 27_500_000, "ms": 0.5, "distance": 2.0}
     latency["cases"][3] |= {
-        "stages": {"host_to_device_ms": 0.01, "compute_ms": 0.2, "device_to_host_ms": 0.005},
         "joules_per_image": 0.0123,
     }
     return {
@@ -193,7 +192,7 @@ def full_latency(latency: dict[str, Any]) -> dict[str, Any]:
         "profiles": [profile, engine],
         "ceilings": {"arithmetic": [peak], "bandwidth": [copy_rate], "gpu": {"fp16": 4e14}},
         "models": [model],
-        "goals": [{"goal": "x floor at most", "wanted": 1.5, "reached": 1.4, "met": True}],
+        "goals": [{"goal": "x roofline at most", "wanted": 1.5, "reached": 1.4, "met": True}],
         "something new": {"a later version": "wrote this"},
     }
 

@@ -148,7 +148,7 @@ def test_wrong_outputs_are_marked_and_not_ranked(beside_ours):
     assert rows["right"]["ranked"] and rows["right"]["note"] == ""
     best = result["goals"][0]
     assert best["against"] == "EfficientFace on right"  # not "wrong", which takes no time at all
-    assert "not finite" in peers_tables(result)[1].to_markdown()
+    assert "not finite" in peers_tables(result)[0].to_markdown()
 
 
 def test_logits_that_are_not_numbers_are_no_match():

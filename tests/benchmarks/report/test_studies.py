@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.report.result import read_result
 from benchmarks.report.studies import NOISY, STUDIES, graphs_tables
+from benchmarks.report.tables import tables_of
 from efficientface_deploy.workbench.environment import ROOT
 
 COMMITTED = sorted(
@@ -36,9 +37,9 @@ def test_a_noisy_run_says_so_beside_its_figures():
 
 def test_figures_are_those_of_the_result():
     path = ROOT / "benchmarks/results/peers-2026-11-26-intel-xeon-2cpu/peers.json"
-    goals, calls, settings = STUDIES["peers"](read_result(path))
+    goals, calls, settings = tables_of(read_result(path))
     assert goals.rows[0][:4] == [
-        *("faster than the best peer on the same network", "1.2", "1.26 (1.09 to 1.60)", "yes")
+        *("faster than the best peer on the same network", "1.2", "1.262 (1.091 to 1.601)", "yes")
     ]
     assert [row[0] for row in calls.rows if len(row) == 1] == [
         *("batch 1, 1 thread", "batch 1, 2 threads", "batch 32, 2 threads")
@@ -46,5 +47,5 @@ def test_figures_are_those_of_the_result():
     assert calls.rows[2][:3] == ["EfficientFace", "**EfficientFace Deploy**", "4.72"]
     assert "our graph" in [name for name, _ in settings.rows]
     path = ROOT / "benchmarks/results/runtime-2026-11-26-intel-xeon-2cpu/runtime.json"
-    memory = STUDIES["runtime"](read_result(path))[5]
+    memory = STUDIES["runtime"](read_result(path))[4]
     assert memory.rows == [["100000", "+0.430", "83.6", "83.6"]]
