@@ -59,18 +59,3 @@ def energy_per_call(
         call()
         count += 1
     return (meter.joules() - before) / count
-
-
-# ---- until benchmarks/latency.py has the new names
-
-
-def measure_gpu(contender, images, call, meter, calls):  # type: ignore[no-untyped-def]
-    if not contender.on_gpu or meter is None:
-        return {}
-    return {"joules_per_image": energy_per_call(meter, call) / len(images[0])}
-
-
-def peak_by_torch():  # type: ignore[no-untyped-def]
-    from benchmarks.measure.roofline import peak_of_gpu
-
-    return peak_of_gpu()

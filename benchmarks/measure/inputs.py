@@ -73,16 +73,3 @@ def _make_jpeg(rng: np.random.Generator) -> bytes:
     pixels = noisy.clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
-
-
-# ---- until benchmarks/latency.py has the new names
-
-_PHOTO_SIDE, _JPEG_QUALITY = PHOTO_SIDE, JPEG_QUALITY
-
-
-def compute_call(contender, batches):  # type: ignore[no-untyped-def]
-    return in_turn(contender.predictor.infer, batches)
-
-
-def end_to_end_call(contender, jpegs):  # type: ignore[no-untyped-def]
-    return in_turn(contender.predictor, jpegs)

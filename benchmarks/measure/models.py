@@ -353,10 +353,3 @@ def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
             length += 1
         names[path] = name(path, length)
     return names
-
-
-# Until benchmarks/latency.py and accuracy.py have the new names.
-Absent = Skipped
-Contender = Candidate
-open_contenders = open_candidates
-require_contenders = require_candidates

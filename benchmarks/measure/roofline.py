@@ -371,8 +371,3 @@ def _time_copy(shares: Sequence[tuple[Any, Any]]) -> float:
     for worker in workers:
         worker.join()
     return time.perf_counter() - start
-
-
-# Until benchmarks/latency.py has the new names.
-floor_of = roofline_of
-measure_ceilings = measure_peaks

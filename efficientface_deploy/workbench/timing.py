@@ -102,8 +102,6 @@ class Samples:
         """Whether the calls vary so much that something else must have used the machine."""
         return self.spread > NOISY_SPREAD or self.drift > NOISY_DRIFT
 
-    busy = noisy  # until benchmarks/latency.py has the new name
-
     def figures(self) -> dict[str, Any]:
         """What a row of a result says of its calls."""
         return {
