@@ -31,12 +31,6 @@ class Import(NamedTuple):
 # What is still against a rule, and why. An entry that is not found any more fails the test.
 BROKEN: dict[Import, str] = {
     Import(
-        "benchmarks.accuracy", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
-        "benchmarks.latency", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
         "efficientface_export.make", "efficientface_export.options"
     ): "the plan is not finished once yet",
     Import(
@@ -48,9 +42,6 @@ BROKEN: dict[Import, str] = {
     Import(
         "efficientface_export.verification.provenance", "efficientface_export.options"
     ): "the plan is not finished once yet",
-    Import(
-        "benchmarks.report.readme", "benchmarks.measure.roofline"
-    ): "a result's schema is not shared yet",
     Import(
         "efficientface_deploy.vision.draw", "efficientface_deploy.predictor"
     ): "the record of a face lies above",
@@ -262,7 +253,6 @@ def optional_importers() -> dict[tuple[str, str], set[str]]:
 
 # Packages that several modules of one folder import, with the reason.
 SPREAD: dict[tuple[str, str], str] = {
-    ("benchmarks", "rich"): "not shared yet",
     ("training", "matplotlib"): "not shared yet",
     ("training", "torchvision"): "not shared yet",
     ("efficientface_deploy", "rich"): "a bar and a table have nothing else in common",

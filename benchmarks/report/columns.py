@@ -67,9 +67,10 @@ def share(key: str) -> Callable[[Row], str]:
     return say
 
 
-def points(value: float, ends: Sequence[float]) -> str:
+def points(difference: Mapping[str, Any]) -> str:
     """A difference of shares in percentage points, with its interval."""
-    return f"{100 * value:+.2f} ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})"
+    value, (low, high) = difference["value"], difference["interval"]
+    return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def _text(value: Any) -> str:

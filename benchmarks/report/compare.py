@@ -268,8 +268,8 @@ def _compare_accuracy(
         key = f"{after['model']} on {after['backend']}"
         value, ends, changed = paired_difference(*kept, key) or _unpaired(before, after, old, new)
         verdict = "worse" if ends[1] < 0 else "better" if ends[0] > 0 else ""
-        row = {**after, "old": before["accuracy"], "difference": points(value, ends)}
-        rows.append({**row, "changed": changed, "verdict": verdict})
+        row = {**after, "old": before["accuracy"], "change": {"value": value, "interval": ends}}
+        rows.append({**row, "relabelled": changed, "verdict": verdict})
         if verdict == "worse":
             regressions.append(f"{key}: {100 * value:+.2f} points of accuracy")
     columns = {
@@ -277,8 +277,8 @@ def _compare_accuracy(
         "Backend": of("backend"),
         ">old %": of("old", scaled(100, 2)),
         ">new %": of("accuracy", scaled(100, 2)),
-        ">new minus old, points (95 %)": of("difference"),
-        ">labels changed": of("changed"),
+        ">new minus old, points (95 %)": of("change", points),
+        ">labels changed": of("relabelled"),
         "Verdict": of("verdict"),
     }
     table = tabulate("New minus old accuracy", columns, rows)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from benchmarks import ROOT, shown_path
 from efficientface_deploy.errors import ArtifactError
@@ -100,24 +100,24 @@ class Result(TypedDict, total=False):
     graphs: list[Row]
 
 
-class _Kind(TypedDict):
+class _Kind(NamedTuple):
     """Where the rows of a kind are, and what each must have to be shown."""
 
     rows: str
-    texts: Sequence[str]
-    numbers: Sequence[str]
+    texts: Sequence[str] = ()
+    numbers: Sequence[str] = ()
 
 
 _TIMES = ("min_ms", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "batch")
 _SCORES = ("accuracy", "macro_f1", "ece", "agreement", "mean_kl")
-_TIMED = _Kind(rows="cases", texts=("model", "backend", "stage"), numbers=_TIMES)
+_TIMED = _Kind("cases", ("model", "backend", "stage"), _TIMES)
 _KINDS = {
     "latency": _TIMED,
     "peers": _TIMED,
-    "accuracy": _Kind(rows="rows", texts=("model", "backend"), numbers=_SCORES),
-    "graphs": _Kind(rows="graphs", texts=("name",), numbers=("p50_ms", "multiply_adds")),
-    "training": _Kind(rows="cases", texts=(), numbers=()),
-    "export": _Kind(rows="artifacts", texts=("file",), numbers=("bytes",)),
+    "accuracy": _Kind("rows", ("model", "backend"), _SCORES),
+    "graphs": _Kind("graphs", ("name",), ("p50_ms", "multiply_adds")),
+    "training": _Kind("cases"),
+    "export": _Kind("artifacts", ("file",), ("bytes",)),
 }
 TIMED = tuple(name for name, kind in _KINDS.items() if kind is _TIMED)
 
@@ -217,7 +217,7 @@ def rows_of(result: Result, path: Path | None = None) -> list[Row]:
     kind = result["kind"]
     if kind not in _KINDS:
         return []
-    key = _KINDS[kind]["rows"]
+    key = _KINDS[kind].rows
     rows = result.get(key)
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
         return rows
@@ -294,10 +294,10 @@ def _check_schema(result: dict[str, Any], path: Path) -> None:
 
 def _check_row(row: Row, kind: str, path: Path) -> None:
     """Refuse a row that could not be shown; what an older one lacks is not asked for."""
-    for key in _KINDS[kind]["texts"]:
+    for key in _KINDS[kind].texts:
         if not isinstance(row.get(key), str):
             raise _unreadable(path, f"a row whose {key} is {row.get(key)!r}")
-    for key in _KINDS[kind]["numbers"]:
+    for key in _KINDS[kind].numbers:
         value = row.get(key)
         if type(value) not in (int, float) or not 0 <= cast(float, value) < math.inf:
             raise _unreadable(path, f"a row whose {key} is {value!r}")

@@ -228,9 +228,7 @@ def accuracy_table(result: Result) -> Table:
         ">Macro-F1 %": share("macro_f1"),
         ">ECE %": share("ece"),
         ">Agreement %": share("agreement"),
-        ">Accuracy minus reference's, points": of(
-            "difference", lambda found: points(found["value"], found["interval"])
-        ),
+        ">Accuracy minus reference's, points": of("difference", points),
         ">Mean KL": of("mean_kl", lambda value: f"{value:.2g}"),
         ">Max |dp|": of("max_probability_difference", lambda value: f"{value:.2g}"),
         ">MiB": of("bytes", scaled(2**-20, 2)),
@@ -275,6 +273,10 @@ def export_tables(result: Result) -> list[Table]:
         found = re.search(r"\b(\d+) kernels\b", " ".join(map(str, entry.get("notes") or [])))
         return found[1] if found else ""
 
+    def difference(entry: Row) -> str:
+        value, ends = entry.get("accuracy_difference"), entry.get("accuracy_interval")
+        return "" if value is None else points({"value": value, "interval": ends})
+
     rows = [{**row, **(row.get("verification") or {})} for row in rows_of(result)]
     columns: Columns = {
         "File": of("file", lambda name: f"`{name}`"),
@@ -282,9 +284,7 @@ def export_tables(result: Result) -> list[Table]:
         "Arithmetic": of("arithmetic"),
         ">Kernels": kernels,
         ">Same label %": share("agreement"),
-        ">Accuracy minus PyTorch's, points": lambda row: of(
-            "accuracy_difference", lambda value: points(value, row["accuracy_interval"])
-        )(row),
+        ">Accuracy minus PyTorch's, points": difference,
         ">Mean KL": of("kl", lambda value: f"{value:.1e}"),
         "Status": of("status"),
     }
