@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,65 +64,53 @@ class GraphsConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A layout, and what was expected of it before it was measured.
+class Variant(NamedTuple):
+    """A layout, and what was expected against the row that it changes, before the measurement.
 
-    Attributes:
-        profile: None is the straight export.
-        expected: Against the row that it changes.
+    ``profile`` None is the straight export.
     """
 
     profile: Profile | None
     expected: str
 
 
-_CPU, _GPU = PROFILES["cpu"], PROFILES["gpu"]
-VARIANTS: dict[str, Variant] = {
+def _variant(target: str, expected: str, **changes: Any) -> Variant:
+    return Variant(dataclasses.replace(PROFILES[target], **changes), expected)
+
+
+VARIANTS = {
     STRAIGHT: Variant(None, "the baseline: shuffles as Reshape and Transpose"),
-    "cpu": Variant(_CPU, "least time on a CPU"),
-    "cpu, grouped patches": Variant(
-        dataclasses.replace(_CPU, split_multiplier=False),
+    "cpu": _variant("cpu", "least time on a CPU"),
+    "cpu, grouped patches": _variant(
+        "cpu",
         "slower: 29 to 116 channels in groups fit no blocked layout",
+        split_multiplier=False,
     ),
-    "cpu, a convolution for each read": Variant(
-        dataclasses.replace(_CPU, convolution=0.0, cut=1e12),
-        "faster: no slice, so no change of layout",
+    "cpu, a convolution for each read": _variant(
+        "cpu", "faster: no slice, so no change of layout", convolution=0.0, cut=1e12
     ),
-    "cpu, one convolution for each source": Variant(
-        dataclasses.replace(_CPU, convolution=1e9),
-        "slower: each slice changes the layout twice",
+    "cpu, one convolution for each source": _variant(
+        "cpu", "slower: each slice changes the layout twice", convolution=1e9
     ),
-    "cpu, blocks of 4": Variant(
-        dataclasses.replace(_CPU, align=4), "less arithmetic, but half-filled blocks"
+    "cpu, blocks of 4": _variant("cpu", "less arithmetic, but half-filled blocks", align=4),
+    "cpu, blocks of 16": _variant(
+        "cpu", "more arithmetic; for wider vectors than AVX2's", align=16
     ),
-    "cpu, blocks of 16": Variant(
-        dataclasses.replace(_CPU, align=16), "more arithmetic; for wider vectors than AVX2's"
+    "cpu, merged branches": _variant(
+        "cpu", "slower: fewer nodes, but identities are arithmetic", merge_branches=True
     ),
-    "cpu, merged branches": Variant(
-        dataclasses.replace(_CPU, merge_branches=True),
-        "slower: fewer nodes, but identities are arithmetic",
+    "gpu": _variant("gpu", "fewest kernels within 1.3 times the multiply-adds"),
+    "gpu, stage 4 read whole too": _variant(
+        "gpu", "a slice kernel less", first_read_whole=("stage2", "stage3", "stage4")
     ),
-    "gpu": Variant(_GPU, "fewest kernels within 1.3 times the multiply-adds"),
-    "gpu, stage 4 read whole too": Variant(
-        dataclasses.replace(_GPU, first_read_whole=("stage2", "stage3", "stage4")),
-        "a slice kernel less",
+    "gpu, nothing read whole": _variant("gpu", "two slice kernels more", first_read_whole=()),
+    "gpu, branches apart": _variant(
+        "gpu", "three kernels more in each stage, less arithmetic", merge_branches=False
     ),
-    "gpu, nothing read whole": Variant(
-        dataclasses.replace(_GPU, first_read_whole=()), "two slice kernels more"
-    ),
-    "gpu, branches apart": Variant(
-        dataclasses.replace(_GPU, merge_branches=False),
-        "three kernels more in each stage, less arithmetic",
-    ),
-    "gpu, patches apart": Variant(
-        dataclasses.replace(_GPU, merge_patches=False), "six convolutions more"
-    ),
-    "gpu, blocks of 8": Variant(
-        dataclasses.replace(_GPU, align=8), "as many kernels, more arithmetic"
-    ),
-    "gpu, a convolution for each read": Variant(
-        dataclasses.replace(_GPU, convolution=0.0, cut=1e12), "no slices, but many convolutions"
+    "gpu, patches apart": _variant("gpu", "six convolutions more", merge_patches=False),
+    "gpu, blocks of 8": _variant("gpu", "as many kernels, more arithmetic", align=8),
+    "gpu, a convolution for each read": _variant(
+        "gpu", "no slices, but many convolutions", convolution=0.0, cut=1e12
     ),
 }
 
@@ -214,7 +202,7 @@ def describe(
         "multiply_adds_ratio": arithmetic / multiply_adds(straight),
         **own.figures(),
         # Time by the baseline's: below 1 is faster.
-        "time_ratio": dataclasses.asdict(speedup(own, base)),
+        "time_ratio": speedup(own, base),
         "min_ratio": own.min_ms / base.min_ms,
     }
 

@@ -268,7 +268,7 @@ def describe(
         "batch": work.batch,
         **own.figures(),
         "images_per_second": own.calls_per_second * work.batch,
-        "speedup": dataclasses.asdict(gain) if gain else None,
+        "speedup": gain,
     }
 
 

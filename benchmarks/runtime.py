@@ -124,22 +124,6 @@ def announce(what: str) -> None:
         print(f"measuring {what}", file=sys.stderr)
 
 
-def figures(samples: Samples) -> dict[str, Any]:
-    """What a result says of these calls."""
-    return {
-        "count": samples.count,
-        "p50_ms": samples.p50_ms,
-        "p90_ms": samples.p90_ms,
-        "min_ms": samples.min_ms,
-        "busy": samples.noisy,
-    }
-
-
-def ratio(own: Samples, base: Samples) -> dict[str, float]:
-    """Ratio of medians with its 95 % interval; above 1 ``own`` takes longer."""
-    return dataclasses.asdict(speedup(own, base))
-
-
 # ---- start
 
 
@@ -163,14 +147,14 @@ def measure_starts(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str
         name: Samples(np.array([[run.answer_ns] for run in own])) for name, own in runs.items()
     }
     rows = {name: describe_start(samples[name], own) for name, own in runs.items()}
-    return {**rows, "ratio": ratio(samples["runtime"], samples["bare"])}
+    return {**rows, "ratio": speedup(samples["runtime"], samples["bare"])}
 
 
 def describe_start(samples: Samples, runs: Sequence[Run]) -> dict[str, Any]:
     """Time, memory and imports of a start."""
     modules = set().union(*(run.modules for run in runs))
     return {
-        **figures(samples),
+        **samples.figures(),
         "peak_mb": max(run.peak_kb or 0 for run in runs) * 1024 / 1e6,
         "modules": len(modules),
         "heavy": sorted(modules & set(HEAVY)),
@@ -202,7 +186,7 @@ def measure_calls(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str,
     return {
         "calls": [describe_calls(samples, *size) for size in sizes],
         "batches": [describe_batches(samples, count) for count in threads],
-        "pictures": {part: figures(samples[f"picture, {part}"]) for part in parts},
+        "pictures": {part: samples[f"picture, {part}"].figures() for part in parts},
     }
 
 
@@ -233,11 +217,11 @@ def describe_calls(samples: Mapping[str, Samples], side: int, threads: int) -> d
     return {
         "input_size": side,
         "threads": threads,
-        "session": figures(base),
-        "predictor": figures(own),
-        "ratio": ratio(own, base),
-        "preprocess": figures(samples[f"{kind}, preprocess"]),
-        "preprocess_larger": figures(samples[f"{kind}, preprocess larger"]),
+        "session": base.figures(),
+        "predictor": own.figures(),
+        "ratio": speedup(own, base),
+        "preprocess": samples[f"{kind}, preprocess"].figures(),
+        "preprocess_larger": samples[f"{kind}, preprocess larger"].figures(),
     }
 
 
@@ -259,10 +243,10 @@ def describe_batches(samples: Mapping[str, Samples], threads: int) -> dict[str, 
     """Images a second, in batches and one by one."""
     own = {part: samples[f"{threads} threads, {part}"] for part in ("batch", "singles")}
     rows = {
-        part: {**figures(one), "images_per_second": 1000 * BATCH / one.p50_ms}
+        part: {**one.figures(), "images_per_second": 1000 * BATCH / one.p50_ms}
         for part, one in own.items()
     }
-    return {"threads": threads, **rows, "gain": ratio(own["singles"], own["batch"])}
+    return {"threads": threads, **rows, "gain": speedup(own["singles"], own["batch"])}
 
 
 def picture_rows(predictor: Predictor, jpeg: bytes) -> dict[str, Call]:
@@ -310,72 +294,59 @@ def growth(predictions: Sequence[int], rss_kb: Sequence[int]) -> dict[str, float
 # ---- settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A way to set up ONNX Runtime: see :func:`benchmarks.measure.sessions.open_session`."""
+def plan_settings() -> dict[str, dict[str, Any]]:
+    """Options of :func:`benchmarks.measure.sessions.open_session`.
 
-    threads: int | None = None
-    arena: bool = True
-    level: str = "all"
-    spinning: bool = True
-
-    @property
-    def name(self) -> str:
-        """What differs from the library's defaults."""
-        parts = [] if self.threads is None else [f"{self.threads} threads"]
-        parts += [] if self.arena else ["no arena"]
-        parts += [] if self.level == "all" else [f"optimisation {self.level}"]
-        parts += [] if self.spinning else ["no spinning"]
-        return ", ".join(parts) or "the library's defaults"
-
-
-def plan_settings() -> list[Setting]:
-    """The library's defaults, each change of them alone, and the changes that go together."""
+    The library's defaults, each change of them alone, and the changes that go together.
+    """
     cores = usable_cpus()
-    alone = [Setting(), Setting(threads=1), Setting(threads=cores), Setting(arena=False)]
-    alone += [Setting(level=level) for level in ("none", "basic", "extended")]
-    together = [Setting(spinning=False), Setting(threads=1, arena=False)]
-    together += [Setting(threads=cores, spinning=False)]
-    together += [Setting(threads=1, level=level) for level in ("extended", "basic")]
-    return list({setting.name: setting for setting in alone + together}.values())
+    levels = ("none", "basic", "extended")
+    return {
+        "the library's defaults": {},
+        "1 threads": {"threads": 1},
+        f"{cores} threads": {"threads": cores},
+        "no arena": {"arena": False},
+        **{f"optimisation {level}": {"level": level} for level in levels},
+        "no spinning": {"spinning": False},
+        "1 threads, no arena": {"threads": 1, "arena": False},
+        f"{cores} threads, no spinning": {"threads": cores, "spinning": False},
+        "1 threads, optimisation extended": {"threads": 1, "level": "extended"},
+        "1 threads, optimisation basic": {"threads": 1, "level": "basic"},
+    }
 
 
 def measure_settings(config: RuntimeConfig, folder: Path) -> list[dict[str, Any]]:
     """Each setting in processes of its own, which take turns."""
-    settings = {setting.name: setting for setting in plan_settings()}
+    settings = plan_settings()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     job = {"model": str(BUNDLED_ONNX), "side": bundled_side()}
     job |= {"calls": _SETTING_CALLS, "pause_s": _PAUSE_S}
     for _, name in interleave(settings, config.settings, config.seed):
-        options = {**job, "setting": dataclasses.asdict(settings[name])}
+        options = {**job, "setting": settings[name]}
         found[name].append(run_job(run_with_setting, options, bytecode=folder / "bytecode"))
-    default = next(iter(found.values()))
-    return [describe_setting(settings[name], rows, default) for name, rows in found.items()]
-
-
-def describe_setting(
-    setting: Setting, rows: Sequence[dict[str, Any]], default: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """One setting: medians over its processes, and its time by that of the defaults."""
-
-    def median(key: str) -> float:
-        return float(np.median([row[key] for row in rows]))
-
-    def calls(of: Sequence[dict[str, Any]]) -> Samples:
-        return Samples((1e6 * np.array([row["calls_ms"] for row in of])).astype(np.int64))
-
-    return {
-        "name": setting.name,
-        **dataclasses.asdict(setting),
-        "start_ms": median("start_ms"),
-        "p50_ms": median("calls_ms"),
-        "ratio": ratio(calls(rows), calls(default)),
-        "paced_p50_ms": median("paced_ms"),
-        "cpu_ms": median("cpu_ms"),
-        "paced_cpu_ms": median("paced_cpu_ms"),
-        "rss_mb": median("rss_kb") * 1024 / 1e6,
-        "batch_peak_mb": median("batch_peak_kb") * 1024 / 1e6,
+    calls = {
+        name: Samples((1e6 * np.array([row["calls_ms"] for row in rows])).astype(np.int64))
+        for name, rows in found.items()
     }
+    default = next(iter(calls.values()))
+    return [
+        {
+            "name": name,
+            **{"threads": None, "arena": True, "level": "all", "spinning": True, **settings[name]},
+            **medians(rows),
+            "ratio": speedup(calls[name], default),
+        }
+        for name, rows in found.items()
+    ]
+
+
+def medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What one setting costs: medians over its processes."""
+    found = {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
+    found |= {"p50_ms": found.pop("calls_ms"), "paced_p50_ms": found.pop("paced_ms")}
+    found["rss_mb"] = found.pop("rss_kb") * 1024 / 1e6
+    found["batch_peak_mb"] = found.pop("batch_peak_kb") * 1024 / 1e6
+    return found
 
 
 # ---- goals

@@ -186,12 +186,11 @@ def endless(trainer: Trainer) -> Iterator[Batch]:
 def describe(case: Case, samples: dict[str, Samples], batch_size: int) -> dict[str, Any]:
     """One row of the result."""
     own = samples[case.name]
-    cost = speedup(own, samples[BASELINE])  # above 1: costs more than the baseline
     return {
         **dataclasses.asdict(case),
         **own.figures(),
         "images_per_second": 1000 * batch_size / own.p50_ms,
-        "cost": dataclasses.asdict(cost),
+        "cost": speedup(own, samples[BASELINE]),  # above 1: costs more than the baseline
     }
 
 

@@ -31,8 +31,6 @@ from efficientface_deploy.workbench.environment import last_level_cache_bytes, m
 from efficientface_deploy.workbench.requirements import is_installed
 
 if TYPE_CHECKING:  # a process that measures one library imports no other
-    import torch
-
     from benchmarks.measure.models import Candidate
 
 LIBRARIES = ("numpy", "torch", "onnxruntime")
@@ -62,14 +60,14 @@ def count_multiply_adds(candidates: Sequence[Candidate]) -> dict[str, int | None
     Returns:
         None for an engine, and for an ONNX file where the package onnx is not installed.
     """
-    return {entry.model: _count(entry) for entry in {e.model: e for e in candidates}.values()}
-
-
-def _count(candidate: Candidate) -> int | None:
-    path = candidate.predictor.path
-    if candidate.backend.startswith("torch"):
-        return _count_torch(path, candidate.preset)
-    return count_onnx(path) if path.suffix == ".onnx" else None
+    counts: dict[str, int | None] = {}
+    for candidate in {entry.model: entry for entry in candidates}.values():
+        path = candidate.predictor.path
+        if candidate.backend.startswith("torch"):
+            counts[candidate.model] = count_torch(path, candidate.preset)
+        else:
+            counts[candidate.model] = count_onnx(path) if path.suffix == ".onnx" else None
+    return counts
 
 
 def count_onnx(path: Path) -> int | None:
@@ -86,28 +84,17 @@ def count_onnx(path: Path) -> int | None:
         return None  # weights that are computed, or shapes that nobody can know
 
 
-def _count_torch(path: Path, preset: str | None) -> int:
-    """Multiply-adds of the module's convolutions and linear layers, seen in a pass."""
+def count_torch(path: Path, preset: str | None) -> int:
+    """Multiply-adds of a checkpoint's convolutions and linear layers."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     from efficientface_deploy.models import load_checkpoint
 
     network, spec = load_checkpoint(path, preset)
-    total = 0
-
-    def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        # (out, in / groups, kH, kW) by (1, out, H, W), or (out, in) by (1, out)
-        total += weight.numel() * functools.reduce(int.__mul__, output.shape[2:], 1)
-
-    for module in network.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.register_forward_hook(add)
-    with torch.inference_mode():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()(torch.zeros(1, 3, spec.input_size, spec.input_size))
-    return total
+    return int(counter.get_total_flops()) // 2  # a multiplication and an addition
 
 
 def network_of(candidate: Candidate) -> Network:

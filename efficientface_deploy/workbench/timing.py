@@ -114,21 +114,6 @@ class Samples:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Speedup:
-    """How many times faster one candidate is than another.
-
-    Attributes:
-        value: Median of the baseline by the candidate's median; above 1 is faster.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
 def measure(
     candidates: Mapping[str, Call],
     *,
@@ -191,8 +176,10 @@ def interleave(names: Iterable[str], rounds: int, seed: int) -> Iterator[tuple[i
             yield row, names[index]
 
 
-def speedup(baseline: Samples, other: Samples, *, resamples: int = 1000, seed: int = 0) -> Speedup:
-    """Ratio of medians with a 95 % percentile bootstrap interval.
+def speedup(
+    baseline: Samples, other: Samples, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """How many times faster ``other`` is, with a 95 % percentile bootstrap interval.
 
     Whole rounds are drawn, the same ones for both: calls of one round resemble each other, and the
     two candidates' calls were neighbours in time.
@@ -202,6 +189,10 @@ def speedup(baseline: Samples, other: Samples, *, resamples: int = 1000, seed: i
         other: Samples (R, K2) of the same :func:`measure` call.
         resamples: Number of bootstrap draws.
         seed: Of the draws.
+
+    Returns:
+        ``value``, the baseline's median by the other's, above 1 where that is faster; the
+        interval's ends, ``low`` and ``high``.
     """
     slow, fast = baseline.durations_ns, other.durations_ns
     rounds = len(slow)
@@ -210,7 +201,8 @@ def speedup(baseline: Samples, other: Samples, *, resamples: int = 1000, seed: i
     draws = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
     ratios = [np.median(slow[rows]) / np.median(fast[rows]) for rows in draws]
     low, high = np.percentile(ratios, (2.5, 97.5))
-    return Speedup(float(np.median(slow) / np.median(fast)), float(low), float(high))
+    value = np.median(slow) / np.median(fast)
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def _warm_up(call: Call, seconds: float, clock: Clock) -> float:

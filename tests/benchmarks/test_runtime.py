@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import runtime as bench
 from benchmarks.measure.processes import Run
-from efficientface_deploy.workbench.timing import Samples
+from efficientface_deploy.workbench.timing import Samples, speedup
 
 SMALL = ["--starts", "3", "--seconds", "0.02", "--rounds", "3", "--input-size", "32"]
 SMALL += ["--predictions", "40", "--settings", "1"]
@@ -15,7 +15,8 @@ SMALL += ["--predictions", "40", "--settings", "1"]
 
 @pytest.fixture
 def few_settings(monkeypatch):
-    settings = [bench.Setting(), bench.Setting(threads=1, arena=False)]
+    chosen = ("the library's defaults", "1 threads, no arena")
+    settings = {name: bench.plan_settings()[name] for name in chosen}
     monkeypatch.setattr(bench, "plan_settings", lambda: settings)
 
 
@@ -23,7 +24,7 @@ def test_one_command_measures_everything(few_settings, tmp_path, capsys):
     assert bench.main([*SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "runtime.json").read_text())
     start = result["start"]
-    assert start["runtime"]["count"] == start["bare"]["count"] == 3
+    assert start["runtime"]["calls"] == start["bare"]["calls"] == 3
     assert start["runtime"]["heavy"] == []
     assert start["runtime"]["modules"] > start["bare"]["modules"] > 100
     assert start["ratio"]["value"] == pytest.approx(
@@ -43,6 +44,9 @@ def test_one_command_measures_everything(few_settings, tmp_path, capsys):
         "the library's defaults",
         "1 threads, no arena",
     ]
+    row = result["settings"][1]
+    assert (row["threads"], row["arena"], row["level"]) == (1, False, "all")
+    assert 0 < row["rss_mb"] <= row["batch_peak_mb"] and row["ratio"]["low"] > 0
     table = (tmp_path / "runtime.md").read_text()
     assert all(goal["name"] in table for goal in result["goals"])
     assert "wrote runtime.json and runtime.md" in capsys.readouterr().out
@@ -71,9 +75,9 @@ def test_goals_say_what_was_missed():
     quick = Samples(np.full((3, 4), 2_000_000))
     start = {
         "runtime": {"peak_mb": 90.0, "heavy": ["torch"]},
-        "ratio": bench.ratio(slow, quick),
+        "ratio": speedup(slow, quick),
     }
-    calls = [{"input_size": 224, "threads": 1, "ratio": bench.ratio(quick, quick)}]
+    calls = [{"input_size": 224, "threads": 1, "ratio": speedup(quick, quick)}]
     goals = bench.goals({"start": start, "calls": calls, "memory": {"kb_per_thousand": -0.1}})
     assert [goal["met"] for goal in goals] == [False, True, False, True, True]
     assert goals[0]["found"] == pytest.approx(1.5)

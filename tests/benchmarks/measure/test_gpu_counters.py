@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from benchmarks.measure import gpu_counters as module
-from benchmarks.measure.gpu_counters import EnergyMeter, energy_per_call, open_energy_meter
+from benchmarks.measure.gpu_counters import energy_per_call, open_energy_meter
 
 
 class FakeNvml:
@@ -33,10 +33,12 @@ class FakeNvml:
 
 
 def test_energy_is_the_counters_difference_by_calls() -> None:
-    meter = EnergyMeter(FakeNvml())
+    reading = itertools.count(1000, 50)
     calls: list[int] = []
     times = itertools.count()
-    joules = energy_per_call(meter, lambda: calls.append(1), seconds=5, clock=lambda: next(times))
+    joules = energy_per_call(
+        lambda: next(reading), lambda: calls.append(1), seconds=5, clock=lambda: next(times)
+    )
     # The clock says 0, then 1 to 5 after each call but the first, which is never asked.
     assert len(calls) == 5 and joules == pytest.approx(50 / 5)
 
@@ -47,6 +49,9 @@ def test_the_meter_is_there_or_not(
 ) -> None:
     monkeypatch.setattr(module, "is_installed", lambda name: True)
     monkeypatch.setattr(module.importlib, "import_module", lambda name: FakeNvml(fails))
-    assert (open_energy_meter() is not None) == there
+    joules = open_energy_meter()
+    assert (joules is not None) == there
+    if joules is not None:
+        assert joules() - joules() == -50
     monkeypatch.setattr(module, "is_installed", lambda name: False)
     assert open_energy_meter() is None

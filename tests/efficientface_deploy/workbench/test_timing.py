@@ -164,9 +164,9 @@ def test_speedup_and_its_interval() -> None:
     slow = Samples((200 + rng.normal(0, 5, size=(10, 50))).astype(np.int64))
     fast = Samples((100 + rng.normal(0, 5, size=(10, 80))).astype(np.int64))
     result = speedup(slow, fast)
-    assert result.low < 2.0 < result.high
-    assert result.low <= result.value <= result.high
-    assert result.high - result.low < 0.1
+    assert result["low"] < 2.0 < result["high"]
+    assert result["low"] <= result["value"] <= result["high"]
+    assert result["high"] - result["low"] < 0.1
     assert speedup(slow, fast) == result
 
 
@@ -175,12 +175,12 @@ def test_drift_that_hits_both_alike_does_not_widen_the_interval() -> None:
     slow = Samples((2000 * drift * np.ones((10, 20))).astype(np.int64))
     fast = Samples((1000 * drift * np.ones((10, 20))).astype(np.int64))
     result = speedup(slow, fast)
-    assert (result.low, result.value, result.high) == pytest.approx((2, 2, 2), abs=0.01)
+    assert (result["low"], result["value"], result["high"]) == pytest.approx((2, 2, 2), abs=0.01)
 
 
 def test_speedup_of_itself_is_one() -> None:
     samples = Samples(np.random.default_rng(0).integers(90, 110, size=(5, 9)))
-    assert speedup(samples, samples).value == 1.0
+    assert speedup(samples, samples)["value"] == 1.0
 
 
 def test_nothing_to_measure_is_refused() -> None:
