@@ -17,7 +17,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
             skipped |= dict.fromkeys(missing)
         arithmetic = networks[0].multiply_adds()
     noisy = sum(row["busy"] for row in cases)
+    warning = f"the machine was noisy: {noisy} of {len(cases)} rows vary more than on an idle one"
     return {
         **result,
         "packages": package_versions(_PACKAGES),
@@ -151,14 +152,9 @@ def run(config: PeersConfig) -> dict[str, Any]:
         "peak_multiply_adds_per_second": peak,
         "cases": cases,
         "settings": describe_settings(toolchains),
-        "goals": [*goals(cases), roofline_goal(cases, arithmetic, peak)],
+        "goals": goals(cases, arithmetic, peak),
         "absent": [dataclasses.asdict(entry) for entry in skipped],
-        "warnings": [
-            f"the machine was busy: {noisy} of {len(cases)} rows vary more than on an idle "
-            "machine; measure again"
-        ]
-        if noisy
-        else [],
+        "warnings": [f"{warning}; measure again"] if noisy else [],
     }
 
 
@@ -310,58 +306,51 @@ def describe(case: Case, cases: Sequence[Case], work: Work, samples: Mapping[str
     }
 
 
-def goals(cases: Sequence[Row]) -> list[Row]:
-    """What we want to be true of our time and that of others, and what was measured."""
-    threads = max((row["threads"] for row in cases), default=1)
-    batch = max((row["batch"] for row in cases), default=1)
-    throughput = f"more images per second than every peer, batch {batch} on {threads} threads"
-    wanted: list[tuple[str, float, Callable[[Row], bool]]] = [
-        ("faster than the best peer on the same network", 1.2, lambda row: row["group"] == SAME),
-        (
-            "the same, peers that were given torch's export",
-            1.2,
-            lambda row: row["group"] == SAME and row["graph"] == STRAIGHT,
+def goals(cases: Sequence[Row], arithmetic: int, peak: float | None) -> list[Row]:
+    """What we want to be true, and what was measured.
+
+    Args:
+        cases: The rows.
+        arithmetic: Multiply-adds of the network for a picture.
+        peak: Multiply-adds a second of the CPU's one thread.
+    """
+    single = [row for row in cases if (row["threads"], row["batch"]) == (1, 1)]
+    same = [row for row in single if row["group"] == SAME]
+    straight = [row for row in same if row["graph"] == STRAIGHT]
+    eager = [row for row in same if row["backend"] == EAGER.name]
+    onnxruntime = [row for row in single if row["backend"] == ONNXRUNTIME.name]
+    other = [row for row in onnxruntime if row["model"] == "EfficientNet-B0"]
+    work = max(((row["threads"], row["batch"]) for row in cases), default=(1, 1))
+    most = [row for row in cases if (row["threads"], row["batch"]) == work]
+    found = [
+        _against("faster than the best peer on the same network", 1.2, same),
+        _against("the same, peers that were given torch's export", 1.2, straight),
+        _against("faster than PyTorch eager", 3.5, eager),
+        _against("faster than EfficientNet-B0 on ONNX Runtime", 2.5, other),
+        _against(
+            f"more images per second than every peer, batch {work[1]} on {work[0]} threads",
+            1.0,
+            most,
         ),
-        (
-            "faster than PyTorch eager",
-            3.5,
-            lambda row: row["group"] == SAME and row["backend"] == EAGER.name,
-        ),
-        (
-            "faster than EfficientNet-B0 on ONNX Runtime",
-            2.5,
-            lambda row: row["model"] == "EfficientNet-B0" and row["backend"] == ONNXRUNTIME.name,
-        ),
-        (throughput, 1.0, lambda row: True),
     ]
-    found = []
-    for name, least, is_rival in wanted:
-        work = (threads, batch) if name == throughput else (1, 1)
-        rivals = [
-            row
-            for row in cases
-            if (row["threads"], row["batch"]) == work and row["ranked"] and not row["is_ours"]
-            if row["ours_faster"] is not None and is_rival(row)
-        ]
-        hardest = min(rivals, key=lambda row: row["ours_faster"]["value"], default=None)
-        if hardest is None:
-            found.append(_goal(name, least, None, None, "not measured"))
-        else:
-            ratio, rival = hardest["ours_faster"], f"{hardest['model']} on {hardest['backend']}"
-            found.append(_goal(name, least, ratio, ratio["value"] >= least, rival))
-    return found
-
-
-def roofline_goal(cases: Sequence[Row], arithmetic: int, peak: float | None) -> Row:
-    """Our time by the time that the network's multiply-adds would take at the CPU's peak."""
     name, wanted = "at most this many times the arithmetic floor", 1.5
-    own = [row for row in cases if row["is_ours"] and (row["threads"], row["batch"]) == (1, 1)]
-    if not own or not peak:
-        return _goal(name, wanted, None, None, "not measured")
+    own = next((row for row in single if row["is_ours"]), None)
+    if own is None or not peak:
+        return [*found, _goal(name, wanted, None, None, "not measured")]
     least_ms = 1e3 * arithmetic / peak
-    distance = own[0]["p50_ms"] / least_ms
+    distance = own["p50_ms"] / least_ms
     against = f"{arithmetic / 1e6:.1f} M multiply-adds at {peak / 1e9:.1f} G/s: {least_ms:.2f} ms"
-    return _goal(name, wanted, {"value": distance}, distance <= wanted, against)
+    return [*found, _goal(name, wanted, {"value": distance}, distance <= wanted, against)]
+
+
+def _against(name: str, wanted: float, rows: Sequence[Row]) -> Row:
+    """A goal: to be this many times faster than the hardest of these rows."""
+    rivals = [row for row in rows if row["ranked"] and not row["is_ours"] and row["ours_faster"]]
+    hardest = min(rivals, key=lambda row: row["ours_faster"]["value"], default=None)
+    if hardest is None:
+        return _goal(name, wanted, None, None, "not measured")
+    ratio, rival = hardest["ours_faster"], f"{hardest['model']} on {hardest['backend']}"
+    return _goal(name, wanted, ratio, ratio["value"] >= wanted, rival)
 
 
 def _goal(

@@ -21,7 +21,7 @@ from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_back
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS, Predictor, bundled_model, load
-from efficientface_deploy.workbench.requirements import is_installed
+from efficientface_deploy.workbench import requirements
 
 ARTIFACTS = ROOT / "artifacts"
 
@@ -222,11 +222,9 @@ def default_models() -> Iterator[tuple[list[Path], list[Skipped], list[str]]]:
         nothing lies there; what could not be made; what a reader must know of them.
     """
     found = find_models(())
-    missing = [name for name in _EXPORT_NEEDS if not is_installed(name)]
     if _files_of(ARTIFACTS):
         yield found, [], []
-    elif missing:
-        reason = f"needs {', '.join(missing)}; pip install 'efficientface-deploy[export]'"
+    elif reason := requirements.missing_reason(*_EXPORT_NEEDS):
         yield found, [Skipped("", name, reason) for name in EXPORTED], []
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -210,14 +210,9 @@ def start_cold(candidate: Candidate, image: Path) -> Run:
     Raises:
         ProcessError: It failed.
     """
-    arguments = {
-        "model": str(candidate.predictor.path.resolve()),
-        "backend": candidate.backend,
-        "threads": candidate.threads,
-        "preset": candidate.preset,
-        "jpeg": str(image),
-    }
-    return run_fresh(_COLD_START, arguments)
+    options = {name: getattr(candidate, name) for name in ("backend", "threads", "preset")}
+    model = str(candidate.predictor.path.resolve())
+    return run_fresh(_COLD_START, {**options, "model": model, "jpeg": str(image)})
 
 
 def describe_cold(candidate: Candidate, runs: Sequence[Run]) -> dict[str, Any]:

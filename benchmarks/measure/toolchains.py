@@ -29,7 +29,7 @@ from benchmarks.measure.sessions import open_session
 from efficientface_deploy import load
 from efficientface_deploy.artifact import UINT8_INPUT
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.workbench.requirements import is_installed
+from efficientface_deploy.workbench.requirements import missing_reason
 from efficientface_export.graph.trace import UInt8Model
 
 Infer = Callable[[UInt8Array], Float32Array]  # pictures (N, S, S, 3) -> logits (N, C)
@@ -97,9 +97,8 @@ class Toolchain:
         Raises:
             UnavailableError: A package or a compiler is missing, or a converter failed.
         """
-        if missing := [name for name in self.needs if not is_installed(name)]:
-            extra = "pip install 'efficientface-deploy[peers]'"
-            raise UnavailableError(f"no {' and no '.join(missing)} here; {extra}")
+        if reason := missing_reason(*self.needs):
+            raise UnavailableError(reason)
         if not self.one_by_one or work.batch == 1:
             return self.opener(network, self.graph, work, stack)
         return one_by_one(self.opener(network, self.graph, Work(1, 1), stack), work.threads, stack)
@@ -416,7 +415,7 @@ _GIVEN_BOTH = (
         "nn.load_module_from_file with numThread=N, precision=high "
         "(https://github.com/alibaba/MNN/blob/2.6.3/docs/pymnn/Interpreter.md); converted by "
         "_tools.mnnconvert, without the command around it, which installs and asks for telemetry",
-        needs=("MNN", "_tools"),
+        needs=("MNN",),
     ),
 )
 

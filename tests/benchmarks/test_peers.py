@@ -26,6 +26,7 @@ from benchmarks.measure.toolchains import (
 )
 from benchmarks.report.studies import peers_tables
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.workbench import requirements
 from efficientface_deploy.workbench.timing import Samples
 
 SMALL = bench.PeersConfig(
@@ -157,7 +158,7 @@ def test_logits_that_are_not_numbers_are_no_match():
     assert relative_difference(expected * 1.5, expected) == 0.5
 
 
-def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours):
+def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours, monkeypatch):
     def fail(*arguments):
         raise OSError("libsomething.so.1: cannot open shared object file")
 
@@ -165,15 +166,16 @@ def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours):
         raise UnavailableError("its converter failed")
 
     beside_ours(
-        fake("not installed", fail, needs=("json", "no_such_package")),
+        fake("not installed", fail, needs=("torch", "ncnn")),
         fake("broken", fail),
         fake("refusing", refuse),
     )
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "ncnn")
     result = bench.run(SMALL)
     absent = [(entry["backend"], entry["reason"]) for entry in result["absent"]]
     broken = "OSError: libsomething.so.1: cannot open shared object file"
     assert absent == [
-        ("not installed", "no no_such_package here; pip install 'efficientface-deploy[peers]'"),
+        ("not installed", "no ncnn here; pip install 'efficientface-deploy[peers]'"),
         ("broken", f"batch 1, 1 thread: {broken}"),
         ("refusing", "its converter failed"),
         ("broken", f"batch 3, 1 thread: {broken}"),

@@ -235,11 +235,11 @@ def test_what_lies_under_artifacts_is_taken_and_nothing_is_exported(
 
 @pytest.mark.usefixtures("no_artifacts")
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_installed", lambda name: False)
+    monkeypatch.setattr(module.requirements, "is_installed", lambda name: False)
     with default_models() as (paths, skipped, notes):
         assert paths == [BUNDLED_WEIGHTS, BUNDLED_ONNX] and notes == []
     assert [entry.model for entry in skipped] == list(EXPORTED)
-    assert "efficientface-deploy[export]" in skipped[0].reason
+    assert "no rich here; pip install 'efficientface-deploy[" in skipped[0].reason
 
 
 @pytest.mark.usefixtures("no_artifacts")
