@@ -84,7 +84,9 @@ class Check:
         self.steps: list[dict[str, Any]] = []
         self._end = time.monotonic() + 60 * options.minutes
 
-    def step(self, name: str, seconds: float, *command: str | Path, skip: str = "") -> bool:
+    def step(
+        self, name: str, seconds: float, *command: str | Path, skip: str = "", remark: str = ""
+    ) -> bool:
         """Run a command of the steps' Python within a time limit; write down what became of it.
 
         Args:
@@ -92,6 +94,7 @@ class Check:
             seconds: Time limit.
             command: Its arguments.
             skip: Why it cannot run here.
+            remark: What to say of it when it is done, in place of its last line.
 
         Returns:
             Whether it is done.
@@ -100,14 +103,15 @@ class Check:
         started = time.monotonic()
         if self._end - started < _LEAST_SECONDS:
             skip = f"the {self.options.minutes:g} minutes are over"
-        status, remark = (SKIPPED, skip) if skip else (FAILED, "interrupted")
+        status, said = (SKIPPED, skip) if skip else (FAILED, "interrupted")
         try:
             if not skip:
-                status, remark = DONE, _remark(self.run(*command, seconds=seconds))
-        except (StepError, OSError) as error:
-            status, remark = FAILED, str(error)
+                said = self.run(*command, seconds=seconds)
+                status, said = DONE, remark or _remark(said)
+        except StepError as error:
+            said = str(error)
         finally:
-            self.note(name, status, remark, started)
+            self.note(name, status, said, started)
         return status == DONE
 
     def note(self, name: str, status: str, remark: str, started: float | None = None) -> None:
@@ -141,7 +145,10 @@ class Check:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
             begin = log.tell()
-            code = _run_within(limit, words, log.fileno(), self._environment())
+            try:
+                code = _run_within(limit, words, log.fileno(), self._environment())
+            except OSError as error:
+                raise StepError(str(error)) from None
             log.seek(begin)
             printed = log.read().decode(errors="replace")
         if code is None:
@@ -219,25 +226,22 @@ def check_everything(check: Check) -> None:
             file = f"efficientface-{precision}-gpu.{suffix}"
             reason = "" if (artifacts / file).exists() else "was not made"
             reason = reason or ("" if suffix == "onnx" else no_gpu)
-            check.step(
-                f"verify {file}", 40, "-m", _EXPORT, "--verify", artifacts / file, skip=reason
-            )
+            verify = ("-m", _EXPORT, "--verify", artifacts / file)
+            check.step(f"verify {file}", 40, *verify, skip=reason)
     # The tests that a machine without a GPU skips are the runtime's and the export's. A test file
     # that needs what is not here must not keep the others from running.
-    tests: list[str | Path] = ["-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", "-o"]
-    tests += [
-        f"cache_dir={check.out / 'pytest-cache'}",
-        "tests/efficientface_deploy",
-        "tests/export",
-    ]
-    check.step("pytest -m gpu", 120, *tests, skip=no_gpu or check.lacks("pytest"))
+    tests = (
+        "-m pytest -m gpu --continue-on-collection-errors tests/efficientface_deploy tests/export"
+    )
+    cache = f"cache_dir={check.out / 'pytest-cache'}"
+    reason = no_gpu or check.lacks("pytest")
+    check.step("pytest -m gpu", 120, *tests.split(), "-o", cache, skip=reason)
     reason = no_gpu or ("" if artifacts.is_dir() else "nothing was exported")
-    models: list[str | Path] = [weights, artifacts, "--backends", _BACKENDS, "--out"]
-    timing = ("--batch", "1,8,32", "--seconds", "1", "--cold", "1")
-    latency = ["benchmarks/latency.py", *models, check.out / "latency", *timing]
-    check.step("latency", 240, *latency, skip=reason)
+    models = (weights, artifacts, "--backends", _BACKENDS, "--out")
+    latency = ("benchmarks/latency.py", *models, check.out / "latency", "--batch", "1,8,32")
+    check.step("latency", 240, *latency, "--seconds", "1", "--cold", "1", skip=reason)
     if options.data:  # synthetic faces have no expressions to get right
-        accuracy = ["benchmarks/accuracy.py", *models, check.out / "accuracy"]
+        accuracy = ("benchmarks/accuracy.py", *models, check.out / "accuracy")
         check.step("accuracy", 100, *accuracy, "--data", options.data, skip=reason)
 
 
@@ -257,8 +261,10 @@ def make_environment(check: Check) -> None:
     """A virtual environment that sees what the system has, such as a Jetson's TensorRT."""
     folder = _BUILD / "gpu-venv"
     python = folder / "bin" / "python"
-    command = ["-c", _SAY_VERSION] if python.exists() else ["-m", "venv", "--system-site-packages"]
-    if check.step("environment", 60, *command, *([] if python.exists() else [folder])):
+    if python.exists():
+        check.python = python
+        check.step("environment", 60, "-c", _SAY_VERSION)
+    elif check.step("environment", 60, "-m", "venv", "--system-site-packages", folder):
         check.python = python
 
 
@@ -302,8 +308,8 @@ def prepare_data(check: Check) -> Path | None:
         return data
     faces, sizes = check.out / "faces", ("--train", "840", "--test", "70")
     prepare = ("-m", "training.prepare", "synthetic", *sizes, "--out", faces)
-    made = check.step("data", 60, *prepare)  # speed is real then, INT8's accuracy is not
-    return faces if made else None
+    remark = "synthetic faces: speed is real, INT8's accuracy is not"
+    return faces if check.step("data", 60, *prepare, remark=remark) else None
 
 
 def choose_weights(check: Check) -> Path:
