@@ -170,27 +170,48 @@ def measure_calls(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str,
     spec = preset("rafdb").replace(input_size=config.input_size, name="random weights")
     network = Network(spec.name, random_network(spec, config.seed), spec, folder)
     calls: dict[str, Call] = {}
+
+    def add(kind: str, parts: Mapping[str, Call]) -> None:
+        calls.update({f"{kind}, {part}": call for part, call in parts.items()})
+
     with contextlib.ExitStack() as stack:
-        sizes = []
+        cases = []
         for path, count in itertools.product((network.onnx(DEPLOY), BUNDLED_ONNX), threads):
             predictor = stack.enter_context(load(path, threads=count))
-            sizes.append((predictor.spec.input_size, count))
-            calls |= call_rows(predictor, count, config.seed)
+            side = predictor.spec.input_size
+            cases.append((side, count))
+            add(f"{side}, {count} threads", call_parts(predictor, count, config.seed))
             if path == BUNDLED_ONNX:
-                calls |= batch_rows(predictor, count, config.seed)
+                add(f"{count} threads", batch_parts(predictor, config.seed))
                 if count == 1:
-                    calls |= picture_rows(predictor, photo.read_bytes())
+                    add("picture", picture_parts(predictor, photo.read_bytes()))
         announce(f"{len(calls)} rows, {len(calls) * config.seconds:.0f} s or more")
         samples = measure(calls, seconds=config.seconds, rounds=config.rounds, seed=config.seed)
-    parts = ("decode", "resize", "infer", "whole")
-    return {
-        "calls": [describe_calls(samples, *size) for size in sizes],
-        "batches": [describe_batches(samples, count) for count in threads],
-        "pictures": {part: samples[f"picture, {part}"].figures() for part in parts},
-    }
+
+    def found(kind: str) -> dict[str, Samples]:
+        names = [name for name in samples if name.rpartition(", ")[0] == kind]
+        return {name.rpartition(", ")[2]: samples[name] for name in names}
+
+    rows = []
+    for side, count in cases:
+        own = found(f"{side}, {count} threads")
+        row = {"input_size": side, "threads": count, **_figures(own)}
+        rows.append({**row, "ratio": speedup(own["predictor"], own["session"])})
+    batches = []
+    for count in threads:
+        own = found(f"{count} threads")
+        row = {"threads": count, "gain": speedup(own["singles"], own["batch"])}
+        for part, figures in _figures(own).items():
+            row[part] = {**figures, "images_per_second": 1000 * BATCH / figures["p50_ms"]}
+        batches.append(row)
+    return {"calls": rows, "batches": batches, "pictures": _figures(found("picture"))}
 
 
-def call_rows(predictor: Predictor, threads: int, seed: int) -> dict[str, Call]:
+def _figures(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
+    return {name: own.figures() for name, own in samples.items()}
+
+
+def call_parts(predictor: Predictor, threads: int, seed: int) -> dict[str, Call]:
     """The predictor beside a session of the same file, threads and pixels."""
     side = predictor.spec.input_size
     batches = make_batches(side, 1, seed, _PICTURES)
@@ -201,61 +222,32 @@ def call_rows(predictor: Predictor, threads: int, seed: int) -> dict[str, Call]:
     def run_session(batch: UInt8Array) -> None:
         session.run(OUTPUTS, {UINT8_INPUT: batch})
 
-    kind = f"{side}, {threads} threads"
     return {
-        f"{kind}, session": in_turn(run_session, batches),
-        f"{kind}, predictor": in_turn(predictor, pictures),
-        f"{kind}, preprocess": in_turn(predictor.preprocess, pictures),
-        f"{kind}, preprocess larger": in_turn(predictor.preprocess, larger),
+        "session": in_turn(run_session, batches),
+        "predictor": in_turn(predictor, pictures),
+        "preprocess": in_turn(predictor.preprocess, pictures),
+        "preprocess_larger": in_turn(predictor.preprocess, larger),
     }
 
 
-def describe_calls(samples: Mapping[str, Samples], side: int, threads: int) -> dict[str, Any]:
-    """A predictor's calls beside a session's."""
-    kind = f"{side}, {threads} threads"
-    own, base = samples[f"{kind}, predictor"], samples[f"{kind}, session"]
-    return {
-        "input_size": side,
-        "threads": threads,
-        "session": base.figures(),
-        "predictor": own.figures(),
-        "ratio": speedup(own, base),
-        "preprocess": samples[f"{kind}, preprocess"].figures(),
-        "preprocess_larger": samples[f"{kind}, preprocess larger"].figures(),
-    }
-
-
-def batch_rows(predictor: Predictor, threads: int, seed: int) -> dict[str, Call]:
+def batch_parts(predictor: Predictor, seed: int) -> dict[str, Call]:
     """32 faces at once, and one after the other."""
     faces = list(make_batches(predictor.spec.input_size, BATCH, seed, 1)[0])
-
-    def batch() -> None:
-        predictor.predict_batch(faces)
 
     def singles() -> None:
         for face in faces:
             predictor(face)
 
-    return {f"{threads} threads, batch": batch, f"{threads} threads, singles": singles}
+    return {"batch": in_turn(predictor.predict_batch, [faces]), "singles": singles}
 
 
-def describe_batches(samples: Mapping[str, Samples], threads: int) -> dict[str, Any]:
-    """Images a second, in batches and one by one."""
-    own = {part: samples[f"{threads} threads, {part}"] for part in ("batch", "singles")}
-    rows = {
-        part: {**one.figures(), "images_per_second": 1000 * BATCH / one.p50_ms}
-        for part, one in own.items()
-    }
-    return {"threads": threads, **rows, "gain": speedup(own["singles"], own["batch"])}
-
-
-def picture_rows(predictor: Predictor, jpeg: bytes) -> dict[str, Call]:
+def picture_parts(predictor: Predictor, jpeg: bytes) -> dict[str, Call]:
     """The parts of a prediction from the bytes of a file, and the whole."""
     return {
-        "picture, decode": in_turn(load_image, [jpeg]),
-        "picture, resize": in_turn(lambda image: resize(image, predictor.spec), [load_image(jpeg)]),
-        "picture, infer": in_turn(predictor.infer, [predictor.preprocess(jpeg)[None]]),
-        "picture, whole": in_turn(predictor, [jpeg]),
+        "decode": in_turn(load_image, [jpeg]),
+        "resize": in_turn(lambda image: resize(image, predictor.spec), [load_image(jpeg)]),
+        "infer": in_turn(predictor.infer, [predictor.preprocess(jpeg)[None]]),
+        "whole": in_turn(predictor, [jpeg]),
     }
 
 
