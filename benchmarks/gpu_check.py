@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card 
 _BUILD = ROOT / "build"  # ignored by git
 _TEST_PACKAGES = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
 _BACKENDS = "torch:cuda,onnx:cuda,trt,trt-rtx"
+_EXPORT = "efficientface_export.cli"
+_SAY_VERSION = "import sys; print('Python', sys.version.split()[0], 'in', sys.prefix)"
 _ANSWER = "answer:"
 _LEAST_SECONDS = 2.0  # of a step that is still begun
 _MAX_REASON = 300
@@ -54,15 +56,11 @@ class Gpu:
 
 
 class StepError(Exception):
-    """A step that did not do what it is for."""
-
-
-class SkipError(Exception):
-    """A step that cannot run here."""
+    """A command that failed, or was not done in time; says why."""
 
 
 class Check:
-    """What the steps share: options, the GPU, the Python that they run, the time that is left.
+    """What the steps share: options, the Python that they run, the time that is left, the result.
 
     Args:
         options: From :func:`parse_options`.
@@ -72,9 +70,7 @@ class Check:
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
         self.options = options
         self.out = out
-        self.artifacts = out / "artifacts"
         self.python: Path = options.python or Path(sys.executable)
-        self.data: Path | None = options.data
         self.gpu: Gpu | None = None
         self.no_gpu = "the driver was not asked"
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -83,59 +79,65 @@ class Check:
             "kind": "gpu-check",
             "date": now.isoformat(timespec="seconds"),
             "config": {name: value for name, value in vars(options).items() if name != "out"},
-            **{"machine": {}, "software": {}, "git": {}, "gpu": None, "steps": []},
+            **{"machine": {}, "software": {}, "git": {}, "gpu": None},
         }
+        self.steps: list[dict[str, Any]] = []
         self._end = time.monotonic() + 60 * options.minutes
-        self._step_end = self._end
-        self._log = out / "logs" / "none.log"
 
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """What became of each step so far."""
-        steps: list[dict[str, Any]] = self.result["steps"]
-        return steps
-
-    def step(self, name: str, seconds: float, do: Callable[..., str], *arguments: Any) -> None:
-        """Do a step within its limit, and write down what became of it.
+    def step(self, name: str, seconds: float, *command: str | Path, skip: str = "") -> bool:
+        """Run a command of the steps' Python within a time limit; write down what became of it.
 
         Args:
             name: In the summary.
             seconds: Time limit.
-            do: Called with this check and the arguments; returns a remark, and raises
-                :class:`StepError` or :class:`SkipError`.
-            arguments: What else it needs.
+            command: Its arguments.
+            skip: Why it cannot run here.
+
+        Returns:
+            Whether it is done.
         """
         print(f"{name} ...", end=" ", flush=True)
         started = time.monotonic()
-        self._step_end = min(self._end, started + seconds)
-        slug = "".join(char if char.isalnum() else "-" for char in name)
-        self._log = self.out / "logs" / f"{len(self.steps):02d}-{slug}.log"
-        status, remark = FAILED, "interrupted"
+        if self._end - started < _LEAST_SECONDS:
+            skip = f"the {self.options.minutes:g} minutes are over"
+        status, remark = (SKIPPED, skip) if skip else (FAILED, "interrupted")
         try:
-            if self._end - started < _LEAST_SECONDS:
-                raise SkipError(f"the {self.options.minutes:g} minutes are over")
-            status, remark = DONE, do(self, *arguments)
-        except SkipError as error:
-            status, remark = SKIPPED, str(error)
+            if not skip:
+                status, remark = DONE, _remark(self.run(*command, seconds=seconds))
         except (StepError, OSError) as error:
-            remark = str(error)
-        finally:  # after every step: the next one may take the machine with it
-            taken = round(time.monotonic() - started, 1)
-            row = {"step": name, "status": status, "seconds": taken, "remark": remark[:_MAX_REASON]}
-            self.steps.append(row)
-            self.write_summary()
-        print(f"{status} ({taken:g} s): {row['remark']}", flush=True)
+            status, remark = FAILED, str(error)
+        finally:
+            self.note(name, status, remark, started)
+        return status == DONE
 
-    def run(self, *command: str | Path) -> str:
+    def note(self, name: str, status: str, remark: str, started: float | None = None) -> None:
+        """Write down a step, and all that is known: the next one may take the machine with it."""
+        if started is None:
+            print(f"{name} ...", end=" ")
+        seconds = 0.0 if started is None else round(time.monotonic() - started, 1)
+        row: dict[str, Any] = {"step": name, "status": status, "seconds": seconds}
+        row["remark"] = remark.replace(str(ROOT), ".")[:_MAX_REASON]
+        self.steps.append(row)
+        print(f"{status} ({row['seconds']:g} s): {row['remark']}", flush=True)
+        gpu = dataclasses.asdict(self.gpu) if self.gpu else None
+        result = {**self.result, "gpu": gpu, "steps": self.steps}
+        text = json.dumps(result, indent=1, default=str) + "\n"
+        for file, content in (("gpu-check.json", text), ("gpu-check.md", as_markdown(self))):
+            temporary = self.out / f".{file}"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(self.out / file)
+
+    def run(self, *command: str | Path, seconds: float = 60) -> str:
         """Run a command of the steps' Python, and give what it printed.
 
         Raises:
-            StepError: It failed, or the step's time is over; names the line that says why.
+            StepError: It failed, or its time is over; names the line that says why.
         """
         words = [str(word) for word in (self.python, *command)]
-        limit = max(0.0, self._step_end - time.monotonic())
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a+b") as log:
+        limit = max(0.0, min(seconds, self._end - time.monotonic()))
+        path = self.out / "logs" / f"{len(self.steps):02d}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as log:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
             begin = log.tell()
@@ -148,41 +150,23 @@ class Check:
             raise StepError(f"exit code {code}: {_reason(printed)}")
         return printed
 
-    def runs(self, code: str) -> bool:
-        """Whether Python code runs in the steps' environment."""
-        with contextlib.suppress(StepError):
-            self.run("-c", code)
-            return True
-        return False
+    def lacks(self, module: str) -> str:
+        """Why a module cannot be imported by the steps; empty where it can."""
+        try:
+            self.run("-c", f"import {module}")
+            return ""
+        except StepError as error:
+            return f"needs {module}: {error}"
 
     def tell(self, expression: str, before: str = "") -> str:
-        """What an expression is in the steps' environment, as text; libraries may print too."""
+        """What an expression is in the steps' environment, as text; libraries may print too.
+
+        Raises:
+            StepError: It cannot be told.
+        """
         printed = self.run("-c", f"{before}\nprint(); print('{_ANSWER}', {expression})")
         answers = [line for line in printed.splitlines() if line.startswith(_ANSWER)]
         return answers[-1].removeprefix(_ANSWER).strip()
-
-    def need_gpu(self) -> Gpu:
-        """The GPU, or the reason to skip."""
-        if self.gpu is None:
-            raise SkipError(f"needs a GPU: {self.no_gpu}")
-        return self.gpu
-
-    def weights(self) -> Path:
-        """What was asked for, else the bundled model: as an ONNX file where there is no torch."""
-        suffix = "safetensors" if self.options.weights or self.runs("import torch") else "onnx"
-        bundled = (ROOT / "efficientface_deploy" / "weights").glob(f"*.{suffix}")
-        return self.options.weights or next(bundled)
-
-    def write_summary(self) -> None:
-        """Write what is known so far."""
-        self.result["gpu"] = dataclasses.asdict(self.gpu) if self.gpu else None
-        for name, text in (
-            ("gpu-check.json", json.dumps(self.result, indent=1, default=str) + "\n"),
-            ("gpu-check.md", as_markdown(self)),
-        ):
-            temporary = self.out / f".{name}"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.out / name)
 
     def _environment(self) -> dict[str, str]:
         """The clone's own code, whether or not it could be installed; then what was there."""
@@ -196,173 +180,153 @@ class Check:
         return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(path)}
 
 
+# ---- the steps, in the order in which they need each other
+
+
 def check_everything(check: Check) -> None:
-    """All steps, in the order in which they need each other."""
-    check.step("GPU", 20, look_for_gpu)
-    check.step("environment", 60, make_environment)
-    if check.options.python is None:
-        install_everything(check)
-    check.step("versions", 30, record_versions)
-    check.step("data", 60, prepare_data)
+    """All steps."""
+    options = check.options
+    look_for_gpu(check)
+    no_gpu = "" if check.gpu else f"needs a GPU: {check.no_gpu}"
+    if options.python is None:
+        make_environment(check)
+        install_everything(check, no_gpu)
+    else:
+        check.step("environment", 60, "-c", _SAY_VERSION)
+    record_versions(check)
+    data, artifacts, weights = prepare_data(check), check.out / "artifacts", choose_weights(check)
+
+    def export(
+        name: str, seconds: float, engine: str, precision: str, *more: str, skip: str = ""
+    ) -> None:
+        command: list[str | Path] = ["-m", _EXPORT, "--engine", engine, "--precision", precision]
+        command += [*more, "--weights", weights, "--out", artifacts]
+        if precision == "int8":
+            command += ["--calib", data or ""]
+            skip = skip or ("" if data else "needs images to calibrate with")
+        if options.data is not None:
+            command += ["--val", options.data]
+        check.step(name, seconds, *command, skip=skip)
+
     for precision in PRECISIONS:
-        check.step(f"ONNX file, {precision}", 150, export, "onnx", precision, "--target", "gpu")
+        export(f"ONNX file, {precision}", 150, "onnx", precision, "--target", "gpu")
     for kind, library in LIBRARIES.items():
+        more, reason = engine_options(check, kind, no_gpu)
         for precision in PRECISIONS:
-            check.step(f"{library} engine, {precision}", 120, build_engine, kind, precision)
+            export(f"{library} engine, {precision}", 120, kind, precision, *more, skip=reason)
     for suffix in ("onnx", *SUFFIXES.values()):
         for precision in PRECISIONS:
             file = f"efficientface-{precision}-gpu.{suffix}"
-            check.step(f"verify {file}", 40, verify, file)
-    check.step("pytest -m gpu", 120, run_tests)
-    latency = ("--batch", "1,8,32", "--seconds", "1", "--cold", "1")
-    check.step("latency", 240, benchmark, "latency", *latency)
-    if check.options.data:  # synthetic faces have no expressions to get right
-        check.step("accuracy", 100, benchmark, "accuracy", "--data", check.options.data)
+            reason = "" if (artifacts / file).exists() else "was not made"
+            reason = reason or ("" if suffix == "onnx" else no_gpu)
+            check.step(
+                f"verify {file}", 40, "-m", _EXPORT, "--verify", artifacts / file, skip=reason
+            )
+    # The tests that a machine without a GPU skips are the runtime's and the export's. A test file
+    # that needs what is not here must not keep the others from running.
+    tests: list[str | Path] = ["-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", "-o"]
+    tests += [
+        f"cache_dir={check.out / 'pytest-cache'}",
+        "tests/efficientface_deploy",
+        "tests/export",
+    ]
+    check.step("pytest -m gpu", 120, *tests, skip=no_gpu or check.lacks("pytest"))
+    reason = no_gpu or ("" if artifacts.is_dir() else "nothing was exported")
+    models: list[str | Path] = [weights, artifacts, "--backends", _BACKENDS, "--out"]
+    timing = ("--batch", "1,8,32", "--seconds", "1", "--cold", "1")
+    latency = ["benchmarks/latency.py", *models, check.out / "latency", *timing]
+    check.step("latency", 240, *latency, skip=reason)
+    if options.data:  # synthetic faces have no expressions to get right
+        accuracy = ["benchmarks/accuracy.py", *models, check.out / "accuracy"]
+        check.step("accuracy", 100, *accuracy, "--data", options.data, skip=reason)
 
 
-# ---- the steps
-
-
-def look_for_gpu(check: Check) -> str:
+def look_for_gpu(check: Check) -> None:
     """Ask the driver itself: a device with TensorRT need not have PyTorch or nvidia-smi."""
     found = ask_driver()
-    if isinstance(found, str):
+    if isinstance(found, Gpu):
+        check.gpu = found
+        remark = f"{found.name}, {found.capability}, driver for CUDA {found.cuda}"
+        check.note("GPU", DONE, remark)
+    else:
         check.no_gpu = found
-        raise SkipError(found)
-    check.gpu = found
-    return f"{found.name}, {found.capability}, driver for CUDA {found.cuda}"
+        check.note("GPU", SKIPPED, found)
 
 
-def make_environment(check: Check) -> str:
+def make_environment(check: Check) -> None:
     """A virtual environment that sees what the system has, such as a Jetson's TensorRT."""
-    if check.options.python is not None:
-        version = check.tell("platform.python_version()", "import platform")
-        return f"{check.options.python}, Python {version}"
     folder = _BUILD / "gpu-venv"
     python = folder / "bin" / "python"
-    if not python.exists():
-        check.run("-m", "venv", "--system-site-packages", folder)
-    check.python = python
-    return str(folder)
+    command = ["-c", _SAY_VERSION] if python.exists() else ["-m", "venv", "--system-site-packages"]
+    if check.step("environment", 60, *command, *([] if python.exists() else [folder])):
+        check.python = python
 
 
-def install_everything(check: Check) -> None:
-    """The steps that install the toolkit and the libraries that it runs on."""
-    toolkit = (f"{ROOT}[torch,export,bench]", *_TEST_PACKAGES)
-    check.step("install the toolkit", 240, install, *toolkit)
-    # For the GPU where there is one, else for the CPU: they are one module in two packages.
-    onnxruntime = f"{ROOT}[{'gpu' if check.gpu else 'cpu'}]"
-    check.step("install ONNX Runtime", 120, install, onnxruntime)
-    check.step("install TensorRT", 180, install_tensorrt)
-    check.step("install TensorRT for RTX", 120, install, f"{ROOT}[trt-rtx]")
-
-
-def install(check: Check, *requirements: str) -> str:
-    """Install what pip is to find, in the wheel folder or the index."""
-    command: list[str | Path] = ["-m", "pip", "install", "--disable-pip-version-check"]
+def install_everything(check: Check, no_gpu: str) -> None:
+    """The toolkit and the libraries that it runs on, from the wheel folder or the index."""
+    pip: list[str | Path] = ["-m", "pip", "install", "--disable-pip-version-check"]
     if check.options.wheels is not None:
-        command += ["--no-index", "--find-links", check.options.wheels]
-    if check.runs("import setuptools, wheel"):
-        command.append("--no-build-isolation")  # which would fetch setuptools again
-    check.run(*command, *requirements)
-    return ", ".join(requirements).replace(str(ROOT), ".")
+        pip += ["--no-index", "--find-links", check.options.wheels]
+    if not check.lacks("setuptools, wheel"):
+        pip.append("--no-build-isolation")  # which would fetch setuptools again
+    toolkit = (f"{ROOT}[torch,export,bench]", *_TEST_PACKAGES)
+    check.step("install the toolkit", 240, *pip, *toolkit)
+    # For the GPU where there is one, else for the CPU: they are one module in two packages.
+    check.step("install ONNX Runtime", 120, *pip, f"{ROOT}[{'gpu' if check.gpu else 'cpu'}]")
+    # TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own.
+    major = int(check.gpu.cuda.partition(".")[0]) if check.gpu else 0
+    tensorrt = [f"cuda-python>=12.4,<{major + 1}"]  # a driver refuses those of a newer CUDA
+    if not no_gpu and check.lacks("tensorrt"):
+        tensorrt.insert(0, f"tensorrt-cu{major}>=10.3")
+    check.step("install TensorRT", 180, *pip, *tensorrt, skip=no_gpu)
+    check.step("install TensorRT for RTX", 120, *pip, f"{ROOT}[trt-rtx]")
 
 
-def install_tensorrt(check: Check) -> str:
-    """TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own."""
-    major = int(check.need_gpu().cuda.partition(".")[0])
-    bindings = f"cuda-python>=12.4,<{major + 1}"  # a driver refuses those of a newer CUDA
-    own = check.runs("import tensorrt")
-    return install(check, *(() if own else (f"tensorrt-cu{major}>=10.3",)), bindings)
-
-
-def record_versions(check: Check) -> str:
+def record_versions(check: Check) -> None:
     """What the steps run on and with."""
-    for key in ("machine", "software", "commit"):
-        before = "import json; from efficientface_deploy.workbench import environment as it"
-        found = json.loads(check.tell(f"json.dumps(it.describe_{key}())", before))
-        check.result["git" if key == "commit" else key] = found
-    return _versions(check)
+    before = "import json; from efficientface_deploy.workbench import environment as it"
+    try:
+        for key in ("machine", "software", "commit"):
+            found = json.loads(check.tell(f"json.dumps(it.describe_{key}())", before))
+            check.result["git" if key == "commit" else key] = found
+        check.note("versions", DONE, _versions(check))
+    except StepError as error:
+        check.note("versions", FAILED, str(error))
 
 
-def prepare_data(check: Check) -> str:
+def prepare_data(check: Check) -> Path | None:
     """The data set that was given, or synthetic faces: enough to choose ranges by."""
-    if check.data is not None:
-        return str(check.data)
+    data: Path | None = check.options.data
+    if data is not None:
+        check.note("data", DONE, str(data))
+        return data
     faces, sizes = check.out / "faces", ("--train", "840", "--test", "70")
-    check.run("-m", "training.prepare", "synthetic", *sizes, "--out", faces)
-    check.data = faces
-    return "synthetic faces: speed is real, INT8's accuracy is not"
+    prepare = ("-m", "training.prepare", "synthetic", *sizes, "--out", faces)
+    made = check.step("data", 60, *prepare)  # speed is real then, INT8's accuracy is not
+    return faces if made else None
 
 
-def export(check: Check, engine: str, precision: str, *options: str) -> str:
-    """Make a file, and verify it on the data that was given."""
-    command: list[str | Path] = ["-m", "efficientface_export.cli", "--engine", engine]
-    command += ["--precision", precision, *options]
-    if precision == "int8":
-        if check.data is None:
-            raise SkipError("needs images to calibrate with")
-        command += ["--calib", check.data]
-    if check.options.data is not None:
-        command += ["--val", check.options.data]
-    printed = check.run(*command, "--weights", check.weights(), "--out", check.artifacts)
-    rows = [line for line in printed.splitlines() if line.startswith("[")]
-    return rows[-1] if rows else "made"
+def choose_weights(check: Check) -> Path:
+    """What was asked for, else the bundled model: as an ONNX file where there is no torch."""
+    suffix = "onnx" if check.lacks("torch") else "safetensors"
+    bundled = (ROOT / "efficientface_deploy" / "weights").glob(f"*.{suffix}")
+    return check.options.weights or next(bundled)
 
 
-def build_engine(check: Check, kind: str, precision: str) -> str:
-    """An engine for the card at hand, by the library of this kind."""
+def engine_options(check: Check, kind: str, no_gpu: str) -> tuple[list[str], str]:
+    """How to build engines for the card at hand by this library; or why that cannot be."""
+    if kind == "trt" and no_gpu:
+        return [], no_gpu
+    target = check.gpu.capability if check.gpu else WITHOUT_GPU
     before = "from efficientface_export.tensorrt.builder import available, check_targets"
     answer = f"available('{kind}') or ''"
-    options: list[str] = []
-    if kind == "trt":
-        check.need_gpu()
-    else:
-        target = check.gpu.capability if check.gpu else WITHOUT_GPU
+    if kind == "trt-rtx":
         answer = f"available('{kind}') or check_targets('{kind}', ['{target}']) or ''"
-        options = ["--compute-capability", target]
+    options = ["--compute-capability", target] if kind == "trt-rtx" else []
     try:
-        reason = check.tell(answer, before)
+        return options, check.tell(answer, before)
     except StepError as error:  # the library does not build for this card
-        reason = str(error)
-    if reason:
-        raise SkipError(reason)
-    return export(check, kind, precision, *options)
-
-
-def verify(check: Check, file: str) -> str:
-    """Compare a file's outputs with PyTorch's, which lie beside it."""
-    path = check.artifacts / file
-    if not path.exists():
-        raise SkipError("was not made")
-    if path.suffix == ".engine":
-        check.need_gpu()
-    printed = check.run("-m", "efficientface_export.cli", "--verify", path)
-    return next((line for line in printed.splitlines() if line.startswith("[")), "verified")
-
-
-def run_tests(check: Check) -> str:
-    """The tests that a machine without a GPU skips: they are the runtime's and the export's."""
-    check.need_gpu()
-    if not check.runs("import pytest"):
-        raise SkipError("needs pytest")
-    # A test file that needs what is not here must not keep the others from running.
-    options = ("-m", "gpu", "--continue-on-collection-errors")
-    cache = f"cache_dir={check.out / 'pytest-cache'}"
-    folders = ("tests/efficientface_deploy", "tests/export")
-    printed = check.run("-m", "pytest", *options, "-o", cache, *folders)
-    return printed.strip().splitlines()[-1].strip("= ")
-
-
-def benchmark(check: Check, name: str, *options: str | Path) -> str:
-    """One of our benchmarks, of the checkpoint and all that was made of it."""
-    check.need_gpu()
-    if not check.artifacts.is_dir():
-        raise SkipError("nothing was exported")
-    models = (check.weights(), check.artifacts)
-    where = ("--backends", _BACKENDS, "--out", check.out / name)
-    check.run(f"benchmarks/{name}.py", *models, *options, *where)
-    return str(check.out / name / f"{name}.json")
+        return options, str(error)
 
 
 def ask_driver() -> Gpu | str:
@@ -506,6 +470,13 @@ def _run_within(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _remark(printed: str) -> str:
+    """What a command found: its last line that begins as a row of a report, else its last line."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    rows = [line for line in printed.splitlines() if line.startswith("[")]
+    return (rows or lines or ["done"])[-1].strip("= ")
 
 
 def _reason(printed: str) -> str:
