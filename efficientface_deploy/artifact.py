@@ -1,7 +1,12 @@
-"""What lies on disk: safetensors headers, ONNX metadata keys, engine sidecars, atomic writes."""
+"""What a model file says of itself: its kind, its ModelSpec, its provenance.
+
+A safetensors file and an ONNX file carry both as metadata, which is read here without loading the
+model; a TensorRT engine has a sidecar. Published checkpoints say nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,9 +15,18 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import file_hash, require_file, write_text
+from efficientface_deploy.files import describe_absence, file_hash, require_file, write_text
 from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
+WEIGHTS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt")  # published checkpoints
+CHECKPOINT_SUFFIXES = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES)
+ONNX_SUFFIX = ".onnx"
+ENGINE_SUFFIX = ".engine"
+RTX_ENGINE_SUFFIX = ".rtx.engine"
+_SIDECAR_SUFFIX = ".json"  # after the engine's own
+
+# Keys of the metadata.
 SPEC_KEY = "efficientface.spec"
 PROVENANCE_KEY = "efficientface.provenance"
 
@@ -21,306 +35,23 @@ UINT8_INPUT = "image"  # uint8 (N, S, S, 3), RGB
 FLOAT_INPUT = "input"  # float32 (N, 3, S, S), normalised
 OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
 
-# Published checkpoints; none of them says what its outputs mean.
-TORCH_SUFFIXES = (".tar", ".pth", ".pt")
 
-_MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
-
-
-def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata in a safetensors file's header, without reading its tensors.
-
-    Raises:
-        ArtifactError: The file is not a safetensors file.
-    """
-    path = require_file(path, "a safetensors file")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        raw = file.read(size) if 2 <= size <= _MAX_HEADER else b""
-    try:
-        header = json.loads(raw)
-        metadata = header.get("__metadata__", {})
-        return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise ArtifactError(
-            path,
-            "a safetensors file",
-            "something else or a truncated one",
-            "copy it again, or train it again with python -m training.student",
-        ) from None
-
-
-def carries_spec(path: str | Path) -> bool:
-    """Whether a model file says itself what its outputs mean; published checkpoints do not.
-
-    Raises:
-        ArtifactError: A ``*.safetensors`` file is missing or damaged.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return SPEC_KEY in read_safetensors_metadata(path)
-    return path.suffix not in TORCH_SUFFIXES
-
-
-def require_preset(path: str | Path, preset_name: str | None) -> None:
-    """Ask for a preset where a model file does not say what its outputs mean.
-
-    Raises:
-        ArtifactError: It does not, and no preset is given; or as :func:`carries_spec`.
-    """
-    if preset_name is None and Path(path).is_file() and not carries_spec(path):
-        raise ArtifactError(
-            path,
-            "--preset, since this checkpoint does not say what its outputs mean",
-            "none",
-            "add --preset " + ", ".join(PRESETS),
-        )
-
-
-def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> None:
-    """Refuse a preset whose labels are not those that a model file says itself.
-
-    Raises:
-        ArtifactError: They differ.
-        SpecError: There is no such preset.
-    """
-    if preset_name is not None and preset(preset_name).labels != spec.labels:
-        raise ArtifactError(
-            path,
-            f"labels {', '.join(spec.labels)}, as its spec says",
-            f"preset {preset_name} with {', '.join(preset(preset_name).labels)}",
-            "leave the preset out; data with other classes needs a model trained on them",
-        )
-
-
-def spec_from_metadata(metadata: Mapping[str, str], path: str | Path) -> ModelSpec:
-    """The ModelSpec in an artifact's metadata.
-
-    Raises:
-        ArtifactError: There is none.
-        SpecError: There is one, but it is damaged.
-    """
-    if SPEC_KEY not in metadata:
-        raise ArtifactError(
-            path,
-            f"a model with a ModelSpec in its metadata ({SPEC_KEY})",
-            "none",
-            "make the model with efficientface-export, which writes it",
-        )
-    return ModelSpec.from_json(metadata[SPEC_KEY], source=path)
-
-
-def provenance_from_metadata(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
-    """The provenance in an artifact's metadata; empty when there is none.
-
-    Raises:
-        ArtifactError: It is not a JSON object.
-    """
-    try:
-        provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
-    except (ValueError, RecursionError):
-        provenance = None
-    if not isinstance(provenance, dict):
-        raise ArtifactError(
-            path, "JSON in " + PROVENANCE_KEY, "something else", "export the model again"
-        )
-    return provenance
-
-
-def sidecar_path(engine: str | Path) -> Path:
-    """``model.engine`` -> ``model.engine.json``."""
-    return Path(f"{engine}.json")
-
-
-def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec and the provenance that lie beside an engine.
-
-    Raises:
-        ArtifactError: The sidecar is missing, damaged, or belongs to another engine.
-    """
-    engine = require_file(engine, "a TensorRT engine")
-    path = sidecar_path(engine)
-    if not path.is_file():
-        raise ArtifactError(
-            path,
-            f"the sidecar of {engine.name}",
-            "no such file",
-            "copy both files; an engine alone does not say its labels or preprocessing",
-        )
-    try:
-        content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
-        spec_fields, provenance = content["spec"], content["provenance"]
-        recorded = provenance["engine"]["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ArtifactError(
-            path, "JSON with spec and provenance", "something else", "export the engine again"
-        ) from None
-    spec = ModelSpec.from_json(json.dumps(spec_fields), source=path)
-    if recorded != file_hash(engine):
-        raise ArtifactError(
-            engine,
-            f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)",
-            f"another file (sha256 {file_hash(engine)[:12]}...)",
-            "copy both files of one export",
-        )
-    return spec, provenance
-
-
-def write_sidecar(engine: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]) -> Path:
-    """Write ``model.engine.json`` atomically and return its path."""
-    path = sidecar_path(engine)
-    content = {"spec": json.loads(spec.to_json()), "provenance": dict(provenance)}
-    write_text(path, json.dumps(content, indent=2) + "\n")
-    return path
-
-
-# Numbers of the fields, from onnx.proto.
-_MODEL_GRAPH, _MODEL_METADATA = 7, 14
-
-
-_GRAPH_INPUT, _VALUE_NAME = 11, 1
-
-
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
-
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of fields
-
-
-_MAX_FIELDS = 1_000_000  # of one message; a file of nothing but fields takes seconds, not hours
-
-
-_MAX_TEXT = 64 * 1024 * 1024  # bytes of one name or value
-
-
-def read_onnx_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of an ONNX file.
-
-    Raises:
-        ArtifactError: The file is not there, is not an ONNX file, or is truncated.
-    """
-    path = require_file(path, "an ONNX model")
-    metadata: dict[str, str] = {}
-    has_graph = False
-    try:
-        with path.open("rb") as file:
-            for number, end in _fields(file, path.stat().st_size):
-                has_graph = has_graph or number == _MODEL_GRAPH
-                if number == _MODEL_METADATA:
-                    entry = _texts(file, end)
-                    metadata[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
-    except ValueError as error:
-        raise _not_onnx(path, _reason(error)) from None
-    if not has_graph:
-        raise _not_onnx(path, "no graph in it")
-    return metadata
-
-
-def read_onnx_input(path: str | Path) -> str:
-    """The name of an ONNX file's first input, or an empty string.
-
-    Raises:
-        ArtifactError: As :func:`read_onnx_metadata`.
-    """
-    path = require_file(path, "an ONNX model")
-    try:
-        with path.open("rb") as file:
-            for number, end in _fields(file, path.stat().st_size):
-                if number == _MODEL_GRAPH:
-                    for part, part_end in _fields(file, end):
-                        if part == _GRAPH_INPUT:
-                            return _texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, "")
-    except ValueError as error:
-        raise _not_onnx(path, _reason(error)) from None
-    return ""
-
-
-def _reason(error: ValueError) -> str:
-    return "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-
-
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
-    """Number and end of each field of bytes in a message; the file stands where its bytes begin.
-
-    Raises:
-        ValueError: This is no protobuf message, or the file ends within.
-    """
-    for _ in range(_MAX_FIELDS):
-        if file.tell() == end:
-            return
-        number, kind = divmod(_varint(file), 8)
-        if kind == _VARINT:
-            _varint(file)
-            continue
-        sizes = {_FIXED32: 4, _FIXED64: 8}
-        size = _varint(file) if kind == _BYTES else sizes.get(kind)
-        if size is None or number == 0:
-            raise ValueError("something else")
-        field_end = file.tell() + size
-        if field_end > end:
-            raise ValueError("a truncated or damaged one")
-        if kind == _BYTES:
-            yield number, field_end
-        file.seek(field_end)
-    raise ValueError("more fields than a model has")
-
-
-def _texts(file: BinaryIO, end: int, wanted: set[int] | None = None) -> dict[int, str]:
-    """A message's fields as text, by number."""
-    texts = {}
-    for number, field_end in _fields(file, end):
-        if wanted is None or number in wanted:
-            size = field_end - file.tell()
-            if size > _MAX_TEXT:
-                raise ValueError(f"a text of {size} bytes")
-            texts[number] = file.read(size).decode()  # UnicodeDecodeError is a ValueError
-    return texts
-
-
-def _varint(file: BinaryIO) -> int:
-    """A number of up to 64 bits, seven to a byte, the lowest first."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            raise ValueError("a truncated or damaged one")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise ValueError("something else")
-
-
-def _not_onnx(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(
-        path, "an ONNX model", found, "copy it again, or export it again with efficientface-export"
-    )
-
-
-CHECKPOINT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-
-
-ONNX_SUFFIX = ".onnx"
-
-
-ENGINE_SUFFIX = ".engine"
-
+# ---- the kind of a file
 
 _LOOKED_AT = 4096  # bytes that tell text from anything else
 
 
 def describe_file(path: Path) -> str:
     """``a picture``, ``an empty file``, ``a TensorRT engine``; content goes before the name."""
-    if path.is_dir():
-        return "a folder"
     if not path.is_file():
-        return "no such file"
+        return describe_absence(path)
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
     if not start:
         return "an empty file"
     if _is_picture(path):
         return "a picture"
-    if path.name.endswith(ENGINE_SUFFIX + ".json"):
+    if path.name.endswith(ENGINE_SUFFIX + _SIDECAR_SUFFIX):
         return "the sidecar of an engine"
     if _is_text(start):
         return "a text file"
@@ -350,3 +81,252 @@ def _is_text(start: bytes) -> bool:
             return False
         text = start[: error.start].decode("utf-8")
     return all(char.isprintable() or char in "\t\n\r\f" for char in text)
+
+
+# ---- safetensors
+
+_MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
+
+
+def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """The text metadata in a safetensors file's header, without reading its tensors.
+
+    Raises:
+        ArtifactError: The file is not a safetensors file.
+    """
+    path = require_file(path, "a safetensors file")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size) if 2 <= size <= _MAX_HEADER else b""
+    try:
+        header = json.loads(raw)
+        metadata = header.get("__metadata__", {})
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, AttributeError, RecursionError):
+        found = "something else or a truncated one"
+        fix = "copy it again, or train it again with python -m training.student"
+        raise ArtifactError(path, "a safetensors file", found, fix) from None
+
+
+# ---- ONNX: protobuf messages, of which only what is asked for is read
+
+# Numbers of the fields, from onnx.proto.
+_MODEL_GRAPH, _MODEL_METADATA = 7, 14
+_GRAPH_INPUT, _VALUE_NAME = 11, 1
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of fields
+
+_MAX_FIELDS = 1_000_000  # of one message; a file of nothing but fields takes seconds, not hours
+_MAX_TEXT = 64 * 1024 * 1024  # bytes of one name or value
+
+
+def read_onnx_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of an ONNX file.
+
+    Raises:
+        ArtifactError: The file is not there, is not an ONNX file, or is truncated.
+    """
+    metadata: dict[str, str] = {}
+    has_graph = False
+    with _open_onnx(path) as (file, size):
+        for number, end in _fields(file, size):
+            has_graph = has_graph or number == _MODEL_GRAPH
+            if number == _MODEL_METADATA:
+                entry = _texts(file, end, {_ENTRY_KEY, _ENTRY_VALUE})
+                metadata[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
+        if not has_graph:
+            raise ValueError("no graph in it")
+    return metadata
+
+
+def read_onnx_input(path: str | Path) -> str:
+    """The name of an ONNX file's first input, or an empty string.
+
+    Raises:
+        ArtifactError: As :func:`read_onnx_metadata`.
+    """
+    with _open_onnx(path) as (file, size):
+        for number, end in _fields(file, size):
+            if number == _MODEL_GRAPH:
+                for part, part_end in _fields(file, end):
+                    if part == _GRAPH_INPUT:
+                        return _texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, "")
+    return ""
+
+
+@contextlib.contextmanager
+def _open_onnx(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size; a ValueError of the block says what the file is instead."""
+    path = require_file(path, "an ONNX model")
+    try:
+        with path.open("rb") as file:
+            yield file, path.stat().st_size
+    except ValueError as error:
+        odd_text = isinstance(error, UnicodeDecodeError)
+        found = "text that is not UTF-8" if odd_text else str(error)
+        fix = "copy it again, or export it again with efficientface-export"
+        raise ArtifactError(path, "an ONNX model", found, fix) from None
+
+
+def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+    """Number and end of each field of bytes in a message; the file stands where its bytes begin.
+
+    Raises:
+        ValueError: This is no protobuf message, or the file ends within.
+    """
+    for _ in range(_MAX_FIELDS):
+        if file.tell() == end:
+            return
+        number, kind = divmod(_varint(file), 8)
+        if kind == _VARINT:
+            _varint(file)
+            continue
+        sizes = {_FIXED32: 4, _FIXED64: 8}
+        size = _varint(file) if kind == _BYTES else sizes.get(kind)
+        if size is None or number == 0:
+            raise ValueError("something else")
+        field_end = file.tell() + size
+        if field_end > end:
+            raise ValueError("a truncated or damaged one")
+        if kind == _BYTES:
+            yield number, field_end
+        file.seek(field_end)
+    raise ValueError("more fields than a model has")
+
+
+def _texts(file: BinaryIO, end: int, wanted: set[int]) -> dict[int, str]:
+    """Those of a message's fields that are wanted, as text, by number."""
+    texts = {}
+    for number, field_end in _fields(file, end):
+        if number in wanted:
+            size = field_end - file.tell()
+            if size > _MAX_TEXT:
+                raise ValueError(f"a text of {size} bytes")
+            texts[number] = file.read(size).decode()  # UnicodeDecodeError is a ValueError
+    return texts
+
+
+def _varint(file: BinaryIO) -> int:
+    """A number of up to 64 bits, seven to a byte, the lowest first."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            raise ValueError("a truncated or damaged one")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("something else")
+
+
+# ---- an engine's sidecar
+
+
+def sidecar_path(engine: str | Path) -> Path:
+    """``model.engine`` -> ``model.engine.json``."""
+    return Path(f"{engine}{_SIDECAR_SUFFIX}")
+
+
+def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec and the provenance that lie beside an engine.
+
+    Raises:
+        ArtifactError: The sidecar is missing, damaged, or belongs to another engine.
+    """
+    engine = require_file(engine, "a TensorRT engine")
+    path = sidecar_path(engine)
+    if not path.is_file():
+        fix = "copy both files; an engine alone does not say its labels or preprocessing"
+        raise ArtifactError(path, f"the sidecar of {engine.name}", "no such file", fix)
+    try:
+        content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
+        spec_fields, provenance = content["spec"], content["provenance"]
+        recorded = provenance["engine"]["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        expected, fix = "JSON with spec and provenance", "export the engine again"
+        raise ArtifactError(path, expected, "something else", fix) from None
+    spec = ModelSpec.from_json(json.dumps(spec_fields), source=path)
+    if recorded != (actual := file_hash(engine)):
+        expected = f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)"
+        found = f"another file (sha256 {actual[:12]}...)"
+        raise ArtifactError(engine, expected, found, "copy both files of one export")
+    return spec, provenance
+
+
+def write_sidecar(engine: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]) -> Path:
+    """Write ``model.engine.json`` atomically and return its path."""
+    path = sidecar_path(engine)
+    content = {"spec": json.loads(spec.to_json()), "provenance": dict(provenance)}
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+# ---- spec and provenance
+
+
+def spec_from_metadata(metadata: Mapping[str, str], path: str | Path) -> ModelSpec:
+    """The ModelSpec in an artifact's metadata.
+
+    Raises:
+        ArtifactError: There is none.
+        SpecError: There is one, but it is damaged.
+    """
+    if SPEC_KEY not in metadata:
+        expected = f"a model with a ModelSpec in its metadata ({SPEC_KEY})"
+        fix = "make the model with efficientface-export, which writes it"
+        raise ArtifactError(path, expected, "none", fix)
+    return ModelSpec.from_json(metadata[SPEC_KEY], source=path)
+
+
+def provenance_from_metadata(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """The provenance in an artifact's metadata; empty when there is none.
+
+    Raises:
+        ArtifactError: It is not a JSON object.
+    """
+    try:
+        provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    except (ValueError, RecursionError):
+        provenance = None
+    if not isinstance(provenance, dict):
+        expected, fix = f"JSON in {PROVENANCE_KEY}", "export the model again"
+        raise ArtifactError(path, expected, "something else", fix)
+    return provenance
+
+
+def carries_spec(path: str | Path) -> bool:
+    """Whether a model file says itself what its outputs mean; published checkpoints do not.
+
+    Raises:
+        ArtifactError: A ``*.safetensors`` file is missing or damaged.
+    """
+    path = Path(path)
+    if path.suffix == WEIGHTS_SUFFIX:
+        return SPEC_KEY in read_safetensors_metadata(path)
+    return path.suffix not in TORCH_SUFFIXES
+
+
+def require_preset(path: str | Path, preset_name: str | None) -> None:
+    """Ask for a preset where a model file does not say what its outputs mean.
+
+    Raises:
+        ArtifactError: It does not, and no preset is given; or as :func:`carries_spec`.
+    """
+    if preset_name is None and Path(path).is_file() and not carries_spec(path):
+        expected = "--preset, since this checkpoint does not say what its outputs mean"
+        raise ArtifactError(path, expected, "none", "add --preset " + ", ".join(PRESETS))
+
+
+def check_preset(path: str | Path, spec: ModelSpec, preset_name: str | None) -> None:
+    """Refuse a preset whose labels are not those that a model file says itself.
+
+    Raises:
+        ArtifactError: They differ.
+        SpecError: There is no such preset.
+    """
+    if preset_name is not None and (labels := preset(preset_name).labels) != spec.labels:
+        expected = f"labels {', '.join(spec.labels)}, as its spec says"
+        found = f"preset {preset_name} with {', '.join(labels)}"
+        fix = "leave the preset out; data with other classes needs a model trained on them"
+        raise ArtifactError(path, expected, found, fix)

@@ -23,9 +23,7 @@ from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
-from efficientface_deploy.vision.video import VIDEO_SUFFIXES, VideoWriter, open_video, write_video
-
-CAMERA = "camera"
+from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
 
 _JPEG_QUALITY = 90
 
@@ -90,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
-        report = Report(None if config.json else Table(predictor.spec), len(names))
+        report = Report(None if config.json else PredictionTable(predictor.spec), len(names))
+        labeller = Labeller(predictor, detector, gallery, report.tell)
         for name in names:
             try:
-                label(predictor, detector, name, gallery, report.tell)
+                labeller.label(name)
             except ImageError as error:
                 report.tell_unreadable(error)
             report.done += 1
@@ -105,56 +104,73 @@ def entry_point() -> None:
     run_command(main)
 
 
-def label(
-    predictor: Predictor,
-    detector: FaceDetector | None,
-    name: str,
-    gallery: Gallery | None,
-    tell: Callable[[Answer], None],
-) -> None:
-    """Label one picture, video or camera.
+@dataclasses.dataclass(frozen=True)
+class Labeller:
+    """Labels pictures, videos and cameras.
 
-    Args:
+    Attributes:
         predictor: The model.
         detector: Finds the faces; without one the whole picture is a face.
-        name: A file, ``camera``, ``camera:NUMBER`` or ``-``.
         gallery: Where to draw; None for nowhere.
-        tell: Called with the answer for the picture, or for each frame.
-
-    Raises:
-        ImageError: It cannot be read.
+        tell: Called with the answer for a picture, or for each frame.
     """
-    camera = camera_number(name)
-    if camera is not None or Path(name).suffix.lower() in VIDEO_SUFFIXES:
-        _label_frames(predictor, detector, name, camera, gallery, tell)
-        return
-    image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
-    faces = predictor.predict_faces(image, detector)
-    if gallery:
-        gallery.add_picture(name, draw_faces(image, faces))
-    tell(Answer(name, faces))
+
+    predictor: Predictor
+    detector: FaceDetector | None
+    gallery: Gallery | None
+    tell: Callable[[Answer], None]
+
+    def label(self, name: str) -> None:
+        """Label a file, ``camera``, ``camera:NUMBER`` or ``-``.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        camera = camera_number(name)
+        if camera is not None or Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            self._label_frames(name, camera)
+            return
+        image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
+        faces = self.predictor.predict_faces(image, self.detector)
+        if self.gallery:
+            self.gallery.add_picture(name, _annotated(image, faces))
+        self.tell(Answer(name, faces))
+
+    def _label_frames(self, name: str, camera: int | None) -> None:
+        policy = "every" if camera is None else "newest"
+        with contextlib.ExitStack() as stack:
+            video = stack.enter_context(open_video(name if camera is None else camera))
+            if self.gallery:
+                draw = stack.enter_context(self.gallery.add_video(name, video.rate))
+            if camera is not None:
+                stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # a camera's usual end
+            results = self.predictor.predict_stream(video, detector=self.detector, policy=policy)
+            start = None
+            for result in stack.enter_context(contextlib.closing(results)):
+                start = result.time if start is None else start
+                seconds = result.index / video.rate if camera is None else result.time - start
+                if self.gallery:
+                    draw(_annotated(result.image, result.faces))
+                self.tell(Answer(name, result.faces, result.index, seconds, result.latency))
+            if start is None:
+                fix = "copy the video again, or convert it to MP4 (H.264)"
+                raise ImageError(name, "at least one frame", "none that OpenCV can decode", fix)
 
 
 def camera_number(name: str) -> int | None:
     """0 for ``camera``, 2 for ``camera:2``, None for what is no camera."""
     kind, _, number = name.partition(":")
-    if kind != CAMERA or not (number or "0").isdecimal():
+    if kind != "camera" or not (number or "0").isdecimal():
         return None
     return int(number or "0")
 
 
 def as_json(answer: Answer) -> str:
     """One line of JSON: the name, and every face with its box and all probabilities."""
-    record = {
-        key: value
-        for key, value in dataclasses.asdict(answer).items()
-        if value is not None and key != "faces"
-    }
-    record["faces"] = [
-        {**dataclasses.asdict(found.prediction), **dataclasses.asdict(found.face)}
-        for found in answer.faces
-    ]
-    return json.dumps(record)
+    record = {key: value for key, value in vars(answer).items() if value is not None}
+    del record["faces"]  # they come last
+    faces = [{**vars(found.prediction), **vars(found.face)} for found in answer.faces]
+    return json.dumps({**record, "faces": faces})
 
 
 class Report:
@@ -168,7 +184,7 @@ class Report:
         done: How many of them are done.
     """
 
-    def __init__(self, table: Table | None, total: int) -> None:
+    def __init__(self, table: PredictionTable | None, total: int) -> None:
         self.done = 0
         self._table = table
         self._total = total
@@ -201,8 +217,8 @@ class Report:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-class Table:
-    """A table whose columns are as wide as the model's labels; the name, of any length, is last.
+class PredictionTable:
+    """Rows of a table as they come, in columns as wide as the model's labels; names are last.
 
     Args:
         spec: The model's.
@@ -246,12 +262,8 @@ class Gallery:
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                "--draw",
-                "a new or an empty folder",
-                f"{folder}, which is there and not empty",
-                "give another one",
-            )
+            found = f"{folder}, which is there and not empty"
+            raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
         self._folder = folder
 
     def add_picture(self, name: str, image: Image.Image) -> None:
@@ -259,8 +271,10 @@ class Gallery:
         with atomic_path(self._free(name, ".jpg")) as path:
             image.save(path, "JPEG", quality=_JPEG_QUALITY)
 
-    def add_video(self, name: str, rate: float) -> contextlib.AbstractContextManager[VideoWriter]:
-        """Begin a copy as MPEG-4 under the video's name."""
+    def add_video(
+        self, name: str, rate: float
+    ) -> contextlib.AbstractContextManager[Callable[[Image.Image], None]]:
+        """Begin a copy as MPEG-4 under the video's name; see :func:`write_video`."""
         return write_video(self._free(name, ".mp4"), rate)
 
     def _free(self, name: str, suffix: str) -> Path:
@@ -273,35 +287,9 @@ class Gallery:
         return path
 
 
-def _label_frames(
-    predictor: Predictor,
-    detector: FaceDetector | None,
-    name: str,
-    camera: int | None,
-    gallery: Gallery | None,
-    tell: Callable[[Answer], None],
-) -> None:
-    policy = "every" if camera is None else "newest"
-    with contextlib.ExitStack() as stack:
-        video = stack.enter_context(open_video(name if camera is None else camera))
-        copy = stack.enter_context(gallery.add_video(name, video.rate)) if gallery else None
-        if camera is not None:
-            stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # a camera's usual end
-        results = predictor.predict_stream(video, detector=detector, policy=policy)
-        start = None
-        for result in stack.enter_context(contextlib.closing(results)):
-            start = result.time if start is None else start
-            seconds = result.index / video.rate if camera is None else result.time - start
-            if copy:
-                copy.write(draw_faces(result.image, result.faces))
-            tell(Answer(name, result.faces, result.index, seconds, result.latency))
-        if start is None:
-            raise ImageError(
-                name,
-                "at least one frame",
-                "none that OpenCV can decode",
-                "copy the video again, or convert it to MP4 (H.264)",
-            )
+def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
+    texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
+    return draw_faces(image, zip([one.face for one in faces], texts, strict=True))
 
 
 if __name__ == "__main__":

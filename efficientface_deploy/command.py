@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
-from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.errors import ConfigError, EfficientFaceError, words_of
 
 Config = TypeVar("Config")
 
@@ -47,14 +47,8 @@ def option(
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "metavar": metavar,
-        "positional": positional,
-        "minimum": minimum,
-        "maximum": maximum,
-    }
+    metadata: dict[str, Any] = dict(help=help, choices=choices, metavar=metavar)
+    metadata.update(positional=positional, minimum=minimum, maximum=maximum)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -105,16 +99,15 @@ def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
     """Refuse a number outside its option's range; anything else passes."""
     name = _option_name(field)
     minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-    problem = None
     if isinstance(number, float) and not math.isfinite(number):
-        problem = ("a finite number", "a finite value")
+        expected, fix = "a finite number", "a finite value"
     elif minimum is not None and number is not None and number < minimum:
-        problem = (f"at least {minimum}", "a larger value")
+        expected, fix = f"at least {minimum}", "a larger value"
     elif maximum is not None and number is not None and number > maximum:
-        problem = (f"at most {maximum}", "a smaller value")
-    if problem is not None:
-        expected, fix = problem
-        raise ConfigError(name, expected, str(number), f"give {name} {fix}")
+        expected, fix = f"at most {maximum}", "a smaller value"
+    else:
+        return
+    raise ConfigError(name, expected, str(number), f"give {name} {fix}")
 
 
 def _option_name(field: dataclasses.Field[Any]) -> str:
@@ -135,18 +128,13 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict
 
     kind, several = _element_type(hint)
     if kind is bool:
-        if field.default is False:
-            keywords["action"] = "store_true"
-        else:
-            keywords["action"] = argparse.BooleanOptionalAction
+        switch = field.default is False
+        keywords["action"] = "store_true" if switch else argparse.BooleanOptionalAction
     else:
         keywords["type"] = kind
-        if metadata["choices"]:
-            keywords["choices"] = list(metadata["choices"])
-        if metadata["metavar"]:
-            keywords["metavar"] = metadata["metavar"]
+        keywords |= {name: metadata[name] for name in ("choices", "metavar") if metadata[name]}
         if several:
-            keywords["nargs"] = "*" if not required else "+"
+            keywords["nargs"] = "+" if required else "*"
 
     if metadata["positional"]:
         if not several and not required:
@@ -186,19 +174,21 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         with _signals_handled_by({signal.SIGTERM: _interrupt}):
             code = main() or 0
     except EfficientFaceError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        code = error.exit_code
+        code = _complain(error, error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         pass  # the reader (head, less) went away: no error of ours
     except OSError as error:
-        # A full disk, a missing permission: the system's own words say what to mend.
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        code = 2
+        code = _complain(error)  # a full disk, a missing permission: the system says what to do
     flushed = _flush()
     sys.exit(code or flushed)
+
+
+def _complain(error: BaseException, code: int = 2) -> int:
+    print(f"error: {words_of(error, sys.maxsize)}", file=sys.stderr)
+    return code
 
 
 @contextlib.contextmanager
@@ -250,11 +240,4 @@ def _flush() -> int:
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        return 0 if isinstance(error, BrokenPipeError) else _complain(error)

@@ -1,4 +1,4 @@
-"""Errors of the toolkit: each says what was expected, what was found, and how to mend it."""
+"""Errors of the toolkit: each says what was expected, what was found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ class EfficientFaceError(Exception):
 def _one_line(text: str) -> str:
     """What a file holds may end up in a message: no line breaks, no terminal's control codes."""
     return "".join(char if char.isprintable() else " " for char in text)
+
+
+def words_of(error: object, length: int = 160) -> str:
+    """What an error says, on one line: the beginning of it, or its class where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def system_words(error: OSError) -> str:

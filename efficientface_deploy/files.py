@@ -61,11 +61,15 @@ def require_file(path: str | Path, kind: str) -> Path:
     """
     path = Path(path)
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        if found == "no such file" and path.exists():
-            found = "a pipe or device"
-        raise ArtifactError(path, kind, found, "check the path")
+        raise ArtifactError(path, kind, describe_absence(path), "check the path")
     if (size := path.stat().st_size) > _MAX_FILE:
         found = f"a file of {size / _MAX_FILE:.1f} GiB"
         raise ArtifactError(path, f"{kind} below 1 GiB", found, "copy it again")
     return path
+
+
+def describe_absence(path: Path) -> str:
+    """What is at a path where no file is."""
+    if path.is_dir():
+        return "a folder"
+    return "a pipe or device" if path.exists() else "no such file"

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from efficientface_deploy.backends import (
-    Backend,
-    BackendOptions,
-    Output,
-    create_backend,
-    missing_reason,
-    resolve_backend,
-)
+from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
+from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
@@ -33,9 +28,6 @@ from efficientface_deploy.vision.preprocess import (
     to_model_input,
 )
 from efficientface_deploy.vision.stream import check_policy, overlap
-
-if TYPE_CHECKING:
-    from efficientface_deploy.backends.base import DeviceArray
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
@@ -81,8 +73,8 @@ class FrameResult:
         time: When it came, seconds by ``time.monotonic``.
         latency: Seconds from there to its labels, waiting included.
         image: The frame, PIL, RGB.
-        faces: Its faces, the surest first; empty where none was found. Without a detector the
-            whole frame is one face.
+        faces: Its faces, the most confident first; empty where none was found. Without a detector
+            the whole frame is one face.
     """
 
     index: int
@@ -94,7 +86,7 @@ class FrameResult:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Picture:
-    """A picture ready for the network: its faces, and what the network is given of each."""
+    """A picture ready for the network: its faces, and of each uint8 (S, S, 3)."""
 
     image: Image.Image
     faces: Sequence[Face]
@@ -161,11 +153,7 @@ class Predictor:
             ImageError: One of the images cannot be used, or what was given is a single image.
         """
         _check_several(images)
-        inputs = [self.preprocess(image) for image in images]
-        if not inputs:
-            return []
-        probabilities = self._run(np.stack(inputs)).probabilities  # (N, C)
-        return [self._prediction(row) for row in probabilities]
+        return self._label([self.preprocess(image) for image in images])
 
     def predict_faces(
         self, image: ImageSource, detector: FaceDetector | None = None
@@ -178,13 +166,13 @@ class Predictor:
                 face.
 
         Returns:
-            The faces, the surest first, each cut as the model's training faces were (see
+            The faces, the most confident first, each cut as the model's training faces were (see
             :mod:`efficientface_deploy.vision.faces`); empty where there is none.
 
         Raises:
             ImageError: The image cannot be used, or the detector gives what the model cannot use.
         """
-        return self._label(self._find(image, detector))
+        return self._label_faces(self._find_faces(image, detector))
 
     def predict_stream(
         self,
@@ -232,7 +220,11 @@ class Predictor:
         Returns:
             Logits and probabilities, float32 (N, C).
         """
-        output = self._run(images)
+        if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
+            found = "one that was loaded before a fork"
+            fix = "call load() in the child, or start processes by spawn"
+            raise BackendError(self.path.name, "a model that this process loaded", found, fix)
+        output = self._backend.infer(images)
         return output.logits, output.probabilities
 
     def close(self) -> None:
@@ -243,34 +235,29 @@ class Predictor:
     def _is_forked(self) -> bool:
         return os.getpid() != self._process
 
-    def _run(self, images: UInt8Array | DeviceArray) -> Output:
-        if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
-            raise BackendError(
-                self.path.name,
-                "a model that this process loaded",
-                "one that was loaded before a fork",
-                "call load() in the child, or start processes by spawn",
-            )
-        return self._backend.infer(images)
+    def _label(self, inputs: list[UInt8Array]) -> list[Prediction]:
+        """What the network says about inputs, uint8 (S, S, 3) each."""
+        if not inputs:
+            return []
+        _, probabilities = self.infer(np.stack(inputs))  # (N, C)
+        labels = self.spec.labels
+        return [
+            Prediction(labels[best], float(row[best]), dict(zip(labels, row.tolist(), strict=True)))
+            for row, best in zip(probabilities, probabilities.argmax(axis=1), strict=True)
+        ]
 
-    def _find(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
+    def _find_faces(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
         """Everything that comes before the network."""
         image = load_image(source)
         if detector is None:
             return _Picture(image, [whole_picture(image)], [resize(image, self.spec)])
         faces = detector.detect(np.asarray(image))
-        return _Picture(
-            image, faces, [resize(cut_face(image, face, self.spec), self.spec) for face in faces]
-        )
+        cuts = (cut_face(image, face, self.spec) for face in faces)
+        return _Picture(image, faces, [resize(cut, self.spec) for cut in cuts])
 
-    def _label(self, picture: _Picture) -> list[FacePrediction]:
-        if not picture.inputs:
-            return []
-        probabilities = self._run(np.stack(picture.inputs)).probabilities  # (faces, C)
-        return [
-            FacePrediction(face, self._prediction(row))
-            for face, row in zip(picture.faces, probabilities, strict=True)
-        ]
+    def _label_faces(self, picture: _Picture) -> list[FacePrediction]:
+        predictions = self._label(picture.inputs)
+        return list(map(FacePrediction, picture.faces, predictions))
 
     def _stream(
         self,
@@ -279,19 +266,12 @@ class Predictor:
         policy: str,
         queue_size: int,
     ) -> Generator[FrameResult, None, None]:
-        def find(frame: ImageSource) -> _Picture:
-            return self._find(frame, detector)
-
-        with contextlib.closing(overlap(frames, find, policy, queue_size)) as pictures:
+        prepare = functools.partial(self._find_faces, detector=detector)
+        with contextlib.closing(overlap(frames, prepare, policy, queue_size)) as pictures:
             for arrival in pictures:
-                faces = tuple(self._label(arrival.item))
+                faces = tuple(self._label_faces(arrival.item))
                 latency = time.monotonic() - arrival.time
                 yield FrameResult(arrival.index, arrival.time, latency, arrival.item.image, faces)
-
-    def _prediction(self, row: Float32Array) -> Prediction:
-        best = int(row.argmax())
-        probabilities = dict(zip(self.spec.labels, row.tolist(), strict=True))
-        return Prediction(self.spec.labels[best], float(row[best]), probabilities)
 
     def __enter__(self) -> Predictor:
         return self
@@ -300,26 +280,18 @@ class Predictor:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        options = self._backend.options
-        keywords = {
-            "threads": options.threads,
-            "preset": options.preset,
-            "cuda_graphs": options.cuda_graphs,
-        }
-        return _load_again, (self.path.resolve(), self.backend, keywords)
+        options = dataclasses.asdict(self._backend.options)
+        del options["device"]  # part of the backend's name
+        path = self.path.resolve()
+        return functools.partial(load, path, backend=self.backend, **options), ()
 
     def __repr__(self) -> str:
         spec = self.spec
-        size = spec.input_size
         state = ", preliminary" if spec.preliminary else ""
         return (
-            f"Predictor({self.path.name!r}, backend={self.backend!r}, "
-            f"{spec.name}{state}, {spec.num_classes} classes, {size}x{size})"
+            f"Predictor({self.path.name!r}, backend={self.backend!r}, {spec.name}{state}, "
+            f"{spec.num_classes} classes, {spec.input_size}x{spec.input_size})"
         )
-
-
-def _load_again(path: Path, backend: str, keywords: dict[str, Any]) -> Predictor:
-    return load(path, backend=backend, **keywords)
 
 
 def _check_several(images: object) -> None:
@@ -329,12 +301,9 @@ def _check_several(images: object) -> None:
         single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
     if single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
         kind = type(images).__name__
-        raise ImageError(
-            "batch",
-            "several images",
-            f"a single one ({kind})" if single else kind,
-            "call the predictor itself, or put the image into a list",
-        )
+        found = f"a single one ({kind})" if single else kind
+        fix = "call the predictor itself, or put the image into a list"
+        raise ImageError("batch", "several images", found, fix)
 
 
 def load(
@@ -363,12 +332,8 @@ def load(
             available here.
     """
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
-        raise BackendError(
-            "threads",
-            f"a whole number, at least 1 and at most {MAX_THREADS}",
-            repr(threads)[:40],
-            "leave it out for all cores",
-        )
+        expected = f"a whole number, at least 1 and at most {MAX_THREADS}"
+        raise BackendError("threads", expected, repr(threads)[:40], "leave it out for all cores")
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))

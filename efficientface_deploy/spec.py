@@ -19,6 +19,8 @@ FACE_CROPS = ("as-is", "box", "aligned")
 SIZE_MULTIPLE = 16
 """EfficientFace halves the picture four times before its quadrants stop being whole."""
 
+Triple = tuple[float, float, float]  # a number for each channel of RGB
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -41,8 +43,8 @@ class ModelSpec:
     architecture: str
     labels: tuple[str, ...]
     input_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Triple
+    std: Triple
     colour: str = "rgb"
     resize: str = "bilinear"
     face_crop: str = "as-is"
@@ -110,9 +112,8 @@ class ModelSpec:
         try:
             return self.replace(input_size=size)
         except SpecError as error:
-            raise ConfigError(
-                "--input-size", error.expected, error.found, "give another --input-size"
-            ) from None
+            fix = "give another --input-size"
+            raise ConfigError("--input-size", error.expected, error.found, fix) from None
 
     def to_json(self) -> str:
         """The spec as one line of JSON, keys sorted, floats exact."""
@@ -129,32 +130,30 @@ class ModelSpec:
         Raises:
             SpecError: Not JSON, not an object, a missing or unknown key, a value out of range.
         """
+
+        def bad(expected: str, found: str) -> SpecError:
+            return SpecError(source, expected, found, _REMAKE)
+
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError, TypeError):
-            raise SpecError(
-                source, "a ModelSpec as JSON", "text that is not JSON", _REMAKE
-            ) from None
+            raise bad("a ModelSpec as JSON", "text that is not JSON") from None
         if not isinstance(fields, dict):
-            kind = type(fields).__name__
-            raise SpecError(source, "a ModelSpec as JSON", kind, _REMAKE)
+            raise bad("a ModelSpec as JSON", type(fields).__name__)
         known = {field.name for field in dataclasses.fields(cls)}
         required = {"schema", "architecture", "labels", "input_size", "mean", "std"}
         if unknown := sorted(set(fields) - known):
-            found = "unknown key " + ", ".join(unknown)
-            raise SpecError(source, "keys of a ModelSpec", found, _REMAKE)
+            raise bad("keys of a ModelSpec", "unknown key " + ", ".join(unknown))
         if missing := sorted(required - set(fields)):
-            found = "no " + ", ".join(missing)
-            raise SpecError(source, "all keys of a ModelSpec", found, _REMAKE)
+            raise bad("all keys of a ModelSpec", "no " + ", ".join(missing))
         for key in ("labels", "mean", "std"):
             if isinstance(fields[key], list):
                 fields[key] = tuple(fields[key])
         try:
             return cls(**fields)
         except SpecError as error:
-            raise SpecError(
-                f"{source}: {error.subject}", error.expected, error.found, error.fix
-            ) from None
+            subject = f"{source}: {error.subject}"
+            raise SpecError(subject, error.expected, error.found, error.fix) from None
 
 
 _REMAKE = "export or train the model again with this version"
@@ -186,69 +185,29 @@ def _is_finite(value: object) -> bool:
 # Order of the published EfficientFace code, which is not RAF-DB's own numbering (1 Surprise, ...).
 _SEVEN = ("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger")
 # Order of the columns in FER+ (Barsoum et al. 2016), without unknown and NF.
-_FERPLUS = (
-    "Neutral",
-    "Happiness",
-    "Surprise",
-    "Sadness",
-    "Anger",
-    "Disgust",
-    "Fear",
-    "Contempt",
-)
+_FERPLUS = ("Neutral", "Happiness", "Surprise", "Sadness", "Anger", "Disgust", "Fear", "Contempt")
 
-_AFFECTNET_MEAN = (0.55391484, 0.43522123, 0.3821877)
-_AFFECTNET_STD = (0.24837189, 0.21625527, 0.20221159)
+# Mean and standard deviation of each channel, of the published EfficientFace code; FER+: measured
+# on its train split (luminance of 28,386 faces), the same for all since the pictures are grey.
+_RAFDB = (0.57535914, 0.44928582, 0.40079932), (0.20735591, 0.18981615, 0.18132027)
+_AFFECTNET = (0.55391484, 0.43522123, 0.3821877), (0.24837189, 0.21625527, 0.20221159)
+_CAERS = (0.35964426, 0.22359873, 0.19040863), (0.15188067, 0.11678473, 0.1103445)
+_GREY = (0.50697356, 0.50697356, 0.50697356), (0.25423586, 0.25423586, 0.25423586)
 
-# Normalisation constants of the published EfficientFace code; FER+: measured on its train split
-# (luminance of 28,386 faces), the same for all channels because the pictures are grey.
+
+def _student(
+    name: str, labels: tuple[str, ...], normalisation: tuple[Triple, Triple], face_crop: str
+) -> ModelSpec:
+    mean, std = normalisation
+    return ModelSpec("efficientface", labels, 224, mean, std, face_crop=face_crop, name=name)
+
+
 PRESETS: dict[str, ModelSpec] = {
-    "rafdb": ModelSpec(
-        architecture="efficientface",
-        labels=_SEVEN,
-        input_size=224,
-        mean=(0.57535914, 0.44928582, 0.40079932),
-        std=(0.20735591, 0.18981615, 0.18132027),
-        face_crop="aligned",
-        name="RAF-DB",
-    ),
-    "affectnet7": ModelSpec(
-        architecture="efficientface",
-        labels=_SEVEN,
-        input_size=224,
-        mean=_AFFECTNET_MEAN,
-        std=_AFFECTNET_STD,
-        face_crop="box",
-        name="AffectNet-7",
-    ),
-    "affectnet8": ModelSpec(
-        architecture="efficientface",
-        labels=(*_SEVEN, "Contempt"),
-        input_size=224,
-        mean=_AFFECTNET_MEAN,
-        std=_AFFECTNET_STD,
-        face_crop="box",
-        name="AffectNet-8",
-    ),
-    "caers": ModelSpec(
-        architecture="efficientface",
-        labels=_SEVEN,
-        input_size=224,
-        mean=(0.35964426, 0.22359873, 0.19040863),
-        std=(0.15188067, 0.11678473, 0.1103445),
-        face_crop="as-is",
-        name="CAER-S",
-    ),
-    "ferplus": ModelSpec(
-        architecture="efficientface",
-        labels=_FERPLUS,
-        input_size=96,
-        mean=(0.50697356, 0.50697356, 0.50697356),
-        std=(0.25423586, 0.25423586, 0.25423586),
-        colour="grey",
-        face_crop="box",
-        name="FER+",
-    ),
+    "rafdb": _student("RAF-DB", _SEVEN, _RAFDB, "aligned"),
+    "affectnet7": _student("AffectNet-7", _SEVEN, _AFFECTNET, "box"),
+    "affectnet8": _student("AffectNet-8", (*_SEVEN, "Contempt"), _AFFECTNET, "box"),
+    "caers": _student("CAER-S", _SEVEN, _CAERS, "as-is"),
+    "ferplus": _student("FER+", _FERPLUS, _GREY, "box").replace(input_size=96, colour="grey"),
 }
 
 
@@ -262,10 +221,6 @@ def preset(name: str) -> ModelSpec:
         SpecError: There is no such preset.
     """
     if name not in PRESETS:
-        raise SpecError(
-            "preset",
-            "one of " + ", ".join(PRESETS),
-            repr(name),
-            "choose one of these, or read a checkpoint that carries its own spec",
-        )
+        fix = "choose one of these, or read a checkpoint that carries its own spec"
+        raise SpecError("preset", "one of " + ", ".join(PRESETS), repr(name), fix)
     return PRESETS[name]

@@ -25,11 +25,12 @@ from efficientface_deploy.workbench.environment import (  # noqa: E402
     describe_machine,
     describe_software,
 )
+from efficientface_deploy.workbench.tables import Table  # noqa: E402
 
 SUITE = ROOT / "tests" / "efficientface_deploy" / "backends" / "test_conformance.py"
 
 
-class Table:
+class Outcomes:
     """A plugin of pytest that keeps what became of each test of each backend.
 
     Attributes:
@@ -62,24 +63,26 @@ class Table:
         backends = list(dict.fromkeys(self._backends.values()))
         skipped = [name for name in backends if self._all_outcomes(name) == {"skipped"}]
         run = [name for name in backends if name not in skipped]
-        lines = [head, "", f"| test | {' | '.join(run)} |", "|---" * (len(run) + 1) + "|"]
-        for test in tests:
-            words = test.removeprefix("test_").replace("_", " ")
-            cells = [_cell(self.outcomes[test, backend]) for backend in run]
-            lines.append(f"| {words} | " + " | ".join(cells) + " |")
-        lines += [
-            "",
-            "Skipped as a whole, and so not run here:",
-            "",
-            "| backend | why |",
-            "|---|---|",
+        rows = [
+            [_words(test), *(_cell(self.outcomes[test, backend]) for backend in run)]
+            for test in tests
         ]
-        lines += [f"| {name} | {_plain(self.reasons[name])} |" for name in self.reasons]
-        return "\n".join(lines) + "\n"
+        reasons = [[name, _plain(reason)] for name, reason in self.reasons.items()]
+        parts = [
+            head + "\n",
+            Table(["test", *run], rows).to_markdown(),
+            "Skipped as a whole, and so not run here:\n",
+            Table(["backend", "why"], reasons).to_markdown(),
+        ]
+        return "\n".join(parts)
 
     def _all_outcomes(self, backend: str) -> set[str]:
         of_it = (found for (_, name), found in self.outcomes.items() if name == backend)
         return set().union(*of_it)
+
+
+def _words(test: str) -> str:
+    return test.removeprefix("test_").replace("_", " ")
 
 
 def _cell(outcomes: list[str]) -> str:
@@ -116,9 +119,9 @@ allowed and in a right order, and nothing of what TensorRT computes or how fast.
 def main(arguments: list[str]) -> int:
     """Write the table to the path given; the suite's exit code."""
     (path,) = arguments
-    table = Table()
-    code = pytest.main(["-q", "--no-header", "--tb=short", "-r", "fE", str(SUITE)], [table])
-    write_text(path, table.to_markdown(_head()))
+    outcomes = Outcomes()
+    code = pytest.main(["-q", "--no-header", "--tb=short", "-r", "fE", str(SUITE)], [outcomes])
+    write_text(path, outcomes.to_markdown(_head()))
     return int(code)
 
 

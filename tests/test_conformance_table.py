@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from tests.conformance_table import Table, _plain
+from tests.conformance_table import Outcomes, _plain
 
 
 def report(test: str, backend: str, outcome: str, why: str = "", when: str = "call") -> Any:
@@ -20,7 +20,7 @@ def report(test: str, backend: str, outcome: str, why: str = "", when: str = "ca
 
 
 def test_cells_and_reasons() -> None:
-    table = Table()
+    table = Outcomes()
     reports = [
         report("any_batch", "onnx", "passed"),
         report("any_batch", "onnx", "failed"),

@@ -42,9 +42,6 @@ BROKEN: dict[Import, str] = {
     Import(
         "efficientface_export.verification.provenance", "efficientface_export.options"
     ): "the plan is not finished once yet",
-    Import(
-        "efficientface_deploy.vision.draw", "efficientface_deploy.predictor"
-    ): "the record of a face lies above",
 }
 
 

@@ -1,4 +1,4 @@
-"""A wheel of this tree in an environment that holds numpy and Pillow and nothing else."""
+"""A wheel of this tree: it holds all of it, and needs numpy and Pillow and nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,14 +16,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME_PACKAGES = ("numpy", "numpy.libs", "PIL", "pillow.libs")
+PACKAGES = {"efficientface_deploy": "efficientface_deploy", "export": "efficientface_export"}
 NOT_PACKAGED = (".git", ".venv", "demo", "runs", "data", "artifacts", "build", "dist", "tests")
 
 
+def files_under(folder: str) -> set[str]:
+    """All files of a folder of the tree, without caches and hidden ones."""
+    paths = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    names = {path.relative_to(ROOT / folder).as_posix() for path in paths}
+    return {name for name in names if not name.endswith(".pyc") and "/." not in f"/{name}"}
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Built from a copy: setuptools leaves build folders in the source tree.
-    source = tmp_path_factory.mktemp("source") / "tree"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_PACKAGED, "*.egg-info"))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build from: setuptools leaves build folders in the source tree."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
+    left_out = shutil.ignore_patterns(*NOT_PACKAGED, "*.egg-info", "efficientface_export")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir", str(out), str(source)]
@@ -63,21 +78,29 @@ def cwd(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return ROOT if request.param == "clone" else tmp_path
 
 
-def test_wheel_holds_both_packages_and_no_top_level_export(wheel: Path):
-    names = zipfile.ZipFile(wheel).namelist()
-    top_level = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert top_level == {"efficientface_deploy", "efficientface_export"}
-    for name in (
+def test_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    packages = PACKAGES.items()
+    expected = {f"{name}/{file}" for folder, name in packages for file in files_under(folder)}
+    assert names == expected
+    assert {
         "efficientface_deploy/py.typed",
+        "efficientface_deploy/weights/efficientface-ferplus.onnx",
+        "efficientface_deploy/weights/efficientface-ferplus.safetensors",
+        "efficientface_export/py.typed",
         "efficientface_export/verification/reference_faces.png",
-    ):
-        assert name in names
+    } <= names
 
 
-def test_wheel_holds_the_bundled_model(wheel: Path):
-    names = zipfile.ZipFile(wheel).namelist()
-    for suffix in ("onnx", "safetensors"):
-        assert f"efficientface_deploy/weights/efficientface-ferplus.{suffix}" in names
+def test_source_distribution_holds_every_file(source: Path, tmp_path: Path):
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats=tar", "--dist-dir"]
+    subprocess.run([*command, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in (*PACKAGES, "training", "benchmarks", "examples", "docs"):
+        missing = {f"{folder}/{name}" for name in files_under(folder)} - names
+        assert not missing
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
 
 
 @pytest.mark.parametrize("command", ["efficientface-export", "efficientface-predict"])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 from pathlib import Path
 
-from efficientface_deploy.backends.base import Backend, BackendOptions, Output, broken_package
+from efficientface_deploy.artifact import (
+    CHECKPOINT_SUFFIXES,
+    ENGINE_SUFFIX,
+    ONNX_SUFFIX,
+    RTX_ENGINE_SUFFIX,
+)
+from efficientface_deploy.backends.base import (
+    Backend,
+    BackendOptions,
+    import_package,
+    install_command,
+)
 from efficientface_deploy.errors import ArtifactError, BackendError
-
-__all__ = [
-    "REGISTRY",
-    "Backend",
-    "BackendOptions",
-    "Entry",
-    "Output",
-    "create_backend",
-    "missing_reason",
-    "resolve_backend",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Entry:
         module: Module of the class, relative to this package.
         class_name: The class.
         suffixes: Endings of the files it runs, longest first where one contains another.
-        requires: Alternatives of top-level packages, one of which must be installed.
+        package: What must be installed.
         extra: What to install, as ``pip install 'efficientface-deploy[extra]'``.
         devices: Values allowed after the colon; the first is the default.
     """
@@ -38,32 +37,20 @@ class Entry:
     module: str
     class_name: str
     suffixes: tuple[str, ...]
-    requires: tuple[str, ...]
+    package: str
     extra: str
     devices: tuple[str, ...] = ()
 
 
+_ONNX_DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")
+
 REGISTRY: dict[str, Entry] = {
-    "onnx": Entry(
-        "onnx",
-        "OnnxBackend",
-        (".onnx",),
-        ("onnxruntime",),
-        "cpu",
-        ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino"),
-    ),
+    "onnx": Entry("onnx", "OnnxBackend", (ONNX_SUFFIX,), "onnxruntime", "cpu", _ONNX_DEVICES),
     "trt-rtx": Entry(
-        "tensorrt.backend", "TensorRTRTXBackend", (".rtx.engine",), ("tensorrt_rtx",), "trt-rtx"
+        "tensorrt.backend", "TensorRTRTXBackend", (RTX_ENGINE_SUFFIX,), "tensorrt_rtx", "trt-rtx"
     ),
-    "trt": Entry("tensorrt.backend", "TensorRTBackend", (".engine",), ("tensorrt",), "trt"),
-    "torch": Entry(
-        "torch",
-        "TorchBackend",
-        (".safetensors", ".pth.tar", ".tar", ".pth", ".pt"),
-        ("torch",),
-        "torch",
-        ("cpu", "cuda"),
-    ),
+    "trt": Entry("tensorrt.backend", "TensorRTBackend", (ENGINE_SUFFIX,), "tensorrt", "trt"),
+    "torch": Entry("torch", "TorchBackend", CHECKPOINT_SUFFIXES, "torch", "torch", ("cpu", "cuda")),
 }
 
 
@@ -81,43 +68,36 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
         BackendError: Unknown backend or device, or one that cannot run this kind of file.
         ArtifactError: No backend runs this kind of file.
     """
-    by_suffix = next(
-        (name for name, entry in REGISTRY.items() if path.name.endswith(entry.suffixes)), None
-    )
+    kind = next((name for name, row in REGISTRY.items() if path.name.endswith(row.suffixes)), None)
     if requested == "auto":
-        if by_suffix is None:
+        if kind is None:
+            suffixes = [suffix for entry in REGISTRY.values() for suffix in entry.suffixes]
             raise ArtifactError(
                 path,
-                "a model file (" + ", ".join(_all_suffixes()) + ")",
+                "a model file (" + ", ".join(suffixes) + ")",
                 "a folder" if path.is_dir() else f"suffix {path.suffix or 'none'}",
                 "give a file of one of these kinds; efficientface-export makes them",
             )
-        return by_suffix, ""
+        return kind, ""
     name, _, device = requested.partition(":")
     if name not in REGISTRY:
-        raise BackendError(
-            "backend", "auto, " + ", ".join(REGISTRY), repr(requested), "choose one of these"
-        )
+        names = "auto, " + ", ".join(REGISTRY)
+        raise BackendError("backend", names, repr(requested), "choose one of these")
     entry = REGISTRY[name]
     if device and device not in entry.devices:
         choices = ", ".join(f"{name}:{known}" for known in entry.devices) or f"{name} alone"
         raise BackendError("backend", choices, repr(requested), "choose one of these")
-    if by_suffix != name:
-        raise BackendError(
-            f"backend {name}",
-            "a file that it runs (" + ", ".join(entry.suffixes) + ")",
-            path.name,
-            "leave the backend out, or give another file",
-        )
+    if kind != name:
+        wanted = "a file that it runs (" + ", ".join(entry.suffixes) + ")"
+        fix = "leave the backend out, or give another file"
+        raise BackendError(f"backend {name}", wanted, path.name, fix)
     return name, device
 
 
 def missing_reason(name: str) -> str | None:
-    """Why a backend cannot be used here for want of a package; None when it is installed."""
-    entry = REGISTRY[name]
-    if any(importlib.util.find_spec(package) for package in entry.requires):
-        return None
-    return f"{' or '.join(entry.requires)} is not installed"
+    """Which package a backend lacks here, as a sentence; None when it is installed."""
+    package = REGISTRY[name].package
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def create_backend(name: str, path: Path, options: BackendOptions) -> Backend:
@@ -127,16 +107,10 @@ def create_backend(name: str, path: Path, options: BackendOptions) -> Backend:
         BackendError: Its package is not installed, or does not work here.
     """
     entry = REGISTRY[name]
-    install = f"pip install 'efficientface-deploy[{entry.extra}]'"
+    subject = f"backend {name}"
     if reason := missing_reason(name):
-        raise BackendError(f"backend {name}", " or ".join(entry.requires), reason, install)
-    try:
-        module = importlib.import_module(f"{__name__}.{entry.module}")
-    except ImportError as error:
-        raise broken_package(f"backend {name}", error, install) from None
+        raise BackendError(subject, entry.package, reason, install_command(entry.extra))
+    wanted = "a library that can be imported"
+    module = import_package(f"{__name__}.{entry.module}", subject, wanted, entry.extra)
     backend_class: type[Backend] = getattr(module, entry.class_name)
     return backend_class(path, options)
-
-
-def _all_suffixes() -> list[str]:
-    return [suffix for entry in REGISTRY.values() for suffix in entry.suffixes]

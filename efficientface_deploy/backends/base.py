@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import importlib
 import math
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.artifact import check_preset
-from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError
+from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError, words_of
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
@@ -174,33 +175,23 @@ class Backend(abc.ABC):
             BackendError: The backend is closed, or the network's output is not finite.
         """
         with self._in_use():
-            if not isinstance(images, np.ndarray):
-                images = self._from_device(images)
+            if not isinstance(images, np.ndarray) and is_device_array(images):
+                return self._infer_all(self._take(images))
             return self._infer_all(images)
-
-    def _from_device(self, images: Any) -> Any:
-        """An array on a GPU as :class:`DeviceImages`, and anything else as it is."""
-        from efficientface_deploy.backends.base import is_device_array
-
-        return self._take(images) if is_device_array(images) else images
 
     def _take(self, images: DeviceArray) -> DeviceImages:
         """Take an array on a GPU where it is; a backend that can do so overrides this."""
-        raise ImageError(
-            "batch",
-            f"an array in host memory, which is what {self.name} takes",
-            f"{type(images).__name__} on a CUDA device",
-            "copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt",
-        )
+        expected = f"an array in host memory, which is what {self.name} takes"
+        fix = "copy it to the host (.cpu().numpy(), cupy.asnumpy), or use an engine with trt"
+        raise ImageError("batch", expected, f"{type(images).__name__} on a CUDA device", fix)
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
         """Keep :meth:`close` of another thread waiting while the model runs."""
         with self._lifecycle:
             if not self._is_open:
-                raise BackendError(
-                    self.path.name, "an open backend", "a closed one", "load the model again"
-                )
+                fix = "load the model again"
+                raise BackendError(self.path.name, "an open backend", "a closed one", fix)
             self._running += 1
         try:
             yield
@@ -221,8 +212,7 @@ class Backend(abc.ABC):
         output = parts[0]
         if len(parts) > 1:
             logits = np.concatenate([part.logits for part in parts])
-            probabilities = np.concatenate([part.probabilities for part in parts])
-            output = Output(logits, probabilities)
+            output = Output(logits, np.concatenate([part.probabilities for part in parts]))
         self._check_output(output, len(images))
         return output
 
@@ -235,32 +225,21 @@ class Backend(abc.ABC):
             and images.shape[1:] == (side, side, 3)
         )
         if not valid:
-            found = f"{getattr(images, 'dtype', type(images).__name__)}"
-            found += f" of shape {getattr(images, 'shape', 'unknown')}"
-            raise ImageError(
-                "batch",
-                f"uint8 array of shape (N, {side}, {side}, 3)",
-                found,
-                "make it with Predictor.preprocess, or call the predictor with the image",
-            )
+            dtype = getattr(images, "dtype", type(images).__name__)
+            found = f"{dtype} of shape {getattr(images, 'shape', 'unknown')}"
+            fix = "make it with Predictor.preprocess, or call the predictor with the image"
+            raise ImageError("batch", f"uint8 array of shape (N, {side}, {side}, 3)", found, fix)
 
     def _check_output(self, output: Output, batch: int) -> None:
         shape = (batch, self.spec.num_classes)
         shapes = {output.logits.shape, output.probabilities.shape}
         if shapes != {shape}:
-            raise BackendError(
-                self.path.name,
-                f"outputs of shape {shape}",
-                " and ".join(map(str, sorted(shapes))),
-                "export the model again with efficientface-export",
-            )
+            found = " and ".join(map(str, sorted(shapes)))
+            fix = "export the model again with efficientface-export"
+            raise BackendError(self.path.name, f"outputs of shape {shape}", found, fix)
         if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
-            raise BackendError(
-                self.path.name,
-                "finite outputs",
-                "NaN or infinity",
-                "export the model again in a higher precision (--precision fp32)",
-            )
+            fix = "export the model again in a higher precision (--precision fp32)"
+            raise BackendError(self.path.name, "finite outputs", "NaN or infinity", fix)
 
     def __enter__(self) -> Backend:
         self.open()
@@ -270,15 +249,36 @@ class Backend(abc.ABC):
         self.close()
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra of ours."""
+    return f"pip install 'efficientface-deploy[{extra}]'"
+
+
+def import_package(module: str, subject: str, expected: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        module: Its name.
+        subject: What needs it.
+        expected: What it is for people.
+        extra: What brings it.
+
+    Raises:
+        BackendError: It is not installed, or cannot be loaded; the error names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendError(subject, expected, words_of(error), install_command(extra)) from None
+
+
 def broken_package(subject: str, error: Exception, install: str) -> BackendError:
     """What to say of a library that is there and cannot be imported."""
-    return BackendError(
-        subject, "a library that can be imported", " ".join(str(error).split())[:160], install
-    )
+    return BackendError(subject, "a library that can be imported", words_of(error), install)
 
 
 # DLDeviceType of dlpack.h: a CUDA device's memory, and managed memory.
-_DLPACK_CUDA, _DLPACK_MANAGED = 2, 13
+DLPACK_CUDA, DLPACK_MANAGED = 2, 13
 
 
 class SupportsDLPack(Protocol):
@@ -303,7 +303,7 @@ def is_device_array(images: object) -> bool:
     try:
         if hasattr(images, "__dlpack_device__"):
             kind, _ = images.__dlpack_device__()
-            return int(kind) in (_DLPACK_CUDA, _DLPACK_MANAGED)
+            return int(kind) in (DLPACK_CUDA, DLPACK_MANAGED)
         return hasattr(images, "__cuda_array_interface__")
     except Exception:  # noqa: BLE001 - the producer's code raises whatever it likes
         return False

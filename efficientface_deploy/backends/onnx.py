@@ -71,8 +71,8 @@ PROVIDERS = {
 }
 
 # Batches that the engines of TensorRT's providers are built for: smallest, best, largest. Without
-# them the provider builds anew, for minutes, whenever a batch is smaller or larger than all before.
-_MIN_BATCH, _OPT_BATCH, _MAX_BATCH = 1, 1, 32
+# them the provider builds again, for minutes, when a batch is smaller or larger than all before.
+_BATCHES = {"min": 1, "opt": 1, "max": 32}
 
 # Optimisations of ONNX Runtime's that mishandle Q/DQ pairs whose scales are FP16 (1.32, CPU). The
 # first quantises biases with the product of two scales, which FP16 cannot hold: on FER+ it moved
@@ -100,25 +100,16 @@ class OnnxBackend(Backend):
         # A GPU provider that cannot start is replaced by the CPU without an error.
         if provider.name not in session.get_providers():
             raise _missing_provider(device, "one which could not be started on this machine")
-        self._check_names(session)
-        self._takes_floats = session.get_inputs()[0].name == FLOAT_INPUT
+        try:
+            self._check_signature(session)
+        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
+            fix = "copy the file again, or export the model again"
+            raise ArtifactError(self.path, "names in UTF-8", "other bytes", fix) from None
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
-
-    def _check_names(self, session: Any) -> None:
-        """Whether the graph is what its spec says."""
-        try:
-            self._check_signature(session)
-        except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
-            raise ArtifactError(
-                self.path,
-                "names in UTF-8",
-                "other bytes",
-                "copy the file again, or export the model again",
-            ) from None
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
         import onnxruntime
@@ -129,12 +120,13 @@ class OnnxBackend(Backend):
         if self.options.threads is not None:
             options.intra_op_num_threads = self.options.threads
         # Threads that wait by spinning: for a picture every 10 ms they took 14 ms of the CPU where
-        # sleeping ones took 3, at no speed that could be told apart (benchmarks/runtime.py).
+        # sleeping ones took 3, without a measurable difference in speed (benchmarks/runtime.py).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider.whole_graph:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         keywords: dict[str, Any] = {"enable_fallback": 0}  # no second try on the CPU
-        if not self._has_fp32_scales():
+        # Only such files have INT8 convolutions in an FP32 graph.
+        if (self.provenance.get("precision"), self.provenance.get("target")) != ("int8", "cpu"):
             keywords["disabled_optimizers"] = _UNSAFE_FOR_FP16_SCALES
         settings = self._settings(device)
         if plugin_devices:
@@ -147,18 +139,15 @@ class OnnxBackend(Backend):
             found = f"{type(error).__name__} ({_first_line(error)})"
             if device != "cpu":
                 raise _missing_provider(device, found) from None
-            raise ArtifactError(
-                self.path,
-                "an ONNX model that this onnxruntime can load",
-                found,
-                "export the model again, or update onnxruntime",
-            ) from None
+            expected = "an ONNX model that this onnxruntime can load"
+            fix = "export the model again, or update onnxruntime"
+            raise ArtifactError(self.path, expected, found, fix) from None
 
     def _settings(self, device: str) -> dict[str, str]:
         """The provider's options; what is not set here is as the provider has it."""
         if device == "cuda":
             # TF32 would round an FP32 file's products to ten bits. The default search times every
-            # algorithm anew for each batch size, which the first face of a size would wait for.
+            # algorithm again for each batch size, and the first face of a size would wait for it.
             return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         if device == "openvino":
             # The file's precision is what runs: by itself it takes BF16 where the CPU has it.
@@ -167,7 +156,7 @@ class OnnxBackend(Backend):
                 settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
             return {"load_config": json.dumps({"CPU": settings})}
         if device in ("tensorrt", "tensorrt-rtx"):
-            self.max_batch = _MAX_BATCH
+            self.max_batch = _BATCHES["max"]
             return self._tensorrt_settings("trt" if device == "tensorrt" else "nv")
         return {}
 
@@ -176,10 +165,9 @@ class OnnxBackend(Backend):
         side = self.spec.input_size
         name = read_onnx_input(self.path)
         item = f"3x{side}x{side}" if name == FLOAT_INPUT else f"{side}x{side}x3"
-        sizes = {"min": _MIN_BATCH, "opt": _OPT_BATCH, "max": _MAX_BATCH}
         settings = {
             f"{prefix}_profile_{which}_shapes": f"{name}:{batch}x{item}"
-            for which, batch in sizes.items()
+            for which, batch in _BATCHES.items()
         }
         folder = _cache_folder(self.path)
         if folder is None:
@@ -188,11 +176,6 @@ class OnnxBackend(Backend):
             return {**settings, "nv_runtime_cache_path": str(folder)}
         kept = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         return {**settings, **kept, "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-
-    def _has_fp32_scales(self) -> bool:
-        """Whether the file's INT8 convolutions sit in an FP32 graph."""
-        kind = (self.provenance.get("precision"), self.provenance.get("target"))
-        return kind == ("int8", "cpu")
 
     def _check_signature(self, session: Any) -> None:
         """Refuse a graph whose inputs and outputs are not those that its spec promises."""
@@ -213,28 +196,21 @@ class OnnxBackend(Backend):
         )
         if not valid:
             described = [f"{node.name} {node.type} {node.shape}" for node in inputs + outputs]
-            raise ArtifactError(
-                self.path,
-                f"uint8 image (N, {side}, {side}, 3) to {classes} logits and "
-                "probabilities, as its spec says",
-                "; ".join(described)[:200],
-                "export the model again with efficientface-export",
-            )
+            expected = f"uint8 image (N, {side}, {side}, 3) to {classes} logits and probabilities"
+            fix = "export the model again with efficientface-export"
+            found = "; ".join(described)[:200]
+            raise ArtifactError(self.path, f"{expected}, as its spec says", found, fix)
 
     def _infer(self, images: UInt8Array) -> Output:
-        feed: Any = normalise(images, self.spec) if self._takes_floats else images
+        takes_floats = self._input_name == FLOAT_INPUT
+        feed = {self._input_name: normalise(images, self.spec) if takes_floats else images}
         try:
-            logits, probabilities = self._session.run(
-                OUTPUTS, {self._input_name: feed}, self._run_options
-            )
+            return Output(*self._session.run(OUTPUTS, feed, self._run_options))
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
-            raise BackendError(
-                self.path.name,
-                f"a batch of {len(images)} to run on {self.name}",
-                f"{type(error).__name__} ({_first_line(error)})",
-                "give smaller batches, or export the model again",
-            ) from None
-        return Output(logits, probabilities)
+            expected = f"a batch of {len(images)} to run on {self.name}"
+            found = f"{type(error).__name__} ({_first_line(error)})"
+            fix = "give smaller batches, or export the model again"
+            raise BackendError(self.path.name, expected, found, fix) from None
 
     def _close(self) -> None:
         self._session = None
@@ -270,14 +246,10 @@ def _plugin_devices(device: str) -> list[Any]:
         raise _missing_provider(device, f"a plugin that fails ({_first_line(error)})") from None
     kinds = onnxruntime.OrtHardwareDeviceType
     kind = kinds.CPU if device == "openvino" else kinds.GPU
-    found = [
-        candidate
-        for candidate in onnxruntime.get_ep_devices()
-        if candidate.ep_name == provider.name and candidate.device.type == kind
-    ]
-    if not found:
-        raise _missing_provider(device, "a plugin without a device on this machine")
-    return found[:1]
+    for found in onnxruntime.get_ep_devices():
+        if (found.ep_name, found.device.type) == (provider.name, kind):
+            return [found]
+    raise _missing_provider(device, "a plugin without a device on this machine")
 
 
 def _load_cuda_runtime(folder: Path) -> None:
@@ -309,12 +281,8 @@ def _cache_folder(path: Path) -> Path | None:
 
 def _missing_provider(device: str, found: str) -> BackendError:
     provider = PROVIDERS[device]
-    return BackendError(
-        f"backend onnx:{device}",
-        provider.name,
-        found,
-        f"install {provider.install} and its drivers, or choose onnx:cpu",
-    )
+    fix = f"install {provider.install} and its drivers, or choose onnx:cpu"
+    return BackendError(f"backend onnx:{device}", provider.name, found, fix)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
+from efficientface_deploy.artifact import (
+    WEIGHTS_SUFFIX,
+    provenance_from_metadata,
+    read_safetensors_metadata,
+)
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.models import load_checkpoint
@@ -20,14 +24,10 @@ class TorchBackend(Backend):
     def _open(self) -> None:
         device = self.options.device or "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                "backend torch:cuda",
-                "a CUDA device",
-                "none",
-                "choose torch:cpu, or install PyTorch for CUDA and its driver",
-            )
+            fix = "choose torch:cpu, or install PyTorch for CUDA and its driver"
+            raise BackendError("backend torch:cuda", "a CUDA device", "none", fix)
         model, self.spec = load_checkpoint(self.path, self.options.preset)
-        if self.path.suffix == ".safetensors":
+        if self.path.suffix == WEIGHTS_SUFFIX:
             metadata = read_safetensors_metadata(self.path)
             self.provenance = provenance_from_metadata(metadata, self.path)
         if self.options.threads is not None:

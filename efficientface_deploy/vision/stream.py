@@ -49,12 +49,8 @@ def check_policy(policy: str, queue_size: int) -> None:
         ConfigError: Another policy, or a queue that holds nothing.
     """
     if policy not in POLICIES:
-        raise ConfigError(
-            "policy",
-            " or ".join(POLICIES),
-            repr(policy),
-            "choose every for files and newest for cameras",
-        )
+        fix = "choose every for files and newest for cameras"
+        raise ConfigError("policy", " or ".join(POLICIES), repr(policy), fix)
     if queue_size < 1:
         raise ConfigError("queue_size", "at least 1", str(queue_size), "leave it out")
 
@@ -80,13 +76,16 @@ def overlap(
     waiting: _Handoff[Arrival[Item]] = _Handoff(size, newest)
     ready: _Handoff[Arrival[Made]] = _Handoff(size, newest)
 
+    def arrive(numbered: tuple[int, Item]) -> Arrival[Item]:
+        return Arrival(numbered[0], time.monotonic(), numbered[1])
+
     def prepared(arrival: Arrival[Item]) -> Arrival[Made]:
         return Arrival(arrival.index, arrival.time, prepare(arrival.item))
 
     threads = [
         threading.Thread(target=_move, args=arguments, name=f"efficientface-{name}", daemon=True)
         for name, arguments in {
-            "read": (enumerate(frames), _stamp, waiting),
+            "read": (enumerate(frames), arrive, waiting),
             "prepare": (waiting, prepared, ready),
         }.items()
     ]
@@ -102,10 +101,6 @@ def overlap(
                 thread.join(JOIN_SECONDS)
             if thread.is_alive():
                 _log.warning("%s is still waiting for its source", thread.name)
-
-
-def _stamp(numbered: tuple[int, Item]) -> Arrival[Item]:
-    return Arrival(numbered[0], time.monotonic(), numbered[1])
 
 
 def _move(items: Iterable[Any], work: Callable[[Any], Any], to: _Handoff[Any]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.vision.preprocess import UInt8Array
@@ -55,39 +55,6 @@ class Video:
         self.close()
 
 
-class VideoWriter:
-    """Writes RGB pictures of one size as MPEG-4; made by :func:`write_video`."""
-
-    def __init__(self, path: Path, rate: float) -> None:
-        self._path = path
-        self._rate = rate
-        self._cv2 = import_opencv()
-        self._writer: Any = None
-
-    def write(self, image: Image.Image) -> None:
-        """Add a picture.
-
-        Raises:
-            BackendError: This OpenCV cannot write such a video.
-        """
-        if self._writer is None:
-            code = self._cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = self._cv2.VideoWriter(str(self._path), code, self._rate, image.size)
-            if not self._writer.isOpened():
-                raise BackendError(
-                    self._path.name,
-                    "an OpenCV that writes MPEG-4 in .mp4",
-                    "one that does not",
-                    "install opencv-python-headless, which has FFmpeg with it",
-                )
-        self._writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
-
-    def close(self) -> None:
-        """Write out what is left."""
-        if self._writer is not None:
-            self._writer.release()
-
-
 def open_video(source: str | Path | int) -> Video:
     """Open a video file, or a camera by its number.
 
@@ -96,36 +63,56 @@ def open_video(source: str | Path | int) -> Video:
         BackendError: OpenCV is not installed.
     """
     cv2 = import_opencv()
-    camera = isinstance(source, int)
-    if not isinstance(source, int) and not Path(source).is_file():
-        raise ImageError(source, "a video file", "no such file", "check the path")
-    capture = cv2.VideoCapture(source if camera else str(source))
+    if isinstance(source, int):
+        subject, expected = f"camera {source}", "a camera that OpenCV can open"
+        fix = "check its number, and who else uses it"
+    else:
+        subject, expected = str(source), "a video that OpenCV can read"
+        fix = "convert it to MP4 (H.264)"
+        if not Path(source).is_file():
+            raise ImageError(source, "a video file", "no such file", "check the path")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
         capture.release()
-        raise ImageError(
-            f"camera {source}" if camera else source,
-            "a camera that OpenCV can open" if camera else "a video that OpenCV can read",
-            "one that it cannot",
-            "check its number, and who else uses it" if camera else "convert it to MP4 (H.264)",
-        )
+        raise ImageError(subject, expected, "one that it cannot", fix)
     rate = capture.get(cv2.CAP_PROP_FPS)
     return Video(capture, rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE)
 
 
 @contextlib.contextmanager
-def write_video(path: str | Path, rate: float) -> Iterator[VideoWriter]:
+def write_video(path: str | Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
     """Write a video that appears under its name when the block ends without an error.
 
     Args:
-        path: An ``.mp4`` file.
+        path: An ``.mp4`` file, written as MPEG-4.
         rate: Frames per second.
+
+    Yields:
+        What adds a picture, RGB, each of the same size.
+
+    Raises:
+        BackendError: This OpenCV cannot write such a video, or is not installed.
     """
+    cv2 = import_opencv()
+    writer: Any = None
     with atomic_path(path) as temporary:
-        writer = VideoWriter(temporary, rate)
+
+        def write(image: Image.Image) -> None:
+            nonlocal writer
+            if writer is None:
+                code = cv2.VideoWriter_fourcc(*"mp4v")
+                writer = cv2.VideoWriter(str(temporary), code, rate, image.size)
+            if not writer.isOpened():
+                expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
+                fix = "install opencv-python-headless, which has FFmpeg with it"
+                raise BackendError(temporary.name, expected, found, fix)
+            writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+
         try:
-            yield writer
+            yield write
         finally:
-            writer.close()
+            if writer is not None:
+                writer.release()
 
 
 def import_opencv() -> Any:
@@ -134,12 +121,4 @@ def import_opencv() -> Any:
     Raises:
         BackendError: It is not installed, or cannot be loaded.
     """
-    try:
-        return importlib.import_module("cv2")
-    except ImportError as error:
-        raise BackendError(
-            "OpenCV",
-            "the module cv2",
-            " ".join(str(error).split())[:160],
-            "pip install 'efficientface-deploy[video]'",
-        ) from None
+    return import_package("cv2", "OpenCV", "the module cv2", "video")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from efficientface_deploy.backends.base import install_command
 from efficientface_deploy.errors import BackendError
 
 # Module: what it is for, and the extra that brings it.
@@ -34,7 +35,7 @@ def missing_reason(*modules: str) -> str | None:
     if not missing:
         return None
     extras = ",".join(dict.fromkeys(_EXTRAS[module][1] for module in missing))
-    return f"no {' and no '.join(missing)} here; {_install(extras)}"
+    return f"no {' and no '.join(missing)} here; {install_command(extras)}"
 
 
 def require_package(module: str, subject: str = "efficientface-export") -> None:
@@ -50,8 +51,4 @@ def require_package(module: str, subject: str = "efficientface-export") -> None:
     if not is_installed(module):
         purpose, extra = _EXTRAS[module]
         expected = f"{module.replace('_', '-')}, {purpose}"
-        raise BackendError(subject, expected, "it is not installed", _install(extra))
-
-
-def _install(extra: str) -> str:
-    return f"pip install 'efficientface-deploy[{extra}]'"
+        raise BackendError(subject, expected, "it is not installed", install_command(extra))

@@ -1,19 +1,29 @@
+"""What a model file says of itself; ONNX metadata as the package onnx reads it, without it."""
+
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import os
-import stat
+import random
+from pathlib import Path
 
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from efficientface_deploy import artifact
 from efficientface_deploy.artifact import (
     PROVENANCE_KEY,
     SPEC_KEY,
     check_preset,
+    describe_file,
     provenance_from_metadata,
+    read_onnx_input,
+    read_onnx_metadata,
     read_safetensors_metadata,
     read_sidecar,
     sidecar_path,
@@ -21,7 +31,7 @@ from efficientface_deploy.artifact import (
     write_sidecar,
 )
 from efficientface_deploy.errors import ArtifactError, SpecError
-from efficientface_deploy.files import atomic_path, file_hash, require_file, write_text
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.spec import PRESETS
 
 SPEC = PRESETS["rafdb"]
@@ -31,85 +41,53 @@ def safetensors_file(header: bytes, size: int | None = None) -> bytes:
     return (len(header) if size is None else size).to_bytes(8, "little") + header
 
 
-# ---- atomic writes
+# ---- the kind of a file
 
 
-def test_file_appears_whole(tmp_path):
-    path = tmp_path / "new" / "folder" / "model.onnx"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        assert not path.exists()
-        assert (temporary.parent, temporary.suffix) == (path.parent, ".onnx")
-    assert path.read_bytes() == b"half"
-    assert os.listdir(path.parent) == ["model.onnx"]
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_failure_leaves_what_was_there(tmp_path, error, old):
-    path = tmp_path / "model.onnx"
-    if old:
-        path.write_bytes(old)
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise error
-    assert os.listdir(tmp_path) == (["model.onnx"] if old else [])
-    if old:
-        assert path.read_bytes() == old
+BINARY = b"\x08\x09\x00\xff" * 3000
+SPLIT = b"x" * 4095 + "é".encode()  # the cut falls into a character
 
 
-def test_writer_that_moved_its_file_away_is_an_error_and_keeps_the_old(tmp_path):
-    path = tmp_path / "model.onnx"
-    path.write_bytes(b"old")
-    with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
-        temporary.unlink()
-    assert path.read_bytes() == b"old"
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.onnx", b"", "an empty file"),
+        ("a.onnx", png(), "a picture"),
+        ("face.png", png(), "a picture"),
+        ("a.onnx", b"not protobuf at all", "a text file"),
+        ("a.pth.tar", SPLIT, "a text file"),
+        ("a.txt", "naïve\n".encode(), "a text file"),
+        ("a.onnx", BINARY, "an ONNX file"),
+        ("a.onnx", b"\xff\0\xff", "an ONNX file"),
+        ("a.safetensors", BINARY, "a checkpoint"),
+        ("a.pth.tar", BINARY, "a checkpoint"),
+        ("a.pt", BINARY, "a checkpoint"),
+        ("a.engine", BINARY, "a TensorRT engine"),
+        ("a.rtx.engine", BINARY, "a TensorRT engine"),
+        ("a.rtx.engine.json", b"{}", "the sidecar of an engine"),
+        ("a.npz", BINARY, "a file with suffix .npz"),
+        ("a", BINARY, "a file with suffix none"),
+    ],
+)
+def test_kind_of_a_file(tmp_path: Path, name: str, content: bytes, found: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert describe_file(tmp_path / name) == found
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_permissions_follow_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write_text(tmp_path / "a.json", "{}")
-        assert os.umask(umask) == umask
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o666 & ~umask
+def test_kind_of_no_file(tmp_path: Path) -> None:
+    assert describe_file(tmp_path) == "a folder"
+    assert describe_file(tmp_path / "a.onnx") == "no such file"
 
 
-def test_reader_of_the_old_file_keeps_it(tmp_path):
-    path = tmp_path / "model.onnx"
-    path.write_bytes(b"old")
-    with path.open("rb") as reader:
-        write_text(path, "new \u00e4")
-        assert reader.read() == b"old"
-    assert path.read_text(encoding="utf-8") == "new \u00e4"
-
-
-def test_file_hash(tmp_path):
-    path = tmp_path / "big"
-    path.write_bytes(bytes(range(256)) * 10_000)
-    assert file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_require_file(tmp_path):
-    with pytest.raises(ArtifactError, match="an ONNX model, found no such file"):
-        require_file(tmp_path / "x.onnx", "an ONNX model")
-    with pytest.raises(ArtifactError, match="found a folder"):
-        require_file(tmp_path, "an ONNX model")
-
-
-def test_require_file_refuses_what_is_not_worth_reading(tmp_path):
-    path = tmp_path / "x.onnx"
-    with path.open("wb") as file:
-        file.truncate((1 << 30) + 1)
-    with pytest.raises(ArtifactError, match=r"an ONNX model below 1 GiB, found a file of 1\.0 GiB"):
-        require_file(path, "an ONNX model")
-    path.unlink()
-    os.mkfifo(path)
-    for pipe in (path, "/dev/zero"):
-        with pytest.raises(ArtifactError, match="found a pipe or device"):
-            require_file(pipe, "an ONNX model")
+def test_kind_of_our_own_files(model_files: dict[str, Path]) -> None:
+    assert describe_file(model_files["onnx"]) == "an ONNX file"
+    assert describe_file(model_files["torch"]) == "a checkpoint"
 
 
 # ---- metadata
@@ -286,3 +264,110 @@ def test_any_bytes_as_safetensors(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(ArtifactError):
         read_safetensors_metadata(path)
+
+
+# ---- ONNX
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-float"])
+def test_onnx_metadata_as_onnx_reads_it(model_files: dict[str, Path], name: str) -> None:
+    metadata = read_onnx_metadata(model_files[name])
+    assert metadata == metadata_of(model_files[name])
+    assert set(metadata) == {"efficientface.spec", "efficientface.provenance"}
+    assert read_onnx_input(model_files[name]) == {"onnx": "image", "onnx-float": "input"}[name]
+
+
+def small_model(**metadata: str) -> onnx.ModelProto:
+    image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, ["N", 2])
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    node = onnx.helper.make_node("Identity", ["image"], ["same"])
+    graph = onnx.helper.make_graph([node], "g", [image], [image], [weight], doc_string="text")
+    model = onnx.helper.make_model(graph, producer_name="me", model_version=2**62)
+    onnx.helper.set_model_props(model, metadata)
+    return model
+
+
+@given(st.dictionaries(st.text(max_size=300), st.text(max_size=300), max_size=5))
+def test_any_text_in_onnx_metadata(
+    tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, str]
+) -> None:
+    path = tmp_path_factory.mktemp("onnx") / "a.onnx"
+    onnx.save(small_model(**metadata), path)
+    assert read_onnx_metadata(path) == metadata == metadata_of(path)
+    assert read_onnx_input(path) == "image"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_as_onnx(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("onnx") / "a.onnx"
+    path.write_bytes(content)
+    for read in (read_onnx_metadata, read_onnx_input):
+        try:
+            read(path)
+        except ArtifactError as error:
+            assert str(error).isprintable()
+
+
+def test_changed_bytes_and_truncation_of_onnx(tmp_path: Path) -> None:
+    content = small_model(a="b", c="d" * 200).SerializeToString()
+    path = tmp_path / "a.onnx"
+    choose = random.Random(0)
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        with contextlib.suppress(ArtifactError):
+            assert read_onnx_metadata(path).items() <= {"a": "b", "c": "d" * 200}.items()
+        changed = bytearray(content)
+        changed[end] = choose.randrange(256)
+        path.write_bytes(changed)
+        with contextlib.suppress(ArtifactError):
+            read_onnx_metadata(path)
+            read_onnx_input(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text in a file", b"\x89PNG\r\n\x1a\n", bytes(100)])
+def test_other_files_as_onnx(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="expected an ONNX model, found "):
+        read_onnx_metadata(path)
+
+
+def test_missing_onnx_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such file"):
+        read_onnx_metadata(tmp_path / "a.onnx")
+    with pytest.raises(ArtifactError, match="a folder"):
+        read_onnx_input(tmp_path)
+
+
+def test_weights_of_onnx_are_passed_over(tmp_path: Path) -> None:
+    """Half a gigabyte of zeros, of which the disk holds none and nobody reads any."""
+    path = tmp_path / "large.onnx"
+    size = 2**29
+    with path.open("wb") as file:
+        file.write(bytes([0x08, 9, 0x3A]))  # IR version 9; then the graph, as long as said
+        file.write(bytes([0x80, 0x80, 0x80, 0x80, 0x02]))
+        file.seek(size, 1)
+        file.write(onnx.ModelProto(metadata_props=[{"key": "k", "value": "v"}]).SerializeToString())
+    assert read_onnx_metadata(path) == {"k": "v"}
+
+
+def test_onnx_file_of_nothing_but_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_MAX_FIELDS", 1000)
+    path = tmp_path / "a.onnx"
+    path.write_bytes(bytes([0x08, 1]) * 1001)
+    with pytest.raises(ArtifactError, match="more fields"):
+        read_onnx_metadata(path)
+
+
+def test_onnx_text_that_is_too_long_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_MAX_TEXT", 100)
+    path = tmp_path / "a.onnx"
+    onnx.save(small_model(k="v" * 101), path)
+    with pytest.raises(ArtifactError, match="a text of 101 bytes"):
+        read_onnx_metadata(path)

@@ -201,9 +201,9 @@ def clip(photo, tmp_path) -> Path:
     """Six frames of a face, of which the last two are black; 10 a second."""
     pytest.importorskip("cv2")
     path = tmp_path / "clip.mp4"
-    with write_video(path, 10) as video:
+    with write_video(path, 10) as write:
         for factor in (1, 1, 1, 1, 0, 0):
-            video.write(Image.fromarray(photo * np.uint8(factor)))
+            write(Image.fromarray(photo * np.uint8(factor)))
     return path
 
 

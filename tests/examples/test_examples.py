@@ -70,9 +70,9 @@ def test_photos(centerface, astronaut, tmp_path):
 def test_video(centerface, astronaut, tmp_path):
     pytest.importorskip("cv2")
     face = Image.fromarray(astronaut).resize((256, 256))
-    with write_video(tmp_path / "clip.mp4", 10) as video:
+    with write_video(tmp_path / "clip.mp4", 10) as write:
         for frame in (face, face, Image.new("RGB", face.size), face):
-            video.write(frame)
+            write(frame)
     lines = run("video", tmp_path / "clip.mp4").splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"]
     assert [line.split()[-1] for line in lines] == ["Happiness", "Happiness", "nobody", "Happiness"]

@@ -1,8 +1,9 @@
 """TensorRT 10 and 11, and TensorRT for RTX 1.x: one code path over two libraries.
 
-Only calls that all of them have are made; what differs is asked of the library, not of its
-version. Everything that can be known to fail is refused before a plan is deserialised, with the
-command that builds it anew: an engine belongs to a library version and to a kind of GPU.
+Only calls that all of them have are made; where they differ, the library is asked for its
+attributes and not for its version. Everything that can be known to fail is refused before a plan
+is deserialised, with the command that builds it again: an engine belongs to a library version and
+to a kind of GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from efficientface_deploy.backends.tensorrt.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt.engine import Engine
 from efficientface_deploy.backends.tensorrt.library import (
     LIBRARIES,
-    _first_line,
+    first_line,
     load_library,
     rebuild_command,
     version_of,
@@ -67,14 +68,14 @@ class EngineRecord:
         fields = provenance["engine"]
         try:
             record = cls(
-                library=fields["library"],
-                version=fields["version"],
-                compute_capabilities=tuple(fields["compute_capabilities"]),
-                parent=Path(fields["parent"]).name,  # a name, whatever was written there
-                max_batch=fields["max_batch"],
+                fields["library"],
+                fields["version"],
+                tuple(fields["compute_capabilities"]),
+                Path(fields["parent"]).name,  # a name, whatever was written there
+                fields["max_batch"],
             )
         except (KeyError, TypeError) as error:
-            raise _damaged(path, f"no usable engine record ({_first_line(error)})") from None
+            raise _damaged(path, f"no usable engine record ({first_line(error)})") from None
         texts = (record.library, record.version, *record.compute_capabilities)
         if not all(isinstance(text, str) for text in texts) or type(record.max_batch) is not int:
             raise _damaged(path, "an engine record with values of another type")
@@ -82,12 +83,11 @@ class EngineRecord:
 
     def covers(self, compute_capability: str) -> bool:
         """Whether the engine was built for a GPU of this compute capability."""
-        for built in self.compute_capabilities:
-            if built == compute_capability:
-                return True
-            if built.endswith("+") and _number(compute_capability) >= _number(built):
-                return True
-        return False
+        return any(
+            built == compute_capability
+            or (built.endswith("+") and _number(compute_capability) >= _number(built))
+            for built in self.compute_capabilities
+        )
 
     def runs_with(self, version: str) -> bool:
         """Whether a library of this version may load it.
@@ -139,34 +139,25 @@ class TensorRTBackend(Backend):
     def _check_kind(self, record: EngineRecord) -> None:
         wanted = LIBRARIES[self.kind]
         if record.library != wanted.module:
-            raise ArtifactError(
-                self.path,
-                f"an engine of {wanted.label}",
-                f"one built by {record.library} {record.version}",
-                "keep the ending that the exporter gave it (.engine or .rtx.engine)",
-            )
+            found = f"one built by {record.library} {record.version}"
+            fix = "keep the ending that the exporter gave it (.engine or .rtx.engine)"
+            raise ArtifactError(self.path, f"an engine of {wanted.label}", found, fix)
 
     def _check_version(self, record: EngineRecord, here: str) -> None:
         if not record.runs_with(here):
             label = LIBRARIES[self.kind].label
-            raise ArtifactError(
-                self.path,
-                f"an engine built with {label} {_release(here)}, which is here",
-                f"one built with {record.version}",
-                self._rebuild(record),
-            )
+            expected = f"an engine built with {label} {_release(here)}, which is here"
+            found = f"one built with {record.version}"
+            raise ArtifactError(self.path, expected, found, self._rebuild(record))
 
     def _check_device(self, record: EngineRecord, here: str) -> None:
         if not record.covers(here):
-            raise ArtifactError(
-                self.path,
-                f"an engine built for {here}, the GPU that is here",
-                "one built for " + ", ".join(record.compute_capabilities),
-                self._rebuild(record, here),
-            )
+            expected = f"an engine built for {here}, the GPU that is here"
+            found = "one built for " + ", ".join(record.compute_capabilities)
+            raise ArtifactError(self.path, expected, found, self._rebuild(record, here))
 
     def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
-        """The instruction that builds this engine anew, for GPU ``here`` if one is given.
+        """The instruction that builds this engine again, for GPU ``here`` if one is given.
 
         TensorRT always builds for the GPU it finds; its RTX sibling is told, or builds for all
         that are supported by default.
@@ -196,12 +187,8 @@ class TensorRTBackend(Backend):
 
     def _opened(self) -> Session:
         if self._session is None:  # closed by another thread since infer() looked
-            raise BackendError(
-                self.path.name,
-                "an open backend",
-                "a closed one",
-                "wait for other threads before close()",
-            )
+            fix = "wait for other threads before close()"
+            raise BackendError(self.path.name, "an open backend", "a closed one", fix)
         return self._session
 
     def _close(self) -> None:
@@ -218,12 +205,8 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 
 def _damaged(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(
-        sidecar_path(path),
-        "the library, version and GPUs that the engine was built with and for",
-        found,
-        "export the engine again",
-    )
+    expected = "the library, version and GPUs that the engine was built with and for"
+    return ArtifactError(sidecar_path(path), expected, found, "export the engine again")
 
 
 def _release(version: str) -> str:

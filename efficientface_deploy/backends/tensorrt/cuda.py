@@ -1,8 +1,10 @@
 """CUDA as the TensorRT backends need it: a stream, its graphs, pinned memory with a device twin.
 
 Two bindings can serve: cuda-python, which NVIDIA's own samples use, and pycuda, for machines that
-already have it. Nothing here is imported before an engine is opened.
+already have it. Neither is imported before an engine is opened.
 """
+
+# ruff: noqa: D102 - what the bindings' methods do stands in the base class
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, words_of
 from efficientface_deploy.vision.preprocess import UInt8Array
 
 _log = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = 2
-_INSUFFICIENT_DRIVER = 35
-_NO_DEVICE = 100
+_OUT_OF_MEMORY, _OLD_DRIVER, _NO_DEVICE = 2, 35, 100  # CUDA's status codes
 
 _NO_GPU_FIX = (
     "run it on a machine with an NVIDIA GPU and its driver (nvidia-smi shows both), or use the "
@@ -41,7 +43,7 @@ class Cuda(abc.ABC):
     Attributes:
         name: The binding's.
         device: Index of the GPU.
-        captures: Whether it can record what is queued on a stream as a graph.
+        captures: Whether it can capture what is queued on a stream as a graph.
     """
 
     name: str
@@ -96,16 +98,35 @@ class Cuda(abc.ABC):
         """Queue the copy of ``len(host)`` bytes at address ``device`` to ``host``, uint8 (n,)."""
 
     def begin_capture(self, stream: int) -> None:
-        """Record what is queued on ``stream`` instead of running it; only where ``captures``."""
+        """Capture what is queued on ``stream`` instead of running it; only where ``captures``."""
         raise NotImplementedError
 
     def end_capture(self, stream: int) -> int:
-        """Handle of the executable graph of what was recorded; ``stream`` runs again in any case.
+        """Handle of the executable graph of what was captured; ``stream`` runs again in any case.
 
         Raises:
-            BackendError: Something was called meanwhile that cannot be recorded.
+            BackendError: Something was called meanwhile that cannot be captured.
         """
         raise NotImplementedError
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Handle of the executable graph of what ``work`` queues on ``stream``; none of it runs.
+
+        Args:
+            stream: Where ``work`` queues.
+            work: May neither wait for the GPU nor allocate.
+
+        Raises:
+            BackendError: The work cannot be captured.
+        """
+        self.begin_capture(stream)
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(BackendError):  # it is the first error that counts
+                self.free("graph", self.end_capture(stream))
+            raise
+        return self.end_capture(stream)
 
     def launch(self, graph: int, stream: int) -> None:
         """Queue a graph."""
@@ -118,8 +139,8 @@ class Cuda(abc.ABC):
     def free(self, kind: str, handle: int) -> None:
         """Free a ``stream``, ``graph``, ``device`` or ``host`` allocation.
 
-        A failure is logged, not raised: nobody can mend it, and it is usually the echo of an
-        earlier error that must not be hidden.
+        A failure is logged, not raised: nobody can do anything about it, and it usually follows
+        from an earlier error that must not be hidden.
         """
         try:
             self._free(kind, handle)
@@ -127,109 +148,49 @@ class Cuda(abc.ABC):
             _log.warning("freeing a CUDA %s: %s", kind, error)
 
 
-class Stream:
-    """A non-default stream.
-
-    Args:
-        cuda: An open binding.
-
-    Attributes:
-        handle: What ``execute_async_v3`` takes.
-    """
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self.handle = cuda.create_stream()
-
-    def synchronize(self) -> None:
-        """Wait until everything queued here is done.
-
-        Raises:
-            BackendError: Something that was queued failed.
-        """
-        self._cuda.synchronize(self.handle)
-
-    def close(self) -> None:
-        """Destroy the stream; a second call does nothing."""
-        if self.handle:
-            self._cuda.free("stream", self.handle)
-            self.handle = 0
-
-
-class Graph:
-    """Work that was recorded once, and is queued by a single call.
-
-    Args:
-        cuda: An open binding that captures.
-        stream: Where ``work`` queues; nothing of it runs now.
-        work: Queues the work. It may neither wait for the GPU nor allocate.
-
-    Raises:
-        BackendError: The work cannot be recorded.
-    """
-
-    def __init__(self, cuda: Cuda, stream: Stream, work: Callable[[], None]) -> None:
-        self._cuda = cuda
-        self._stream = stream
-        cuda.begin_capture(stream.handle)
-        try:
-            work()
-        except BaseException:
-            with contextlib.suppress(BackendError):  # it is the first error that counts
-                cuda.free("graph", cuda.end_capture(stream.handle))
-            raise
-        self._handle = cuda.end_capture(stream.handle)
-
-    def launch(self) -> None:
-        """Queue the work on its stream."""
-        self._cuda.launch(self._handle, self._stream.handle)
-
-    def close(self) -> None:
-        """Destroy the graph; a second call does nothing."""
-        if self._handle:
-            self._cuda.free("graph", self._handle)
-            self._handle = 0
-
-
 class Buffer:
-    """Pinned host memory and device memory of the same size.
+    """Pinned host memory under a typed view, and device memory of the same size.
 
     Args:
         cuda: An open binding.
-        nbytes: Size of each, at least one byte.
+        shape: At its largest, batch first.
+        dtype: Element type.
 
     Attributes:
-        host: uint8 (nbytes,), page-locked.
+        host: Page-locked, of that shape and type.
         address: Address of the device memory.
 
     Raises:
         BackendError: Not enough memory.
     """
 
-    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._cuda = cuda
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self._item_bytes = nbytes // shape[0]
         self.address = cuda.allocate_device(nbytes)
         try:
-            self.host = cuda.allocate_host(nbytes)  # (nbytes,)
+            self._bytes = cuda.allocate_host(nbytes)  # uint8 (nbytes,)
         except BackendError:
             cuda.free("device", self.address)
             raise
+        self.host: npt.NDArray[Any] = self._bytes.view(dtype).reshape(shape)
 
-    def to_device(self, nbytes: int, stream: Stream) -> None:
-        """Queue the copy of the first ``nbytes`` to the device."""
-        self._cuda.copy_to_device(self.address, self.host[:nbytes], stream.handle)
+    def to_device(self, count: int, stream: int) -> None:
+        """Queue the copy of the first ``count`` items to the device."""
+        self._cuda.copy_to_device(self.address, self._bytes[: count * self._item_bytes], stream)
 
-    def to_host(self, nbytes: int, stream: Stream) -> None:
-        """Queue the copy of the first ``nbytes`` back to the host."""
-        self._cuda.copy_to_host(self.host[:nbytes], self.address, stream.handle)
+    def to_host(self, count: int, stream: int) -> None:
+        """Queue the copy of the first ``count`` items back to the host."""
+        self._cuda.copy_to_host(self._bytes[: count * self._item_bytes], self.address, stream)
 
     def close(self) -> None:
         """Free both; a second call does nothing. ``host`` and views of it die with it."""
         if self.address:
             self._cuda.free("device", self.address)
-            self._cuda.free("host", _address(self.host))
+            self._cuda.free("host", _address(self._bytes))
             self.address = 0
-            self.host = np.empty(0, dtype=np.uint8)
+            self.host = self._bytes = np.empty(0, dtype=np.uint8)
 
 
 class CudaPython(Cuda):
@@ -253,19 +214,19 @@ class CudaPython(Cuda):
             self._cudart = importlib.import_module("cuda.cudart")  # cuda-python before 12.6
         self.device = self._call("cudaGetDevice")
 
-    def compute_capability(self) -> str:  # noqa: D102 - as in the base class
-        attribute = self._cudart.cudaDeviceAttr
+    def compute_capability(self) -> str:
+        which = self._cudart.cudaDeviceAttr
+        attributes = (
+            which.cudaDevAttrComputeCapabilityMajor,
+            which.cudaDevAttrComputeCapabilityMinor,
+        )
         major, minor = (
-            self._call("cudaDeviceGetAttribute", which, self.device)
-            for which in (
-                attribute.cudaDevAttrComputeCapabilityMajor,
-                attribute.cudaDevAttrComputeCapabilityMinor,
-            )
+            self._call("cudaDeviceGetAttribute", one, self.device) for one in attributes
         )
         return f"sm{major}{minor}"
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:  # noqa: D102 - as in the base class
+    def active(self) -> Iterator[None]:
         previous = self._call("cudaGetDevice")
         if previous == self.device:
             yield
@@ -276,52 +237,49 @@ class CudaPython(Cuda):
         finally:
             self._call("cudaSetDevice", previous)
 
-    def create_stream(self) -> int:  # noqa: D102 - as in the base class
-        flags = self._cudart.cudaStreamNonBlocking
-        return int(self._call("cudaStreamCreateWithFlags", flags))
+    def create_stream(self) -> int:
+        return int(self._call("cudaStreamCreateWithFlags", self._cudart.cudaStreamNonBlocking))
 
-    def synchronize(self, stream: int) -> None:  # noqa: D102 - as in the base class
+    def synchronize(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", stream)
 
-    def synchronize_device(self) -> None:  # noqa: D102 - as in the base class
+    def synchronize_device(self) -> None:
         self._call("cudaDeviceSynchronize")
 
-    def owns(self, address: int) -> bool:  # noqa: D102 - as in the base class
+    def owns(self, address: int) -> bool:
         attributes = self._call("cudaPointerGetAttributes", address)
         kinds = self._cudart.cudaMemoryType
-        if attributes.type == kinds.cudaMemoryTypeManaged:
-            return True
-        return bool(
-            attributes.type == kinds.cudaMemoryTypeDevice and attributes.device == self.device
-        )
+        of_device = attributes.type == kinds.cudaMemoryTypeDevice
+        here = of_device and attributes.device == self.device
+        return bool(here or attributes.type == kinds.cudaMemoryTypeManaged)
 
-    def begin_capture(self, stream: int) -> None:  # noqa: D102 - as in the base class
+    def begin_capture(self, stream: int) -> None:
         # Of this thread only: another may allocate meanwhile, as PyTorch does, without spoiling it.
         mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
 
-    def end_capture(self, stream: int) -> int:  # noqa: D102 - as in the base class
-        recorded = self._call("cudaStreamEndCapture", stream)
+    def end_capture(self, stream: int) -> int:
+        captured = self._call("cudaStreamEndCapture", stream)
         try:
-            return int(self._call("cudaGraphInstantiate", recorded, 0))
+            return int(self._call("cudaGraphInstantiate", captured, 0))
         finally:
-            self._call("cudaGraphDestroy", recorded)
+            self._call("cudaGraphDestroy", captured)
 
-    def launch(self, graph: int, stream: int) -> None:  # noqa: D102 - as in the base class
+    def launch(self, graph: int, stream: int) -> None:
         self._call("cudaGraphLaunch", graph, stream)
 
-    def allocate_device(self, nbytes: int) -> int:  # noqa: D102 - as in the base class
+    def allocate_device(self, nbytes: int) -> int:
         return int(self._call("cudaMalloc", nbytes))
 
-    def allocate_host(self, nbytes: int) -> UInt8Array:  # noqa: D102 - as in the base class
+    def allocate_host(self, nbytes: int) -> UInt8Array:
         address = int(self._call("cudaMallocHost", nbytes))
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))  # (nbytes,)
 
-    def copy_to_device(self, device: int, host: UInt8Array, stream: int) -> None:  # noqa: D102
+    def copy_to_device(self, device: int, host: UInt8Array, stream: int) -> None:
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", device, _address(host), host.nbytes, kind, stream)
 
-    def copy_to_host(self, host: UInt8Array, device: int, stream: int) -> None:  # noqa: D102
+    def copy_to_host(self, host: UInt8Array, device: int, stream: int) -> None:
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", _address(host), device, host.nbytes, kind, stream)
 
@@ -340,20 +298,13 @@ class CudaPython(Cuda):
             status, *values = getattr(self._cudart, name)(*arguments)
         except Exception as error:  # noqa: BLE001 - a missing symbol or library shows up here
             raise _failure(name, f"{type(error).__name__} ({error})", _OTHER_FIX) from None
-        if int(status) != 0:
-            raise self._status_error(name, status)
+        if (code := int(status)) != 0:
+            _, text = self._cudart.cudaGetErrorString(status)
+            words = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+            fixes = {_OUT_OF_MEMORY: _MEMORY_FIX, _NO_DEVICE: _NO_GPU_FIX}
+            fix = self._driver_fix() if code == _OLD_DRIVER else fixes.get(code, _OTHER_FIX)
+            raise _failure(name, f"{getattr(status, 'name', 'cudaError')} {code} ({words})", fix)
         return values[0] if values else None
-
-    def _status_error(self, name: str, status: Any) -> BackendError:
-        _, text = self._cudart.cudaGetErrorString(status)
-        words = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-        code = int(status)
-        found = f"{getattr(status, 'name', 'cudaError')} {code} ({words})"
-        if code == _OUT_OF_MEMORY:
-            return _failure(name, found, _MEMORY_FIX)
-        if code == _INSUFFICIENT_DRIVER:
-            return _failure(name, found, self._driver_fix())
-        return _failure(name, found, _NO_GPU_FIX if code == _NO_DEVICE else _OTHER_FIX)
 
     def _driver_fix(self) -> str:
         """Tell a missing driver from one that is older than the installed cuda-python.
@@ -389,84 +340,74 @@ class PyCuda(Cuda):
         self._driver = importlib.import_module("pycuda.driver")
         # pycuda frees with its objects, so that each is kept until its integer comes back.
         self._held: dict[int, Any] = {}
-        with self._checked("cuInit"):
-            self._driver.init()
-            self._gpu = self._driver.Device(self.device)
-            self._context = self._gpu.retain_primary_context()
+        self._call("cuInit", self._driver.init)
+        self._gpu = self._call("cuInit", self._driver.Device, self.device)
+        self._context = self._call("cuInit", self._gpu.retain_primary_context)
 
-    def compute_capability(self) -> str:  # noqa: D102 - as in the base class
-        with self._checked("compute_capability"):
-            major, minor = self._gpu.compute_capability()
+    def compute_capability(self) -> str:
+        major, minor = self._call("compute_capability", self._gpu.compute_capability)
         return f"sm{major}{minor}"
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:  # noqa: D102 - as in the base class
-        with self._checked("cuCtxPushCurrent"):
-            self._context.push()
+    def active(self) -> Iterator[None]:
+        self._call("cuCtxPushCurrent", self._context.push)
         try:
             yield
         finally:
-            with self._checked("cuCtxPopCurrent"):
-                self._driver.Context.pop()
+            self._call("cuCtxPopCurrent", self._driver.Context.pop)
 
-    def create_stream(self) -> int:  # noqa: D102 - as in the base class
-        with self._checked("cuStreamCreate"):
-            stream = self._driver.Stream()
+    def create_stream(self) -> int:
+        stream = self._call("cuStreamCreate", self._driver.Stream)
         return self._hold(int(stream.handle), stream)
 
-    def synchronize(self, stream: int) -> None:  # noqa: D102 - as in the base class
-        if stream not in self._held:  # another library's, of which pycuda makes no object
-            return self.synchronize_device()
-        with self._checked("cuStreamSynchronize"):
-            self._held[stream].synchronize()
+    def synchronize(self, stream: int) -> None:
+        if stream in self._held:
+            self._call("cuStreamSynchronize", self._held[stream].synchronize)
+        else:  # another library's, of which pycuda makes no object
+            self.synchronize_device()
 
-    def synchronize_device(self) -> None:  # noqa: D102 - as in the base class
-        with self._checked("cuCtxSynchronize"):
-            self._driver.Context.synchronize()
+    def synchronize_device(self) -> None:
+        self._call("cuCtxSynchronize", self._driver.Context.synchronize)
 
-    def owns(self, address: int) -> bool:  # noqa: D102 - as in the base class
+    def owns(self, address: int) -> bool:
         return True
 
-    def allocate_device(self, nbytes: int) -> int:  # noqa: D102 - as in the base class
-        with self._checked("cuMemAlloc"):
-            memory = self._driver.mem_alloc(nbytes)
+    def allocate_device(self, nbytes: int) -> int:
+        memory = self._call("cuMemAlloc", self._driver.mem_alloc, nbytes)
         return self._hold(int(memory), memory)
 
-    def allocate_host(self, nbytes: int) -> UInt8Array:  # noqa: D102 - as in the base class
-        with self._checked("cuMemHostAlloc"):
-            host: UInt8Array = self._driver.pagelocked_empty(nbytes, np.uint8)
+    def allocate_host(self, nbytes: int) -> UInt8Array:
+        allocate = self._driver.pagelocked_empty
+        host: UInt8Array = self._call("cuMemHostAlloc", allocate, nbytes, np.uint8)
         self._hold(_address(host), host.base)
         return host
 
-    def copy_to_device(self, device: int, host: UInt8Array, stream: int) -> None:  # noqa: D102
-        with self._checked("cuMemcpyHtoDAsync"):
-            self._driver.memcpy_htod_async(device, host, self._held[stream])
+    def copy_to_device(self, device: int, host: UInt8Array, stream: int) -> None:
+        copy = self._driver.memcpy_htod_async
+        self._call("cuMemcpyHtoDAsync", copy, device, host, self._held[stream])
 
-    def copy_to_host(self, host: UInt8Array, device: int, stream: int) -> None:  # noqa: D102
-        with self._checked("cuMemcpyDtoHAsync"):
-            self._driver.memcpy_dtoh_async(host, device, self._held[stream])
+    def copy_to_host(self, host: UInt8Array, device: int, stream: int) -> None:
+        copy = self._driver.memcpy_dtoh_async
+        self._call("cuMemcpyDtoHAsync", copy, host, device, self._held[stream])
 
     def _free(self, kind: str, handle: int) -> None:
         held = self._held.pop(handle)
-        if kind == "stream":
-            return  # destroyed with its object, which nobody else holds
-        with self._checked("cuMemFree"):
-            held.free()
+        if kind != "stream":  # which is destroyed with its object, held by nobody else
+            self._call("cuMemFree", held.free)
 
     def _hold(self, handle: int, thing: Any) -> int:
         self._held[handle] = thing
         return handle
 
-    @contextlib.contextmanager
-    def _checked(self, name: str) -> Iterator[None]:
-        """Turn pycuda's errors, one class per status, into ours."""
+    def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function``, and turn pycuda's errors, one class per status, into ours."""
         try:
-            yield
+            return function(*arguments)
         except self._driver.MemoryError as error:
-            raise _failure(name, str(error), _MEMORY_FIX) from None
+            raise _failure(name, error, _MEMORY_FIX) from None
         except self._driver.Error as error:
             fix = _NO_GPU_FIX if name == "cuInit" else _OTHER_FIX
-            raise _failure(name, str(error), fix) from None
+            raise _failure(name, error, fix) from None
 
 
 def open_cuda() -> Cuda:
@@ -483,18 +424,13 @@ def open_cuda() -> Cuda:
             reasons.append(f"{binding.name} is not installed")
         except ImportError as error:
             reasons.append(f"{binding.name} could not be loaded ({error})")
-    raise BackendError(
-        "CUDA",
-        "cuda-python or pycuda",
-        " and ".join(reasons),
-        "pip install cuda-python, of the major version that nvidia-smi shows",
-    )
+    fix = "pip install cuda-python, of the major version that nvidia-smi shows"
+    raise BackendError("CUDA", "cuda-python or pycuda", " and ".join(reasons), fix)
 
 
 def _address(host: UInt8Array) -> int:
     return int(host.ctypes.data)
 
 
-def _failure(call: str, found: str, fix: str) -> BackendError:
-    line = " ".join(found.split())[:200]
-    return BackendError("CUDA", f"{call} to succeed", line, fix)
+def _failure(call: str, found: object, fix: str) -> BackendError:
+    return BackendError("CUDA", f"{call} to succeed", words_of(found, 200), fix)

@@ -6,13 +6,14 @@ first, since only it makes the producer order its own work before ours.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.backends.base import _DLPACK_CUDA, DeviceArray, DeviceImages
+from efficientface_deploy.backends.base import DLPACK_CUDA, DeviceArray, DeviceImages
 from efficientface_deploy.backends.tensorrt.cuda import Cuda
 from efficientface_deploy.errors import EfficientFaceError, ImageError
 
@@ -41,19 +42,14 @@ def read_device_array(images: DeviceArray, cuda: Cuda, stream: int) -> DeviceIma
     except EfficientFaceError:
         raise
     except Exception as error:  # noqa: BLE001 - the producer's code raises whatever it likes
-        raise ImageError(
-            "batch",
-            "an array that exports itself by DLPack or __cuda_array_interface__",
-            f"{type(images).__name__} ({type(error).__name__}: {error})",
-            "give a plain array, detached from any graph",
-        ) from None
+        expected = "an array that exports itself by DLPack or __cuda_array_interface__"
+        found = f"{type(images).__name__} ({type(error).__name__}: {error})"
+        fix = "give a plain array, detached from any graph"
+        raise ImageError("batch", expected, found, fix) from None
     if strides is not None and not _is_contiguous(taken.shape, strides):
-        raise ImageError(
-            "batch",
-            "a C-contiguous array on the GPU",
-            f"strides of {strides} elements for shape {taken.shape}",
-            "make it contiguous, with .contiguous() or ascontiguousarray()",
-        )
+        found = f"strides of {strides} elements for shape {taken.shape}"
+        fix = "make it contiguous, with .contiguous() or ascontiguousarray()"
+        raise ImageError("batch", "a C-contiguous array on the GPU", found, fix)
     return taken
 
 
@@ -84,7 +80,7 @@ _Strides = tuple[int, ...] | None  # in elements; None for C-contiguous
 
 def _read_dlpack(images: Any, cuda: Cuda, stream: int) -> tuple[DeviceImages, _Strides]:
     kind, device = images.__dlpack_device__()
-    if int(kind) == _DLPACK_CUDA and int(device) != cuda.device:
+    if int(kind) == DLPACK_CUDA and int(device) != cuda.device:
         raise _elsewhere(f"one on GPU {int(device)}", cuda)
     capsule = images.__dlpack__(stream=stream)  # the producer makes the stream wait
     # The capsule is never marked as consumed: it frees the export itself when we drop it.
@@ -92,14 +88,10 @@ def _read_dlpack(images: Any, cuda: Cuda, stream: int) -> tuple[DeviceImages, _S
     tensor = _DLTensor.from_address(address)
     shape = tuple(tensor.shape[: tensor.ndim])
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
-    name = f"{_DLPACK_KINDS.get(tensor.code, 'kind')}{tensor.bits}" + (
-        f"x{tensor.lanes}" if tensor.lanes != 1 else ""
-    )
-    dtype: np.dtype[Any] | str
-    try:
-        dtype = np.dtype(name)
-    except TypeError:
-        dtype = name
+    lanes = f"x{tensor.lanes}" if tensor.lanes != 1 else ""
+    dtype: np.dtype[Any] | str = f"{_DLPACK_KINDS.get(tensor.code, 'kind')}{tensor.bits}{lanes}"
+    with contextlib.suppress(TypeError):  # a type that NumPy does not know stays a name
+        dtype = np.dtype(dtype)
     data = (tensor.data or 0) + tensor.byte_offset
     return DeviceImages(data, shape, dtype, (images, capsule)), strides
 
@@ -132,9 +124,6 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _elsewhere(found: str, cuda: Cuda) -> ImageError:
-    return ImageError(
-        "batch",
-        f"an array on GPU {cuda.device}, which runs the engine",
-        found,
-        "copy it there, or make that GPU current before load()",
-    )
+    expected = f"an array on GPU {cuda.device}, which runs the engine"
+    fix = "copy it there, or make that GPU current before load()"
+    return ImageError("batch", expected, found, fix)

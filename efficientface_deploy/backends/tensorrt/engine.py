@@ -1,7 +1,8 @@
-"""What TensorRT for RTX compiled for the GPU at hand, kept beside the engine for the next start."""
+"""A deserialised engine, and what TensorRT for RTX compiled for it, kept for the next start."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,12 +11,132 @@ from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT, sidecar_path
-from efficientface_deploy.backends.tensorrt.library import _first_line, make_logger, version_of
+from efficientface_deploy.backends.tensorrt.library import first_line, make_logger, version_of
 from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
+
+
+class Engine:
+    """A deserialised plan, and the library's objects that must outlive it.
+
+    Args:
+        module: TensorRT or TensorRT for RTX.
+        path: The plan.
+        rebuild: What to do when it cannot be loaded.
+        binding: What kernels that the library compiles for it belong to: engine, release, GPU.
+
+    Attributes:
+        input_name: ``image`` or, for an engine of a ``--float-input`` graph, ``input``.
+        memory_bytes: What a context needs for its intermediate results.
+        captures_itself: Whether a context can be told to capture its own CUDA graphs.
+
+    Raises:
+        ArtifactError: The library does not load this plan.
+        BackendError: The library cannot start on this machine.
+    """
+
+    def __init__(self, module: Any, path: Path, rebuild: str, binding: Mapping[str, str]) -> None:
+        self.path = path
+        self._module = module
+        self._rebuild = rebuild
+        self.logger = make_logger(module)
+        try:
+            self._runtime = module.Runtime(self.logger)
+            self.plan: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
+            raise self.failure("start", first_line(error)) from None
+        if self.plan is None:
+            raise self._not_loaded()
+        if not hasattr(self.plan, "device_memory_size_v2"):  # it came with TensorRT 10.1
+            raise self.failure("be 10.3 or newer", f"version {version_of(module)}")
+        self.memory_bytes = max(int(self.plan.device_memory_size_v2), 1)
+        self._tensors = [self.plan.get_tensor_name(i) for i in range(self.plan.num_io_tensors)]
+        self.input_name = FLOAT_INPUT if FLOAT_INPUT in self._tensors else UINT8_INPUT
+        self._config: Any = None
+        self._cache: RuntimeCache | None = None
+        self._user_managed = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(self.plan, "create_runtime_config"):
+            self._config = self.plan.create_runtime_config()
+            if self._config is None:
+                raise self.failure("create a runtime configuration")
+            self._config.set_execution_context_allocation_strategy(self._user_managed)
+            if hasattr(self._config, "create_runtime_cache"):
+                self._cache = RuntimeCache(self._config, cache_path(path), binding)
+        self.captures_itself = hasattr(self._config, "cuda_graph_strategy")
+
+    def _not_loaded(self) -> EfficientFaceError:
+        reason = self.logger.first_error() or "no reason given"
+        if "cudaError" in reason or "Cuda Runtime" in reason:
+            return self.failure("load an engine", reason)
+        library = f"{self._module.__name__} {version_of(self._module)}"
+        expected, found = f"a plan that {library} can load here", f"one that it refuses ({reason})"
+        return ArtifactError(self.path, expected, found, self._rebuild)
+
+    def failure(self, action: str, reason: str = "") -> BackendError:
+        """The error for a call that failed on this machine."""
+        found = reason or self.logger.first_error() or "a failure without a reason"
+        fix = "check the GPU and its driver with nvidia-smi, or load the .onnx file instead"
+        return BackendError(self.path.name, f"{self._module.__name__} to {action}", found, fix)
+
+    def new_context(self, memory: int, *, graphs: bool) -> Any:
+        """An execution context.
+
+        Args:
+            memory: Address of ``memory_bytes`` on the device, which contexts that never run at
+                the same time may share.
+            graphs: Whether it captures CUDA graphs itself, where it can.
+
+        Raises:
+            BackendError: It cannot be made, usually for lack of GPU memory.
+        """
+        if self.captures_itself:
+            strategies = self._module.CudaGraphStrategy
+            self._config.cuda_graph_strategy = (
+                strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+            )
+        how = self._user_managed if self._config is None else self._config
+        context = self.plan.create_execution_context(how)
+        if context is None:
+            raise self.failure("create an execution context")
+        context.set_device_memory(memory, self.memory_bytes)
+        return context
+
+    def keep_kernels(self) -> None:
+        """Keep what the library compiled until now, if it is one that compiles."""
+        if self._cache is not None:
+            self._cache.keep()
+
+    def input_shape(self) -> tuple[int, ...]:
+        """The largest, by the optimisation profile: (max_batch, ...)."""
+        _, _, largest = self.plan.get_tensor_profile_shape(self.input_name, 0)
+        return tuple(largest)
+
+    def check_signature(self, spec: ModelSpec) -> None:
+        """Refuse a plan whose tensors are not those that its sidecar promises.
+
+        Raises:
+            ArtifactError: Other names, types or shapes.
+        """
+        side, classes = spec.input_size, spec.num_classes
+        types = self._module.DataType
+        inputs = {
+            UINT8_INPUT: (types.UINT8, (side, side, 3)),
+            FLOAT_INPUT: (types.FLOAT, (3, side, side)),
+        }
+        wanted: dict[str, Any] = {self.input_name: inputs[self.input_name]}
+        wanted |= {name: (types.FLOAT, (classes,)) for name in OUTPUTS}
+        found = {
+            name: (self.plan.get_tensor_dtype(name), tuple(self.plan.get_tensor_shape(name))[1:])
+            for name in self._tensors
+        }
+        if found != wanted:
+            described = (f"{name} {kind} {shape}" for name, (kind, shape) in found.items())
+            tensors = f"{side}x{side} image to {classes} logits and probabilities"
+            expected = f"{tensors}, as {sidecar_path(self.path).name} says"
+            raise ArtifactError(self.path, expected, "; ".join(described)[:200], self._rebuild)
 
 
 def cache_path(engine: Path) -> Path:
@@ -39,7 +160,7 @@ class RuntimeCache:
     def __init__(self, config: Any, path: Path, binding: Mapping[str, str]) -> None:
         self._path = path
         self._binding = dict(binding)
-        self._kept = _read(path, self._binding)
+        self._kept = self._read()
         self._cache = config.create_runtime_cache()
         if self._cache is None:
             _log.info("%s: not used, since TensorRT for RTX makes no cache", path)
@@ -58,170 +179,29 @@ class RuntimeCache:
             serialised = self._cache.serialize()
             content = b"" if serialised is None else bytes(serialised)
             if content and content != self._kept:
-                _write(self._path, self._binding, content)
+                head = json.dumps(self._head(content)).encode()
+                with atomic_path(self._path) as temporary:
+                    temporary.write_bytes(head + b"\n" + content)
                 self._kept = content
         except (OSError, RuntimeError) as error:
             _log.info("%s: not kept (%s)", self._path, error)
 
-
-def _read(path: Path, binding: Mapping[str, str]) -> bytes:
-    """The kernels in the file; empty where there is none that fits."""
-    try:
-        head, _, content = path.read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        _log.info("%s: ignored (%s)", path, error)
-        return b""
-    try:
-        found = json.loads(head)
-    except (ValueError, RecursionError):
-        found = None
-    if found != _head(binding, content):
-        _log.info("%s: ignored, since it is damaged or of another engine, release or GPU", path)
-        return b""
-    return content
-
-
-def _write(path: Path, binding: Mapping[str, str], content: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(json.dumps(_head(binding, content)).encode() + b"\n" + content)
-
-
-def _head(binding: Mapping[str, str], content: bytes) -> dict[str, str]:
-    """First line of the file: what the kernels belong to, and their own hash."""
-    return {**binding, "sha256": hashlib.sha256(content).hexdigest()}
-
-
-class Engine:
-    """A deserialised plan, and the library's objects that must outlive it.
-
-    Args:
-        module: TensorRT or TensorRT for RTX.
-        path: The plan.
-        rebuild: What to do when it cannot be loaded.
-        binding: What kernels that the library compiles for it belong to: engine, release, GPU.
-
-    Attributes:
-        memory_bytes: What a context needs for its intermediate results.
-        captures_itself: Whether a context can be told to record its own CUDA graphs.
-
-    Raises:
-        ArtifactError: The library does not load this plan.
-        BackendError: The library cannot start on this machine.
-    """
-
-    def __init__(self, module: Any, path: Path, rebuild: str, binding: Mapping[str, str]) -> None:
-        self.module = module
-        self.path = path
-        self.rebuild = rebuild
-        self.logger = make_logger(module)
+    def _read(self) -> bytes:
+        """The kernels in the file; empty where there is none that fits."""
         try:
-            self._runtime = module.Runtime(self.logger)
-            self.plan: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
-            raise self.failure("start", _first_line(error)) from None
-        if self.plan is None:
-            raise self._not_loaded()
-        if not hasattr(self.plan, "device_memory_size_v2"):  # it came with TensorRT 10.1
-            raise self.failure("be 10.3 or newer", f"version {version_of(module)}")
-        self.memory_bytes = max(int(self.plan.device_memory_size_v2), 1)
-        self._config: Any = None
-        self._cache: RuntimeCache | None = None
-        if hasattr(self.plan, "create_runtime_config"):
-            self._config = self.plan.create_runtime_config()
-            if self._config is None:
-                raise self.failure("create a runtime configuration")
-            self._config.set_execution_context_allocation_strategy(self._user_managed)
-            if hasattr(self._config, "create_runtime_cache"):
-                self._cache = RuntimeCache(self._config, cache_path(path), binding)
-        self.captures_itself = hasattr(self._config, "cuda_graph_strategy")
+            head, _, content = self._path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            _log.info("%s: ignored (%s)", self._path, error)
+            return b""
+        with contextlib.suppress(ValueError, RecursionError):
+            if json.loads(head) == self._head(content):
+                return content
+        damage = "damaged or of another engine, release or GPU"
+        _log.info("%s: ignored, since it is %s", self._path, damage)
+        return b""
 
-    @property
-    def _user_managed(self) -> Any:
-        return self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-
-    def _not_loaded(self) -> EfficientFaceError:
-        reason = self.logger.first_error() or "no reason given"
-        if "cudaError" in reason or "Cuda Runtime" in reason:
-            return self.failure("load an engine", reason)
-        return ArtifactError(
-            self.path,
-            f"a plan that {self.module.__name__} {version_of(self.module)} can load here",
-            f"one that it refuses ({reason})",
-            self.rebuild,
-        )
-
-    def failure(self, action: str, reason: str = "") -> BackendError:
-        """The error for a call that failed on this machine."""
-        return BackendError(
-            self.path.name,
-            f"{self.module.__name__} to {action}",
-            reason or self.logger.first_error() or "a failure without a reason",
-            "check the GPU and its driver with nvidia-smi, or load the .onnx file instead",
-        )
-
-    def new_context(self, memory: int, *, graphs: bool) -> Any:
-        """An execution context.
-
-        Args:
-            memory: Address of ``memory_bytes`` on the device, which contexts that never run at
-                the same time may share.
-            graphs: Whether it records CUDA graphs itself, where it can.
-
-        Raises:
-            BackendError: It cannot be made, usually for want of GPU memory.
-        """
-        if self.captures_itself:
-            strategies = self.module.CudaGraphStrategy
-            self._config.cuda_graph_strategy = (
-                strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
-            )
-        how = self._user_managed if self._config is None else self._config
-        context = self.plan.create_execution_context(how)
-        if context is None:
-            raise self.failure("create an execution context")
-        context.set_device_memory(memory, self.memory_bytes)
-        return context
-
-    def keep_kernels(self) -> None:
-        """Keep what the library compiled until now, if it is one that compiles."""
-        if self._cache is not None:
-            self._cache.keep()
-
-    def input_name(self) -> str:
-        """``image`` or, for an engine of a ``--float-input`` graph, ``input``."""
-        names = [self.plan.get_tensor_name(i) for i in range(self.plan.num_io_tensors)]
-        return FLOAT_INPUT if FLOAT_INPUT in names else UINT8_INPUT
-
-    def check_signature(self, spec: ModelSpec) -> None:
-        """Refuse a plan whose tensors are not those that its sidecar promises.
-
-        Raises:
-            ArtifactError: Other names, types or shapes.
-        """
-        side, classes = spec.input_size, spec.num_classes
-        types = self.module.DataType
-        inputs = {
-            UINT8_INPUT: (types.UINT8, (side, side, 3)),
-            FLOAT_INPUT: (types.FLOAT, (3, side, side)),
-        }
-        name = self.input_name()
-        expected = {name: inputs[name]} | {output: (types.FLOAT, (classes,)) for output in OUTPUTS}
-        names = [self.plan.get_tensor_name(i) for i in range(self.plan.num_io_tensors)]
-        found = {
-            tensor: (
-                self.plan.get_tensor_dtype(tensor),
-                tuple(self.plan.get_tensor_shape(tensor))[1:],
-            )
-            for tensor in names
-        }
-        if found != expected:
-            described = (f"{tensor} {kind} {shape}" for tensor, (kind, shape) in found.items())
-            raise ArtifactError(
-                self.path,
-                f"{side}x{side} image to {classes} logits and probabilities, as "
-                f"{sidecar_path(self.path).name} says",
-                "; ".join(described)[:200],
-                self.rebuild,
-            )
+    def _head(self, content: bytes) -> dict[str, str]:
+        """First line of the file: what the kernels belong to, and their own hash."""
+        return {**self._binding, "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,4 +1,4 @@
-"""TensorRT's libraries: which are here, of what version, and their logger."""
+"""TensorRT's libraries: which are here, of what version, their logger, and the export's command."""
 
 from __future__ import annotations
 
@@ -20,30 +20,24 @@ class Library:
     """One of NVIDIA's two libraries.
 
     Attributes:
-        kind: Name of the backend and of ``--engine``.
         module: What to import.
         label: Its name for people.
         install: How to get it.
     """
 
-    kind: str
     module: str
     label: str
     install: str
 
 
-LIBRARIES = {
+LIBRARIES = {  # by the name of the backend and of --engine
     "trt": Library(
-        "trt",
         "tensorrt",
         "TensorRT",
         "pip install 'efficientface-deploy[trt]' (on Jetson: that of JetPack 6.1 or later)",
     ),
     "trt-rtx": Library(
-        "trt-rtx",
-        "tensorrt_rtx",
-        "TensorRT for RTX",
-        "pip install 'efficientface-deploy[trt-rtx]'",
+        "tensorrt_rtx", "TensorRT for RTX", "pip install 'efficientface-deploy[trt-rtx]'"
     ),
 }
 
@@ -61,23 +55,24 @@ def load_library(kind: str) -> Any:
         BackendError: Not installed, its shared libraries are missing, or it is TensorRT 8.
     """
     library = LIBRARIES[kind]
+    subject, wanted = f"backend {kind}", f"{library.label} ({library.module})"
     try:
         module = importlib.import_module(library.module)
     except ModuleNotFoundError as error:
-        raise _no_library(library, f"no module named {error.name}") from None
+        found = f"no module named {error.name}"
+        raise BackendError(subject, wanted, found, library.install) from None
     except Exception as error:  # noqa: BLE001 - the bindings raise whatever their loader raises
         # The bindings are a wheel of their own and import the shared libraries by dlopen.
-        raise _no_library(library, f"bindings that cannot load ({_first_line(error)})") from None
+        found = f"bindings that cannot load ({first_line(error)})"
+        raise BackendError(subject, wanted, found, library.install) from None
     flags = getattr(module, "NetworkDefinitionCreationFlag", None)
     if flags is None:
-        raise _no_library(library, f"a module {library.module} without its API")
+        found = f"a module {library.module} without its API"
+        raise BackendError(subject, wanted, found, library.install)
     if not hasattr(flags, "STRONGLY_TYPED"):
-        raise BackendError(
-            f"backend {kind}",
-            f"{library.label} 10 or newer",
-            f"version {version_of(module)}, which cannot build strongly typed networks",
-            f"update it: {library.install}",
-        )
+        found = f"version {version_of(module)}, which cannot build strongly typed networks"
+        fix = f"update it: {library.install}"
+        raise BackendError(subject, f"{library.label} 10 or newer", found, fix)
     return module
 
 
@@ -113,7 +108,7 @@ def make_logger(module: Any) -> Any:
         def first_error(self) -> str:
             errors = [message for level, message in self.records if level == logging.ERROR]
             causes = [message for message in errors if not is_echo(message)] or errors
-            return _first_line(causes[0]) if causes else ""
+            return first_line(causes[0]) if causes else ""
 
     return Collector()
 
@@ -135,7 +130,7 @@ def rebuild_command(
     compute_capabilities: Sequence[str] = (),
     out: Path | None = None,
 ) -> str:
-    """The command line that builds an engine anew.
+    """The command line that builds an engine again.
 
     Args:
         kind: ``trt`` or ``trt-rtx``.
@@ -157,12 +152,7 @@ def rebuild_command(
     return shlex.join(words)
 
 
-def _no_library(library: Library, found: str) -> BackendError:
-    return BackendError(
-        f"backend {library.kind}", f"{library.label} ({library.module})", found, library.install
-    )
-
-
-def _first_line(message: object) -> str:
+def first_line(message: object) -> str:
+    """What a library says first, or the class of an error that says nothing."""
     lines = str(message).strip().splitlines()
     return lines[0][:240] if lines else type(message).__name__

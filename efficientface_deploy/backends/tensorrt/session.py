@@ -9,81 +9,50 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS
 from efficientface_deploy.backends.base import DeviceArray, DeviceImages, Output
-from efficientface_deploy.backends.tensorrt.cuda import Buffer, Cuda, Graph, Stream
+from efficientface_deploy.backends.tensorrt.cuda import Buffer, Cuda
 from efficientface_deploy.backends.tensorrt.device_array import read_device_array
+from efficientface_deploy.backends.tensorrt.engine import Engine
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import UInt8Array, normalise
-
-if TYPE_CHECKING:
-    from efficientface_deploy.backends.tensorrt.engine import Engine
 
 _log = logging.getLogger(__name__)
 
 # What a program runs over and over: a few batch sizes, from a few places. Each has a context of
 # its own, so that an unbounded number would fill the GPU of a program whose batches differ always.
-_MAX_RECORDINGS = 8
-_MAX_CANDIDATES = 32
+MAX_CAPTURES = 8
+MAX_CANDIDATES = 32
 
 _ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 
-_Key = tuple[int, int]  # batch size, and where its images lie
+
+class _Key(NamedTuple):
+    """What a CUDA graph is bound to."""
+
+    batch: int
+    address: int  # of its images on the device
 
 
-class _Tensor:
-    """An input or output at its largest: pinned host memory under a typed view, device twin.
+class _Capture(NamedTuple):
+    """A batch that is run over and over."""
 
-    Args:
-        cuda: An open binding.
-        name: The tensor's name in the engine.
-        shape: Largest shape, batch first.
-        dtype: Element type.
-
-    Attributes:
-        values: Host memory, (max_batch, ...).
-        address: Device memory.
-    """
-
-    def __init__(self, cuda: Cuda, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.name = name
-        self._shape = shape
-        self._item_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        self._buffer = Buffer(cuda, shape[0] * self._item_bytes)
-        self.values: npt.NDArray[Any] = self._buffer.host.view(dtype).reshape(shape)
-        self.address = self._buffer.address
-
-    def shape(self, count: int) -> tuple[int, ...]:
-        """Shape of a batch of ``count``."""
-        return (count, *self._shape[1:])
-
-    def to_device(self, count: int, stream: Stream) -> None:
-        """Queue the copy of the first ``count`` items to the device."""
-        self._buffer.to_device(count * self._item_bytes, stream)
-
-    def to_host(self, count: int, stream: Stream) -> None:
-        """Queue the copy of the first ``count`` items to the host."""
-        self._buffer.to_host(count * self._item_bytes, stream)
-
-    def close(self) -> None:
-        """Free the memory; views of it die with it."""
-        self.values = np.empty(0)
-        self._buffer.close()
+    context: Any  # its execution context
+    graph: int | None  # handle of its CUDA graph; None where the context has its own
 
 
 class Session:
     """An engine with its contexts, its stream and its buffers.
 
     A batch size that comes for the second time gets a context of its own and a CUDA graph, which
-    the third time runs; what comes once is not worth recording. One context holds one graph, as
+    the third time runs; what comes once is not worth capturing. One context holds one graph, as
     NVIDIA advises: a graph refers to its context's state, which another shape would change. All
     contexts share the memory for intermediate results, since one of them runs at a time.
 
@@ -106,28 +75,27 @@ class Session:
         self._engine = engine
         self._spec = spec
         engine.check_signature(spec)
-        name = engine.input_name()
-        _, _, largest = (tuple(shape) for shape in engine.plan.get_tensor_profile_shape(name, 0))
-        self.max_batch = int(largest[0])
-        self._takes_floats = name == FLOAT_INPUT
-        self._records = graphs and _can_record(engine, cuda)
-        self._recordings: collections.OrderedDict[_Key, _Recording] = collections.OrderedDict()
+        largest = engine.input_shape()
+        self.max_batch = largest[0]
+        self._takes_floats = engine.input_name == FLOAT_INPUT
+        self._captures: collections.OrderedDict[_Key, _Capture] = collections.OrderedDict()
         self._candidates: collections.OrderedDict[_Key, None] = collections.OrderedDict()
-        self._unrecordable: set[int] = set()  # batch sizes
-        outputs = (self.max_batch, spec.num_classes)
+        self._uncapturable: set[int] = set()  # batch sizes
+        self._can_capture = graphs and (engine.captures_itself or cuda.captures)
+        if graphs and not self._can_capture:
+            _log.debug("%s cannot capture CUDA graphs: engines run without", cuda.name)
         with contextlib.ExitStack() as stack:
-            self._stream = stack.enter_context(contextlib.closing(Stream(cuda)))
+            self._stream = cuda.create_stream()
+            stack.callback(cuda.free, "stream", self._stream)
             self._memory = cuda.allocate_device(engine.memory_bytes)
             stack.callback(cuda.free, "device", self._memory)
-            dtype = np.float32 if self._takes_floats else np.uint8
-            self._input, self._logits, self._probabilities = (
-                stack.enter_context(contextlib.closing(_Tensor(cuda, tensor, shape, kind)))
-                for tensor, shape, kind in (
-                    (name, largest, dtype),
-                    (OUTPUTS[0], outputs, np.float32),
-                    (OUTPUTS[1], outputs, np.float32),
-                )
-            )
+
+            def buffer(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
+                return stack.enter_context(contextlib.closing(Buffer(cuda, shape, dtype)))
+
+            self._input = buffer(largest, np.float32 if self._takes_floats else np.uint8)
+            outputs = self.max_batch, spec.num_classes
+            self._outputs = [buffer(outputs, np.float32) for _ in OUTPUTS]
             self._context: Any = self._new_context(graphs=False)
             self._resources = stack.pop_all()
         engine.keep_kernels()
@@ -139,14 +107,11 @@ class Session:
             ImageError: It cannot be used as it is, or the engine takes normalised floats.
         """
         if self._takes_floats:
-            raise ImageError(
-                "batch",
-                "images in host memory, since this engine takes normalised floats",
-                "an array on a CUDA device",
-                "copy it to the host, or export the engine without --float-input",
-            )
+            expected = "images in host memory, since this engine takes normalised floats"
+            fix = "copy it to the host, or export the engine without --float-input"
+            raise ImageError("batch", expected, "an array on a CUDA device", fix)
         with self._cuda.active():
-            return read_device_array(images, self._cuda, self._stream.handle)
+            return read_device_array(images, self._cuda, self._stream)
 
     def run(self, images: UInt8Array | DeviceImages) -> Output:
         """Run one batch; the caller makes threads take turns.
@@ -162,53 +127,46 @@ class Session:
             BackendError: The library or the GPU failed.
         """
         with self._cuda.active():
-            key = (len(images), self._place(images))
-            recording = self._recordings.get(key)
-            if recording is not None:
-                self._recordings.move_to_end(key)
-                recording.run()
-            else:
+            key = _Key(len(images), self._place(images))
+            capture = self._captures.get(key)
+            if capture is None:
                 self._set(self._context, key)
                 self._enqueue(self._context, key)
-            self._stream.synchronize()
+            else:
+                self._captures.move_to_end(key)
+                self._replay(capture, key)
+            self._cuda.synchronize(self._stream)
             # The pinned memory is overwritten by the next call: hand out copies.
-            count = len(images)
-            output = Output(
-                self._logits.values[:count].copy(), self._probabilities.values[:count].copy()
-            )
-            if recording is None and self._records:
-                self._consider(key)
+            output = Output(*(buffer.host[: key.batch].copy() for buffer in self._outputs))
+            if capture is None and self._can_capture:
+                self._capture_if_repeated(key)
         return output
 
     def _place(self, images: UInt8Array | DeviceImages) -> int:
         """Address of the images on the device, where the caller's or our own copy will lie."""
         if not isinstance(images, DeviceImages):
-            self._input.values[: len(images)] = (
-                normalise(images, self._spec) if self._takes_floats else images
-            )
+            ready = normalise(images, self._spec) if self._takes_floats else images
+            self._input.host[: len(images)] = ready
             return self._input.address
-        if images.address % _ALIGNMENT:
-            raise ImageError(
-                "batch",
-                f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes",
-                f"one that begins {images.address % _ALIGNMENT} bytes after",
-                "give a copy of it, on the GPU",
-            )
+        if excess := images.address % _ALIGNMENT:
+            expected = f"an array whose memory begins at a multiple of {_ALIGNMENT} bytes"
+            found = f"one that begins {excess} bytes after"
+            raise ImageError("batch", expected, found, "give a copy of it, on the GPU")
         return images.address
 
     def _new_context(self, *, graphs: bool) -> Any:
         """A context that writes to our buffers."""
         context = self._engine.new_context(self._memory, graphs=graphs)
-        for tensor in (self._logits, self._probabilities):
-            self._set_address(context, tensor.name, tensor.address)
+        for name, buffer in zip(OUTPUTS, self._outputs, strict=True):
+            self._set_address(context, name, buffer.address)
         return context
 
     def _set(self, context: Any, key: _Key) -> None:
         """Tell a context its batch size, and where the images lie."""
-        count, address = key
-        self._set_address(context, self._input.name, address)
-        if not context.set_input_shape(self._input.name, self._input.shape(count)):
-            raise self._engine.failure(f"take a batch of {count}")
+        name = self._engine.input_name
+        self._set_address(context, name, key.address)
+        if not context.set_input_shape(name, (key.batch, *self._input.host.shape[1:])):
+            raise self._engine.failure(f"take a batch of {key.batch}")
 
     def _set_address(self, context: Any, name: str, address: int) -> None:
         if not context.set_tensor_address(name, address):
@@ -216,84 +174,61 @@ class Session:
 
     def _enqueue(self, context: Any, key: _Key) -> None:
         """Queue all of an inference: copy to the device, run, copy back."""
-        count, address = key
-        if address == self._input.address:
-            self._input.to_device(count, self._stream)
-        if not context.execute_async_v3(self._stream.handle):
+        if key.address == self._input.address:
+            self._input.to_device(key.batch, self._stream)
+        if not context.execute_async_v3(self._stream):
             raise self._engine.failure("run the engine")
-        self._logits.to_host(count, self._stream)
-        self._probabilities.to_host(count, self._stream)
+        for buffer in self._outputs:
+            buffer.to_host(key.batch, self._stream)
 
-    def _consider(self, key: _Key) -> None:
-        """Record what has just run, if it ran before; the stream is idle."""
-        count, _ = key
-        if count in self._unrecordable:
+    def _capture_if_repeated(self, key: _Key) -> None:
+        """Capture what has just run, if it ran before; the stream is idle."""
+        if key.batch in self._uncapturable:
             return
         if key not in self._candidates:
             self._candidates[key] = None
-            if len(self._candidates) > _MAX_CANDIDATES:
+            if len(self._candidates) > MAX_CANDIDATES:
                 self._candidates.popitem(last=False)
             return
         del self._candidates[key]
         try:
-            self._recordings[key] = self._record(key)
+            self._captures[key] = self._capture(key)
         except BackendError as error:
-            self._unrecordable.add(count)
+            self._uncapturable.add(key.batch)
             self._engine.logger.records.clear()  # what it says there is no later failure's cause
-            _log.info("batches of %d run without a CUDA graph: %s", count, error)
-        if len(self._recordings) > _MAX_RECORDINGS:
-            _, oldest = self._recordings.popitem(last=False)
-            oldest.close()
+            _log.info("batches of %d run without a CUDA graph: %s", key.batch, error)
+        if len(self._captures) > MAX_CAPTURES:
+            self._forget(last=False)
 
-    def _record(self, key: _Key) -> _Recording:
+    def _capture(self, key: _Key) -> _Capture:
         context = self._new_context(graphs=True)
         self._set(context, key)
-        run = functools.partial(self._enqueue, context, key)
-        # What a new shape sets in motion cannot be recorded: TensorRT has to run it once before.
-        run()
-        self._stream.synchronize()
+        # What a new shape sets in motion cannot be captured: TensorRT has to run it once before.
+        self._enqueue(context, key)
+        self._cuda.synchronize(self._stream)
         if self._engine.captures_itself:
-            return _Recording(context, run, None)
-        graph = Graph(self._cuda, self._stream, run)
-        return _Recording(context, graph.launch, graph)
+            return _Capture(context, None)
+        graph = self._cuda.capture(self._stream, lambda: self._enqueue(context, key))
+        return _Capture(context, graph)
 
-    def _forget_recordings(self) -> None:
-        while self._recordings:
-            self._recordings.popitem()[1].close()
+    def _replay(self, capture: _Capture, key: _Key) -> None:
+        if capture.graph is None:
+            self._enqueue(capture.context, key)
+        else:
+            self._cuda.launch(capture.graph, self._stream)
+
+    def _forget(self, *, last: bool) -> None:
+        """Free the newest or the oldest capture: its graph before the context it refers to."""
+        _, capture = self._captures.popitem(last=last)
+        if capture.graph is not None:
+            self._cuda.free("graph", capture.graph)
 
     def close(self) -> None:
         """Free everything: contexts before the memory they point to, the engine last."""
         with self._cuda.active():
             self._engine.keep_kernels()
-            self._forget_recordings()
+            while self._captures:
+                self._forget(last=True)
             del self._context
             self._resources.close()
             del self._engine
-
-
-class _Recording:
-    """A batch size, from one place, that is run over and over.
-
-    Args:
-        context: Its execution context.
-        run: Queues it.
-        graph: Its CUDA graph; None where the context has its own.
-    """
-
-    def __init__(self, context: Any, run: Any, graph: Graph | None) -> None:
-        self._context = context
-        self.run = run
-        self._graph = graph
-
-    def close(self) -> None:
-        """Free the graph before the context that it refers to."""
-        if self._graph is not None:
-            self._graph.close()
-        del self.run, self._context
-
-
-def _can_record(engine: Engine, cuda: Cuda) -> bool:
-    if engine.captures_itself or cuda.captures:
-        return True
-    _log.debug("%s cannot capture CUDA graphs: engines run without", cuda.name)
-    return False

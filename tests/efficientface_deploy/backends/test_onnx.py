@@ -37,6 +37,16 @@ def provider_error(path: Path, device: str) -> str:
     return message
 
 
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx", "openvino"])
+def test_provider_that_is_not_here(model_files, device):
+    provider = PROVIDERS[device]
+    there = provider.name in onnxruntime.get_available_providers()
+    if there or (provider.plugin and importlib.util.find_spec(provider.plugin)):
+        pytest.skip(f"this onnxruntime has {device}")
+    with pytest.raises(BackendError, match=f"onnx:{device}.*choose onnx:cpu"):
+        load(model_files["onnx"], backend=f"onnx:{device}")
+
+
 # --- sessions that only record how they are made --------------------------------------------------
 
 

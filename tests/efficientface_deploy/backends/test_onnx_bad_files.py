@@ -18,9 +18,11 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from efficientface_deploy.artifact import SPEC_KEY  # noqa: E402
+from efficientface_deploy.spec import PRESETS  # noqa: E402
 
 pytestmark = pytest.mark.timeout(60)
 
+TRACED = PRESETS["rafdb"].replace(input_size=64)  # of the fixture model_files
 PICTURE = np.zeros((32, 32, 3), np.uint8)
 HUGE = 1 << 40
 
@@ -187,3 +189,167 @@ def test_pickle_under_any_name_is_refused_and_not_run(tmp_path, suffix):
     assert str(caught.value).isprintable() and not executed.exists()
     pickle.loads(path.read_bytes())  # what it would have done
     assert executed.exists()
+
+
+# ---- graphs of ours that somebody changed
+
+
+@pytest.fixture
+def graph(model_files):
+    return onnx.load(model_files["onnx"])
+
+
+@pytest.fixture
+def open_graph(tmp_path):
+    def open_(graph) -> str:
+        """The error's line for a changed graph."""
+        path = tmp_path / "changed.onnx"
+        onnx.save(graph, path)
+        with pytest.raises(EfficientFaceError) as caught:
+            load(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and message.isprintable() and len(message) < 800
+        return message
+
+    return open_
+
+
+def set_metadata(graph, **values: str | None) -> None:
+    metadata = {item.key: item.value for item in graph.metadata_props}
+    for key, value in values.items():
+        metadata["efficientface." + key] = value
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        (None, "efficientface-export, which writes it"),
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("{}", "no architecture"),
+        (TRACED.replace(labels=("a", "b")).to_json(), "to 2 logits"),
+        (TRACED.replace(labels=(*TRACED.labels, "Contempt")).to_json(), "to 8 logits"),
+        (TRACED.replace(input_size=96).to_json(), "(N, 96, 96, 3)"),
+        (TRACED.to_json().replace('"rgb"', '"bgr"'), "ModelSpec.colour"),
+        (TRACED.to_json().replace('"schema": 1', '"schema": 2'), "ModelSpec.schema"),
+        (TRACED.to_json().replace(', "Anger"', ""), "to 6 logits"),
+        (TRACED.to_json().replace("{", r'{"\u001b[2J\n": 1, ', 1), "unknown key"),
+    ],
+)
+def test_tampered_onnx_spec(graph, open_graph, spec, hint):
+    set_metadata(graph, spec=spec)
+    assert hint in open_graph(graph)
+
+
+@pytest.mark.parametrize("provenance", ["", "[]", "{", "3"])
+def test_tampered_onnx_provenance(graph, open_graph, provenance):
+    set_metadata(graph, provenance=provenance)
+    assert "efficientface.provenance" in open_graph(graph)
+
+
+def test_onnx_without_provenance(graph, tmp_path):
+    set_metadata(graph, provenance=None)
+    onnx.save(graph, tmp_path / "a.onnx")
+    with load(tmp_path / "a.onnx") as predictor:
+        assert predictor.provenance == {}
+
+
+def small_graph(inputs, outputs, nodes):
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid("", 19)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    set_metadata(model, spec=TRACED.to_json())
+    return model
+
+
+def tensor(name: str, kind: int, *shape: int | str):
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+FLOAT, UINT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        (FLOAT, "image", ("N", 64, 64, 3)),
+        (UINT8, "pixels", ("N", 64, 64, 3)),
+        (UINT8, "image", ("N", 3, 64, 64)),
+        (UINT8, "image", (1, 64, 64, 3)),
+        (UINT8, "image", ("N", "H", "W", 3)),
+        (UINT8, "image", (64,)),
+    ],
+)
+def test_onnx_with_other_inputs(open_graph, kind, name, shape):
+    zeros = onnx.helper.make_node("Cast", ["shape"], ["count"], to=FLOAT)
+    nodes = [
+        onnx.helper.make_node("Shape", [name], ["shape"]),
+        zeros,
+        onnx.helper.make_node("Identity", ["count"], ["logits"]),
+        onnx.helper.make_node("Identity", ["count"], ["probabilities"]),
+    ]
+    outputs = [tensor("logits", FLOAT, "n"), tensor("probabilities", FLOAT, "n")]
+    message = open_graph(small_graph([tensor(name, kind, *shape)], outputs, nodes))
+    assert "as its spec says" in message and f"found {name} tensor" in message
+
+
+@pytest.mark.parametrize("change", ["input", "outputs", "order", "type"])
+def test_onnx_with_another_signature(graph, open_graph, change):
+    if change == "input":
+        graph.graph.input.append(tensor("extra", FLOAT, 1))
+    elif change == "outputs":
+        del graph.graph.output[1]
+    elif change == "order":
+        outputs = list(graph.graph.output)[::-1]
+        del graph.graph.output[:]
+        graph.graph.output.extend(outputs)
+    else:
+        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    assert "as its spec says" in open_graph(graph)
+
+
+def test_onnx_that_fails_while_it_runs(tmp_path):
+    """The declared shape is a promise that a graph may break."""
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["five"], value_ints=[5, 7]),
+        onnx.helper.make_node("Cast", ["image"], ["float"], to=FLOAT),
+        onnx.helper.make_node("Reshape", ["float", "five"], ["logits"]),
+        onnx.helper.make_node("Softmax", ["logits"], ["probabilities"]),
+    ]
+    outputs = [tensor("logits", FLOAT, "N", 7), tensor("probabilities", FLOAT, "N", 7)]
+    model = small_graph([tensor("image", UINT8, "N", 64, 64, 3)], outputs, nodes)
+    onnx.save(model, tmp_path / "broken.onnx")
+    with load(tmp_path / "broken.onnx") as predictor, pytest.raises(BackendError) as caught:
+        predictor.infer(np.zeros((2, 64, 64, 3), np.uint8))
+    assert "broken.onnx" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_onnx_with_nan_weights(graph, tmp_path):
+    for initializer in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(initializer)
+        if values.dtype == np.float32 and values.size == 7 * 1024:
+            initializer.CopyFrom(
+                onnx.numpy_helper.from_array(np.full_like(values, np.nan), initializer.name)
+            )
+    onnx.save(graph, tmp_path / "nan.onnx")
+    with (
+        load(tmp_path / "nan.onnx") as predictor,
+        pytest.raises(BackendError, match="finite outputs, found NaN"),
+    ):
+        predictor.infer(np.zeros((2, 64, 64, 3), np.uint8))
+
+
+def test_onnx_with_an_unknown_operator(graph, open_graph):
+    graph.graph.node[0].op_type = "Teleport"
+    assert "an ONNX model that this onnxruntime can load" in open_graph(graph)
+
+
+def test_truncated_onnx_never_loads(model_files, tmp_path):
+    data = model_files["onnx"].read_bytes()
+    path = tmp_path / "a.onnx"
+    for end in np.linspace(1, len(data) - 1, 12).astype(int):
+        path.write_bytes(data[:end])
+        with pytest.raises(ArtifactError):
+            load(path)

@@ -45,7 +45,7 @@ def test_one_face(centerface, astronaut):
     assert left[0] < nose[0] < right[0] and nose[1] < min(left[1], right[1])
 
 
-def test_several_faces_the_surest_first(centerface, astronaut):
+def test_several_faces_the_most_confident_first(centerface, astronaut):
     half = np.asarray(Image.fromarray(astronaut).resize((256, 256)))
     picture = np.zeros((600, 900, 3), np.uint8)
     picture[:512, :512] = astronaut
@@ -171,7 +171,7 @@ def test_decode_nothing():
     assert suppress(boxes, scores) == []
 
 
-def test_suppress_keeps_the_surest_of_those_that_overlap():
+def test_suppress_keeps_the_most_confident_of_those_that_overlap():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [0, 0, 100, 100]], float)
     assert suppress(boxes, np.array([0.6, 0.9, 0.7, 0.8])) == [1, 3, 2]
 
@@ -182,7 +182,7 @@ def test_suppress_leaves_no_two_that_overlap_and_loses_no_other(seed):
     corners = rng.uniform(0, 50, (60, 2))
     boxes = np.column_stack([corners, corners + rng.uniform(5, 30, (60, 2))])
     scores = rng.uniform(size=60)
-    kept = suppress(boxes, scores, 0.3)
+    kept = suppress(boxes, scores)
     pairs = [(one, two) for one in kept for two in kept if one != two]
     assert all(overlap(boxes[one], boxes[two]) < 0.3 for one, two in pairs)
     for lost in set(range(60)) - set(kept):
@@ -238,8 +238,8 @@ def rgb(height: int, width: int) -> np.ndarray:
 def test_yunet_rows_become_faces(yunet):
     points = np.arange(10) + 30.0
     rows = np.array([[10, 20, 30, 40, *points, 0.6], [1, 2, 3, 4, *points + 1, 0.9]], np.float32)
-    surest, other = yunet(rows).detect(rgb(64, 96))
-    assert surest.box == (1, 2, 4, 6) and surest.score == pytest.approx(0.9)
+    best, other = yunet(rows).detect(rgb(64, 96))
+    assert best.box == (1, 2, 4, 6) and best.score == pytest.approx(0.9)
     assert other.box == (10, 20, 40, 60)
     assert other.landmarks == ((30, 31), (32, 33), (34, 35), (36, 37), (38, 39))
 

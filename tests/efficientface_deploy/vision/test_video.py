@@ -20,9 +20,9 @@ def clip(tmp_path) -> Path:
     """Five frames, 12.5 a second, each redder and bluer than the one before, 64 wide, 48 high."""
     pytest.importorskip("cv2")
     path = tmp_path / "clip.mp4"
-    with write_video(path, 12.5) as video:
+    with write_video(path, 12.5) as write:
         for at in range(5):
-            video.write(Image.new("RGB", (64, 48), (50 * at, 0, 20 * at)))
+            write(Image.new("RGB", (64, 48), (50 * at, 0, 20 * at)))
     return path
 
 
@@ -71,8 +71,8 @@ def test_closing_waits_for_a_frame_that_is_being_read():
 
 def test_video_that_fails_leaves_nothing(tmp_path):
     pytest.importorskip("cv2")
-    with pytest.raises(ZeroDivisionError), write_video(tmp_path / "a/clip.mp4", 10) as video:
-        video.write(Image.new("RGB", (64, 48)))
+    with pytest.raises(ZeroDivisionError), write_video(tmp_path / "a/clip.mp4", 10) as write:
+        write(Image.new("RGB", (64, 48)))
         raise ZeroDivisionError
     assert list((tmp_path / "a").iterdir()) == []
 

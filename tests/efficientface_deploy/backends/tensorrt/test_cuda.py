@@ -14,14 +14,7 @@ import numpy as np
 import pytest
 
 from efficientface_deploy.backends.tensorrt import cuda
-from efficientface_deploy.backends.tensorrt.cuda import (
-    Buffer,
-    CudaPython,
-    Graph,
-    PyCuda,
-    Stream,
-    open_cuda,
-)
+from efficientface_deploy.backends.tensorrt.cuda import Buffer, Cuda, CudaPython, PyCuda, open_cuda
 from efficientface_deploy.errors import BackendError
 
 
@@ -178,6 +171,10 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
     return fake
 
 
+def make_buffer(cuda: Cuda, nbytes: int) -> Buffer:
+    return Buffer(cuda, (nbytes,), np.uint8)
+
+
 class FakePyCuda(types.ModuleType):
     """pycuda.driver over host memory; every call needs the context to be current."""
 
@@ -286,39 +283,40 @@ def test_round_trip_through_cuda_python(cudart: FakeCudart) -> None:
     binding = open_cuda()
     assert binding.name == "cuda-python"
     with binding.active():
-        stream, source, target = Stream(binding), Buffer(binding, 8), Buffer(binding, 8)
+        stream = binding.create_stream()
+        source, target = make_buffer(binding, 8), make_buffer(binding, 8)
         source.host[:] = np.arange(8)
         source.to_device(6, stream)
         # What a kernel would do: device to device, in the same stream.
-        cudart.cudaMemcpyAsync(target.address, source.address, 8, "d2h", stream.handle)
+        cudart.cudaMemcpyAsync(target.address, source.address, 8, "d2h", stream)
         target.to_host(5, stream)
         assert target.host.tolist() == [0] * 8, "nothing is there before the stream is done"
-        stream.synchronize()
+        binding.synchronize(stream)
         assert target.host.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
 
 
 def test_graph_does_its_work_at_every_launch(cudart: FakeCudart) -> None:
     binding = open_cuda()
-    stream, source, target = Stream(binding), Buffer(binding, 4), Buffer(binding, 4)
+    stream = binding.create_stream()
+    source, target = make_buffer(binding, 4), make_buffer(binding, 4)
 
     def work() -> None:
         source.to_device(4, stream)
-        cudart.cudaMemcpyAsync(target.address, source.address, 4, "d2h", stream.handle)
+        cudart.cudaMemcpyAsync(target.address, source.address, 4, "d2h", stream)
         target.to_host(4, stream)
 
     source.host[:] = 1
-    graph = Graph(binding, stream, work)
-    stream.synchronize()
+    graph = binding.capture(stream, work)
+    binding.synchronize(stream)
     assert target.host.tolist() == [0] * 4, "what is recorded does not run"
     for value in (2, 3):
         source.host[:] = value
-        graph.launch()
+        binding.launch(graph, stream)
         assert target.host.tolist() != [value] * 4
-        stream.synchronize()
+        binding.synchronize(stream)
         assert target.host.tolist() == [value] * 4
     assert list(cudart.graphs) == [8], "the recorded graph goes when there is an executable one"
-    for _ in range(2):
-        graph.close()
+    binding.free("graph", graph)
     assert not cudart.graphs
 
 
@@ -327,11 +325,11 @@ def test_work_that_cannot_be_recorded_leaves_the_stream_usable(
     cudart: FakeCudart, how: str
 ) -> None:
     binding = open_cuda()
-    stream = Stream(binding)
+    stream = binding.create_stream()
 
     def work() -> None:
         if how == "waits":
-            stream.synchronize()
+            binding.synchronize(stream)
         if how == "raises":
             raise ZeroDivisionError
 
@@ -340,7 +338,7 @@ def test_work_that_cannot_be_recorded_leaves_the_stream_usable(
         cudart.fail[names[how]] = Status.cudaErrorStreamCaptureInvalidated
     expected = ZeroDivisionError if how == "raises" else BackendError
     with pytest.raises(expected) as caught:
-        Graph(binding, stream, work)
+        binding.capture(stream, work)
     if how == "waits":
         assert "cudaStreamSynchronize" in str(caught.value), "the first error, not its echo"
     if how != "EndCapture":
@@ -360,13 +358,13 @@ def test_whose_memory_an_address_is(
 
 def test_everything_is_freed_once(cudart: FakeCudart) -> None:
     binding = open_cuda()
-    stream, buffer = Stream(binding), Buffer(binding, 100)
+    stream, buffer = binding.create_stream(), make_buffer(binding, 100)
     assert len(cudart.memory) == 2
     assert buffer.address in cudart.memory
     assert buffer.host.nbytes == 100
     for _ in range(2):
         buffer.close()
-        stream.close()
+    binding.free("stream", stream)
     assert not cudart.memory
     assert not cudart.streams
 
@@ -385,7 +383,7 @@ def test_failed_host_allocation_frees_the_device_memory(cudart: FakeCudart) -> N
     binding = open_cuda()
     cudart.fail["cudaMallocHost"] = Status.cudaErrorMemoryAllocation
     with pytest.raises(BackendError, match=r"cudaMallocHost.*MemoryAllocation 2.*--max-batch"):
-        Buffer(binding, 100)
+        make_buffer(binding, 100)
     assert not cudart.memory
 
 
@@ -396,15 +394,15 @@ def test_every_status_is_checked(cudart: FakeCudart, call: str) -> None:
     binding = open_cuda()
     cudart.fail[call] = Status.cudaErrorIllegalAddress
     with pytest.raises(BackendError, match=f"{call}.*IllegalAddress 700.*nvidia-smi"):
-        stream, buffer = Stream(binding), Buffer(binding, 4)
+        stream, buffer = binding.create_stream(), make_buffer(binding, 4)
         buffer.to_device(4, stream)
-        stream.synchronize()
+        binding.synchronize(stream)
 
 
 def test_a_failure_to_free_is_logged_and_hides_nothing(
     cudart: FakeCudart, caplog: pytest.LogCaptureFixture
 ) -> None:
-    buffer = Buffer(open_cuda(), 4)
+    buffer = make_buffer(open_cuda(), 4)
     cudart.fail["cudaFree"] = Status.cudaErrorIllegalAddress
     buffer.close()
     assert "cudaErrorIllegalAddress" in caplog.text
@@ -443,16 +441,16 @@ def test_round_trip_through_pycuda(pycuda: FakePyCuda) -> None:
     assert isinstance(binding, PyCuda)
     assert binding.compute_capability() == "sm87"
     with binding.active():
-        stream, buffer = Stream(binding), Buffer(binding, 4)
+        stream, buffer = binding.create_stream(), make_buffer(binding, 4)
         buffer.host[:] = [1, 2, 3, 4]
         buffer.to_device(4, stream)
-        stream.synchronize()
+        binding.synchronize(stream)
         buffer.host[:] = 0
         buffer.to_host(3, stream)
-        stream.synchronize()
+        binding.synchronize(stream)
         assert buffer.host.tolist() == [1, 2, 3, 0]
         buffer.close()
-        stream.close()
+        binding.free("stream", stream)
     assert sorted(pycuda.freed) == ["host", "memory"]
     assert not pycuda.current, "the context that was pushed is popped"
 
@@ -461,7 +459,7 @@ def test_pycuda_waits_for_all_where_the_stream_is_not_its_own(pycuda: FakePyCuda
     """It makes no object of another library's handle; nor does it capture."""
     binding = open_cuda()
     with binding.active():
-        binding.synchronize(Stream(binding).handle)
+        binding.synchronize(binding.create_stream())
         assert pycuda.waits == 0
         binding.synchronize(1)
         binding.synchronize_device()
@@ -553,18 +551,18 @@ def test_nothing_is_imported_early(
 def test_round_trip_on_a_gpu() -> None:
     binding = open_cuda()
     with binding.active():
-        stream, buffer = Stream(binding), Buffer(binding, 1 << 20)
+        stream, buffer = binding.create_stream(), make_buffer(binding, 1 << 20)
         expected = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
         buffer.host[:] = expected
         buffer.to_device(1 << 20, stream)
-        stream.synchronize()
+        binding.synchronize(stream)
         buffer.host[:] = 0
         buffer.to_host(1 << 20, stream)
-        stream.synchronize()
+        binding.synchronize(stream)
         np.testing.assert_array_equal(buffer.host, expected)
         assert binding.owns(buffer.address)
         buffer.close()
-        stream.close()
+        binding.free("stream", stream)
 
 
 @pytest.mark.gpu
@@ -573,21 +571,21 @@ def test_graph_on_a_gpu() -> None:
     if not binding.captures:
         pytest.skip(f"{binding.name} does not capture")
     with binding.active():
-        stream, buffer = Stream(binding), Buffer(binding, 1 << 20)
+        stream, buffer = binding.create_stream(), make_buffer(binding, 1 << 20)
 
         def work() -> None:
             buffer.to_device(1 << 19, stream)
             buffer.to_host(1 << 20, stream)
 
-        graph = Graph(binding, stream, work)
+        graph = binding.capture(stream, work)
         for value in (3, 4):
             buffer.host[:] = value
-            graph.launch()
-            stream.synchronize()
+            binding.launch(graph, stream)
+            binding.synchronize(stream)
             assert set(buffer.host[: 1 << 19].tolist()) == {value}
         with pytest.raises(BackendError, match="cudaStreamSynchronize"):
-            Graph(binding, stream, stream.synchronize)
-        stream.synchronize()
-        graph.close()
+            binding.capture(stream, lambda: binding.synchronize(stream))
+        binding.synchronize(stream)
+        binding.free("graph", graph)
         buffer.close()
-        stream.close()
+        binding.free("stream", stream)

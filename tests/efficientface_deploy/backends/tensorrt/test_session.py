@@ -1,7 +1,7 @@
-"""CUDA graphs: what is recorded, when, how many, and what happens where it cannot be.
+"""CUDA graphs: what is captured, when, how many, and what happens where it cannot be.
 
 The stand-ins hold to the rules: nothing waits or allocates while a stream is captured, a new shape
-runs once before it can be recorded, and a graph whose context has taken another shape is useless.
+runs once before it can be captured, and a graph whose context has taken another shape is useless.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def test_number_of_graphs_is_bounded(
         for count in range(1, 13):
             check(backend, count)
             check(backend, count)
-            assert len(fake_cuda.graphs) <= session._MAX_RECORDINGS
+            assert len(fake_cuda.graphs) <= session.MAX_CAPTURES
         before = len(fake_cuda.launches)
         check(backend, 12)
-        check(backend, 12 - session._MAX_RECORDINGS + 1)
+        check(backend, 12 - session.MAX_CAPTURES + 1)
         assert len(fake_cuda.launches) == before + 2
-        check(backend, 12 - session._MAX_RECORDINGS)
+        check(backend, 12 - session.MAX_CAPTURES)
         assert len(fake_cuda.launches) == before + 2, "the oldest has made room"
 
 
@@ -111,7 +111,7 @@ def test_what_is_used_again_outlives_what_is_not(
         assert fake_cuda.launches[-1] == fake_cuda.launches[0], "the graph of batches of one"
 
 
-def test_batch_that_cannot_be_recorded_runs_without(
+def test_batch_that_cannot_be_captured_runs_without(
     engine: Path,
     library: Library,
     fake_cuda: FakeCuda,
@@ -142,7 +142,7 @@ def test_batch_that_cannot_be_recorded_runs_without(
 
 @every_release
 @pytest.mark.parametrize("what", ["context", "capture"])
-def test_library_that_cannot_be_recorded(
+def test_library_that_cannot_be_captured(
     engine: Path, library: Library, fake_cuda: FakeCuda, what: str
 ) -> None:
     with make(engine) as backend:
@@ -176,10 +176,10 @@ def test_failed_launch_is_an_error(
             backend.infer(images(2))
 
 
-# --- TensorRT for RTX, which records its own ------------------------------------------------------
+# --- TensorRT for RTX, which captures its own -----------------------------------------------------
 
 
-def test_rtx_records_in_a_context_for_each_batch_size(
+def test_rtx_captures_in_a_context_for_each_batch_size(
     rtx_engine: Path, rtx_library: Library, fake_cuda: FakeCuda
 ) -> None:
     with TensorRTRTXBackend(rtx_engine, BackendOptions()) as backend:

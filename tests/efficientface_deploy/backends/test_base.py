@@ -1,0 +1,121 @@
+"""The base class of the backends alone, with a model that counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientface_deploy.backends import BackendOptions
+from efficientface_deploy.backends.base import Backend, Output, import_package
+from efficientface_deploy.errors import BackendError
+from efficientface_deploy.spec import PRESETS
+
+
+class Counting(Backend):
+    """Answers with the mean of each image; remembers the batches that it was given."""
+
+    def _open(self) -> None:
+        self.spec = PRESETS["rafdb"].replace(input_size=32)
+        self.batches: list[int] = []
+        self.closed = 0
+
+    def _infer(self, images: np.ndarray) -> Output:
+        assert images.flags.c_contiguous and 0 < len(images) <= (self.max_batch or 10**9)
+        self.batches.append(len(images))
+        logits = np.repeat(images.mean(axis=(1, 2, 3), dtype=np.float32)[:, None], 7, axis=1)
+        return Output(logits, np.full_like(logits, 1 / 7))
+
+    def _close(self) -> None:
+        self.closed += 1
+
+
+def counting(max_batch: int | None = None) -> Counting:
+    backend = Counting(Path("counting.x"), BackendOptions())
+    backend.max_batch = max_batch
+    backend.open()
+    return backend
+
+
+def levels(count: int) -> np.ndarray:
+    """Images (N, 32, 32, 3) whose mean is their number."""
+    return np.repeat(np.arange(count, dtype=np.uint8), 32 * 32 * 3).reshape(count, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "count", "batches"),
+    [
+        (None, 50, [50]),
+        (8, 8, [8]),
+        (8, 9, [8, 1]),
+        (8, 20, [8, 8, 4]),
+        (1, 3, [1, 1, 1]),
+        (8, 0, []),
+    ],
+)
+def test_large_batches_are_split_and_put_together_in_order(max_batch, count, batches):
+    backend = counting(max_batch)
+    output = backend.infer(levels(count))
+    assert backend.batches == batches
+    assert output.logits[:, 0].tolist() == list(range(count))
+    assert output.probabilities.shape == (count, 7)
+
+
+def test_a_library_is_given_contiguous_images():
+    output = counting(max_batch=2).infer(levels(8)[::-2, :, ::-1])
+    assert output.logits[:, 0].tolist() == [7, 5, 3, 1]
+
+
+def test_close_happens_once():
+    backend = counting()
+    backend.close()
+    backend.close()
+    assert backend.closed == 1
+
+
+def test_failed_open_stays_closed(monkeypatch):
+    backend = Counting(Path("a.x"), BackendOptions())
+    monkeypatch.setattr(backend, "_open", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.open()
+    with pytest.raises(BackendError, match="closed"):
+        backend.infer(levels(1))
+
+
+@pytest.mark.parametrize(
+    ("logits", "probabilities", "hint"),
+    [
+        (np.nan, 0.1, "NaN"),
+        (0.1, np.inf, "NaN"),
+        (np.zeros((2, 8)), np.zeros((2, 8)), r"\(2, 7\), found \(2, 8\)"),
+        (np.zeros((3, 7)), np.zeros((2, 7)), r"\(3, 7\)"),
+    ],
+)
+def test_output_that_cannot_be_right(monkeypatch, logits, probabilities, hint):
+    backend = counting()
+
+    def infer(images: np.ndarray) -> Output:
+        parts = [
+            np.full((2, 7), part, np.float32) if np.isscalar(part) else part
+            for part in (logits, probabilities)
+        ]
+        return Output(*parts)
+
+    monkeypatch.setattr(backend, "_infer", infer)
+    with pytest.raises(BackendError, match=hint):
+        backend.infer(levels(2))
+
+
+def test_error_in_one_call_does_not_block_close(monkeypatch):
+    backend = counting()
+    monkeypatch.setattr(backend, "_infer", lambda images: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.infer(levels(1))
+    backend.close()
+
+
+def test_optional_package_that_is_there_or_names_its_extra():
+    assert import_package("json", "subject", "JSON", "x").loads("1") == 1
+    with pytest.raises(BackendError, match=r"^subject: expected N, found .*no_such.*\[a,b\]'$"):
+        import_package("no_such", "subject", "N", "a,b")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+
+import pytest
+
+from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.files import atomic_path, file_hash, require_file, write_text
+
+# ---- atomic writes
+
+
+def test_file_appears_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "model.onnx"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        assert (temporary.parent, temporary.suffix) == (path.parent, ".onnx")
+    assert path.read_bytes() == b"half"
+    assert os.listdir(path.parent) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_failure_leaves_what_was_there(tmp_path, error, old):
+    path = tmp_path / "model.onnx"
+    if old:
+        path.write_bytes(old)
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert os.listdir(tmp_path) == (["model.onnx"] if old else [])
+    if old:
+        assert path.read_bytes() == old
+
+
+def test_writer_that_moved_its_file_away_is_an_error_and_keeps_the_old(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
+        temporary.unlink()
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.json", "{}")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o666 & ~umask
+
+
+def test_reader_of_the_old_file_keeps_it(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        write_text(path, "new \u00e4")
+        assert reader.read() == b"old"
+    assert path.read_text(encoding="utf-8") == "new \u00e4"
+
+
+# ---- hashes, required files
+
+
+def test_file_hash(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(bytes(range(256)) * 10_000)
+    assert file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_require_file(tmp_path):
+    with pytest.raises(ArtifactError, match="an ONNX model, found no such file"):
+        require_file(tmp_path / "x.onnx", "an ONNX model")
+    with pytest.raises(ArtifactError, match="found a folder"):
+        require_file(tmp_path, "an ONNX model")
+
+
+def test_require_file_refuses_what_is_not_worth_reading(tmp_path):
+    path = tmp_path / "x.onnx"
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(ArtifactError, match=r"an ONNX model below 1 GiB, found a file of 1\.0 GiB"):
+        require_file(path, "an ONNX model")
+    path.unlink()
+    os.mkfifo(path)
+    for pipe in (path, "/dev/zero"):
+        with pytest.raises(ArtifactError, match="found a pipe or device"):
+            require_file(pipe, "an ONNX model")
