@@ -96,7 +96,9 @@ def run_fresh(
     Raises:
         ProcessError: It failed, hung, or printed nothing.
     """
-    given = f"import json; argument = json.loads({json.dumps(argument)!r})\n" if argument else ""
+    given = ""
+    if argument is not None:
+        given = f"import json; argument = json.loads({json.dumps(argument)!r})\n"
     variables = {**os.environ, **(environment or {})}
     variables.pop("PYTHONDONTWRITEBYTECODE", None)
     if bytecode is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +211,21 @@ def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
         write_onnx(graph, path, spec, {})
 
     monkeypatch.setattr(networks, "export_onnx", export)
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    """PyTorch's number of threads belongs to the process."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def network(tmp_path: Path, quick_export: None) -> Any:
+    """EfficientFace at 32x32, with random weights."""
+    from benchmarks.measure.networks import Network, random_network
+
+    spec = preset("rafdb").replace(input_size=32)
+    return Network("EfficientFace", random_network(spec, 0), spec, tmp_path)

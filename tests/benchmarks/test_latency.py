@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import ROOT, latency
 from benchmarks.latency import (
@@ -23,13 +21,11 @@ from benchmarks.latency import (
     try_works,
     warnings,
 )
-from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
 from benchmarks.measure.models import Candidate, Skipped
 from benchmarks.report import publish
 from benchmarks.report.result import COMPUTE, END_TO_END, read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.workbench.environment import l2_bytes
 from efficientface_deploy.workbench.timing import Samples
 
 MS = 1_000_000
@@ -71,22 +67,6 @@ def exit_code(argv: list[str]) -> object:
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(argv))
     return stop.value.code
-
-
-def test_inputs_rotate_and_exceed_the_cache() -> None:
-    batches = make_batches(32, 2, seed=0)
-    assert len(batches) >= 4
-    assert sum(batch.nbytes for batch in batches) >= input_bytes() >= 2 * l2_bytes()
-    assert all(batch.shape == (2, 32, 32, 3) and batch.dtype == np.uint8 for batch in batches)
-    assert all(batch.flags.c_contiguous for batch in batches)
-    assert len({batch.tobytes() for batch in batches}) == len(batches)
-    assert len(make_batches(32, 8192, seed=0)) == 4
-
-    jpegs = make_jpegs(seed=0)
-    assert len(set(jpegs)) == len(jpegs)
-    assert make_jpegs(seed=0) == jpegs
-    with Image.open(io.BytesIO(jpegs[0])) as image:
-        assert (image.format, image.size) == ("JPEG", (224, 224))
 
 
 def test_every_candidate_gets_every_batch_and_end_to_end() -> None:

@@ -1,25 +1,17 @@
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
-import math
-import sys
-import time
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import peers as bench
 from benchmarks.measure import toolchains
-from benchmarks.measure.inputs import make_batches
-from benchmarks.measure.networks import DEPLOY, MAX_DIFFERENCE, STRAIGHT, relative_difference
+from benchmarks.measure.networks import MAX_DIFFERENCE
 from benchmarks.measure.toolchains import (
     ONNXRUNTIME,
     OURS,
-    TOOLCHAINS,
     Toolchain,
     UnavailableError,
     Work,
@@ -38,15 +30,7 @@ LATENCY_KEYS = {
     "speedup",
 }
 
-
-pytestmark = pytest.mark.usefixtures("quick_export")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("quick_export", "threads_as_before")
 
 
 @pytest.fixture(autouse=True)
@@ -61,11 +45,6 @@ def known_peak(monkeypatch):
     """Measuring it takes processes of their own."""
     row = {"threads": 1, "format": "fp32", "multiply_adds_per_second": 6e10}
     monkeypatch.setattr(bench, "measure_arithmetic", lambda threads: [row])
-
-
-@pytest.fixture
-def network(tmp_path):
-    return bench.make_networks(SMALL, tmp_path)[0]
 
 
 @pytest.fixture
@@ -152,12 +131,6 @@ def test_wrong_outputs_are_marked_and_not_ranked(beside_ours):
     assert "not finite" in peers_tables(result)[0].to_markdown()
 
 
-def test_logits_that_are_not_numbers_are_no_match():
-    expected = np.ones((1, 7), np.float32)
-    assert relative_difference(expected * np.nan, expected) == math.inf
-    assert relative_difference(expected * 1.5, expected) == 0.5
-
-
 def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours, monkeypatch):
     def fail(*arguments):
         raise OSError("libsomething.so.1: cannot open shared object file")
@@ -224,84 +197,3 @@ def test_works_begin_with_one_thread(monkeypatch):
     assert bench.plan_works(32) == [Work(1, 1), Work(2, 1), Work(2, 32)]
     monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
     assert bench.plan_works(32) == [Work(1, 1), Work(1, 32)]
-
-
-CONVERTED = [
-    one
-    for one in TOOLCHAINS
-    # torch.compile takes minutes on a busy machine; pnnx misreads the stand-in's Gather.
-    if one.name != "torch.compile" and not (one.library == "ncnn" and one.graph == STRAIGHT)
-]
-
-
-@pytest.mark.parametrize("toolchain", CONVERTED, ids=lambda one: one.name)
-@pytest.mark.parametrize("work", [Work(1, 1), Work(2, 3)], ids=lambda work: work.name)
-def test_real_toolchains_compute_what_pytorch_computes(toolchain, work, network):
-    for package in toolchain.needs:
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    if not toolchain.takes(work):
-        pytest.skip("is for batches alone")
-    first, second = make_batches(32, work.batch, 0, 2)
-    with contextlib.ExitStack() as stack:
-        infer = toolchain.open(network, work, stack)
-        kept = infer(first)
-        found = infer(second)  # the first answer must not change
-        limit = 1e-4 if toolchain.precision == "fp32" else 0.2
-        assert relative_difference(kept, bench.reference_logits(network, first)) < limit
-        assert relative_difference(found, bench.reference_logits(network, second)) < limit
-
-
-@pytest.mark.slow
-def test_compiled_pytorch_computes_the_same(network):
-    (pictures,) = make_batches(32, 1, 0, 1)
-    with contextlib.ExitStack() as stack:
-        found = toolchains.open_compiled(network, STRAIGHT, Work(1, 1), stack)(pictures)
-    assert relative_difference(found, bench.reference_logits(network, pictures)) < 1e-4
-
-
-def test_no_compiler_is_said(network, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with contextlib.ExitStack() as stack, pytest.raises(UnavailableError, match="install g"):
-        toolchains.open_compiled(network, STRAIGHT, Work(1, 1), stack)
-
-
-def test_a_picture_to_each_thread_keeps_the_order():
-    def infer(pictures):
-        time.sleep(0.02 if pictures[0, 0] == 0 else 0)
-        return pictures.astype(np.float32)
-
-    pictures = np.arange(6, dtype=np.uint8)[:, None]
-    with contextlib.ExitStack() as stack:
-        found = toolchains.one_by_one(infer, 2, stack)(pictures)
-    assert found.tolist() == pictures.tolist()
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("import sys; sys.exit('no such operator\\nGatherND')", "exit code 1: GatherND"),
-        ("print('done')", "exit code 0: done"),  # says so, and wrote nothing
-        ("import os; os.abort()", "exit code -6: it said nothing"),
-    ],
-)
-def test_a_converter_that_writes_nothing_is_said(code, reason, tmp_path):
-    command = [sys.executable, "-c", code]
-    with pytest.raises(UnavailableError, match=reason):
-        toolchains._run_converter(command, tmp_path, tmp_path / "model.bin")
-
-
-def test_what_libraries_print_does_not_reach_standard_output(capfd):
-    print("before")
-    with toolchains.native_output_to_stderr():
-        ctypes.CDLL(None).puts(b"using high precision")
-    print("after")
-    captured = capfd.readouterr()
-    assert captured.out == "before\nafter\n"
-    assert captured.err == "using high precision\n"
-
-
-def test_files_are_made_once(network):
-    path = network.onnx(DEPLOY)
-    before = path.stat().st_mtime_ns
-    assert network.onnx(DEPLOY) == path and path.stat().st_mtime_ns == before
-    assert network.onnx(DEPLOY, float_input=True) != path

@@ -59,6 +59,33 @@ def test_durations_are_those_of_the_clock_by_round() -> None:
     np.testing.assert_array_equal(samples["slow"].durations_ns, np.full((4, 2), 50 * MS))
 
 
+def test_cpus_are_those_of_the_turns_alone() -> None:
+    machine = FakeMachine()
+    cpu = 0.0
+
+    def greedy() -> None:
+        nonlocal cpu
+        machine.now += 10 * MS
+        cpu += 18 * MS
+
+    def pause(name: str) -> None:  # what still spins then is nobody's
+        nonlocal cpu
+        machine.now += 50 * MS
+        cpu += 100 * MS
+
+    samples = measure(
+        {"greedy": greedy, "modest": machine.candidate("modest", 10)},
+        seconds=0.1,
+        rounds=3,
+        warm_up=0,
+        before_turn=pause,
+        clock=machine.clock,
+        cpu_clock=lambda: int(cpu),
+    )
+    assert samples["greedy"].cpus == pytest.approx(1.8) and samples["modest"].cpus == 0
+    assert samples["greedy"].figures()["calls"] == samples["greedy"].count
+
+
 def test_everybody_takes_one_turn_a_round_in_changing_order() -> None:
     machine = FakeMachine()
     names = ["a", "b", "c", "d"]
