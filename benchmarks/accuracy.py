@@ -1,16 +1,16 @@
 """Accuracy of every model and precision side by side, on the same images.
 
-Run ``python benchmarks/accuracy.py --data DIR`` from a clone. Every image is decoded once and given
-to all models; agreement, KL and difference in probability are against one reference: the first
-PyTorch model, else the first in FP32, else the first. What every model said of every image is kept
-beside the result, and ``--compare OLD.json`` sets a second run beside an older one image by image.
+Run ``python benchmarks/accuracy.py --data DIR`` from a clone. Agreement, KL and difference in
+probability are against one reference: the first PyTorch model, else the first in FP32, else the
+first. What every model said of every image is kept beside the result, and ``--compare OLD.json``
+sets a second run beside an older one image by image.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,24 @@ import numpy as np
 
 from benchmarks.measure.models import (
     CANNOT_RUN,
-    Absent,
-    Contender,
+    Candidate,
+    Skipped,
     choose_backends,
     find_models,
     one_line,
-    open_contenders,
-    require_contenders,
+    open_candidates,
+    require_candidates,
 )
-from benchmarks.predictions import NAME as PREDICTIONS
-from benchmarks.predictions import Predictions, keep, write_predictions
-from benchmarks.report.__main__ import read_result, show_comparison, write_result
-from benchmarks.report.compare import compare
-from benchmarks.report.result import default_folder, new_result
-from benchmarks.report.tables import console, require_libraries, show
+from benchmarks.report.compare import PREDICTIONS, Predictions, compare
+from benchmarks.report.publish import console, publish, require_libraries, show_comparison
+from benchmarks.report.result import Row, default_folder, new_result, read_result
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, load_image, resize
+from efficientface_deploy.errors import ImageError
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+from efficientface_deploy.workbench import evaluation
 from efficientface_deploy.workbench.dataset import Dataset, Sample, image_list_hash, read_dataset
 from efficientface_deploy.workbench.evaluation import Differences, Scores
 from efficientface_deploy.workbench.metrics import IndexArray
-
-_CHUNK = 32  # images decoded at a time: enough to keep a GPU busy, little memory at any size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +61,8 @@ class AccuracyConfig:
     split: str | None = option(
         None, metavar="NAME", help="default: validation where there is one, else test"
     )
-    backends: str | None = option(
-        None, metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
+    backends: str = option(
+        "", metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
     )
     compare: Path | None = option(
         None, metavar="OLD", help="an older accuracy.json, with its predictions.npz beside it"
@@ -86,15 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_libraries()
     if config.compare is not None:
         read_result(config.compare)  # before the work rather than after it
-    result, kept = run(config)
+    result, predictions = run(config)
     folder = config.out or default_folder(result)
-    write_predictions(folder / PREDICTIONS, kept)
-    write_result(result, folder / "accuracy.json")
-    output = console()
-    show(result, output)
-    output.print(f"wrote accuracy.json and {PREDICTIONS} to {folder}", markup=False)
+    predictions.write(folder / PREDICTIONS)
+    written = publish(result, folder)
     if config.compare is not None:
-        show_comparison(compare(config.compare, folder / "accuracy.json"), output)
+        show_comparison(compare(config.compare, written), console())
     return 0
 
 
@@ -104,29 +98,25 @@ def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
     Raises:
         EfficientFaceError: The data set cannot be used, or no model runs here.
     """
-    backends = choose_backends(config.backends or "")
+    backends = choose_backends(config.backends)
     dataset = read_dataset(config.data, config.preset)
     split = config.split or dataset.evaluation_split()
     samples = dataset.split(split)
+    labels = evaluation.labels_of(samples)
     result = new_result("accuracy", config)
     models = find_models(config.models)
-    with open_contenders(models, backends, preset=config.preset) as (opened, absent):
-        contenders, strangers = with_labels_of(dataset, opened)
-        absent += strangers
-        require_contenders(contenders, absent)
-        print(f"evaluating {len(contenders)} rows, {len(samples)} images each", file=sys.stderr)
-        probabilities, failed = predict(contenders, dataset, samples)
-        absent += failed
-        contenders = [entry for entry in contenders if entry in probabilities]
-        require_contenders(contenders, absent)
-        reference = choose_reference(contenders)
-        labels = np.array([sample.label for sample in samples])
+    with open_candidates(models, backends, preset=config.preset) as (opened, skipped):
+        candidates, strangers = with_labels_of(dataset, opened)
+        skipped += strangers
+        require_candidates(candidates, skipped)
+        print(f"evaluating {len(candidates)} rows, {len(samples)} images each", file=sys.stderr)
+        probabilities, failed = predict(candidates, dataset, samples)
+        skipped += failed
+        require_candidates(list(probabilities), skipped)
+        reference = choose_reference(list(probabilities))
         rows = [
-            {
-                **describe_model(entry),
-                **score(probabilities[entry], labels, probabilities[reference]),
-            }
-            for entry in contenders
+            {**describe(entry), **score(own, labels, probabilities[reference])}
+            for entry, own in probabilities.items()
         ]
     digest = image_list_hash(samples, dataset.root)
     described = {
@@ -141,96 +131,82 @@ def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
         },
         "reference": f"{reference.model} on {reference.backend}",
         "rows": rows,
-        "absent": [dataclasses.asdict(entry) for entry in absent],
+        "absent": [dataclasses.asdict(entry) for entry in skipped],
         "warnings": warnings(rows),
     }
     images = [sample.path.relative_to(dataset.root).as_posix() for sample in samples]
-    named = {f"{entry.model} on {entry.backend}": probabilities[entry] for entry in contenders}
-    return described, keep(digest, images, labels, named)
+    named = {f"{entry.model} on {entry.backend}": own for entry, own in probabilities.items()}
+    return described, Predictions.of(digest, images, labels, named)
 
 
 def with_labels_of(
-    dataset: Dataset, contenders: Sequence[Contender]
-) -> tuple[list[Contender], list[Absent]]:
+    dataset: Dataset, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[Skipped]]:
     """Keep the models that know the data set's classes, in whatever order."""
     fitting, strangers = [], []
-    for contender in contenders:
-        labels = contender.predictor.spec.labels
+    for candidate in candidates:
+        labels = candidate.predictor.spec.labels
         if set(labels) == set(dataset.labels):
-            fitting.append(contender)
+            fitting.append(candidate)
         else:
             reason = (
                 f"labels: expected those of {dataset.name} ({', '.join(dataset.labels)}), "
                 f"found {', '.join(labels)}; give a model that was trained on these classes"
             )
-            strangers.append(Absent(contender.backend, contender.model, reason))
+            strangers.append(Skipped(candidate.backend, candidate.model, reason))
     return fitting, strangers
 
 
 def predict(
-    contenders: Sequence[Contender], dataset: Dataset, samples: Sequence[Sample]
-) -> tuple[dict[Contender, Float32Array], list[Absent]]:
+    candidates: Sequence[Candidate], dataset: Dataset, samples: Sequence[Sample]
+) -> tuple[dict[Candidate, Float32Array], list[Skipped]]:
     """Probabilities of every model for every image.
 
     Args:
-        contenders: Models with the data set's labels.
+        candidates: Models with the data set's labels.
         dataset: Gives the order of the classes.
         samples: N images.
 
     Returns:
         Per model float32 (N, C), columns in the data set's order; and the models that failed.
+
+    Raises:
+        ImageError: An image cannot be read.
     """
-    parts: dict[Contender, list[Float32Array]] = {entry: [] for entry in contenders}
-    columns = {
-        entry: [entry.predictor.spec.labels.index(label) for label in dataset.labels]
-        for entry in contenders
-    }
-    failed: list[Absent] = []
-    for inputs in model_inputs(samples, contenders):
-        for entry in list(parts):
-            try:
-                _, probabilities = entry.predictor.infer(inputs[_geometry(entry)])
-            except CANNOT_RUN as error:
-                failed.append(Absent(entry.backend, entry.model, one_line(error)))
-                del parts[entry]
-            else:
-                parts[entry].append(probabilities[:, columns[entry]])
-    return {entry: np.concatenate(chunks) for entry, chunks in parts.items()}, failed
+    found: dict[Candidate, Float32Array] = {}
+    failed: list[Skipped] = []
+    for entry in candidates:
+        spec = entry.predictor.spec
+
+        def infer(images: UInt8Array, predictor: Any = entry.predictor) -> Float32Array:
+            probabilities: Float32Array = predictor.infer(images)[1]
+            return probabilities
+
+        try:
+            own = evaluation.predict(infer, samples, spec, entry.model)
+        except ImageError:
+            raise
+        except CANNOT_RUN as error:
+            failed.append(Skipped(entry.backend, entry.model, one_line(error)))
+        else:
+            found[entry] = own[:, [spec.labels.index(label) for label in dataset.labels]]
+    return found, failed
 
 
-def model_inputs(
-    samples: Sequence[Sample], contenders: Sequence[Contender]
-) -> Iterator[dict[tuple[int, str], UInt8Array]]:
-    """Decode each image once, and resize it once for each size and filter that a model wants.
-
-    Yields:
-        Input size S and filter -> uint8 (N, S, S, 3), for a few images at a time.
-    """
-    specs = {_geometry(entry): entry.predictor.spec for entry in contenders}
-    for start in range(0, len(samples), _CHUNK):
-        images = [load_image(sample.path) for sample in samples[start : start + _CHUNK]]
-        yield {
-            geometry: np.stack([resize(image, spec) for image in images])
-            for geometry, spec in specs.items()
-        }
-
-
-def choose_reference(contenders: Sequence[Contender]) -> Contender:
+def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
     """The first PyTorch model, else the first in FP32, else the first."""
-    torch = [entry for entry in contenders if entry.backend.startswith("torch")]
-    fp32 = [entry for entry in contenders if entry.precision == "fp32"]
-    return [*torch, *fp32, *contenders][0]
+    torch = [entry for entry in candidates if entry.backend.startswith("torch")]
+    fp32 = [entry for entry in candidates if entry.precision == "fp32"]
+    return [*torch, *fp32, *candidates][0]
 
 
-def describe_model(contender: Contender) -> dict[str, Any]:
+def describe(candidate: Candidate) -> Row:
     """The model's part of a row."""
-    described = contender.describe()
-    return {"model": described.pop("name"), "backend": contender.backend, **described}
+    described = candidate.describe()
+    return {"model": described.pop("name"), "backend": candidate.backend, **described}
 
 
-def score(
-    probabilities: Float32Array, labels: IndexArray, reference: Float32Array
-) -> dict[str, Any]:
+def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Array) -> Row:
     """The metrics' part of a row.
 
     Args:
@@ -260,7 +236,7 @@ def score(
     }
 
 
-def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+def warnings(rows: Sequence[Row]) -> list[str]:
     """What a reader must know before trusting the numbers."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
     found = [
@@ -274,11 +250,6 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
             "much they differ, not what a precision costs"
         )
     return list(dict.fromkeys(found))
-
-
-def _geometry(contender: Contender) -> tuple[int, str]:
-    spec = contender.predictor.spec
-    return spec.input_size, spec.resize
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Installs, exports, builds engines with whichever TensorRT is there, verifies them, runs ``pytest -m
 gpu`` and measures. Each step has a time limit, and one that fails or cannot run does not end the
-others: it is listed with its reason. Needs the standard library alone.
+others: it is listed with its reason. Needs the standard library alone, and imports nothing of ours:
+before the first steps nothing is installed.
 
 Exit codes: 0 all steps done; 1 a step failed; 2 the options cannot be used; 3 none failed, but some
 could not run here (without a GPU this is the best that can come of it); 130 interrupted.
@@ -14,28 +15,22 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import functools
+import datetime
 import json
-import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import ROOT
-from benchmarks.report.result import default_folder, new_result
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 ALL_DONE, SOME_FAILED, BAD_OPTIONS, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
+ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "int8")
 SUFFIXES = {"trt": "engine", "trt-rtx": "rtx.engine"}
 LIBRARIES = {"trt": "TensorRT", "trt-rtx": "TensorRT for RTX"}
@@ -44,31 +39,11 @@ WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card 
 _BUILD = ROOT / "build"  # ignored by git
 _TEST_PACKAGES = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
 _BACKENDS = "torch:cuda,onnx:cuda,trt,trt-rtx"
+_EXPORT = "efficientface_export.cli"
+_SAY_VERSION = "import sys; print('Python', sys.version.split()[0], 'in', sys.prefix)"
 _ANSWER = "answer:"
 _LEAST_SECONDS = 2.0  # of a step that is still begun
 _MAX_REASON = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class GpuCheckConfig:
-    """Options of ``benchmarks/gpu_check.py``."""
-
-    wheels: Path | None = None
-    data: Path | None = None
-    weights: Path | None = None
-    python: Path | None = None
-    minutes: float = 10.0
-    out: Path | None = None
-
-
-_HELP = {
-    "wheels": "folder of wheels to install from, instead of the package index",
-    "data": "prepared data set to calibrate and verify with (default: synthetic faces)",
-    "weights": "checkpoint to export (default: the bundled model)",
-    "python": "a Python with everything installed already; nothing is installed then",
-    "minutes": "time for all steps together (default: 10)",
-    "out": "folder of the result, new or empty (default: a new one in build/)",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,93 +56,99 @@ class Gpu:
 
 
 class StepError(Exception):
-    """A step that did not do what it is for."""
-
-
-class SkipError(Exception):
-    """A step that cannot run here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Something to do.
-
-    Attributes:
-        name: In the summary.
-        seconds: Time limit.
-        do: Returns a remark; raises :class:`StepError` or :class:`SkipError`.
-    """
-
-    name: str
-    seconds: float
-    do: Callable[[Check], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a step."""
-
-    step: str
-    status: str
-    seconds: float
-    remark: str
+    """A command that failed, or was not done in time; says why."""
 
 
 class Check:
-    """What the steps share: options, the GPU, the Python that they run, the time that is left."""
+    """What the steps share: options, the Python that they run, the time that is left, the result.
 
-    def __init__(self, config: GpuCheckConfig, out: Path) -> None:
-        self.config = config
+    Args:
+        options: From :func:`parse_options`.
+        out: Folder of the result.
+    """
+
+    def __init__(self, options: argparse.Namespace, out: Path) -> None:
+        self.options = options
         self.out = out
-        self.artifacts = out / "artifacts"
-        self.python = config.python or Path(sys.executable)
+        self.python: Path = options.python or Path(sys.executable)
         self.gpu: Gpu | None = None
         self.no_gpu = "the driver was not asked"
-        self.data = config.data
-        self.software: dict[str, Any] | None = None
-        self.outcomes: list[Outcome] = []
-        self._end = time.monotonic() + 60 * config.minutes
-        self._step_end = self._end
-        self._log = out / "logs" / "none.log"
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.result: dict[str, Any] = {
+            "schema": 2,
+            "kind": "gpu-check",
+            "date": now.isoformat(timespec="seconds"),
+            "config": {name: value for name, value in vars(options).items() if name != "out"},
+            **{"machine": {}, "software": {}, "git": {}, "gpu": None},
+        }
+        self.steps: list[dict[str, Any]] = []
+        self._end = time.monotonic() + 60 * options.minutes
 
-    def take(self, step: Step) -> Outcome:
-        """Do a step within its limit, and remember what became of it."""
+    def step(
+        self, name: str, seconds: float, *command: str | Path, skip: str = "", remark: str = ""
+    ) -> bool:
+        """Run a command of the steps' Python within a time limit; write down what became of it.
+
+        Args:
+            name: In the summary.
+            seconds: Time limit.
+            command: Its arguments.
+            skip: Why it cannot run here.
+            remark: What to say of it when it is done, in place of its last line.
+
+        Returns:
+            Whether it is done.
+        """
+        print(f"{name} ...", end=" ", flush=True)
         started = time.monotonic()
-        self._step_end = min(self._end, started + step.seconds)
-        name = "".join(char if char.isalnum() else "-" for char in step.name)
-        self._log = self.out / "logs" / f"{len(self.outcomes):02d}-{name}.log"
+        if self._end - started < _LEAST_SECONDS:
+            skip = f"the {self.options.minutes:g} minutes are over"
+        status, said = (SKIPPED, skip) if skip else (FAILED, "interrupted")
         try:
-            if self._end - started < _LEAST_SECONDS:
-                raise SkipError(f"the {self.config.minutes:g} minutes are over")
-            status, remark = DONE, step.do(self)
-        except SkipError as error:
-            status, remark = SKIPPED, str(error)
-        except (StepError, OSError) as error:
-            status, remark = FAILED, str(error)
-        except KeyboardInterrupt:
-            seconds = round(time.monotonic() - started, 1)
-            self.outcomes.append(Outcome(step.name, FAILED, seconds, "interrupted"))
-            raise
-        seconds = round(time.monotonic() - started, 1)
-        outcome = Outcome(step.name, status, seconds, remark[:_MAX_REASON])
-        self.outcomes.append(outcome)
-        return outcome
+            if not skip:
+                said = self.run(*command, seconds=seconds)
+                status, said = DONE, remark or _remark(said)
+        except StepError as error:
+            said = str(error)
+        finally:
+            self.note(name, status, said, started)
+        return status == DONE
 
-    def run(self, *command: str | Path, python: bool = True) -> str:
-        """Run a command, by default of the steps' Python, and give what it printed.
+    def note(self, name: str, status: str, remark: str, started: float | None = None) -> None:
+        """Write down a step, and all that is known: the next one may take the machine with it."""
+        if started is None:
+            print(f"{name} ...", end=" ")
+        seconds = 0.0 if started is None else round(time.monotonic() - started, 1)
+        row: dict[str, Any] = {"step": name, "status": status, "seconds": seconds}
+        row["remark"] = remark.replace(str(ROOT), ".")[:_MAX_REASON]
+        self.steps.append(row)
+        print(f"{status} ({row['seconds']:g} s): {row['remark']}", flush=True)
+        gpu = dataclasses.asdict(self.gpu) if self.gpu else None
+        result = {**self.result, "gpu": gpu, "steps": self.steps}
+        text = json.dumps(result, indent=1, default=str) + "\n"
+        for file, content in (("gpu-check.json", text), ("gpu-check.md", as_markdown(self))):
+            temporary = self.out / f".{file}"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(self.out / file)
+
+    def run(self, *command: str | Path, seconds: float = 60) -> str:
+        """Run a command of the steps' Python, and give what it printed.
 
         Raises:
-            StepError: It failed, or the step's time is over; names the line that says why.
+            StepError: It failed, or its time is over; names the line that says why.
         """
-        words = [str(word) for word in ((self.python, *command) if python else command)]
-        limit = max(0.0, self._step_end - time.monotonic())
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        words = [str(word) for word in (self.python, *command)]
+        limit = max(0.0, min(seconds, self._end - time.monotonic()))
+        path = self.out / "logs" / f"{len(self.steps):02d}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as log:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
             begin = log.tell()
-            code = _run_within(limit, words, log.fileno(), self._environment())
-        with self._log.open("rb") as log:
+            try:
+                code = _run_within(limit, words, log.fileno(), self._environment())
+            except OSError as error:
+                raise StepError(str(error)) from None
             log.seek(begin)
             printed = log.read().decode(errors="replace")
         if code is None:
@@ -176,213 +157,182 @@ class Check:
             raise StepError(f"exit code {code}: {_reason(printed)}")
         return printed
 
+    def lacks(self, module: str) -> str:
+        """Why a module cannot be imported by the steps; empty where it can."""
+        try:
+            self.run("-c", f"import {module}")
+            return ""
+        except StepError as error:
+            return f"needs {module}: {error}"
+
     def tell(self, expression: str, before: str = "") -> str:
-        """What an expression is in the steps' environment, as text; libraries may print too."""
+        """What an expression is in the steps' environment, as text; libraries may print too.
+
+        Raises:
+            StepError: It cannot be told.
+        """
         printed = self.run("-c", f"{before}\nprint(); print('{_ANSWER}', {expression})")
         answers = [line for line in printed.splitlines() if line.startswith(_ANSWER)]
         return answers[-1].removeprefix(_ANSWER).strip()
 
-    def need_gpu(self) -> Gpu:
-        """The GPU, or the reason to skip."""
-        if self.gpu is None:
-            raise SkipError(f"needs a GPU: {self.no_gpu}")
-        return self.gpu
-
-    def need_modules(self, *names: str) -> None:
-        """Skip where a module cannot be imported."""
-        for name in names:
-            try:
-                self.run("-c", f"import {name}")
-            except StepError as error:
-                raise SkipError(f"needs {name}: {error}") from None
-
     def _environment(self) -> dict[str, str]:
-        """The clone's own code, whether or not it could be installed."""
+        """The clone's own code, whether or not it could be installed; then what was there."""
         packages = self.out / "packages"
         link = packages / "efficientface_export"
         if not link.is_symlink():
             packages.mkdir(parents=True, exist_ok=True)
             link.symlink_to(ROOT / "export", target_is_directory=True)
-        path = os.pathsep.join([str(ROOT), str(packages)])
-        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+        path = [str(ROOT), str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        fixed = {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+        return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def plan_steps(config: GpuCheckConfig) -> list[Step]:
-    """All steps, in the order in which they need each other."""
-    installs = [
-        Step(
-            "install the toolkit",
-            240,
-            _partial(install, f"{ROOT}[torch,export,bench]", *_TEST_PACKAGES),
-        ),
-        Step("install ONNX Runtime", 120, install_onnxruntime),
-        Step("install TensorRT", 180, install_tensorrt),
-        Step("install TensorRT for RTX", 120, _partial(install, f"{ROOT}[trt-rtx]")),
-    ]
-    onnx = [
-        Step(f"ONNX file, {precision}", 150, _partial(export_onnx, precision))
-        for precision in PRECISIONS
-    ]
-    engines = [
-        Step(f"{LIBRARIES[kind]} engine, {precision}", 120, _partial(build_engine, kind, precision))
-        for kind in LIBRARIES
-        for precision in PRECISIONS
-    ]
-    files = [f"efficientface-{precision}-gpu.onnx" for precision in PRECISIONS]
-    files += [
-        f"efficientface-{precision}-gpu.{suffix}"
-        for suffix in SUFFIXES.values()
-        for precision in PRECISIONS
-    ]
-    return [
-        Step("GPU", 20, look_for_gpu),
-        Step("environment", 60, make_environment),
-        *(installs if config.python is None else ()),
-        Step("versions", 30, record_versions),
-        Step("data", 60, prepare_data),
-        *onnx,
-        *engines,
-        *(Step(f"verify {file}", 40, _partial(verify, file)) for file in files),
-        Step("pytest -m gpu", 120, run_tests),
-        Step("latency", 240, measure_latency),
-        # Synthetic faces have no expressions to get right.
-        *([Step("accuracy", 100, measure_accuracy)] if config.data else ()),
-    ]
+# ---- the steps, in the order in which they need each other
 
 
-def look_for_gpu(check: Check) -> str:
+def check_everything(check: Check) -> None:
+    """All steps."""
+    options = check.options
+    look_for_gpu(check)
+    no_gpu = "" if check.gpu else f"needs a GPU: {check.no_gpu}"
+    if options.python is None:
+        make_environment(check)
+        install_everything(check, no_gpu)
+    else:
+        check.step("environment", 60, "-c", _SAY_VERSION)
+    record_versions(check)
+    data, artifacts, weights = prepare_data(check), check.out / "artifacts", choose_weights(check)
+
+    def export(
+        name: str, seconds: float, engine: str, precision: str, *more: str, skip: str = ""
+    ) -> None:
+        command: list[str | Path] = ["-m", _EXPORT, "--engine", engine, "--precision", precision]
+        command += [*more, "--weights", weights, "--out", artifacts]
+        if precision == "int8":
+            command += ["--calib", data or ""]
+            skip = skip or ("" if data else "needs images to calibrate with")
+        if options.data is not None:
+            command += ["--val", options.data]
+        check.step(name, seconds, *command, skip=skip)
+
+    for precision in PRECISIONS:
+        export(f"ONNX file, {precision}", 150, "onnx", precision, "--target", "gpu")
+    for kind, library in LIBRARIES.items():
+        more, reason = engine_options(check, kind, no_gpu)
+        for precision in PRECISIONS:
+            export(f"{library} engine, {precision}", 120, kind, precision, *more, skip=reason)
+    for suffix in ("onnx", *SUFFIXES.values()):
+        for precision in PRECISIONS:
+            file = f"efficientface-{precision}-gpu.{suffix}"
+            reason = "" if (artifacts / file).exists() else "was not made"
+            reason = reason or ("" if suffix == "onnx" else no_gpu)
+            verify = ("-m", _EXPORT, "--verify", artifacts / file)
+            check.step(f"verify {file}", 40, *verify, skip=reason)
+    # The tests that a machine without a GPU skips are the runtime's and the export's. A test file
+    # that needs what is not here must not keep the others from running.
+    tests = (
+        "-m pytest -m gpu --continue-on-collection-errors tests/efficientface_deploy tests/export"
+    )
+    cache = f"cache_dir={check.out / 'pytest-cache'}"
+    reason = no_gpu or check.lacks("pytest")
+    check.step("pytest -m gpu", 120, *tests.split(), "-o", cache, skip=reason)
+    reason = no_gpu or ("" if artifacts.is_dir() else "nothing was exported")
+    models = (weights, artifacts, "--backends", _BACKENDS, "--out")
+    latency = ("benchmarks/latency.py", *models, check.out / "latency", "--batch", "1,8,32")
+    check.step("latency", 240, *latency, "--seconds", "1", "--cold", "1", skip=reason)
+    if options.data:  # synthetic faces have no expressions to get right
+        accuracy = ("benchmarks/accuracy.py", *models, check.out / "accuracy")
+        check.step("accuracy", 100, *accuracy, "--data", options.data, skip=reason)
+
+
+def look_for_gpu(check: Check) -> None:
     """Ask the driver itself: a device with TensorRT need not have PyTorch or nvidia-smi."""
     found = ask_driver()
-    if isinstance(found, str):
+    if isinstance(found, Gpu):
+        check.gpu = found
+        remark = f"{found.name}, {found.capability}, driver for CUDA {found.cuda}"
+        check.note("GPU", DONE, remark)
+    else:
         check.no_gpu = found
-        raise SkipError(found)
-    check.gpu = found
-    return f"{found.name}, {found.capability}, driver for CUDA {found.cuda}"
+        check.note("GPU", SKIPPED, found)
 
 
-def make_environment(check: Check) -> str:
+def make_environment(check: Check) -> None:
     """A virtual environment that sees what the system has, such as a Jetson's TensorRT."""
-    if check.config.python is not None:
-        version = check.tell("platform.python_version()", "import platform")
-        return f"{check.config.python}, Python {version}"
     folder = _BUILD / "gpu-venv"
     python = folder / "bin" / "python"
-    if not python.exists():
-        check.run("-m", "venv", "--system-site-packages", folder)
-    check.python = python
-    return str(folder)
+    if python.exists():
+        check.python = python
+        check.step("environment", 60, "-c", _SAY_VERSION)
+    elif check.step("environment", 60, "-m", "venv", "--system-site-packages", folder):
+        check.python = python
 
 
-def install(check: Check, *requirements: str) -> str:
-    """Install what pip is to find, in the wheel folder or the index."""
-    command: list[str | Path] = ["-m", "pip", "install", "--disable-pip-version-check"]
-    if check.config.wheels is not None:
-        command += ["--no-index", "--find-links", check.config.wheels]
-    with contextlib.suppress(StepError):
-        check.run("-c", "import setuptools, wheel")
-        command.append("--no-build-isolation")  # which would fetch setuptools again
-    check.run(*command, *requirements)
-    return ", ".join(requirements).replace(str(ROOT), ".")
+def install_everything(check: Check, no_gpu: str) -> None:
+    """The toolkit and the libraries that it runs on, from the wheel folder or the index."""
+    pip: list[str | Path] = ["-m", "pip", "install", "--disable-pip-version-check"]
+    if check.options.wheels is not None:
+        pip += ["--no-index", "--find-links", check.options.wheels]
+    if not check.lacks("setuptools, wheel"):
+        pip.append("--no-build-isolation")  # which would fetch setuptools again
+    toolkit = (f"{ROOT}[torch,export,bench]", *_TEST_PACKAGES)
+    check.step("install the toolkit", 240, *pip, *toolkit)
+    # For the GPU where there is one, else for the CPU: they are one module in two packages.
+    check.step("install ONNX Runtime", 120, *pip, f"{ROOT}[{'gpu' if check.gpu else 'cpu'}]")
+    # TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own.
+    major = int(check.gpu.cuda.partition(".")[0]) if check.gpu else 0
+    tensorrt = [f"cuda-python>=12.4,<{major + 1}"]  # a driver refuses those of a newer CUDA
+    if not no_gpu and check.lacks("tensorrt"):
+        tensorrt.insert(0, f"tensorrt-cu{major}>=10.3")
+    check.step("install TensorRT", 180, *pip, *tensorrt, skip=no_gpu)
+    check.step("install TensorRT for RTX", 120, *pip, f"{ROOT}[trt-rtx]")
 
 
-def install_onnxruntime(check: Check) -> str:
-    """For the GPU where there is one, else for the CPU: they are one module in two packages."""
-    return install(check, f"{ROOT}[{'gpu' if check.gpu else 'cpu'}]")
-
-
-def install_tensorrt(check: Check) -> str:
-    """TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own."""
-    major = int(check.need_gpu().cuda.partition(".")[0])
-    bindings = f"cuda-python>=12.4,<{major + 1}"  # a driver refuses those of a newer CUDA
+def record_versions(check: Check) -> None:
+    """What the steps run on and with."""
+    before = "import json; from efficientface_deploy.workbench import environment as it"
     try:
-        check.run("-c", "import tensorrt")
-    except StepError:
-        return install(check, f"tensorrt-cu{major}>=10.3", bindings)
-    return install(check, bindings)
+        for key in ("machine", "software", "commit"):
+            found = json.loads(check.tell(f"json.dumps(it.describe_{key}())", before))
+            check.result["git" if key == "commit" else key] = found
+        check.note("versions", DONE, _versions(check))
+    except StepError as error:
+        check.note("versions", FAILED, str(error))
 
 
-def record_versions(check: Check) -> str:
-    """What the steps run with."""
-    before = "import json; from efficientface_deploy.workbench.environment import describe_software"
-    check.software = json.loads(check.tell("json.dumps(describe_software())", before))
-    packages: dict[str, str] = check.software["packages"]
-    return ", ".join(f"{name} {version}" for name, version in packages.items())
-
-
-def prepare_data(check: Check) -> str:
+def prepare_data(check: Check) -> Path | None:
     """The data set that was given, or synthetic faces: enough to choose ranges by."""
-    if check.data is not None:
-        return str(check.data)
-    faces = check.out / "faces"
-    check.run(
-        "-m", "training.prepare", "synthetic", "--train", "840", "--test", "70", "--out", faces
-    )
-    check.data = faces
-    return "synthetic faces: speed is real, INT8's accuracy is not"
+    data: Path | None = check.options.data
+    if data is not None:
+        check.note("data", DONE, str(data))
+        return data
+    faces, sizes = check.out / "faces", ("--train", "840", "--test", "70")
+    prepare = ("-m", "training.prepare", "synthetic", *sizes, "--out", faces)
+    remark = "synthetic faces: speed is real, INT8's accuracy is not"
+    return faces if check.step("data", 60, *prepare, remark=remark) else None
 
 
-def export_onnx(check: Check, precision: str) -> str:
-    """The file that the engines of this precision are built from."""
-    return _export(check, "onnx", precision, "--target", "gpu")
+def choose_weights(check: Check) -> Path:
+    """What was asked for, else the bundled model: as an ONNX file where there is no torch."""
+    suffix = "onnx" if check.lacks("torch") else "safetensors"
+    bundled = (ROOT / "efficientface_deploy" / "weights").glob(f"*.{suffix}")
+    return check.options.weights or next(bundled)
 
 
-def build_engine(check: Check, kind: str, precision: str) -> str:
-    """An engine for the card at hand, by the library of this kind."""
+def engine_options(check: Check, kind: str, no_gpu: str) -> tuple[list[str], str]:
+    """How to build engines for the card at hand by this library; or why that cannot be."""
+    if kind == "trt" and no_gpu:
+        return [], no_gpu
+    target = check.gpu.capability if check.gpu else WITHOUT_GPU
     before = "from efficientface_export.tensorrt.builder import available, check_targets"
     answer = f"available('{kind}') or ''"
-    options: list[str] = []
-    if kind == "trt":
-        check.need_gpu()
-    else:
-        target = check.gpu.capability if check.gpu else WITHOUT_GPU
+    if kind == "trt-rtx":
         answer = f"available('{kind}') or check_targets('{kind}', ['{target}']) or ''"
-        options = ["--compute-capability", target]
+    options = ["--compute-capability", target] if kind == "trt-rtx" else []
     try:
-        reason = check.tell(answer, before)
+        return options, check.tell(answer, before)
     except StepError as error:  # the library does not build for this card
-        reason = str(error)
-    if reason:
-        raise SkipError(reason)
-    return _export(check, kind, precision, *options)
-
-
-def verify(check: Check, file: str) -> str:
-    """Compare a file's outputs with PyTorch's, which lie beside it."""
-    path = check.artifacts / file
-    if not path.exists():
-        raise SkipError("was not made")
-    if path.suffix == ".engine":
-        check.need_gpu()
-    printed = check.run("-m", "efficientface_export.cli", "--verify", path)
-    return next((line for line in printed.splitlines() if line.startswith("[")), "verified")
-
-
-def run_tests(check: Check) -> str:
-    """The tests that a machine without a GPU skips."""
-    check.need_gpu()
-    check.need_modules("pytest")
-    # A test file that needs what is not here must not keep the others from running.
-    options = ("-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider")
-    printed = check.run("-m", "pytest", *options)
-    return printed.strip().splitlines()[-1].strip("= ")
-
-
-def measure_latency(check: Check) -> str:
-    """PyTorch, ONNX Runtime on CUDA, and every engine."""
-    check.need_gpu()
-    folder = check.out / "latency"
-    options = ("--batch", "1,8,32", "--seconds", "1", "--cold", "1", "--out", folder)
-    check.run("benchmarks/latency.py", *_models(check), "--backends", _BACKENDS, *options)
-    return str(folder / "latency.json")
-
-
-def measure_accuracy(check: Check) -> str:
-    """How good each file is on the labelled data set that was given."""
-    check.need_gpu()
-    folder = check.out / "accuracy"
-    options = ("--data", str(check.config.data), "--out", folder)
-    check.run("benchmarks/accuracy.py", *_models(check), "--backends", _BACKENDS, *options)
-    return str(folder / "accuracy.json")
+        return options, str(error)
 
 
 def ask_driver() -> Gpu | str:
@@ -391,8 +341,7 @@ def ask_driver() -> Gpu | str:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "this machine has no NVIDIA driver (libcuda.so.1)"
-    count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    count, device, version, major, minor = (ctypes.c_int() for _ in range(5))
     name = ctypes.create_string_buffer(256)
     if code := cuda.cuInit(0):
         return f"the NVIDIA driver does not start (cuInit gives {code})"
@@ -407,160 +356,104 @@ def ask_driver() -> Gpu | str:
     return Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}", served)
 
 
+# ---- the command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``benchmarks/gpu_check.py``."""
-    config = parse_options(argv)
-    result = new_result("gpu-check", config)
-    out = config.out or _BUILD / default_folder(result).name
-    if problem := find_problem(config, out):
+    options = parse_options(argv)
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = options.out or _BUILD / f"gpu-check-{moment}"
+    if problem := find_problem(options, out):
         print(f"error: {problem}", file=sys.stderr)
         return BAD_OPTIONS
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(config, out)
+    check = Check(options, out)
+    # SIGTERM is like Ctrl-C: the running step ends, and the summary is written.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _terminated_as_interrupted():
-            for step in plan_steps(config):
-                print(f"{step.name} ...", end=" ", flush=True)
-                outcome = check.take(step)
-                print(f"{outcome.status} ({outcome.seconds:g} s): {outcome.remark}", flush=True)
-                write_summary(check, result)
+        check_everything(check)
     except KeyboardInterrupt:
-        write_summary(check, result)
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\nwrote gpu-check.json and gpu-check.md to {out}")
-    return exit_code(check.outcomes)
+    statuses = {row["status"] for row in check.steps}
+    if FAILED in statuses:
+        return SOME_FAILED
+    return SOME_SKIPPED if SKIPPED in statuses else ALL_DONE
 
 
-def parse_options(argv: Sequence[str] | None) -> GpuCheckConfig:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; without the package's own reader, which needs numpy."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu_check.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for field in dataclasses.fields(GpuCheckConfig):
-        kind = float if field.name == "minutes" else _absolute
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=field.default, help=_HELP[field.name]
-        )
-    return GpuCheckConfig(**vars(parser.parse_args(argv)))
+
+    def path(text: str) -> Path:
+        """Steps run in the clone's folder. Links stay: a venv's Python is one."""
+        return Path(text).absolute()
+
+    for name, kind, default, text in (
+        ("wheels", path, None, "folder of wheels to install from, instead of the package index"),
+        ("data", path, None, "prepared data set to calibrate and verify with (default: synthetic)"),
+        ("weights", path, None, "checkpoint to export (default: the bundled model)"),
+        ("python", _executable, None, "a Python that has everything; nothing is installed then"),
+        ("minutes", float, 10.0, "time for all steps together (default: 10)"),
+        ("out", path, None, "folder of the result, new or empty (default: a new one in build/)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    return parser.parse_args(argv)
 
 
-def _absolute(text: str) -> Path:
-    """Steps run in the clone's folder. Links stay: a venv's Python is one."""
-    return Path(text).absolute()
+def _executable(text: str) -> Path:
+    """A path, or a name to be found as a shell would."""
+    return Path(shutil.which(text) or text).absolute()
 
 
-def find_problem(config: GpuCheckConfig, out: Path) -> str | None:
+def find_problem(options: argparse.Namespace, out: Path) -> str | None:
     """What is wrong with the options, in one line."""
-    for name in ("wheels", "data"):
-        path = getattr(config, name)
-        if path is not None and not path.is_dir():
-            return f"--{name}: expected a folder, found none at {path}; give one that is there"
-    for name in ("weights", "python"):
-        path = getattr(config, name)
-        if path is not None and not path.is_file():
-            return f"--{name}: expected a file, found none at {path}; give one that is there"
-    if not 0 < config.minutes < math.inf:
-        return f"--minutes: expected a time above 0, found {config.minutes}; give e.g. 10"
+    for name, kind, there in (
+        ("wheels", "folder", Path.is_dir),
+        ("data", "folder", Path.is_dir),
+        ("weights", "file", Path.is_file),
+        ("python", "file", Path.is_file),
+    ):
+        path = getattr(options, name)
+        if path is not None and not there(path):
+            return f"--{name}: expected a {kind}, found none at {path}; give one that is there"
+    if not 0 < options.minutes < float("inf"):
+        return f"--minutes: expected a time above 0, found {options.minutes}; give e.g. 10"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return f"--out: expected a new or empty folder, found {out} in use; give another"
     return None
 
 
-def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """1 when a step failed, 3 when one could not run, else 0."""
-    statuses = {outcome.status for outcome in outcomes}
-    if FAILED in statuses:
-        return SOME_FAILED
-    return SOME_SKIPPED if SKIPPED in statuses else ALL_DONE
-
-
-def write_summary(check: Check, result: dict[str, Any]) -> None:
-    """Write what is known so far, after every step: the next one may take the machine with it."""
-    summary = {
-        **result,
-        "software": check.software or result["software"],
-        "gpu": dataclasses.asdict(check.gpu) if check.gpu else None,
-        "steps": [dataclasses.asdict(outcome) for outcome in check.outcomes],
-    }
-    for name, text in (
-        ("gpu-check.json", json.dumps(summary, indent=1, default=str) + "\n"),
-        ("gpu-check.md", as_markdown(check, summary)),
-    ):
-        temporary = check.out / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(check.out / name)
-
-
-def as_markdown(check: Check, summary: dict[str, Any]) -> str:
+def as_markdown(check: Check) -> str:
     """The summary as text."""
-    gpu = check.gpu
+    gpu, result = check.gpu, check.result
     card = f"{gpu.name}, {gpu.capability}, CUDA {gpu.cuda}" if gpu else f"no GPU: {check.no_gpu}"
-    counts = [
-        f"{sum(outcome.status == status for outcome in check.outcomes)} {status}"
-        for status in (DONE, FAILED, SKIPPED)
-    ]
+    statuses = [row["status"] for row in check.steps]
+    counts = ", ".join(f"{statuses.count(name)} {name}" for name in (DONE, FAILED, SKIPPED))
     lines = [
-        f"{card} · {summary['date']} · commit {summary['git']['commit']}",
-        "",
-        ", ".join(f"{name} {it}" for name, it in summary["software"]["packages"].items()),
-        "",
-        f"Steps: {', '.join(counts)}. Logs are in `logs/`, files and their report in `artifacts/`.",
-        "",
-        "| step | | seconds | |",
-        "|---|---|---|---|",
+        f"{card} · {result['date']} · commit {result['git'].get('commit')}",
+        _versions(check),
+        f"Steps: {counts}. Logs are in `logs/`, files and their report in `artifacts/`.",
+        "| step | | seconds | |\n|---|---|---|---|",
     ]
-    for outcome in check.outcomes:
-        remark = outcome.remark.replace("|", "\\|")
-        status = f"**{outcome.status}**" if outcome.status == FAILED else outcome.status
-        lines.append(f"| {outcome.step} | {status} | {outcome.seconds:g} | {remark} |")
-    return "\n".join(lines) + "\n"
+    for row in check.steps:
+        remark = row["remark"].replace("|", "\\|")
+        status = f"**{FAILED}**" if row["status"] == FAILED else row["status"]
+        lines[-1] += f"\n| {row['step']} | {status} | {row['seconds']:g} | {remark} |"
+    return "\n\n".join(lines) + "\n"
 
 
-def _partial(do: Callable[..., str], *arguments: Any) -> Callable[[Check], str]:
-    """A step with more arguments than the check."""
-
-    @functools.wraps(do)
-    def run(check: Check) -> str:
-        return do(check, *arguments)
-
-    return run
-
-
-def _export(check: Check, engine: str, precision: str, *options: str) -> str:
-    command: list[str | Path] = ["-m", "efficientface_export.cli", "--engine", engine]
-    command += ["--precision", precision, *options]
-    if precision == "int8":
-        if check.data is None:
-            raise SkipError("needs images to calibrate with")
-        command += ["--calib", check.data]
-    if check.config.data is not None:
-        command += ["--val", check.config.data]
-    printed = check.run(*command, "--weights", _weights(check), "--out", check.artifacts)
-    rows = [line for line in printed.splitlines() if line.startswith("[")]
-    return rows[-1] if rows else "made"
-
-
-def _weights(check: Check) -> Path:
-    """What was asked for, else the bundled model: as an ONNX file where there is no torch."""
-    if check.config.weights is not None:
-        return check.config.weights
-    try:
-        check.run("-c", "import torch")
-        suffix = "safetensors"
-    except StepError:
-        suffix = "onnx"
-    return next((ROOT / "efficientface_deploy" / "weights").glob(f"*.{suffix}"))
-
-
-def _models(check: Check) -> list[Path]:
-    """The checkpoint and all that was made of it."""
-    made = [check.artifacts] if check.artifacts.is_dir() else []
-    if not made:
-        raise SkipError("nothing was exported")
-    return [_weights(check), *made]
+def _versions(check: Check) -> str:
+    packages: dict[str, str] = check.result["software"].get("packages", {})
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _run_within(
@@ -585,25 +478,18 @@ def _run_within(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def _remark(printed: str) -> str:
+    """What a command found: its last line that begins as a row of a report, else its last line."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    rows = [line for line in printed.splitlines() if line.startswith("[")]
+    return (rows or lines or ["done"])[-1].strip("= ")
+
+
 def _reason(printed: str) -> str:
     """The line that says why: the last that begins with "error", else the last one."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines or ["it printed nothing"])[-1]
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C: the running step ends, and the summary is written."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

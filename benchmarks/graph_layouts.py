@@ -11,40 +11,40 @@ for RTX builds, which needs no GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import onnx
-import onnxruntime
 
-from benchmarks.measure.inputs import call_of
-from benchmarks.measure.networks import open_session, random_network
-from benchmarks.report.__main__ import headline, write_result
-from benchmarks.report.result import default_folder, new_result
-from benchmarks.report.tables import console, require_libraries
+from benchmarks.measure.inputs import in_turn, make_batches
+from benchmarks.measure.networks import (
+    MAX_DIFFERENCE,
+    STRAIGHT,
+    Network,
+    random_network,
+    relative_difference,
+)
+from benchmarks.measure.sessions import open_session
+from benchmarks.report.publish import run_benchmark
+from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
-from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.files import write_text
-from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.vision.preprocess import UInt8Array
+from efficientface_deploy.command import option, run_command
+from efficientface_deploy.spec import preset
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench.timing import Samples, measure, speedup
 from efficientface_export.graph.channel_layout import PROFILES, Profile
-from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.io import multiply_adds, write_onnx
 from efficientface_export.graph.precision import to_fp16
-from efficientface_export.graph.trace import trace
 from efficientface_export.tensorrt.builder import available, build_engine
 from efficientface_export.tensorrt.options import EngineOptions
-
-STRAIGHT = "straight"
-MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest; another layout of the same sums
 
 _PICTURES = 8
 
@@ -64,204 +64,144 @@ class GraphsConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A layout, and what was expected of it before it was measured.
+class Variant(NamedTuple):
+    """A layout, and what was expected against the row that it changes, before the measurement.
 
-    Attributes:
-        profile: None is the straight export.
-        expected: Against the row that it changes.
+    ``profile`` None is the straight export.
     """
 
     profile: Profile | None
     expected: str
 
 
-_CPU, _GPU = PROFILES["cpu"], PROFILES["gpu"]
-VARIANTS: dict[str, Variant] = {
+def _variant(target: str, expected: str, **changes: Any) -> Variant:
+    return Variant(dataclasses.replace(PROFILES[target], **changes), expected)
+
+
+VARIANTS = {
     STRAIGHT: Variant(None, "the baseline: shuffles as Reshape and Transpose"),
-    "cpu": Variant(_CPU, "least time on a CPU"),
-    "cpu, grouped patches": Variant(
-        dataclasses.replace(_CPU, split_multiplier=False),
+    "cpu": _variant("cpu", "least time on a CPU"),
+    "cpu, grouped patches": _variant(
+        "cpu",
         "slower: 29 to 116 channels in groups fit no blocked layout",
+        split_multiplier=False,
     ),
-    "cpu, one convolution for each source": Variant(
-        dataclasses.replace(_CPU, slices=True),
-        "slower: each slice changes the layout twice",
+    "cpu, one convolution for each source": _variant(
+        "cpu", "slower: each slice changes the layout twice", slices=True
     ),
-    "cpu, blocks of 4": Variant(
-        dataclasses.replace(_CPU, align=4), "less arithmetic, but half-filled blocks"
+    "cpu, blocks of 4": _variant("cpu", "less arithmetic, but half-filled blocks", align=4),
+    "cpu, blocks of 16": _variant(
+        "cpu", "more arithmetic; for wider vectors than AVX2's", align=16
     ),
-    "cpu, blocks of 16": Variant(
-        dataclasses.replace(_CPU, align=16), "more arithmetic; for wider vectors than AVX2's"
+    "cpu, merged branches": _variant(
+        "cpu", "slower: fewer nodes, but identities are arithmetic", merge_branches=True
     ),
-    "cpu, merged branches": Variant(
-        dataclasses.replace(_CPU, merge_branches=True),
-        "slower: fewer nodes, but identities are arithmetic",
+    "gpu": _variant("gpu", "fewest kernels within 1.3 times the multiply-adds"),
+    "gpu, stage 4 read whole too": _variant(
+        "gpu", "a slice kernel less", first_read_whole=("stage2", "stage3", "stage4")
     ),
-    "gpu": Variant(_GPU, "fewest kernels within 1.3 times the multiply-adds"),
-    "gpu, stage 4 read whole too": Variant(
-        dataclasses.replace(_GPU, first_read_whole=("stage2", "stage3", "stage4")),
-        "a slice kernel less",
+    "gpu, nothing read whole": _variant("gpu", "two slice kernels more", first_read_whole=()),
+    "gpu, branches apart": _variant(
+        "gpu", "three kernels more in each stage, less arithmetic", merge_branches=False
     ),
-    "gpu, nothing read whole": Variant(
-        dataclasses.replace(_GPU, first_read_whole=()), "two slice kernels more"
-    ),
-    "gpu, branches apart": Variant(
-        dataclasses.replace(_GPU, merge_branches=False),
-        "three kernels more in each stage, less arithmetic",
-    ),
-    "gpu, patches apart": Variant(
-        dataclasses.replace(_GPU, merge_patches=False), "six convolutions more"
-    ),
-    "gpu, blocks of 8": Variant(
-        dataclasses.replace(_GPU, align=8), "as many kernels, more arithmetic"
-    ),
-    "gpu, a convolution for each read": Variant(
-        dataclasses.replace(_GPU, slices=False), "no slices, but many convolutions"
+    "gpu, patches apart": _variant("gpu", "six convolutions more", merge_patches=False),
+    "gpu, blocks of 8": _variant("gpu", "as many kernels, more arithmetic", align=8),
+    "gpu, a convolution for each read": _variant(
+        "gpu", "no slices, but many convolutions", slices=False
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/graph_layouts.py``."""
-    config = parse_config(
-        GraphsConfig, argv, prog="benchmarks/graph_layouts.py", description=__doc__ or ""
-    )
-    require_libraries()
-    result = run(config, VARIANTS)
-    folder = config.out or default_folder(result)
-    write_result(result, folder / "graphs.json")
-    table = as_markdown(result)
-    write_text(folder / "graphs.md", table)
-    output = console()
-    output.print(table, markup=False)
-    output.print(f"wrote graphs.json and graphs.md to {folder}", markup=False)
-    return 0
+    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__)
 
 
-def run(config: GraphsConfig, variants: Mapping[str, Variant]) -> dict[str, Any]:
+def run(config: GraphsConfig) -> dict[str, Any]:
     """Measure, and give the result as a JSON object.
 
     Raises:
         RuntimeError: A layout computes something else than the straight export.
     """
-    graphs = write_graphs(config, variants)
-    pictures = np.random.default_rng(config.seed).integers(
-        0, 256, (_PICTURES, 1, config.input_size, config.input_size, 3), dtype=np.uint8
-    )
-    sessions = {name: open_session(graph, config.threads) for name, graph in graphs.items()}
-    require_equal(sessions, pictures)
+    pictures = make_batches(config.input_size, 1, config.seed, _PICTURES)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = write_graphs(make_network(config, Path(folder)), VARIANTS)
+        sessions = {
+            name: open_session(graph.SerializeToString(), config.threads)
+            for name, graph in graphs.items()
+        }
+        kernels = {
+            name: count_kernels(graph, config, Path(folder)) if config.kernels else None
+            for name, graph in graphs.items()
+        }
+
+    def infer(name: str, batch: UInt8Array) -> Float32Array:
+        logits: Float32Array = sessions[name].run(OUTPUTS, {UINT8_INPUT: batch})[0]
+        return logits
+
+    expected = np.concatenate([infer(STRAIGHT, batch) for batch in pictures])
+    for name in sessions:
+        found = np.concatenate([infer(name, batch) for batch in pictures])
+        difference = relative_difference(found, expected)
+        if not difference < MAX_DIFFERENCE:
+            raise RuntimeError(f"{name} differs from {STRAIGHT} by {difference:.2g}")
     samples = measure(
-        {name: call_of(session, pictures) for name, session in sessions.items()},
+        {name: in_turn(functools.partial(infer, name), pictures) for name in sessions},
         seconds=config.seconds,
         rounds=config.rounds,
         seed=config.seed,
     )
-    rows = []
-    for name, graph in graphs.items():
-        kernels = count_kernels(graph, config) if config.kernels else None
-        rows.append({"name": name, "expected": variants[name].expected, "kernels": kernels})
-        rows[-1] |= describe(name, graph, graphs[STRAIGHT], samples)
+    rows = [
+        {
+            "name": name,
+            "expected": VARIANTS[name].expected,
+            "kernels": kernels[name],
+            **describe(graph, graphs[STRAIGHT], samples[name], samples[STRAIGHT]),
+        }
+        for name, graph in graphs.items()
+    ]
     return {**new_result("graphs", config), "baseline": STRAIGHT, "graphs": rows}
 
 
-def write_graphs(
-    config: GraphsConfig, variants: Mapping[str, Variant]
-) -> dict[str, onnx.ModelProto]:
-    """The graph of each variant, of one network with random weights."""
-    spec = _spec(config)
-    network = random_network(spec, config.seed)
-    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+def make_network(config: GraphsConfig, folder: Path) -> Network:
+    """EfficientFace with random weights."""
+    spec = preset("rafdb").replace(input_size=config.input_size)
+    return Network("EfficientFace", random_network(spec, config.seed), spec, folder)
+
+
+def write_graphs(network: Network, variants: Mapping[str, Variant]) -> dict[str, onnx.ModelProto]:
+    """The graph of each variant."""
     return {
-        name: trace(network, spec)
+        name: onnx.load(network.onnx(STRAIGHT))
         if variant.profile is None
-        else deploy_graph(weights, spec, variant.profile)
+        else network.lay_out(variant.profile)
         for name, variant in variants.items()
     }
 
 
-def require_equal(
-    sessions: Mapping[str, onnxruntime.InferenceSession], pictures: UInt8Array
-) -> None:
-    """Make sure that what is compared computes the same."""
-
-    def logits(session: onnxruntime.InferenceSession) -> np.ndarray[Any, Any]:
-        return np.concatenate([session.run(OUTPUTS, {UINT8_INPUT: p})[0] for p in pictures])
-
-    expected = logits(sessions[STRAIGHT])
-    for name, session in sessions.items():
-        difference = np.abs(logits(session) - expected).max() / np.abs(expected).max()
-        if not difference < MAX_DIFFERENCE:
-            raise RuntimeError(f"{name} differs from {STRAIGHT} by {difference:.2g}")
-
-
-def count_kernels(graph: onnx.ModelProto, config: GraphsConfig) -> int | None:
+def count_kernels(graph: onnx.ModelProto, config: GraphsConfig, folder: Path) -> int | None:
     """Kernels of the FP16 engine for SM89; None where TensorRT for RTX is not installed."""
     if available("trt-rtx"):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "fp16.onnx")
-        write_onnx(to_fp16(graph), path, _spec(config), {"precision": "fp16", "target": "gpu"})
-        options = EngineOptions(compute_capabilities=("sm89",))
-        return build_engine(path, "trt-rtx", options).kernels
+    path, spec = folder / "fp16.onnx", preset("rafdb").replace(input_size=config.input_size)
+    write_onnx(to_fp16(graph), path, spec, {"precision": "fp16", "target": "gpu"})
+    return build_engine(path, "trt-rtx", EngineOptions(compute_capabilities=("sm89",))).kernels
 
 
 def describe(
-    name: str, graph: onnx.ModelProto, straight: onnx.ModelProto, samples: Mapping[str, Samples]
+    graph: onnx.ModelProto, straight: onnx.ModelProto, own: Samples, base: Samples
 ) -> dict[str, Any]:
     """What was measured of one graph."""
-    own = samples[name]
-    ratio = speedup(own, samples[STRAIGHT])  # time by the baseline's: below 1 is faster
     arithmetic = multiply_adds(graph)
     return {
         "nodes": len(graph.graph.node),
         "multiply_adds": arithmetic,
         "multiply_adds_ratio": arithmetic / multiply_adds(straight),
-        "calls": own.count,
-        "p50_ms": own.p50_ms,
-        "min_ms": own.min_ms,
-        "time_ratio": dataclasses.asdict(ratio),
-        "min_ratio": own.min_ms / samples[STRAIGHT].min_ms,
-        "busy": own.busy,
+        **own.figures(),
+        # Time by the baseline's: below 1 is faster.
+        "time_ratio": speedup(own, base),
+        "min_ratio": own.min_ms / base.min_ms,
     }
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    config = result["config"]
-    side = config["input_size"]
-    lines = [
-        headline(result),
-        "",
-        f"{side}x{side}, batch 1, {config['threads']} thread, FP32 on ONNX Runtime's CPU provider; "
-        "kernels of the FP16 engine for SM89 by TensorRT for RTX.",
-        "",
-        "| graph | expected | p50, ms | time by straight's (95 %) | by minimum "
-        "| multiply-adds, M | by straight's | nodes | kernels |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["graphs"]:
-        ratio = row["time_ratio"]
-        cells = [
-            row["name"],
-            row["expected"],
-            f"{row['p50_ms']:.2f}",
-            f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
-            f"{row['min_ratio']:.3f}",
-            f"{row['multiply_adds'] / 1e6:.1f}",
-            f"{row['multiply_adds_ratio']:.3f}",
-            str(row["nodes"]),
-            "-" if row["kernels"] is None else str(row["kernels"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    if any(row["busy"] for row in result["graphs"]):
-        lines += ["", "The machine was busy with something else: read the times with care."]
-    return "\n".join(lines) + "\n"
-
-
-def _spec(config: GraphsConfig) -> ModelSpec:
-    return preset("rafdb").replace(input_size=config.input_size)
 
 
 if __name__ == "__main__":

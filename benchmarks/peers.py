@@ -13,13 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
-import itertools
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,17 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import numpy as np
 import torch
 import torchvision
-from onnx import TensorProto, helper
 
-from benchmarks.measure.models import Absent, comma_list, one_line
-from benchmarks.measure.networks import STRAIGHT, Network, open_session, random_network
+from benchmarks.measure.inputs import in_turn, make_batches
+from benchmarks.measure.models import Skipped, choose, one_line
+from benchmarks.measure.networks import (
+    MAX_DIFFERENCE,
+    STRAIGHT,
+    Network,
+    random_network,
+    relative_difference,
+)
+from benchmarks.measure.roofline import measure_arithmetic, peak_rate
 from benchmarks.measure.toolchains import (
     EAGER,
     ONNXRUNTIME,
@@ -44,18 +49,14 @@ from benchmarks.measure.toolchains import (
     Work,
     native_output_to_stderr,
 )
-from benchmarks.report.__main__ import COMPUTE, headline, write_result
-from benchmarks.report.result import default_folder, new_result
-from benchmarks.report.tables import console, require_libraries
-from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import write_text
+from benchmarks.report.publish import run_benchmark
+from benchmarks.report.result import COMPUTE, new_result
+from efficientface_deploy.command import option, run_command
 from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
-from efficientface_deploy.workbench.environment import usable_cpus
-from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
+from efficientface_deploy.workbench.environment import package_versions, usable_cpus
+from efficientface_deploy.workbench.timing import Samples, measure, speedup
 
-MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest: FP32 sums in another order
 MAX_EXTRA_CPUS = 0.1  # of a turn, beside its threads: Python, and what others leave running
 
 SAME = "same network"
@@ -69,8 +70,9 @@ RANDOM_WEIGHTS = "random weights: speed alone can be compared"
 
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx", "MNN")
 _PICTURES = 8  # inputs in turn for single pictures; batches are fewer, and larger than a cache
-_PRODUCT = 1024  # side of the matrices whose product shows what the CPU can do
 _PAUSE = 0.05  # seconds before a turn, for threads that spin after the turn before
+
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +96,21 @@ class PeersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A network on a toolchain, in one kind of work.
+class Case:
+    """A network on a toolchain, open for one kind of work.
 
     Attributes:
         network: What it computes.
         toolchain: What computes it.
-        group: ``same network`` or ``other network``.
+        infer: From pictures to logits.
+        difference: Largest difference of a logit from PyTorch's, relative to the largest logit;
+            infinite where it is not a number.
     """
 
     network: Network
     toolchain: Toolchain
-    group: str
+    infer: Infer
+    difference: float
 
     @property
     def name(self) -> str:
@@ -113,40 +118,9 @@ class Entry:
         return f"{self.network.name} on {self.toolchain.name}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """An entry that runs.
-
-    Attributes:
-        entry: What it is.
-        infer: From pictures to logits.
-        difference: Largest difference of a logit from PyTorch's, relative to the largest logit;
-            infinite where it is not a number.
-    """
-
-    entry: Entry
-    infer: Infer
-    difference: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether it computes what PyTorch computes."""
-        return self.difference < MAX_DIFFERENCE
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/peers.py``."""
-    config = parse_config(PeersConfig, argv, prog="benchmarks/peers.py", description=__doc__ or "")
-    require_libraries()
-    result = run(config)
-    folder = config.out or default_folder(result)
-    write_result(result, folder / "peers.json")
-    table = as_markdown(result)
-    write_text(folder / "peers.md", table)
-    output = console()
-    output.print(table, markup=False, soft_wrap=True)
-    output.print(f"wrote peers.json and peers.md to {folder}", markup=False)
-    return 0
+    return run_benchmark("peers", PeersConfig, run, argv, __doc__)
 
 
 def run(config: PeersConfig) -> dict[str, Any]:
@@ -157,30 +131,34 @@ def run(config: PeersConfig) -> dict[str, Any]:
     """
     toolchains = choose_toolchains(config.libraries)
     result = new_result("peers", config)
-    absent: dict[Absent, None] = {}  # a set that keeps its order
-    cases: list[dict[str, Any]] = []
-    peak = None
+    print("measuring the machine's peak", file=sys.stderr)
+    peak = peak_rate({"arithmetic": measure_arithmetic(1)}, 1, "fp32")
+    cases: list[Row] = []
+    skipped: dict[Skipped, None] = {}  # a set that keeps its order
     with tempfile.TemporaryDirectory() as folder:
         networks = make_networks(config, Path(folder))
         for work in plan_works(config.batch):
-            entries = plan_entries(networks, toolchains, work)
-            rows, missing, product_ms = measure_work(work, entries, config)
+            rows, missing = measure_work(work, plan_cases(networks, toolchains, work), config)
             cases += rows
-            absent |= dict.fromkeys(missing)
-            peak = peak or _PRODUCT**3 / (product_ms / 1e3)
+            skipped |= dict.fromkeys(missing)
         arithmetic = networks[0].multiply_adds()
+    noisy = sum(row["busy"] for row in cases)
+    warning = f"the machine was noisy: {noisy} of {len(cases)} rows vary more than on an idle one"
     return {
         **result,
-        "packages": _versions(),
+        "packages": package_versions(_PACKAGES),
         "baseline": OURS[0].name,
         "multiply_adds": arithmetic,
         "peak_multiply_adds_per_second": peak,
         "cases": cases,
         "settings": describe_settings(toolchains),
         "goals": goals(cases, arithmetic, peak),
-        "absent": [dataclasses.asdict(entry) for entry in absent],
-        "warnings": warnings(cases),
+        "absent": [dataclasses.asdict(entry) for entry in skipped],
+        "warnings": [f"{warning}; measure again"] if noisy else [],
     }
+
+
+# ---- what is measured
 
 
 def choose_toolchains(libraries: str) -> list[Toolchain]:
@@ -190,15 +168,7 @@ def choose_toolchains(libraries: str) -> list[Toolchain]:
         ConfigError: There is no such library.
     """
     known = dict.fromkeys(entry.library for entry in TOOLCHAINS if entry not in OURS)
-    wanted = comma_list(libraries)
-    for name in wanted:
-        if name not in known:
-            raise ConfigError(
-                "--libraries",
-                ", ".join(known),
-                repr(name),
-                "choose among these, with commas between",
-            )
+    wanted = choose(libraries, list(known), "--libraries")
     return [entry for entry in TOOLCHAINS if entry in OURS or entry.library in wanted]
 
 
@@ -213,11 +183,10 @@ def make_networks(config: PeersConfig, folder: Path) -> list[Network]:
     """EfficientFace first, then those that one might take in its place; all with random weights."""
     spec = preset("rafdb").replace(input_size=config.input_size)
     networks = [Network(EFFICIENTFACE, random_network(spec, config.seed), spec, folder / "0")]
-    if config.networks:
-        for number, (name, build) in enumerate(OTHER_NETWORKS.items(), start=1):
-            torch.manual_seed(config.seed)
-            module = build(num_classes=spec.num_classes).eval()
-            networks.append(Network(name, module, spec, folder / str(number)))
+    for number, (name, build) in enumerate(OTHER_NETWORKS.items() if config.networks else (), 1):
+        torch.manual_seed(config.seed)
+        module = build(num_classes=spec.num_classes).eval()
+        networks.append(Network(name, module, spec, folder / str(number)))
     return networks
 
 
@@ -227,79 +196,68 @@ def plan_works(batch: int) -> list[Work]:
     Threads in rising order: what two threads leave in a library's pool is no load on one.
     """
     several = min(2, usable_cpus())
-    works = [Work(1, 1), Work(several, 1), Work(several, batch)]
-    return list(dict.fromkeys(works))
+    return list(dict.fromkeys([Work(1, 1), Work(several, 1), Work(several, batch)]))
 
 
-def plan_entries(
+def plan_cases(
     networks: Sequence[Network], toolchains: Sequence[Toolchain], work: Work
-) -> list[Entry]:
+) -> list[tuple[Network, Toolchain]]:
     """All toolchains for our network; for the others the two that show what a network costs."""
     ours, *others = networks
-    entries = [Entry(ours, toolchain, SAME) for toolchain in toolchains if toolchain.takes(work)]
-    entries += [
-        Entry(network, toolchain, OTHER) for network in others for toolchain in (ONNXRUNTIME, EAGER)
-    ]
-    return entries
+    plan = [(ours, toolchain) for toolchain in toolchains if toolchain.takes(work)]
+    return plan + [(other, toolchain) for other in others for toolchain in (ONNXRUNTIME, EAGER)]
+
+
+# ---- the measurement
 
 
 def measure_work(
-    work: Work, entries: Sequence[Entry], config: PeersConfig
-) -> tuple[list[dict[str, Any]], list[Absent], float]:
-    """Open everything, check what it computes, and let all take turns.
-
-    Returns:
-        Rows, what could not be measured, and the milliseconds of the fastest matrix product.
-    """
+    work: Work, plan: Sequence[tuple[Network, Toolchain]], config: PeersConfig
+) -> tuple[list[Row], list[Skipped]]:
+    """Open everything, check what it computes, and let all take turns."""
     torch.set_num_threads(work.threads)
-    pictures = make_pictures(work.batch, config)
-    watch = CpuWatch()
+    count = max(2, _PICTURES // work.batch)
+    pictures = make_batches(config.input_size, work.batch, config.seed, count)
     with contextlib.ExitStack() as stack:
-        opened, absent = open_all(entries, work, pictures, stack)
-        calls = {one.entry.name: call_of(one.infer, pictures) for one in opened}
-        products = product_calls(work.threads)
-        print(f"{work.name}: measuring {len(calls)} rows", file=sys.stderr)
+        cases, skipped = open_all(plan, work, pictures[0], stack)
+        print(f"{work.name}: measuring {len(cases)} rows", file=sys.stderr)
         samples = measure(
-            {**calls, **products},
+            {case.name: in_turn(case.infer, pictures) for case in cases},
             seconds=config.seconds,
             rounds=config.rounds if work.batch == 1 else math.ceil(config.rounds / 2),
             seed=config.seed,
-            before_turn=watch.begin,
+            before_turn=lambda name: time.sleep(_PAUSE),
         )
-        watch.end()
-        product_ms = min(samples[name].p50_ms for name in products)
-        rows = [describe(one, opened, work, samples, watch) for one in opened]
+        rows = [describe(case, cases, work, samples) for case in cases]
     gc.collect()  # sessions and their threads, before the next ones are opened
-    return rows, absent, product_ms
+    return rows, skipped
 
 
 def open_all(
-    entries: Sequence[Entry],
+    plan: Sequence[tuple[Network, Toolchain]],
     work: Work,
-    pictures: Sequence[UInt8Array],
+    pictures: UInt8Array,
     stack: contextlib.ExitStack,
-) -> tuple[list[Opened], list[Absent]]:
-    """Open each entry and run it once; one that fails does not end the others."""
-    opened, absent = [], []
+) -> tuple[list[Case], list[Skipped]]:
+    """Open each and run it once; one that fails does not end the others."""
+    cases, skipped = [], []
     expected: dict[str, Float32Array] = {}
-    for entry in entries:
-        network, toolchain = entry.network, entry.toolchain
+    for network, toolchain in plan:
         if network.name not in expected:
-            expected[network.name] = reference_logits(network, pictures[0])
+            expected[network.name] = reference_logits(network, pictures)
         try:
-            toolchain.require_packages()
             with native_output_to_stderr():
                 infer = toolchain.open(network, work, stack)
-                found = infer(pictures[0])
+                found = infer(pictures)
         except UnavailableError as error:
-            absent.append(Absent(toolchain.name, network.name, str(error)))
+            skipped.append(Skipped(toolchain.name, network.name, str(error)))
         except Exception as error:  # noqa: BLE001 - each library has errors of its own
-            reason = one_line(error)[:300]
-            absent.append(Absent(toolchain.name, network.name, f"{work.name}: {reason}"))
+            reason = f"{work.name}: {one_line(error)[:300]}"
+            skipped.append(Skipped(toolchain.name, network.name, reason))
         else:
             difference = relative_difference(found, expected[network.name])
-            opened.append(Opened(entry, infer, difference))
-    return opened, absent
+            cases.append(Case(network, toolchain, infer, difference))
+    return cases, skipped
 
 
 def reference_logits(network: Network, pictures: UInt8Array) -> Float32Array:
@@ -309,318 +267,96 @@ def reference_logits(network: Network, pictures: UInt8Array) -> Float32Array:
     return np.asarray(logits.numpy())
 
 
-def relative_difference(found: Float32Array, expected: Float32Array) -> float:
-    """Largest difference by the largest expected value; infinite for another shape or NaN."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return math.inf
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+# ---- the result
 
 
-def make_pictures(batch: int, config: PeersConfig) -> list[UInt8Array]:
-    """Inputs in turn, uint8 (N, S, S, 3) each; what they show does not change the arithmetic."""
-    count = max(2, _PICTURES // batch)
-    shape = (count, batch, config.input_size, config.input_size, 3)
-    return list(np.random.default_rng(config.seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-def call_of(infer: Infer, pictures: Sequence[UInt8Array]) -> Call:
-    """A call that runs the next of several inputs."""
-    inputs = itertools.cycle(pictures)
-
-    def call() -> None:
-        infer(next(inputs))
-
-    return call
-
-
-def product_calls(threads: int) -> dict[str, Call]:
-    """The product of two square matrices by the libraries whose threads can be set: the CPU's peak.
-
-    numpy's BLAS takes its number of threads from the environment alone, when it is loaded.
-    """
-    side = _PRODUCT
-    left, right = np.random.default_rng(0).standard_normal((2, side, side), dtype=np.float32)
-    a, b = torch.from_numpy(left), torch.from_numpy(right)
-    shape = [side, side]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "abc"]
-    node = helper.make_node("MatMul", ["a", "b"], ["c"])
-    graph = helper.make_graph([node], "product", values[:2], values[2:])
-    opset = [helper.make_opsetid("", 13)]
-    session = open_session(helper.make_model(graph, opset_imports=opset, ir_version=8), threads)
-
-    def by_torch() -> None:
-        torch.mm(a, b)
-
-    def by_onnxruntime() -> None:
-        session.run(None, {"a": left, "b": right})
-
-    return {"matrix product by PyTorch": by_torch, "by ONNX Runtime": by_onnxruntime}
-
-
-class CpuWatch:
-    """How many CPUs the process keeps busy while each contender has its turns.
-
-    A library that starts more threads than it was told to is so found out.
-    """
-
-    def __init__(self, pause: float = _PAUSE) -> None:
-        self._pause = pause
-        self._seconds: dict[str, tuple[float, float]] = {}  # name: CPU time, time
-        self._running: tuple[str, float, float] | None = None
-
-    def begin(self, name: str) -> None:
-        """The turn of ``name`` begins, and the one before has ended."""
-        self.end()
-        time.sleep(self._pause)
-        self._running = (name, time.process_time(), time.perf_counter())
-
-    def end(self) -> None:
-        """The turn has ended."""
-        if self._running is None:
-            return
-        name, cpu, wall = self._running
-        before = self._seconds.get(name, (0.0, 0.0))
-        spent = time.process_time() - cpu, time.perf_counter() - wall
-        self._seconds[name] = before[0] + spent[0], before[1] + spent[1]
-        self._running = None
-
-    def cpus(self, name: str) -> float:
-        """CPU time by time, over all turns."""
-        cpu, wall = self._seconds[name]
-        return cpu / wall
-
-
-def describe(
-    one: Opened,
-    opened: Sequence[Opened],
-    work: Work,
-    samples: Mapping[str, Samples],
-    watch: CpuWatch,
-) -> dict[str, Any]:
+def describe(case: Case, cases: Sequence[Case], work: Work, samples: Mapping[str, Samples]) -> Row:
     """One row of the result, in the form of ``latency.json``'s cases, and what is special here."""
-    entry = one.entry
-    own = samples[entry.name]
-    ours = [samples[other.entry.name] for other in opened if other.entry.toolchain in OURS]
-    best = min(ours, key=lambda other: other.p50_ms) if ours else None
-    cpus = watch.cpus(entry.name)
-    threads_kept = cpus <= work.threads + MAX_EXTRA_CPUS
+    toolchain, own = case.toolchain, samples[case.name]
+    ours = [samples[other.name] for other in cases if other.toolchain in OURS]
+    best = min(ours, key=lambda other: other.p50_ms, default=None)
+    group = SAME if case.network.name == EFFICIENTFACE else OTHER
+    cpus = own.cpus or 0.0
+    notes = {
+        RANDOM_WEIGHTS: group == OTHER,
+        "not ranked: it computes something else than PyTorch in FP32": (
+            not case.difference < MAX_DIFFERENCE
+        ),
+        "not ranked: it used more threads than it was given": cpus > work.threads + MAX_EXTRA_CPUS,
+    }
+    true = [note for note, holds in notes.items() if holds]
     return {
-        "model": entry.network.name,
-        "backend": entry.toolchain.name,
-        "precision": entry.toolchain.precision,
+        "model": case.network.name,
+        "backend": toolchain.name,
+        "precision": toolchain.precision,
         "threads": work.threads,
         "stage": COMPUTE,
         "batch": work.batch,
-        "calls": own.count,
-        "min_ms": own.min_ms,
-        "p50_ms": own.p50_ms,
-        "p90_ms": own.p90_ms,
-        "p99_ms": own.p99_ms,
+        **own.figures(),
         "images_per_second": own.calls_per_second * work.batch,
-        "round_medians_ms": own.round_medians_ms.tolist(),
-        "spread": own.spread,
-        "drift": own.drift,
-        "busy": own.busy,
-        "speedup": dataclasses.asdict(speedup(best, own)) if best else None,
-        "ours_faster": dataclasses.asdict(speedup(own, best)) if best else None,
-        "group": entry.group,
-        "graph": entry.toolchain.graph,
-        "is_ours": entry.toolchain in OURS,
-        "max_difference": one.difference if math.isfinite(one.difference) else None,
+        "speedup": speedup(best, own) if best else None,
+        "ours_faster": speedup(own, best) if best else None,
+        "group": group,
+        "graph": toolchain.graph,
+        "is_ours": toolchain in OURS,
+        "max_difference": case.difference if math.isfinite(case.difference) else None,
         "cpus": cpus,
-        "ranked": one.equal and threads_kept,
-        "note": note_of(one, threads_kept),
+        "ranked": not any(note.startswith("not ranked") for note in true),
+        "note": "; ".join(true),
     }
 
 
-def note_of(one: Opened, threads_kept: bool) -> str:
-    """What a reader of the row must know."""
-    notes = []
-    if one.entry.group == OTHER:
-        notes.append(RANDOM_WEIGHTS)
-    if not one.equal:
-        notes.append("not ranked: it computes something else than PyTorch in FP32")
-    if not threads_kept:
-        notes.append("not ranked: it used more threads than it was given")
-    return "; ".join(notes)
+def goals(cases: Sequence[Row], arithmetic: int, peak: float | None) -> list[Row]:
+    """What we want to be true, and what was measured.
 
-
-Row = dict[str, Any]
-
-
-def goals(cases: Sequence[Row], arithmetic: int, peak: float | None) -> list[dict[str, Any]]:
-    """What we want to be true, and what was measured."""
-
-    def against(
-        goal: str, wanted: float, work: tuple[int, int], chosen: Callable[[Row], bool]
-    ) -> Row:
-        threads, batch = work
-        rivals = [
-            row
-            for row in cases
-            if (row["threads"], row["batch"]) == (threads, batch)
-            and row["ranked"]
-            and not row["is_ours"]
-            and row["ours_faster"] is not None
-            and chosen(row)
-        ]
-        if not rivals:
-            return _goal(goal, wanted, None, None, "not measured")
-        hardest = min(rivals, key=lambda row: row["ours_faster"]["value"])
-        ratio = hardest["ours_faster"]
-        rival = f"{hardest['model']} on {hardest['backend']}"
-        return _goal(goal, wanted, ratio, ratio["value"] >= wanted, rival)
-
-    single = (1, 1)
-    several = max((row["threads"] for row in cases), default=1)
-    batch = max((row["batch"] for row in cases), default=1)
-    return [
-        against(
-            "faster than the best peer on the same network",
-            1.2,
-            single,
-            lambda row: row["group"] == SAME,
-        ),
-        against(
-            "the same, peers that were given torch's export",
-            1.2,
-            single,
-            lambda row: row["group"] == SAME and row["graph"] == STRAIGHT,
-        ),
-        against(
-            "faster than PyTorch eager",
-            3.5,
-            single,
-            lambda row: row["group"] == SAME and row["backend"] == EAGER.name,
-        ),
-        against(
-            "faster than EfficientNet-B0 on ONNX Runtime",
-            2.5,
-            single,
-            lambda row: row["model"] == "EfficientNet-B0" and row["backend"] == ONNXRUNTIME.name,
-        ),
-        against(
-            f"more images per second than every peer, batch {batch} on {several} threads",
+    Args:
+        cases: The rows.
+        arithmetic: Multiply-adds of the network for a picture.
+        peak: Multiply-adds a second of the CPU's one thread.
+    """
+    single = [row for row in cases if (row["threads"], row["batch"]) == (1, 1)]
+    same = [row for row in single if row["group"] == SAME]
+    straight = [row for row in same if row["graph"] == STRAIGHT]
+    eager = [row for row in same if row["backend"] == EAGER.name]
+    onnxruntime = [row for row in single if row["backend"] == ONNXRUNTIME.name]
+    other = [row for row in onnxruntime if row["model"] == "EfficientNet-B0"]
+    work = max(((row["threads"], row["batch"]) for row in cases), default=(1, 1))
+    most = [row for row in cases if (row["threads"], row["batch"]) == work]
+    found = [
+        _against("faster than the best peer on the same network", 1.2, same),
+        _against("the same, peers that were given torch's export", 1.2, straight),
+        _against("faster than PyTorch eager", 3.5, eager),
+        _against("faster than EfficientNet-B0 on ONNX Runtime", 2.5, other),
+        _against(
+            f"more images per second than every peer, batch {work[1]} on {work[0]} threads",
             1.0,
-            (several, batch),
-            lambda row: True,
+            most,
         ),
-        _floor_goal(cases, arithmetic, peak),
     ]
-
-
-def _floor_goal(cases: Sequence[Row], arithmetic: int, peak: float | None) -> dict[str, Any]:
-    """Our time by the time that the network's multiply-adds would take at the CPU's peak."""
     name, wanted = "at most this many times the arithmetic floor", 1.5
-    own = [row for row in cases if row["is_ours"] and (row["threads"], row["batch"]) == (1, 1)]
-    if not own or not peak:
+    own = next((row for row in single if row["is_ours"]), None)
+    if own is None or not peak:
+        return [*found, _goal(name, wanted, None, None, "not measured")]
+    least_ms = 1e3 * arithmetic / peak
+    distance = own["p50_ms"] / least_ms
+    against = f"{arithmetic / 1e6:.1f} M multiply-adds at {peak / 1e9:.1f} G/s: {least_ms:.2f} ms"
+    return [*found, _goal(name, wanted, {"value": distance}, distance <= wanted, against)]
+
+
+def _against(name: str, wanted: float, rows: Sequence[Row]) -> Row:
+    """A goal: to be this many times faster than the hardest of these rows."""
+    rivals = [row for row in rows if row["ranked"] and not row["is_ours"] and row["ours_faster"]]
+    hardest = min(rivals, key=lambda row: row["ours_faster"]["value"], default=None)
+    if hardest is None:
         return _goal(name, wanted, None, None, "not measured")
-    floor_ms = 1e3 * arithmetic / peak
-    distance = own[0]["p50_ms"] / floor_ms
-    against = f"{arithmetic / 1e6:.1f} M multiply-adds at {peak / 1e9:.1f} G/s: {floor_ms:.2f} ms"
-    return _goal(name, wanted, {"value": distance}, distance <= wanted, against)
+    ratio, rival = hardest["ours_faster"], f"{hardest['model']} on {hardest['backend']}"
+    return _goal(name, wanted, ratio, ratio["value"] >= wanted, rival)
 
 
 def _goal(
     name: str, wanted: float, reached: dict[str, float] | None, met: bool | None, against: str
-) -> dict[str, Any]:
+) -> Row:
     return {"goal": name, "wanted": wanted, "reached": reached, "met": met, "against": against}
-
-
-def warnings(cases: Sequence[Row]) -> list[str]:
-    """What a reader must know before trusting the numbers."""
-    found = []
-    busy = sum(row["busy"] for row in cases)
-    if busy:
-        found.append(
-            f"the machine was busy: {busy} of {len(cases)} rows vary more than on an idle machine; "
-            "measure again"
-        )
-    return found
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The result as text: goals, a table for each kind of work, settings, what is missing."""
-    config = result["config"]
-    side = config["input_size"]
-    versions = " · ".join(f"{name} {version}" for name, version in result["packages"].items())
-    lines = [
-        headline(result),
-        "",
-        versions,
-        "",
-        f"{side}x{side}; a call is the same work for all: from uint8 pictures in memory to logits, "
-        'normalisation included. Random weights throughout. "Ours is faster": median of the row by '
-        'ours, the faster of ours where there are two. "Difference": of the logits from what '
-        f"PyTorch computes, by the largest; above {MAX_DIFFERENCE:g} a row is not ranked. "
-        '"CPUs": CPU time by time, which shows that the threads are as many as they should be.',
-        "",
-        *_goal_lines(result["goals"]),
-    ]
-    works = dict.fromkeys((row["batch"], row["threads"]) for row in result["cases"])
-    for batch, threads in works:
-        rows = [r for r in result["cases"] if (r["batch"], r["threads"]) == (batch, threads)]
-        lines += _work_lines(Work(threads, batch), rows)
-    lines += ["## Settings", ""]
-    lines += [f"- **{name}**: {setting}" for name, setting in result["settings"].items()]
-    if result["absent"]:
-        lines += ["", "## Not measured here", ""]
-        lines += [
-            f"- {one['model']} on {one['backend']}: {one['reason']}" for one in result["absent"]
-        ]
-    lines += ["", *(f"Warning: {warning}." for warning in result["warnings"])]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _goal_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| goal | wanted | reached | met | against |", "|---|---|---|---|---|"]
-    for entry in entries:
-        met = {True: "yes", False: "**no**", None: "-"}[entry["met"]]
-        reached = _ratio(entry["reached"])
-        lines.append(
-            f"| {entry['goal']} | {entry['wanted']:g} | {reached} | {met} | {entry['against']} |"
-        )
-    return [*lines, ""]
-
-
-def _work_lines(work: Work, rows: Sequence[Row]) -> list[str]:
-    lines = [
-        f"## {work.name[0].upper()}{work.name[1:]}",
-        "",
-        "| network | with | p50, ms | p90 | min | images/s | ours is faster (95 %) | difference "
-        "| CPUs | note |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (row["group"] != SAME, row["p50_ms"])):
-        difference = row["max_difference"]
-        cells = [
-            row["model"],
-            f"**{row['backend']}**" if row["is_ours"] else row["backend"],
-            *(f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "min_ms")),
-            f"{row['images_per_second']:.0f}",
-            _ratio(row["ours_faster"]),
-            "not finite" if difference is None else f"{difference:.1e}",
-            f"{row['cpus']:.2f}",
-            row["note"],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def _ratio(ratio: dict[str, float] | None) -> str:
-    """``1.23 (1.20 to 1.25)``."""
-    if ratio is None:
-        return "-"
-    interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
-    return f"{ratio['value']:.2f}{interval}"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 if __name__ == "__main__":

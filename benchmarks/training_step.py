@@ -2,7 +2,7 @@
 
 ``python benchmarks/training_step.py --data data/ferplus --teacher runs/ldg/teacher.safetensors``.
 A step is all that an epoch consists of: loading, augmenting, forward, backward, optimiser, moving
-average. All contenders take turns in rounds of random order; see
+average. All take turns in rounds of random order; see
 :mod:`efficientface_deploy.workbench.timing`.
 """
 
@@ -21,10 +21,9 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import torch
 from torch import nn
 
-from benchmarks.report.__main__ import write_result
-from benchmarks.report.result import default_folder, new_result
-from benchmarks.report.tables import console, require_libraries
-from efficientface_deploy.command import option, parse_config, run_command
+from benchmarks.report.publish import run_benchmark
+from benchmarks.report.result import new_result
+from efficientface_deploy.command import option, run_command
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
 from efficientface_deploy.workbench.environment import usable_cpus
@@ -97,17 +96,8 @@ def plan_cases() -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/training_step.py``."""
-    config = parse_config(
-        TrainingBenchConfig, argv, prog="benchmarks/training_step.py", description=__doc__ or ""
-    )
-    require_libraries()
-    result = run(config)
-    folder = config.out or default_folder(result)
-    write_result(result, folder / "training.json")
-    output = console()
-    output.print(as_table(result), markup=False)
-    output.print(f"wrote training.json to {folder}", markup=False)
-    return 0
+    config = TrainingBenchConfig
+    return run_benchmark("training_step", config, run, argv, __doc__)
 
 
 def run(config: TrainingBenchConfig) -> dict[str, Any]:
@@ -196,27 +186,12 @@ def endless(trainer: Trainer) -> Iterator[Batch]:
 def describe(case: Case, samples: dict[str, Samples], batch_size: int) -> dict[str, Any]:
     """One row of the result."""
     own = samples[case.name]
-    cost = speedup(own, samples[BASELINE])  # above 1: costs more than the baseline
     return {
         **dataclasses.asdict(case),
-        "steps": own.count,
-        "p50_ms": own.p50_ms,
+        **own.figures(),
         "images_per_second": 1000 * batch_size / own.p50_ms,
-        "cost": dataclasses.asdict(cost),
-        "busy": own.busy,
+        "cost": speedup(own, samples[BASELINE]),  # above 1: costs more than the baseline
     }
-
-
-def as_table(result: dict[str, Any]) -> str:
-    """The result for a terminal."""
-    lines = [f"{'':50} {'images/s':>9} {'cost of a step':>22}"]
-    for row in result["cases"]:
-        cost = row["cost"]
-        interval = f"{cost['value']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})"
-        lines.append(f"{row['name']:50} {row['images_per_second']:9.0f} {interval:>22}")
-    if any(row["busy"] for row in result["cases"]):
-        lines.append("the machine was busy with something else: read the costs with care")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

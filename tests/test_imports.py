@@ -29,31 +29,7 @@ class Import(NamedTuple):
 
 
 # What is still against a rule, and why. An entry that is not found any more fails the test.
-BROKEN: dict[Import, str] = {
-    Import(
-        "benchmarks.accuracy", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
-        "benchmarks.graph_layouts", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
-        "benchmarks.latency", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import("benchmarks.peers", "benchmarks.report.__main__"): "the report façade is not split yet",
-    Import(
-        "benchmarks.runtime", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import(
-        "benchmarks.training_step", "benchmarks.report.__main__"
-    ): "the report façade is not split yet",
-    Import("benchmarks.runtime", "benchmarks.graph_layouts"): "what both measure is not shared yet",
-    Import(
-        "benchmarks.measure.models", "benchmarks.report.result"
-    ): "a result's schema is not shared yet",
-    Import(
-        "benchmarks.report.readme", "benchmarks.measure.roofline"
-    ): "a result's schema is not shared yet",
-}
+BROKEN: dict[Import, str] = {}
 
 
 # ---- the graph
@@ -261,8 +237,6 @@ def optional_importers() -> dict[tuple[str, str], set[str]]:
 
 # Packages that several modules of one folder import, with the reason.
 SPREAD: dict[tuple[str, str], str] = {
-    ("benchmarks", "onnxruntime"): "not shared yet",
-    ("benchmarks", "rich"): "not shared yet",
     ("training", "matplotlib"): "not shared yet",
     ("training", "torchvision"): "not shared yet",
     ("efficientface_deploy", "rich"): "a bar and a table have nothing else in common",

@@ -1,16 +1,17 @@
-"""What there is to measure: models, the backends that run them here, and why others do not."""
+"""What there is to measure: models, the backends that run them here, and why others are skipped."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
-from benchmarks.report.result import shown_path
+from benchmarks import ROOT, shown_path
 from efficientface_deploy.artifact import (
     carries_spec,
     read_safetensors_metadata,
@@ -19,7 +20,8 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_backend
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash
-from efficientface_deploy.predictor import Predictor, bundled_model, load
+from efficientface_deploy.predictor import BUNDLED_WEIGHTS, Predictor, bundled_model, load
+from efficientface_deploy.workbench import requirements
 
 ARTIFACTS = ROOT / "artifacts"
 
@@ -28,7 +30,6 @@ ARTIFACTS = ROOT / "artifacts"
 CANNOT_RUN = (EfficientFaceError, ImportError, OSError, RuntimeError)
 
 NO_GRAPHS = ", no CUDA graphs"
-_GRAPHS = "cuda_graphs"  # option of load()
 
 _SEARCHED = (".onnx", ".engine", ".safetensors")
 # Only here does a number of CPU threads mean anything.
@@ -36,7 +37,7 @@ _CPU_BACKENDS = ("onnx:cpu", "torch:cpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Absent:
+class Skipped:
     """Something that could not be measured.
 
     Attributes:
@@ -51,7 +52,7 @@ class Absent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A model, open on a backend.
 
     Attributes:
@@ -106,9 +107,26 @@ class Contender:
         }
 
 
+# ---- options
+
+
 def comma_list(text: str) -> list[str]:
     """``"a, b"`` -> ``["a", "b"]``."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def choose(text: str, known: Sequence[str], option: str) -> list[str]:
+    """The names in a comma list.
+
+    Raises:
+        ConfigError: One of them is not known.
+    """
+    wanted = comma_list(text)
+    for name in wanted:
+        if name not in known:
+            fix = "choose among these, with commas between"
+            raise ConfigError(option, ", ".join(known), repr(name), fix)
+    return wanted
 
 
 def positive_integers(text: str, option: str) -> tuple[int, ...]:
@@ -119,12 +137,8 @@ def positive_integers(text: str, option: str) -> tuple[int, ...]:
     """
     parts = comma_list(text)
     if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ConfigError(
-            option,
-            "whole numbers from 1 on, with commas between",
-            repr(text),
-            f"e.g. {option} 1,8,32",
-        )
+        expected = "whole numbers from 1 on, with commas between"
+        raise ConfigError(option, expected, repr(text), f"e.g. {option} 1,8,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -143,107 +157,25 @@ def choose_backends(text: str) -> tuple[str, ...]:
         for name, entry in REGISTRY.items()
         for device in entry.devices or ("",)
     ]
-    wanted = comma_list(text)
-    for name in wanted:
-        if name not in known and name not in REGISTRY:
-            raise ConfigError(
-                "--backends",
-                ", ".join(known),
-                repr(name),
-                "choose among these, with commas between",
-            )
+    wanted = choose(text, list(dict.fromkeys([*known, *REGISTRY])), "--backends")
     return tuple(
         name for name in known if not wanted or name in wanted or name.partition(":")[0] in wanted
     )
 
 
-def find_models(given: Sequence[Path], *, artifacts: bool = True) -> list[Path]:
+# ---- model files
+
+
+def find_models(given: Sequence[Path]) -> list[Path]:
     """The models to measure.
 
     Args:
         given: Files, and folders to search; where there are none, the bundled models and what lies
             under ``artifacts/``.
-        artifacts: Whether to look there.
     """
-    default = [bundled_model("torch"), bundled_model("onnx"), *([ARTIFACTS] if artifacts else [])]
-    sources = list(given) or default
+    sources = given or [bundled_model("torch"), bundled_model("onnx"), ARTIFACTS]
     paths = [path for source in sources for path in _files_of(source)]
     return list({path.resolve(): path for path in paths}.values())
-
-
-@contextlib.contextmanager
-def open_contenders(
-    paths: Sequence[Path],
-    backends: Sequence[str],
-    threads: Sequence[int | None] = (None,),
-    preset: str | None = None,
-    *,
-    without_graphs: bool = False,
-) -> Iterator[tuple[list[Contender], list[Absent]]]:
-    """Open every model on every backend that runs it here; close them all at the end.
-
-    Args:
-        paths: Model files.
-        backends: From :func:`choose_backends`.
-        threads: Numbers of CPU threads; a model on a CPU is opened once for each.
-        preset: What published checkpoints were trained on, which they do not say themselves.
-        without_graphs: Whether to open an engine a second time without CUDA graphs, where the
-            runtime can turn them off.
-
-    Yields:
-        What opened, in the order of ``paths``, and what did not.
-    """
-    names = _display_names(paths)
-    contenders: list[Contender] = []
-    absent = [Absent(name, "", reason) for name in backends if (reason := _missing(name))]
-    present = [name for name in backends if not _missing(name)]
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            try:
-                family = resolve_backend(path)[0]
-                meaning = None if carries_spec(path) else preset
-            except EfficientFaceError as error:
-                absent.append(Absent("", names[path], one_line(error)))
-                continue
-            for backend in present:
-                if backend.partition(":")[0] != family:
-                    continue
-                try:
-                    for count in threads if backend in _CPU_BACKENDS else (None,):
-                        opened = load(path, backend=backend, threads=count, preset=meaning)
-                        predictor = stack.enter_context(opened)
-                        contenders.append(Contender(names[path], predictor, count, meaning))
-                    if without_graphs and backend.startswith("trt") and _GRAPHS in _load_options():
-                        options: dict[str, Any] = {_GRAPHS: False}
-                        predictor = stack.enter_context(load(path, backend=backend, **options))
-                        contenders.append(Contender(names[path] + NO_GRAPHS, predictor, None))
-                except CANNOT_RUN as error:
-                    absent.append(Absent(backend, names[path], one_line(error)))
-        yield contenders, absent + _without_model(present, contenders, absent)
-
-
-def require_contenders(contenders: Sequence[object], absent: Sequence[Absent]) -> None:
-    """Stop where nothing is left to measure.
-
-    Raises:
-        ConfigError: Names the first model that fell out, and why.
-    """
-    if contenders:
-        return
-    # A file that is at fault says more than a backend that is missing.
-    reasons = [f"{entry.model}: {entry.reason}" for entry in absent if entry.model]
-    raise ConfigError(
-        "models",
-        "one that runs on this machine",
-        f"none ({reasons[0]})" if reasons else "none",
-        "give model files, or make one with efficientface-export --engine onnx",
-    )
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line, led by its class unless the error is ours."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, EfficientFaceError) else f"{type(error).__name__}: {text}"
 
 
 def _files_of(source: Path) -> list[Path]:
@@ -270,6 +202,140 @@ def _is_teacher(path: Path) -> bool:
     return spec.architecture != "efficientface"
 
 
+EXPORTED = ("efficientface-fp16-cpu.onnx", "efficientface-int8-cpu.onnx")
+EXPORTED_NOTE = (
+    "the INT8 file was calibrated on synthetic faces, for its time alone: its answers mean nothing"
+)
+_EXPORT_NEEDS = ("torch", "onnx", "onnxruntime", "onnxconverter_common", "onnxscript", "rich")
+
+
+@contextlib.contextmanager
+def default_models() -> Iterator[tuple[list[Path], list[Skipped], list[str]]]:
+    """The models to time when none is named; what was exported for it is gone at the end.
+
+    INT8 needs training images for its ranges. The embedded synthetic faces serve here: how long a
+    layer takes does not depend on its ranges, and no layer is left in higher precision. What such
+    a file answers means nothing; for accuracy, export with real faces and give the files.
+
+    Yields:
+        The bundled models with those under ``artifacts/``, or with FP16 and INT8 made now where
+        nothing lies there; what could not be made; what a reader must know of them.
+    """
+    found = find_models(())
+    if _files_of(ARTIFACTS):
+        yield found, [], []
+    elif reason := requirements.missing_reason(*_EXPORT_NEEDS):
+        yield found, [Skipped("", name, reason) for name in EXPORTED], []
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            made, skipped = export(Path(folder))
+            yield [*found, *made], skipped, [EXPORTED_NOTE] if made else []
+
+
+def export(folder: Path) -> tuple[list[Path], list[Skipped]]:
+    """Export FP16 and INT8 for a CPU by the two commands that a user would type."""
+    faces, out = folder / "faces", folder / "artifacts"
+    prepare = ["-m", "training.prepare", "synthetic", "--train", "140", "--test", "7"]
+    make = ["-m", "efficientface_export.cli", "--engine", "onnx", "--precision", "all"]
+    make += ["--weights", str(BUNDLED_WEIGHTS), "--calib", str(faces), "--no-int8-search"]
+    print("exporting the bundled model in FP16 and INT8", file=sys.stderr)
+    for arguments in ([*prepare, "--out", str(faces)], [*make, "--out", str(out)]):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+            return [], [Skipped("", name, f"export: {lines[-1]}") for name in EXPORTED]
+    return [out / name for name in EXPORTED], []
+
+
+# ---- open models
+
+
+@contextlib.contextmanager
+def open_candidates(
+    paths: Sequence[Path],
+    backends: Sequence[str],
+    threads: Sequence[int | None] = (None,),
+    preset: str | None = None,
+    *,
+    without_graphs: bool = False,
+) -> Iterator[tuple[list[Candidate], list[Skipped]]]:
+    """Open every model on every backend that runs it here; close them all at the end.
+
+    Args:
+        paths: Model files.
+        backends: From :func:`choose_backends`.
+        threads: Numbers of CPU threads; a model on a CPU is opened once for each.
+        preset: What published checkpoints were trained on, which they do not say themselves.
+        without_graphs: Whether to open an engine a second time without CUDA graphs.
+
+    Yields:
+        What opened, in the order of ``paths``, and what did not.
+    """
+    names = _display_names(paths)
+    opened: list[Candidate] = []
+    missing = {name: reason for name in backends if (reason := _missing(name))}
+    skipped = [Skipped(name, "", reason) for name, reason in missing.items()]
+    present = [name for name in backends if name not in missing]
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            try:
+                family = resolve_backend(path)[0]
+                meaning = None if carries_spec(path) else preset
+            except EfficientFaceError as error:
+                skipped.append(Skipped("", names[path], one_line(error)))
+                continue
+            for backend in present:
+                if backend.partition(":")[0] != family:
+                    continue
+                try:
+                    for count in threads if backend in _CPU_BACKENDS else (None,):
+                        predictor = load(path, backend=backend, threads=count, preset=meaning)
+                        stack.enter_context(predictor)
+                        opened.append(Candidate(names[path], predictor, count, meaning))
+                    if without_graphs and backend.startswith("trt"):
+                        predictor = load(path, backend=backend, cuda_graphs=False)
+                        stack.enter_context(predictor)
+                        opened.append(Candidate(names[path] + NO_GRAPHS, predictor, None))
+                except CANNOT_RUN as error:
+                    skipped.append(Skipped(backend, names[path], one_line(error)))
+        seen = {candidate.backend for candidate in opened} | {entry.backend for entry in skipped}
+        for backend in present:
+            if backend not in seen:
+                suffixes = ", ".join(REGISTRY[backend.partition(":")[0]].suffixes)
+                skipped.append(Skipped(backend, "", f"none of the models is for it ({suffixes})"))
+        yield opened, skipped
+
+
+def require_candidates(candidates: Sequence[object], skipped: Sequence[Skipped]) -> None:
+    """Stop where nothing is left to measure.
+
+    Raises:
+        ConfigError: Names the first model that fell out, and why.
+    """
+    if candidates:
+        return
+    # A file that is at fault says more than a backend that is missing.
+    reasons = [f"{entry.model}: {entry.reason}" for entry in skipped if entry.model]
+    found = f"none ({reasons[0]})" if reasons else "none"
+    fix = "give model files, or make one with efficientface-export --engine onnx"
+    raise ConfigError("models", "one that runs on this machine", found, fix)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, led by its class unless the error is ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EfficientFaceError) else f"{type(error).__name__}: {text}"
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend's package is not here, with what installs it."""
+    name = backend.partition(":")[0]
+    reason = missing_reason(name)
+    extra = REGISTRY[name].extra
+    return reason and f"{reason}; pip install 'efficientface-deploy[{extra}]'"
+
+
 def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
     """File names; where two files have the same, with as many folders as tell them apart."""
     parts = {path: path.resolve().parts for path in paths}
@@ -285,33 +351,3 @@ def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
             length += 1
         names[path] = name(path, length)
     return names
-
-
-def _load_options() -> set[str]:
-    return set(inspect.signature(load).parameters)
-
-
-def _missing(backend: str) -> str | None:
-    """Why a backend's package is not here, with what installs it."""
-    name = backend.partition(":")[0]
-    reason = missing_reason(name)
-    if reason is None:
-        return None
-    return f"{reason}; pip install 'efficientface-deploy[{REGISTRY[name].extra}]'"
-
-
-def _without_model(
-    backends: Sequence[str], contenders: Sequence[Contender], absent: Sequence[Absent]
-) -> list[Absent]:
-    """The backends that are installed but were given nothing that they could run."""
-    spoken_for = {contender.backend for contender in contenders}
-    spoken_for |= {entry.backend for entry in absent}
-    return [
-        Absent(backend, "", f"none of the models is for it ({', '.join(_suffixes(backend))})")
-        for backend in backends
-        if backend not in spoken_for
-    ]
-
-
-def _suffixes(backend: str) -> tuple[str, ...]:
-    return REGISTRY[backend.partition(":")[0]].suffixes

@@ -1,21 +1,26 @@
-"""Networks to measure, and sessions of them."""
+"""Networks to measure, and the files that they are converted to."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-import onnx
-import onnxruntime
+import numpy as np
 import torch
+from onnx import ModelProto, load_model
 from torch import nn
 
 from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.spec import ModelSpec
-from efficientface_export.graph.channel_layout import PROFILES
+from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_export.graph.channel_layout import PROFILES, Profile
 from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.io import multiply_adds, write_onnx
 from efficientface_export.graph.trace import export_onnx
+
+STRAIGHT = "straight"
+DEPLOY = "deploy"
+MAX_DIFFERENCE = 1e-4  # of the logits, relative to the largest: FP32 sums in another order
 
 
 def random_network(spec: ModelSpec, seed: int) -> EfficientFace:
@@ -33,20 +38,11 @@ def random_network(spec: ModelSpec, seed: int) -> EfficientFace:
     return network.eval()
 
 
-def open_session(graph: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU with all its optimisations."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-STRAIGHT = "straight"
-
-
-DEPLOY = "deploy"
+def relative_difference(found: Float32Array, expected: Float32Array) -> float:
+    """Largest difference by the largest expected value; infinite for another shape or NaN."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +69,15 @@ class Network:
             if graph == STRAIGHT:
                 export_onnx(self.module, self.spec, path, float_input=float_input)
             else:
-                weights = {key: value.numpy() for key, value in self.module.state_dict().items()}
-                laid_out = deploy_graph(
-                    weights, self.spec, PROFILES["cpu"], float_input=float_input
-                )
+                laid_out = self.lay_out(PROFILES["cpu"], float_input=float_input)
                 write_onnx(laid_out, path, self.spec, {"precision": "fp32", "target": "cpu"})
         return path
 
+    def lay_out(self, profile: Profile, *, float_input: bool = False) -> ModelProto:
+        """The graph that our exporter writes by this profile; for EfficientFace alone."""
+        weights = {name: value.numpy() for name, value in self.module.state_dict().items()}
+        return deploy_graph(weights, self.spec, profile, float_input=float_input)
+
     def multiply_adds(self) -> int:
         """Those that the network needs for a picture, without what a layout adds."""
-        return multiply_adds(onnx.load(self.onnx(STRAIGHT)))
+        return multiply_adds(load_model(self.onnx(STRAIGHT)))

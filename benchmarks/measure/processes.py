@@ -1,87 +1,179 @@
-"""Cold start: what the first label costs in a process that has done nothing yet.
+"""Fresh processes: how long one takes, how much memory, and what it measures of itself.
 
-A fresh Python process imports the runtime, loads a model and labels one JPEG. The clock runs from
-the start of ``load()`` to the label: the import of the backend's library is in it, Python's own
-start, numpy and Pillow are not (``process_ms`` has them). The model file lies in the system's file
-cache, as it does from the second start on.
+A process is started with some code; when that has printed its answer, the process says how much
+memory it had and which modules. Nothing is imported here but what an application would import too,
+so that the jobs below run in the memory of an application.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks import ROOT
-from benchmarks.measure.models import NO_GRAPHS, Absent, Contender
+from efficientface_deploy.workbench.timing import interleave
 
-_TIMEOUT = 300
+if TYPE_CHECKING:
+    from benchmarks.measure.models import Candidate, Skipped
 
-# A child's peak memory, as the system counts it, starts at what its parent had in memory when it
-# started it. The benchmark is large; this process is not, and it starts the one that is measured.
-_LAUNCHER = """
-import json, os, subprocess, sys, time
-start = time.perf_counter_ns()
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
-output = child.stdout.read()
-if hasattr(os, "wait4"):
-    _, status, usage = os.wait4(child.pid, 0)
-    code, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
-else:
-    code, peak = child.wait(), None
-elapsed = time.perf_counter_ns() - start
-if code:
-    sys.exit(1)
-print(json.dumps({**json.loads(output), "process_ns": elapsed, "peak_bytes": peak}))
+_TIMEOUT = 300  # seconds
+
+Result = TypeVar("Result")
+
+
+def memory_kb(field: str) -> int | None:
+    """Memory of this process, kB: now (``VmRSS``) or its peak (``VmHWM``); None where unknown."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+    except OSError:
+        if field != "VmHWM" or sys.platform != "darwin":
+            return None
+    import resource  # not on Linux, where a child's peak starts at what its parent had in memory
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+# After the code: what the process says of itself.
+_EPILOGUE = f"""
+import sys
+modules = list(sys.modules)
+{inspect.getsource(memory_kb)}
+import json
+print(json.dumps(dict(peak_kb=memory_kb("VmHWM"), modules=modules)), flush=True)
 """
 
-_CHILD = """
-import json, sys, time
-arguments = json.loads(sys.argv[1])
-jpeg = open(arguments.pop("jpeg"), "rb").read()
-import efficientface_deploy
-start = time.perf_counter_ns()
-predictor = efficientface_deploy.load(**arguments)
-loaded = time.perf_counter_ns()
-predictor(jpeg)
-labelled = time.perf_counter_ns()
-print(json.dumps({"load_ns": loaded - start, "label_ns": labelled - loaded}))
-"""
+
+class ProcessError(Exception):
+    """A process that did not come to its end; the last line that it wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """One process.
+class Run:
+    """A process that ended.
 
     Attributes:
-        load_ns: From the call of ``load()`` to its return.
-        label_ns: From there to the first label.
-        process_ns: The whole process, from before it was started to its end.
-        peak_bytes: Largest resident memory; None where the system does not say.
+        answer: The first line that its code printed.
+        answer_ns: From before it was started to this line.
+        process_ns: From there to its end.
+        peak_kb: Largest resident memory; None where the system does not say.
+        modules: What it had imported.
     """
 
-    load_ns: int
-    label_ns: int
+    answer: str
+    answer_ns: int
     process_ns: int
-    peak_bytes: int | None
+    peak_kb: int | None
+    modules: frozenset[str]
+
+
+def run_fresh(
+    code: str,
+    argument: object = None,
+    *,
+    bytecode: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Run code in a new process of this Python, which finds our packages.
+
+    Args:
+        code: Prints one line; where there is an argument, it has this name.
+        argument: Becomes JSON on the way.
+        bytecode: Folder to keep compiled modules in; None keeps them beside the sources.
+        environment: Variables to set.
+
+    Raises:
+        ProcessError: It failed, hung, or printed nothing.
+    """
+    given = ""
+    if argument is not None:
+        given = f"import json; argument = json.loads({json.dumps(argument)!r})\n"
+    variables = {**os.environ, **(environment or {})}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    if bytecode is not None:
+        variables["PYTHONPYCACHEPREFIX"] = str(bytecode)
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter_ns()
+        process = subprocess.Popen(
+            [sys.executable, "-c", given + code + _EPILOGUE],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env=variables,
+        )
+        alarm = threading.Timer(_TIMEOUT, process.kill)
+        alarm.start()
+        with process:
+            assert process.stdout is not None
+            answer = process.stdout.readline()
+            answered = time.perf_counter_ns()
+            rest = process.stdout.read()
+        ended = time.perf_counter_ns()
+        alarm.cancel()
+        if process.returncode or not rest:
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or ["ended without a word"]
+            late = ended - start > _TIMEOUT * 1e9
+            raise ProcessError(f"not done after {_TIMEOUT} s" if late else lines[-1])
+    said = json.loads(rest.splitlines()[-1])
+    modules = frozenset(said["modules"])
+    return Run(answer.strip(), answered - start, ended - start, said["peak_kb"], modules)
+
+
+def run_job(job: Callable[..., Result], *arguments: object, **options: Any) -> Result:
+    """Call a function of a module, from JSON to JSON, in a process of its own.
+
+    Args:
+        job: What is called.
+        arguments: Its arguments.
+        options: Of :func:`run_fresh`.
+
+    Raises:
+        ProcessError: It failed.
+    """
+    code = f"from {job.__module__} import {job.__name__}\n"
+    code += f"print(json.dumps({job.__name__}(*argument)), flush=True)"
+    found: Result = json.loads(run_fresh(code, arguments, **options).answer)
+    return found
+
+
+# ---- cold start: what the first label costs in a process that has done nothing yet
+
+# The clock runs from the start of load() to the label: the import of the backend's library is in
+# it, Python's own start, numpy and Pillow are not. The model file lies in the system's file cache,
+# as it does from the second start on.
+_COLD_START = """
+import time
+jpeg = open(argument.pop("jpeg"), "rb").read()
+import efficientface_deploy
+start = time.perf_counter_ns()
+predictor = efficientface_deploy.load(**argument)
+loaded = time.perf_counter_ns()
+predictor(jpeg)
+labelled = time.perf_counter_ns()
+print(json.dumps([loaded - start, labelled - loaded]), flush=True)
+"""
 
 
 def measure_cold_starts(
-    contenders: Sequence[Contender], jpeg: bytes, *, runs: int, seed: int
-) -> tuple[list[dict[str, Any]], list[Absent]]:
+    candidates: Sequence[Candidate], jpeg: bytes, *, runs: int, seed: int
+) -> tuple[list[dict[str, Any]], list[Skipped]]:
     """Start every model on every backend in processes of their own, in rounds of random order.
 
     Args:
-        contenders: Each model and backend is started with the first number of threads that it has
+        candidates: Each model and backend is started with the first number of threads that it has
             here.
         jpeg: What is labelled.
         runs: Processes for each; with 0 nothing is measured.
@@ -90,82 +182,140 @@ def measure_cold_starts(
     Returns:
         A row for each, and those that failed, which have none.
     """
-    # Without CUDA graphs is a setting for comparison, which no process starts with.
-    usual = [entry for entry in contenders if not entry.model.endswith(NO_GRAPHS)]
-    chosen = list({(entry.model, entry.backend): entry for entry in reversed(usual)}.values())
-    chosen.reverse()
-    starts: dict[Contender, list[Start]] = {entry: [] for entry in chosen}
-    failed: list[Absent] = []
-    order = np.random.default_rng(seed)
+    from benchmarks.measure.models import NO_GRAPHS, Skipped  # which a job does not need
+
+    chosen: dict[str, Candidate] = {}
+    for entry in candidates:
+        # Without CUDA graphs is a setting for comparison, which no process starts with.
+        if not entry.model.endswith(NO_GRAPHS):
+            chosen.setdefault(f"{entry.model} on {entry.backend}", entry)
+    found: dict[str, list[Run]] = {name: [] for name in chosen}
+    failed: list[Skipped] = []
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "face.jpg")
         image.write_bytes(jpeg)
-        for _ in range(runs):
-            for index in order.permutation(len(chosen)):
-                entry = chosen[index]
-                if entry not in starts:
-                    continue
-                try:
-                    starts[entry].append(start_once(entry, image))
-                except ColdStartError as error:
-                    reason = f"cold start: {error}"
-                    failed.append(Absent(entry.backend, entry.model, reason))
-                    del starts[entry]
-    return [describe(entry, found) for entry, found in starts.items() if found], failed
+        for _, name in interleave(chosen, runs, seed):
+            if name not in found:
+                continue
+            try:
+                found[name].append(start_cold(chosen[name], image))
+            except ProcessError as error:
+                entry = chosen[name]
+                failed.append(Skipped(entry.backend, entry.model, f"cold start: {error}"))
+                del found[name]
+    return [describe_cold(chosen[name], own) for name, own in found.items() if own], failed
 
 
-class ColdStartError(Exception):
-    """The process did not come to its label."""
-
-
-def start_once(contender: Contender, image: Path) -> Start:
-    """Load and label in a fresh process.
+def start_cold(candidate: Candidate, image: Path) -> Run:
+    """Load and label in a fresh process; the answer is ``[nanoseconds of load(), of the label]``.
 
     Raises:
-        ColdStartError: It failed; the last line that it wrote.
+        ProcessError: It failed.
     """
-    predictor = contender.predictor
-    arguments = {
-        "model": str(predictor.path.resolve()),
-        "backend": contender.backend,
-        "threads": contender.threads,
-        "preset": contender.preset,
-        "jpeg": str(image),
-    }
-    child = [sys.executable, "-c", _CHILD, json.dumps(arguments)]
-    try:
-        done = subprocess.run(
-            # -S and -I: without site-packages, so that it stays small.
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, *child],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ColdStartError(f"not done after {_TIMEOUT} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["ended without a word"]
-        raise ColdStartError(lines[-1])
-    return Start(**json.loads(done.stdout))
+    options = {name: getattr(candidate, name) for name in ("backend", "threads", "preset")}
+    model = str(candidate.predictor.path.resolve())
+    return run_fresh(_COLD_START, {**options, "model": model, "jpeg": str(image)})
 
 
-def describe(contender: Contender, starts: Sequence[Start]) -> dict[str, Any]:
+def describe_cold(candidate: Candidate, runs: Sequence[Run]) -> dict[str, Any]:
     """One row of the result."""
-    totals = [(entry.load_ns + entry.label_ns) / 1e6 for entry in starts]
-    peaks = [entry.peak_bytes for entry in starts if entry.peak_bytes is not None]
+    load_ns, label_ns = zip(*(json.loads(run.answer) for run in runs), strict=True)
+    totals = [(load + label) / 1e6 for load, label in zip(load_ns, label_ns, strict=True)]
+    peaks = [1024 * run.peak_kb for run in runs if run.peak_kb is not None]
     return {
-        "model": contender.model,
-        "backend": contender.backend,
-        "precision": contender.precision,
-        "threads": contender.threads,
-        "runs": len(starts),
+        "model": candidate.model,
+        "backend": candidate.backend,
+        "precision": candidate.precision,
+        "threads": candidate.threads,
+        "runs": len(runs),
         "p50_ms": statistics.median(totals),
         "min_ms": min(totals),
         "max_ms": max(totals),
-        "load_ms": statistics.median(entry.load_ns for entry in starts) / 1e6,
-        "first_label_ms": statistics.median(entry.label_ns for entry in starts) / 1e6,
-        "process_ms": statistics.median(entry.process_ns for entry in starts) / 1e6,
+        "load_ms": statistics.median(load_ns) / 1e6,
+        "first_label_ms": statistics.median(label_ns) / 1e6,
+        "process_ms": statistics.median(run.process_ns for run in runs) / 1e6,
         "peak_bytes": max(peaks, default=None),
     }
+
+
+# ---- jobs: what a process of its own measures of itself
+
+
+def predict_often(job: dict[str, Any]) -> dict[str, Any]:
+    """Label pictures again and again, from a file's bytes and from an array in turn.
+
+    Args:
+        job: ``predictions``, ``samples``, ``photo`` (a path) and ``threads``.
+
+    Returns:
+        How many predictions were made at each sample, and the memory there, kB.
+    """
+    import efficientface_deploy as ef
+    from efficientface_deploy.vision.preprocess import ImageSource
+
+    with ef.load(threads=job["threads"]) as predictor:
+        photo = Path(job["photo"]).read_bytes()
+        sources: list[ImageSource] = [photo, predictor.preprocess(photo)]
+        step = max(job["predictions"] // job["samples"], 1)
+        counts, memory = [], []
+        for number in range(1, job["predictions"] + 1):
+            predictor(sources[number % 2])
+            if number % step == 0:
+                counts.append(number)
+                memory.append(memory_kb("VmRSS"))
+    return {"predictions": counts, "rss_kb": memory}
+
+
+def run_with_setting(job: dict[str, Any]) -> dict[str, Any]:
+    """What one way to set up ONNX Runtime costs: start, calls, processor time, memory.
+
+    Args:
+        job: ``model`` (a path), ``side`` of its input, ``calls``, ``pause_s`` and ``setting``, the
+            options of :func:`benchmarks.measure.sessions.open_session`.
+
+    Returns:
+        Milliseconds to open and run once, of each call one after the other and of each call after a
+        pause; processor milliseconds of a call, of both kinds; memory after these, and the peak
+        after a batch of 32 as well, kB.
+    """
+    import numpy as np
+
+    from benchmarks.measure.sessions import open_session
+
+    side = job["side"]
+    images = np.random.default_rng(0).integers(0, 256, (32, side, side, 3), dtype=np.uint8)
+
+    began = time.perf_counter()
+    session = open_session(Path(job["model"]), **job["setting"])
+
+    def call() -> None:
+        session.run(None, {"image": images[:1]})
+
+    call()
+    start_ms = 1e3 * (time.perf_counter() - began)
+    calls_ms, cpu_ms = _time_calls(call, job["calls"], 0)
+    paced_ms, paced_cpu_ms = _time_calls(call, max(job["calls"] // 4, 1), job["pause_s"])
+    single_kb = memory_kb("VmRSS")
+    session.run(None, {"image": images})
+    return {
+        "start_ms": start_ms,
+        "calls_ms": calls_ms,
+        "paced_ms": paced_ms,
+        "cpu_ms": cpu_ms,
+        "paced_cpu_ms": paced_cpu_ms,
+        "rss_kb": single_kb,
+        "batch_peak_kb": memory_kb("VmHWM"),
+    }
+
+
+def _time_calls(call: Callable[[], None], count: int, pause_s: float) -> tuple[list[float], float]:
+    """Milliseconds of each call; processor milliseconds of a call with what its threads burn."""
+    durations = []
+    spent = time.process_time()
+    for _ in range(count):
+        if pause_s:
+            time.sleep(pause_s)
+        began = time.perf_counter()
+        call()
+        durations.append(1e3 * (time.perf_counter() - began))
+    return durations, 1e3 * (time.process_time() - spent) / count

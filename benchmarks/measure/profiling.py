@@ -8,21 +8,21 @@ TensorRT's inspector; it says what they are, not how long they take.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure.models import Contender
+from benchmarks.measure.models import Candidate
+from benchmarks.measure.sessions import profiled
 from efficientface_deploy.backends.tensorrt.library import load_library, make_logger
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.predictor import load
 from efficientface_deploy.vision.preprocess import UInt8Array
+from efficientface_deploy.workbench.requirements import is_installed
 
 POINTWISE = "pointwise convolutions"
 DEPTHWISE = "depthwise convolutions"
@@ -53,34 +53,31 @@ _KIND_OF = {
 Event = Mapping[str, Any]
 
 
-def profile_onnx(contender: Contender, images: Sequence[UInt8Array], runs: int) -> dict[str, Any]:
+def profile_onnx(candidate: Candidate, images: Sequence[UInt8Array], runs: int) -> dict[str, Any]:
     """Profile a model that ONNX Runtime runs.
 
     Args:
-        contender: On one of :data:`PROFILED`.
+        candidate: On one of :data:`PROFILED`.
         images: Batches, each uint8 (N, S, S, 3), taken in turn.
         runs: Passes that count, after a warm-up.
 
     Returns:
         A JSON object: ``kinds`` and ``layers``, each with the median microseconds of a pass.
     """
-    predictor = contender.predictor
+    predictor = candidate.predictor
     with (
         tempfile.TemporaryDirectory() as folder,
-        _sessions_profiled(folder),
-        load(predictor.path, backend=contender.backend, threads=contender.threads) as profiled,
+        profiled(Path(folder)),
+        load(predictor.path, backend=candidate.backend, threads=candidate.threads) as own,
     ):
         for number in range(_WARM_UP + runs):
-            profiled.infer(images[number % len(images)])
+            own.infer(images[number % len(images)])
         # The public interface has no profile, and this session is nobody else's.
-        backend: Any = profiled._backend
+        backend: Any = own._backend
         trace = json.loads(Path(backend._session.end_profiling()).read_text("utf-8"))
     layers = summarise(trace, _WARM_UP, stored_weights(predictor.path))
     return {
-        "model": contender.model,
-        "backend": contender.backend,
-        "precision": contender.precision,
-        "threads": contender.threads,
+        **_head(candidate),
         "batch": len(images[0]),
         "runs": runs,
         "total_us": sum(layer["us"] for layer in layers),
@@ -110,15 +107,9 @@ def summarise(
     for name, times in durations.items():
         node = first[name]
         weight = weight_shape(name, node, stored)
-        layers.append(
-            {
-                "name": name,
-                "operator": node["op_name"],
-                "kind": kind_of(node, weight),
-                "us": statistics.median(times[skipped:] or times),
-                "multiply_adds": multiply_adds(node, weight),
-            }
-        )
+        layer = {"name": name, "operator": node["op_name"], "kind": kind_of(node, weight)}
+        layer |= {"us": statistics.median(times[skipped:] or times)}
+        layers.append({**layer, "multiply_adds": multiply_adds(node, weight)})
     return layers
 
 
@@ -171,7 +162,7 @@ def weight_shape(
 
 def stored_weights(path: Path) -> dict[str, list[int]]:
     """Shape of each convolution's weight in an ONNX file; empty without the package onnx."""
-    if importlib.util.find_spec("onnx") is None:
+    if not is_installed("onnx"):
         return {}
     import onnx
 
@@ -193,81 +184,45 @@ def by_kind(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for kind in KINDS:
         own = [layer for layer in layers if layer["kind"] == kind]
-        microseconds = sum(layer["us"] for layer in own)
-        arithmetic = sum(layer["multiply_adds"] for layer in own)
         if own:
-            rows.append(
-                {
-                    "kind": kind,
-                    "us": microseconds,
-                    "share": microseconds / total,
-                    "nodes": len(own),
-                    "multiply_adds": arithmetic,
-                }
-            )
+            us, arithmetic = (sum(layer[key] for layer in own) for key in ("us", "multiply_adds"))
+            row = {"kind": kind, "us": us, "share": us / total, "nodes": len(own)}
+            rows.append({**row, "multiply_adds": arithmetic})
     return rows
 
 
-def inspect_engine(contender: Contender) -> dict[str, Any]:
+def inspect_engine(candidate: Candidate) -> dict[str, Any]:
     """The layers of an engine, as TensorRT's inspector lists them.
 
     Raises:
         BackendError: The library does not load the plan again.
     """
-    path = contender.predictor.path
-    module = load_library(contender.backend)
+    path = candidate.predictor.path
+    module = load_library(candidate.backend)
     logger = make_logger(module)
     plan = module.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
     if plan is None:
-        raise BackendError(
-            path.name,
-            f"{module.__name__} to load the plan again",
-            logger.first_error() or "no reason given",
-            "leave --profile out",
-        )
+        expected = f"{module.__name__} to load the plan again"
+        found = logger.first_error() or "no reason given"
+        raise BackendError(path.name, expected, found, "leave --profile out")
     inspector = plan.create_engine_inspector()
     text = inspector.get_engine_information(module.LayerInformationFormat.JSON)
-    return {
-        "model": contender.model,
-        "backend": contender.backend,
-        "precision": contender.precision,
-        "threads": None,
-        "engine_layers": engine_layers(text),
-    }
+    return {**_head(candidate), "engine_layers": engine_layers(text)}
+
+
+def _head(candidate: Candidate) -> dict[str, Any]:
+    names = ("model", "backend", "precision", "threads")
+    return {name: getattr(candidate, name) for name in names}
 
 
 def engine_layers(text: str) -> list[dict[str, str]]:
     """Name and kind of each layer; an engine built without details has names alone."""
     layers = json.loads(text).get("Layers", [])
+    named = [layer if isinstance(layer, dict) else {"Name": str(layer)} for layer in layers]
     return [
         {"name": layer.get("Name", ""), "kind": layer.get("LayerType", "unknown")}
-        if isinstance(layer, dict)
-        else {"name": str(layer), "kind": "unknown"}
-        for layer in layers
+        for layer in named
     ]
-
-
-@contextmanager
-def _sessions_profiled(folder: str) -> Iterator[None]:
-    """Let the runtime make its sessions with the profiler on.
-
-    So it is the runtime's own choice of optimisations that is profiled, not a copy of it here.
-    """
-    import onnxruntime
-
-    original = onnxruntime.SessionOptions
-
-    def options() -> Any:
-        made = original()
-        made.enable_profiling = True
-        made.profile_file_prefix = str(Path(folder, "trace"))
-        return made
-
-    onnxruntime.SessionOptions = options
-    try:
-        yield
-    finally:
-        onnxruntime.SessionOptions = original
 
 
 def _layer_name(name: str) -> str:

@@ -6,35 +6,33 @@ normalisation is part of that function, done the way that the toolchain offers.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
-from benchmarks.measure.networks import DEPLOY, STRAIGHT, Network, open_session
+from benchmarks.measure.networks import DEPLOY, STRAIGHT, Network
+from benchmarks.measure.sessions import open_session
 from efficientface_deploy import load
 from efficientface_deploy.artifact import UINT8_INPUT
-from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+from efficientface_deploy.workbench.requirements import missing_reason
 from efficientface_export.graph.trace import UInt8Model
 
-Infer = Callable[[UInt8Array], Float32Array]
-
+Infer = Callable[[UInt8Array], Float32Array]  # pictures (N, S, S, 3) -> logits (N, C)
 
 _CONVERSION_SECONDS = 120
 _LOGITS = "logits"
@@ -57,7 +55,9 @@ class Work:
         return f"batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-Open = Callable[[Network, Work, contextlib.ExitStack], Infer]
+# Opens a network for a kind of work, by torch's export or ours where a file is needed; what must be
+# closed goes on the stack. The first call may compile.
+Open = Callable[[Network, str, Work, ExitStack], Infer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,42 +67,46 @@ class Toolchain:
     Attributes:
         name: In tables.
         library: Its family, for ``--libraries``.
-        open: Opens a network for a kind of work; what must be closed goes on the stack. The first
-            call may compile.
+        opener: Opens it.
         setting: What it is told, where that is documented, and why so.
         needs: Modules that must be importable.
         graph: What it is given: torch's export or ours.
         precision: ``fp32``, or ``own`` for what the library rounds to by default.
-        batches: True: for batches alone; False: for single pictures alone; None: for both.
+        batches_only: Whether it is no use for single pictures.
+        one_by_one: Whether a batch is run as single pictures, one on each thread; what it opens
+            must be thread-safe.
     """
 
     name: str
     library: str
-    open: Open
+    opener: Open
     setting: str
     needs: tuple[str, ...] = ()
     graph: str = STRAIGHT
     precision: str = "fp32"
-    batches: bool | None = None
+    batches_only: bool = False
+    one_by_one: bool = False
 
     def takes(self, work: Work) -> bool:
         """Whether it is meant for this work."""
-        return self.batches in (None, work.batch > 1)
+        return work.batch > 1 or not self.batches_only
 
-    def require_packages(self) -> None:
-        """Raise :class:`UnavailableError` where a package is missing."""
-        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UnavailableError(
-                f"no {' and no '.join(missing)} here; pip install 'efficientface-deploy[peers]'"
-            )
+    def open(self, network: Network, work: Work, stack: ExitStack) -> Infer:
+        """A function from pictures to logits.
+
+        Raises:
+            UnavailableError: A package or a compiler is missing, or a converter failed.
+        """
+        if reason := missing_reason(*self.needs):
+            raise UnavailableError(reason)
+        if not self.one_by_one or work.batch == 1:
+            return self.opener(network, self.graph, work, stack)
+        return one_by_one(self.opener(network, self.graph, Work(1, 1), stack), work.threads, stack)
 
 
-def one_by_one(infer: Infer, work: Work, stack: contextlib.ExitStack) -> Infer:
+def one_by_one(infer: Infer, threads: int, stack: ExitStack) -> Infer:
     """Run a batch as single pictures, one on each thread; ``infer`` must be thread-safe."""
-    if work.batch == 1:
-        return infer
-    pool = stack.enter_context(ThreadPoolExecutor(work.threads))
+    pool = stack.enter_context(ThreadPoolExecutor(threads))
 
     def infer_all(pictures: UInt8Array) -> Float32Array:
         return np.concatenate(list(pool.map(infer, pictures[:, None])))  # N x (1, S, S, 3)
@@ -110,55 +114,41 @@ def one_by_one(infer: Infer, work: Work, stack: contextlib.ExitStack) -> Infer:
     return infer_all
 
 
-def open_ours(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
+def open_ours(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
     """This toolkit, as one embeds it: its export, through its runtime, all checks included."""
-    path = network.onnx(DEPLOY)
+    path = network.onnx(graph)
     predictor = stack.enter_context(load(path, backend="onnx:cpu", threads=work.threads))
     return lambda pictures: predictor.infer(pictures)[0]
 
 
-def open_ours_one_by_one(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
-    """The same, shared by as many threads as there are, each with a picture of its own."""
-    single = Work(threads=1, batch=1)
-    return one_by_one(open_ours(network, single, stack), work, stack)
+def open_eager(
+    network: Network, graph: str, work: Work, stack: ExitStack, channels_last: bool = False
+) -> Infer:
+    """PyTorch as the published test script has it: evaluation mode, no gradients, NCHW floats.
 
-
-def open_eager(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
-    """PyTorch as the published test script has it: evaluation mode, no gradients, NCHW floats."""
-    module, normalise = network.module, _TensorNormalise(network.spec)
-
-    def infer(pictures: UInt8Array) -> Float32Array:
-        with torch.no_grad():
-            planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
-            logits: Tensor = module(normalise(planes))
-        return np.asarray(logits.numpy())
-
-    return infer
-
-
-def open_channels_last(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
-    """PyTorch with the channels of a pixel side by side, as they are in the picture."""
+    With ``channels_last`` the channels of a pixel lie side by side, as they do in the picture.
+    """
+    kept = torch.channels_last if channels_last else torch.contiguous_format
     # A copy: the network's own layout is what the others are given.
-    module: Any = copy.deepcopy(network.module)
-    module.to(memory_format=torch.channels_last)
-    normalise = _TensorNormalise(network.spec)
+    module: Any = copy.deepcopy(network.module).to(memory_format=kept)
+    mean = torch.tensor(network.spec.mean).view(1, 3, 1, 1)
+    std = torch.tensor(network.spec.std).view(1, 3, 1, 1)
 
     def infer(pictures: UInt8Array) -> Float32Array:
         with torch.no_grad():
-            planes = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (N, 3, S, S), NHWC in memory
-            logits: Tensor = module(normalise(planes))
+            planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=kept)
+            logits: Tensor = module(planes.float().div_(255).sub_(mean).div_(std))  # (N, 3, S, S)
         return np.asarray(logits.numpy())
 
     return infer
 
 
-def open_compiled(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
+def open_compiled(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
     """PyTorch compiled by inductor for this very shape, normalisation included."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise UnavailableError(
-            f"no C++ compiler {compiler!r} here, which inductor needs; install g++"
-        )
+        reason = f"no C++ compiler {compiler!r} here, which inductor needs; install g++"
+        raise UnavailableError(reason)
     torch._dynamo.reset()
     compiled = torch.compile(UInt8Model(network.module, network.spec).eval(), dynamic=False)
 
@@ -170,23 +160,17 @@ def open_compiled(network: Network, work: Work, stack: contextlib.ExitStack) -> 
     return infer
 
 
-def open_onnxruntime(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
-    """ONNX Runtime with all its optimisations on torch's export."""
-    session = open_session(onnx.load(network.onnx(STRAIGHT)), work.threads)
+def open_onnxruntime(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+    """ONNX Runtime with all its optimisations."""
+    session = open_session(network.onnx(graph), work.threads)
     return lambda pictures: np.asarray(session.run([_LOGITS], {UINT8_INPUT: pictures})[0])
 
 
-def open_onnxruntime_one_by_one(network: Network, work: Work, stack: contextlib.ExitStack) -> Infer:
-    """The same, shared by as many threads as there are, each with a picture of its own."""
-    single = Work(threads=1, batch=1)
-    return one_by_one(open_onnxruntime(network, single, stack), work, stack)
-
-
 def open_openvino(
-    network: Network, work: Work, stack: contextlib.ExitStack, *, graph: str, precision: str | None
+    network: Network, graph: str, work: Work, stack: ExitStack, precision: str | None = "f32"
 ) -> Infer:
     """OpenVINO for one request at a time."""
-    request = _compile_openvino(network, work, graph, "LATENCY", precision).create_infer_request()
+    request = _compile_openvino(network, graph, work, "LATENCY", precision).create_infer_request()
 
     def infer(pictures: UInt8Array) -> Float32Array:
         # The output's memory belongs to the request: copied, as one would before the next call.
@@ -196,13 +180,12 @@ def open_openvino(
     return infer
 
 
-def open_openvino_queue(
-    network: Network, work: Work, stack: contextlib.ExitStack, *, graph: str
-) -> Infer:
+def open_openvino_queue(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
     """OpenVINO for throughput: a request for each picture, as many at once as it finds best."""
     import openvino
 
-    queue = openvino.AsyncInferQueue(_compile_openvino(network, work, graph, "THROUGHPUT", "f32"))
+    compiled = _compile_openvino(network, graph, work, "THROUGHPUT", "f32")
+    queue = openvino.AsyncInferQueue(compiled)
     logits = np.empty((work.batch, network.spec.num_classes), np.float32)  # (N, C)
 
     def keep(request: Any, index: int) -> None:
@@ -219,15 +202,26 @@ def open_openvino_queue(
     return infer
 
 
+def _compile_openvino(
+    network: Network, graph: str, work: Work, hint: str, precision: str | None
+) -> Any:
+    import openvino
+
+    config: dict[str, Any] = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": work.threads}
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = precision
+    return openvino.Core().compile_model(str(network.onnx(graph)), "CPU", config)
+
+
 def open_ncnn(
-    network: Network, work: Work, stack: contextlib.ExitStack, *, graph: str, rounded: bool
+    network: Network, graph: str, work: Work, stack: ExitStack, rounded: bool = False
 ) -> Infer:
-    """Ncnn, which has no batches: the threads share a picture, or have one each."""
+    """Ncnn, which has no batches."""
     import ncnn
 
     param, weights = _convert_to_ncnn(network, graph, rounded)
     net = ncnn.Net()
-    net.opt.num_threads = work.threads if work.batch == 1 else 1
+    net.opt.num_threads = work.threads
     if not rounded:
         for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
             setattr(net.opt, f"use_{name}", False)
@@ -243,16 +237,15 @@ def open_ncnn(
         extractor.input("in0", image)
         return np.array(extractor.extract("out0")[1])[None]  # (1, C)
 
-    return one_by_one(infer, work, stack)
+    return infer
 
 
-def open_mnn(network: Network, work: Work, stack: contextlib.ExitStack, *, graph: str) -> Infer:
+def open_mnn(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
     """MNN by its module interface, normalisation in the graph."""
     import MNN
 
-    runtime = MNN.nn.create_runtime_manager(
-        ({"backend": "CPU", "numThread": work.threads, "precision": "high"},)
-    )
+    config = {"backend": "CPU", "numThread": work.threads, "precision": "high"}
+    runtime = MNN.nn.create_runtime_manager((config,))
     module = MNN.nn.load_module_from_file(
         str(_convert_to_mnn(network, graph)), [UINT8_INPUT], [_LOGITS], runtime_manager=runtime
     )
@@ -265,186 +258,6 @@ def open_mnn(network: Network, work: Work, stack: contextlib.ExitStack, *, graph
     return infer
 
 
-OURS = (
-    Toolchain(
-        "EfficientFace Deploy",
-        "ours",
-        open_ours,
-        "efficientface-export's FP32 graph for a CPU, ef.load(threads=N).infer()",
-        graph=DEPLOY,
-    ),
-    Toolchain(
-        "EfficientFace Deploy, a picture to each thread",
-        "ours",
-        open_ours_one_by_one,
-        "one predictor with threads=1, shared by N threads of the application",
-        graph=DEPLOY,
-        batches=True,
-    ),
-)
-
-EAGER = Toolchain(
-    "PyTorch eager",
-    "pytorch",
-    open_eager,
-    "model.eval(), torch.no_grad(), contiguous float input, as in the published test script",
-)
-
-ONNXRUNTIME = Toolchain(
-    "ONNX Runtime",
-    "onnxruntime",
-    open_onnxruntime,
-    "torch.onnx.export(dynamo=True), which optimises; ORT_ENABLE_ALL and intra_op_num_threads "
-    "(https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html)",
-)
-
-_OPENVINO_HINTS = (
-    "https://docs.openvino.ai/2025/openvino-workflow/running-inference/optimize-inference/"
-    "high-level-performance-hints.html"
-)
-_OPENVINO_PRECISION = (
-    "https://docs.openvino.ai/2025/openvino-workflow/running-inference/optimize-inference/"
-    "precision-control.html"
-)
-_NCNN = (
-    "https://github.com/Tencent/ncnn/blob/master/docs/how-to-use-and-FAQ/openmp-best-practice.md"
-)
-
-
-def _given(name: str, graph: str) -> str:
-    return name if graph == STRAIGHT else f"{name}, our graph"
-
-
-def _openvino(graph: str) -> tuple[Toolchain, ...]:
-    make = functools.partial(Toolchain, library="openvino", needs=("openvino",), graph=graph)
-    return (
-        make(
-            _given("OpenVINO", graph),
-            open=functools.partial(open_openvino, graph=graph, precision="f32"),
-            setting="PERFORMANCE_HINT=LATENCY, INFERENCE_NUM_THREADS=N, inputs and outputs shared "
-            f"({_OPENVINO_HINTS}); INFERENCE_PRECISION_HINT=f32, so that it computes what the "
-            "others do",
-        ),
-        make(
-            _given("OpenVINO, throughput hint", graph),
-            open=functools.partial(open_openvino_queue, graph=graph),
-            setting="PERFORMANCE_HINT=THROUGHPUT and an AsyncInferQueue of the size that it "
-            f"chooses, a request for each picture ({_OPENVINO_HINTS}); f32",
-            batches=True,
-        ),
-        make(
-            _given("OpenVINO, its default precision", graph),
-            open=functools.partial(open_openvino, graph=graph, precision=None),
-            setting="as OpenVINO, without INFERENCE_PRECISION_HINT: bf16 where the CPU has "
-            f"instructions for it ({_OPENVINO_PRECISION})",
-            precision="own",
-        ),
-    )
-
-
-def _ncnn(graph: str) -> tuple[Toolchain, ...]:
-    make = functools.partial(Toolchain, library="ncnn", needs=("ncnn", "pnnx"), graph=graph)
-    return (
-        make(
-            _given("ncnn", graph),
-            open=functools.partial(open_ncnn, graph=graph, rounded=False),
-            setting="by pnnx with fp16=0, opt.use_fp16_* and opt.use_bf16_storage off; "
-            f"opt.num_threads=N for one picture ({_NCNN}); ncnn has no batches: a picture to each "
-            "thread, faster than N threads for each",
-        ),
-        make(
-            _given("ncnn, its default precision", graph),
-            open=functools.partial(open_ncnn, graph=graph, rounded=True),
-            setting="as ncnn, with pnnx's and ncnn's defaults: fp16 weights and storage where the "
-            "CPU can",
-            precision="own",
-        ),
-    )
-
-
-def _mnn(graph: str) -> Toolchain:
-    return Toolchain(
-        _given("MNN", graph),
-        "mnn",
-        functools.partial(open_mnn, graph=graph),
-        "nn.load_module_from_file with numThread=N, precision=high "
-        "(https://github.com/alibaba/MNN/blob/2.6.3/docs/pymnn/Interpreter.md); converted by "
-        "_tools.mnnconvert, without the command around it, which installs and asks for telemetry",
-        needs=("MNN", "_tools"),
-        graph=graph,
-    )
-
-
-TOOLCHAINS = (
-    *OURS,
-    EAGER,
-    Toolchain(
-        "PyTorch eager, channels last",
-        "pytorch",
-        open_channels_last,
-        "model.to(memory_format=torch.channels_last) "
-        "(https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)",
-    ),
-    Toolchain(
-        "torch.compile",
-        "pytorch",
-        open_compiled,
-        "inductor's default mode, dynamic=False (https://docs.pytorch.org/docs/stable/generated/"
-        "torch.compile.html); max-autotune and freezing were not faster when tried by hand",
-    ),
-    ONNXRUNTIME,
-    dataclasses.replace(
-        ONNXRUNTIME,
-        name="ONNX Runtime, a picture to each thread",
-        open=open_onnxruntime_one_by_one,
-        setting="one session with intra_op_num_threads=1, shared by N threads of the application",
-        batches=True,
-    ),
-    *_openvino(STRAIGHT),
-    *_openvino(DEPLOY),
-    *_ncnn(STRAIGHT),
-    *_ncnn(DEPLOY),
-    _mnn(STRAIGHT),
-    _mnn(DEPLOY),
-)
-
-
-@contextlib.contextmanager
-def native_output_to_stderr() -> Iterator[None]:
-    """Send what libraries print from C to standard error; standard output is for the result."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-class _TensorNormalise:
-    """Planes, uint8 (N, 3, S, S), to normalised floats, as torchvision's transforms do it."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.mean = torch.tensor(spec.mean).view(1, 3, 1, 1)
-        self.std = torch.tensor(spec.std).view(1, 3, 1, 1)
-
-    def __call__(self, planes: Tensor) -> Tensor:
-        return planes.float().div_(255).sub_(self.mean).div_(self.std)
-
-
-def _compile_openvino(
-    network: Network, work: Work, graph: str, hint: str, precision: str | None
-) -> Any:
-    import openvino
-
-    config: dict[str, Any] = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": work.threads}
-    if precision is not None:
-        config["INFERENCE_PRECISION_HINT"] = precision
-    return openvino.Core().compile_model(str(network.onnx(graph)), "CPU", config)
-
-
 def _convert_to_ncnn(network: Network, graph: str, rounded: bool) -> tuple[Path, Path]:
     import pnnx
 
@@ -454,16 +267,8 @@ def _convert_to_ncnn(network: Network, graph: str, rounded: bool) -> tuple[Path,
         folder.mkdir(parents=True)
         shutil.copy(network.onnx(graph, float_input=True), folder / "model.onnx")
         side = network.spec.input_size
-        _run_converter(
-            [
-                pnnx.EXEC_PATH,
-                "model.onnx",
-                f"inputshape=[1,3,{side},{side}]f32",
-                f"fp16={int(rounded)}",
-            ],
-            folder,
-            weights,
-        )
+        options = [f"inputshape=[1,3,{side},{side}]f32", f"fp16={int(rounded)}"]
+        _run_converter([pnnx.EXEC_PATH, "model.onnx", *options], folder, weights)
     return param, weights
 
 
@@ -485,13 +290,154 @@ def _run_converter(command: list[str], folder: Path, result: Path) -> None:
         UnavailableError: It did not write its result.
     """
     done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=_CONVERSION_SECONDS,
-        check=False,
+        command, cwd=folder, capture_output=True, text=True, timeout=_CONVERSION_SECONDS
     )
     if done.returncode or not result.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise UnavailableError(f"its converter failed with exit code {done.returncode}: {last}")
+
+
+# ---- the toolchains, each as its makers document it
+
+_OPENVINO = "https://docs.openvino.ai/2025/openvino-workflow/running-inference/optimize-inference"
+_HINTS = f"{_OPENVINO}/high-level-performance-hints.html"
+_NCNN = (
+    "https://github.com/Tencent/ncnn/blob/master/docs/how-to-use-and-FAQ/openmp-best-practice.md"
+)
+
+OURS = (
+    Toolchain(
+        "EfficientFace Deploy",
+        "ours",
+        open_ours,
+        "efficientface-export's FP32 graph for a CPU, ef.load(threads=N).infer()",
+        graph=DEPLOY,
+    ),
+    Toolchain(
+        "EfficientFace Deploy, a picture to each thread",
+        "ours",
+        open_ours,
+        "one predictor with threads=1, shared by N threads of the application",
+        graph=DEPLOY,
+        batches_only=True,
+        one_by_one=True,
+    ),
+)
+EAGER = Toolchain(
+    "PyTorch eager",
+    "pytorch",
+    open_eager,
+    "model.eval(), torch.no_grad(), contiguous float input, as in the published test script",
+)
+ONNXRUNTIME = Toolchain(
+    "ONNX Runtime",
+    "onnxruntime",
+    open_onnxruntime,
+    "torch.onnx.export(dynamo=True), which optimises; ORT_ENABLE_ALL and intra_op_num_threads "
+    "(https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html)",
+)
+_GIVEN_ONE = (
+    EAGER,
+    Toolchain(
+        "PyTorch eager, channels last",
+        "pytorch",
+        functools.partial(open_eager, channels_last=True),
+        "model.to(memory_format=torch.channels_last) "
+        "(https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)",
+    ),
+    Toolchain(
+        "torch.compile",
+        "pytorch",
+        open_compiled,
+        "inductor's default mode, dynamic=False (https://docs.pytorch.org/docs/stable/generated/"
+        "torch.compile.html); max-autotune and freezing were not faster when tried by hand",
+    ),
+    ONNXRUNTIME,
+    Toolchain(
+        "ONNX Runtime, a picture to each thread",
+        "onnxruntime",
+        open_onnxruntime,
+        "one session with intra_op_num_threads=1, shared by N threads of the application",
+        batches_only=True,
+        one_by_one=True,
+    ),
+)
+_GIVEN_BOTH = (
+    Toolchain(
+        "OpenVINO",
+        "openvino",
+        open_openvino,
+        "PERFORMANCE_HINT=LATENCY, INFERENCE_NUM_THREADS=N, inputs and outputs shared "
+        f"({_HINTS}); INFERENCE_PRECISION_HINT=f32, so that it computes what the others do",
+        needs=("openvino",),
+    ),
+    Toolchain(
+        "OpenVINO, throughput hint",
+        "openvino",
+        open_openvino_queue,
+        "PERFORMANCE_HINT=THROUGHPUT and an AsyncInferQueue of the size that it chooses, a request "
+        f"for each picture ({_HINTS}); f32",
+        needs=("openvino",),
+        batches_only=True,
+    ),
+    Toolchain(
+        "OpenVINO, its default precision",
+        "openvino",
+        functools.partial(open_openvino, precision=None),
+        "as OpenVINO, without INFERENCE_PRECISION_HINT: bf16 where the CPU has instructions for it "
+        f"({_OPENVINO}/precision-control.html)",
+        needs=("openvino",),
+        precision="own",
+    ),
+    Toolchain(
+        "ncnn",
+        "ncnn",
+        open_ncnn,
+        "by pnnx with fp16=0, opt.use_fp16_* and opt.use_bf16_storage off; opt.num_threads=N for "
+        f"one picture ({_NCNN}); ncnn has no batches: a picture to each thread, faster than N "
+        "threads for each",
+        needs=("ncnn", "pnnx"),
+        one_by_one=True,
+    ),
+    Toolchain(
+        "ncnn, its default precision",
+        "ncnn",
+        functools.partial(open_ncnn, rounded=True),
+        "as ncnn, with pnnx's and ncnn's defaults: fp16 weights and storage where the CPU can",
+        needs=("ncnn", "pnnx"),
+        precision="own",
+        one_by_one=True,
+    ),
+    Toolchain(
+        "MNN",
+        "mnn",
+        open_mnn,
+        "nn.load_module_from_file with numThread=N, precision=high "
+        "(https://github.com/alibaba/MNN/blob/2.6.3/docs/pymnn/Interpreter.md); converted by "
+        "_tools.mnnconvert, without the command around it, which installs and asks for telemetry",
+        needs=("MNN",),
+    ),
+)
+
+
+def _with_our_graph(toolchains: Sequence[Toolchain]) -> list[Toolchain]:
+    return [
+        dataclasses.replace(one, name=f"{one.name}, our graph", graph=DEPLOY) for one in toolchains
+    ]
+
+
+TOOLCHAINS = (*OURS, *_GIVEN_ONE, *_GIVEN_BOTH, *_with_our_graph(_GIVEN_BOTH))
+
+
+@contextmanager
+def native_output_to_stderr() -> Iterator[None]:
+    """Send what libraries print from C to standard error; standard output is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -9,12 +9,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, cast
 
-from benchmarks import ROOT
+from benchmarks import ROOT, shown_path
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import require_file, write_text
 from efficientface_deploy.workbench.environment import (
@@ -23,32 +23,146 @@ from efficientface_deploy.workbench.environment import (
     describe_software,
 )
 
-Result = dict[str, Any]
-Case = dict[str, Any]
+SCHEMA_VERSION = 2  # 1 had no p95, cold start, roofline and profile
+RESULTS = ROOT / "benchmarks" / "results"
 
 COMPUTE = "compute"
 END_TO_END = "end to end"
 
-TIMED = ("latency", "peers")  # kinds whose rows are calls that were timed
-# Where the rows of a kind are; another kind may have its own form.
-_ROWS = {"latency": "cases", "accuracy": "rows", "peers": "cases", "graphs": "graphs"}
-_ROWS |= {"training": "cases", "export": "artifacts"}
+Row = dict[str, Any]
 
-_TIMES = ("min_ms", "p50_ms", "p90_ms", "p99_ms", "images_per_second")
+
+class Case(TypedDict, total=False):
+    """A row of a result whose calls were timed, by ``latency`` or ``peers``.
+
+    Times are in milliseconds a call. ``threads`` is None where the library or a GPU decides;
+    ``speedup`` has ``value``, ``low`` and ``high``; ``floor`` is the row's roofline.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    threads: int | None
+    stage: str
+    batch: int
+    calls: int
+    min_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    images_per_second: float
+    round_medians_ms: list[float]
+    spread: float
+    drift: float
+    busy: bool
+    speedup: dict[str, float] | None
+    floor: dict[str, float] | None
+    joules_per_image: float
+
+
+class Result(TypedDict, total=False):
+    """What a benchmark found. ``absent`` and ``warnings`` are there once it was read."""
+
+    schema: int
+    kind: str
+    date: str
+    machine: dict[str, Any]
+    software: dict[str, Any]
+    git: dict[str, Any]
+    config: dict[str, Any]
+    absent: list[dict[str, str]]
+    warnings: list[str]
+    goals: list[Row]
+    # latency, peers
+    cases: list[Case]
+    baseline: str
+    inputs: dict[str, str]
+    models: list[Row]
+    cold: list[Row]
+    ceilings: dict[str, Any] | None
+    profiles: list[Row]
+    # accuracy
+    data: dict[str, Any]
+    reference: str
+    rows: list[Row]
+    # report.json of efficientface-export
+    weights: str
+    artifacts: list[Row]
+    # peers, runtime, graphs
+    packages: dict[str, str]
+    settings: Any
+    start: dict[str, Any]
+    calls: list[Row]
+    pictures: dict[str, Row]
+    batches: list[Row]
+    memory: dict[str, Any]
+    graphs: list[Row]
+
+
+class _Kind(NamedTuple):
+    """Where the rows of a kind are, and what each must have to be shown."""
+
+    rows: str
+    texts: Sequence[str] = ()
+    numbers: Sequence[str] = ()
+
+
+_TIMES = ("min_ms", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "batch")
 _SCORES = ("accuracy", "macro_f1", "ece", "agreement", "mean_kl")
-_TEXTS: dict[str, tuple[str, ...]] = {
-    "latency": ("model", "backend", "stage"),
-    "peers": ("model", "backend", "stage"),
+_TIMED = _Kind("cases", ("model", "backend", "stage"), _TIMES)
+_KINDS = {
+    "latency": _TIMED,
+    "peers": _TIMED,
+    "accuracy": _Kind("rows", ("model", "backend"), _SCORES),
+    "graphs": _Kind("graphs", ("name",), ("p50_ms", "multiply_adds")),
+    "training": _Kind("cases"),
+    "export": _Kind("artifacts", ("file",), ("bytes",)),
 }
-_TEXTS |= {"accuracy": ("model", "backend"), "graphs": ("name",), "export": ("file",)}
-_NUMBERS = {"latency": (*_TIMES, "batch"), "peers": (*_TIMES, "batch"), "accuracy": _SCORES}
-_NUMBERS |= {"graphs": ("p50_ms", "multiply_adds"), "export": ("bytes",)}
+TIMED = tuple(name for name, kind in _KINDS.items() if kind is _TIMED)
 
 
-def write_result(result: Result, path: Path) -> None:
+def new_result(kind: str, config: object) -> dict[str, Any]:
+    """The head of a result: how, where, when and with what it was measured.
+
+    Args:
+        kind: E.g. ``latency``.
+        config: The command's config dataclass.
+
+    Returns:
+        A JSON object; the measurement adds its own keys.
+    """
+    options = {name: _without_folders(value) for name, value in vars(config).items()}
+    options.pop("out", None)  # where it was written says nothing about what was measured
+    return {
+        "schema": SCHEMA_VERSION,
+        "kind": kind,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "software": describe_software(),
+        "git": describe_commit(),
+        "config": options,
+    }
+
+
+def default_folder(result: Mapping[str, Any]) -> Path:
+    """Where a result goes that was given no ``--out``: a folder of its own, by kind and date."""
+    moment = datetime.fromisoformat(result["date"]).strftime("%Y%m%d-%H%M%S")
+    return RESULTS / f"{result['kind']}-{moment}-{host_kind(result['machine'])}"
+
+
+def host_kind(machine: Mapping[str, Any]) -> str:
+    """A short name of this kind of machine for file names, e.g. ``amd-epyc-2-cores``."""
+    names = [gpu["name"] for gpu in machine["gpus"][:1]] or [
+        machine["board"] or machine["cpu"] or machine["architecture"],
+        f"{machine['usable_cpus']} cores",
+    ]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(names).lower()).strip("-")
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
     """Write a result as JSON, atomically; paths become text."""
-    text = json.dumps(result, indent=1, default=str, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(result, indent=1, default=str, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> Result:
@@ -71,9 +185,10 @@ def read_result(path: Path) -> Result:
     for key in ("absent", "warnings"):
         if not isinstance(result.setdefault(key, []), list):
             raise _unreadable(path, f"{key} that is no list")
-    for row in rows_of(result, path):
-        _check_row(row, result["kind"], path)
-    return result
+    read = cast(Result, result)
+    for row in rows_of(read, path):
+        _check_row(row, read["kind"], path)
+    return read
 
 
 @contextlib.contextmanager
@@ -89,27 +204,27 @@ def refuse_damaged(*paths: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        names = ", ".join(map(str, paths))
         reason = f"a part of another form ({type(error).__name__}: {error})"
-        raise _unreadable(Path(names), reason) from error
+        raise _unreadable(Path(", ".join(map(str, paths))), reason) from error
 
 
-def rows_of(result: Result, path: Path | None = None) -> list[Case]:
+def rows_of(result: Result, path: Path | None = None) -> list[Row]:
     """The rows of a result; none of a kind that has a form of its own.
 
     Raises:
         ArtifactError: There are none where there must be.
     """
     kind = result["kind"]
-    if kind not in _ROWS:
+    if kind not in _KINDS:
         return []
-    rows = result.get(_ROWS[kind])
+    key = _KINDS[kind].rows
+    rows = result.get(key)
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
         return rows
-    raise _unreadable(path or Path("result"), f"kind {kind!r} without {_ROWS[kind]}")
+    raise _unreadable(path or Path("result"), f"kind {kind!r} without {key}")
 
 
-def headline(result: Result) -> str:
+def headline(result: Mapping[str, Any]) -> str:
     """Machine, versions, commit and date on one line."""
     machine, software, git = (result.get(key) or {} for key in ("machine", "software", "git"))
     packages = software.get("packages") or {}
@@ -134,29 +249,17 @@ def panels(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
     for case in cases:
         found.setdefault((case["stage"], case["batch"]), []).append(case)
     ordered = sorted(found.items(), key=lambda item: (item[0][0] != COMPUTE, item[0][1]))
-    return [
-        (f"{stage}, batch {batch}" if stage == COMPUTE else stage, group)
-        for (stage, batch), group in ordered
-    ]
+    return [(work_name(own[0]), own) for _, own in ordered]
 
 
-def short_names(models: Iterable[str]) -> dict[str, str]:
-    """Model names without the beginning that all of them share, for labels in plots."""
-    names = list(dict.fromkeys(models))
-    prefix = names[0].partition("-")[0] + "-" if names else ""
-    if len(names) > 1 and all(name.startswith(prefix) for name in names):
-        return {name: name.removeprefix(prefix) for name in names}
-    return {name: name for name in names}
+def work_name(case: Mapping[str, Any]) -> str:
+    """``compute, batch 8`` or ``end to end``."""
+    stage: str = case["stage"]
+    return f"{stage}, batch {case['batch']}" if stage == COMPUTE else stage
 
 
-def contender_label(case: Case, names: dict[str, str]) -> str:
-    """A case's name on two lines: the model; backend and threads."""
-    threads = "" if case.get("threads") is None else f", {_count(case['threads'], 'thread')}"
-    return f"{names[case['model']]}\n{case['backend']}{threads}"
-
-
-def floor_distance(case: Case) -> float | None:
-    """A row's median by its floor; None where no floor was measured."""
+def roofline_distance(case: Mapping[str, Any]) -> float | None:
+    """A row's median by its roofline; None where none was measured."""
     floor = case.get("floor")
     return float(floor["distance"]) if floor else None
 
@@ -168,16 +271,17 @@ def digits(value: float | None) -> str:
     return f"{value:#.3g}".removesuffix(".") if value < 999.5 else f"{value:.0f}"
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_folders(entry) for entry in value]
+    return shown_path(value) if isinstance(value, Path) else value
 
 
-def _check_schema(result: Result, path: Path) -> None:
-    schema = result.get("schema")
-    kind = result.get("kind")
+def _check_schema(result: dict[str, Any], path: Path) -> None:
+    schema, kind = result.get("schema"), result.get("kind")
     if type(schema) is not int or schema < 1 or not isinstance(kind, str):
         raise _unreadable(path, "an object without schema and kind")
-    if kind not in _ROWS and not isinstance(result.get("machine"), dict):
+    if kind not in _KINDS and not isinstance(result.get("machine"), dict):
         raise _unreadable(path, f"kind {kind!r} without a machine")
     if schema > SCHEMA_VERSION:
         raise ArtifactError(
@@ -188,75 +292,17 @@ def _check_schema(result: Result, path: Path) -> None:
         )
 
 
-def _check_row(row: Case, kind: str, path: Path) -> None:
+def _check_row(row: Row, kind: str, path: Path) -> None:
     """Refuse a row that could not be shown; what an older one lacks is not asked for."""
-    for key in _TEXTS.get(kind, ()):
+    for key in _KINDS[kind].texts:
         if not isinstance(row.get(key), str):
             raise _unreadable(path, f"a row whose {key} is {row.get(key)!r}")
-    for key in _NUMBERS.get(kind, ()):
-        value: Any = row.get(key)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+    for key in _KINDS[kind].numbers:
+        value = row.get(key)
+        if type(value) not in (int, float) or not 0 <= cast(float, value) < math.inf:
             raise _unreadable(path, f"a row whose {key} is {value!r}")
 
 
 def _unreadable(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(
-        path,
-        f"a result of benchmarks/ (schema {SCHEMA_VERSION} or older)",
-        found,
-        "copy it again, or measure again with this version",
-    )
-
-
-SCHEMA_VERSION = 2  # of a result; 1 had no p95, cold start, floor and profile
-
-
-def new_result(kind: str, config: Any) -> dict[str, Any]:
-    """The head of a result: how, where, when and with what it was measured.
-
-    Args:
-        kind: ``latency`` or ``accuracy``.
-        config: The command's config dataclass.
-
-    Returns:
-        A JSON object; the measurement adds its own keys.
-    """
-    options = {name: _without_folders(value) for name, value in vars(config).items()}
-    options.pop("out", None)  # where it was written says nothing about what was measured
-    return {
-        "schema": SCHEMA_VERSION,
-        "kind": kind,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "software": describe_software(),
-        "git": describe_commit(),
-        "config": options,
-    }
-
-
-def shown_path(path: Path) -> str:
-    """A path as a result may tell it: within the repository, or the file's name alone."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else path.name
-
-
-def host_kind(machine: dict[str, Any]) -> str:
-    """A short name of this kind of machine for file names, e.g. ``amd-epyc-2-cores``."""
-    names = [gpu["name"] for gpu in machine["gpus"][:1]] or [
-        machine["board"] or machine["cpu"] or machine["architecture"],
-        f"{machine['usable_cpus']} cores",
-    ]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(names).lower()).strip("-")
-
-
-def default_folder(result: dict[str, Any]) -> Path:
-    """Where a result goes that was given no ``--out``: a folder of its own, by kind and date."""
-    moment = datetime.fromisoformat(result["date"]).strftime("%Y%m%d-%H%M%S")
-    name = f"{result['kind']}-{moment}-{host_kind(result['machine'])}"
-    return ROOT / "benchmarks" / "results" / name
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_without_folders(entry) for entry in value]
-    return shown_path(value) if isinstance(value, Path) else value
+    expected = f"a result of benchmarks/ (schema {SCHEMA_VERSION} or older)"
+    return ArtifactError(path, expected, found, "copy it again, or measure again with this version")

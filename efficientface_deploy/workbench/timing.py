@@ -1,8 +1,8 @@
-"""How long calls take, measured so that contenders can be compared: numpy and stdlib alone.
+"""How long calls take, measured so that candidates can be compared: numpy and stdlib alone.
 
-All contenders take turns in rounds of random order, so that a machine which gets slower or busier
+All candidates take turns in rounds of random order, so that a machine which gets slower or busier
 meanwhile does so for all alike. What is kept is every single duration, by round: percentiles
-describe a contender, and the rounds say how far a comparison can be trusted.
+describe a candidate, and the rounds say how far a comparison can be trusted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +23,24 @@ Clock = Callable[[], int]
 MAX_CALLS_PER_ROUND = 10_000
 SETTLE_CALLS = 2
 
-BUSY_SPREAD = 1.25
-BUSY_DRIFT = 1.25
+NOISY_SPREAD = 1.25
+NOISY_DRIFT = 1.25
+
+_FIGURES = ("min", "p50", "p90", "p95", "p99")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """How long each call of one contender took.
+    """How long each call of one candidate took.
 
     Attributes:
         durations_ns: int64 (R, K), nanoseconds: K calls in each of R rounds, in order of time.
+        cpus: CPU time of the process by time, over all turns; a library that starts more threads
+            than it was told to is so found out. None where it was not measured.
     """
 
     durations_ns: npt.NDArray[np.int64]
+    cpus: float | None = None
 
     @property
     def count(self) -> int:
@@ -92,87 +98,101 @@ class Samples:
         return float(medians.max() / medians.min())
 
     @property
-    def busy(self) -> bool:
+    def noisy(self) -> bool:
         """Whether the calls vary so much that something else must have used the machine."""
-        return self.spread > BUSY_SPREAD or self.drift > BUSY_DRIFT
+        return self.spread > NOISY_SPREAD or self.drift > NOISY_DRIFT
 
-
-@dataclasses.dataclass(frozen=True)
-class Speedup:
-    """How many times faster one contender is than another.
-
-    Attributes:
-        value: Median of the baseline by the contender's median; above 1 is faster.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
-    """
-
-    value: float
-    low: float
-    high: float
+    def figures(self) -> dict[str, Any]:
+        """What a row of a result says of its calls."""
+        return {
+            "calls": self.count,
+            **{f"{name}_ms": getattr(self, f"{name}_ms") for name in _FIGURES},
+            "round_medians_ms": self.round_medians_ms.tolist(),
+            "spread": self.spread,
+            "drift": self.drift,
+            "busy": self.noisy,
+        }
 
 
 def measure(
-    contenders: Mapping[str, Call],
+    candidates: Mapping[str, Call],
     *,
     seconds: float = 3.0,
     rounds: int = 10,
     warm_up: float = 0.2,
     seed: int = 0,
-    before_turn: Callable[[str], None] | None = None,
+    before_turn: Callable[[str], object] | None = None,
     clock: Clock = time.perf_counter_ns,
+    cpu_clock: Clock = time.process_time_ns,
 ) -> dict[str, Samples]:
     """Time calls in interleaved rounds.
 
-    After a warm-up each contender makes the same number of calls in every round, as many as fit
+    After a warm-up each candidate makes the same number of calls in every round, as many as fit
     its share of ``seconds``, but at least one. A turn starts with untimed calls: they bring back
     what the one before pushed out of the caches, and give its threads, which spin for a while, the
     time to fall asleep. Python's garbage collector is off while the clock runs, as in ``timeit``.
 
     Args:
-        contenders: Name -> what to time; several inputs in turn are the callable's own affair.
-        seconds: Time for each contender, all rounds together, without warm-up.
+        candidates: Name -> what to time; several inputs in turn are the callable's own affair.
+        seconds: Time for each candidate, all rounds together, without warm-up.
         rounds: How often everybody takes a turn; their order is drawn anew each time.
-        warm_up: Seconds of untimed calls for each contender at the start.
+        warm_up: Seconds of untimed calls for each candidate at the start.
         seed: Of the order.
-        before_turn: Called with the name before a contender's warm-up and each of its turns,
+        before_turn: Called with the name before a candidate's warm-up and each of its turns,
             untimed: the place for what is global to a process, and for showing progress.
         clock: Nanoseconds from any point on.
+        cpu_clock: CPU nanoseconds of the process.
 
     Returns:
-        Name -> samples, in the order of ``contenders``.
+        Name -> samples, in the order of ``candidates``.
     """
-    if not contenders or rounds < 1:
-        raise ValueError(f"expected contenders and rounds, found {len(contenders)} and {rounds}")
-    announce = before_turn or _nothing
+    if not candidates or rounds < 1:
+        raise ValueError(f"expected candidates and rounds, found {len(candidates)} and {rounds}")
+    announce = before_turn or (lambda name: None)
     durations: dict[str, npt.NDArray[np.int64]] = {}
-    for name, call in contenders.items():
+    for name, call in candidates.items():
         announce(name)
         call_ns = _warm_up(call, warm_up, clock)
         calls = _calls_per_round(seconds * 1e9 / rounds, call_ns)
         durations[name] = np.zeros((rounds, calls), dtype=np.int64)
 
-    names = list(contenders)
-    order = np.random.default_rng(seed)
+    spent = {name: np.zeros(2, dtype=np.int64) for name in candidates}  # CPU time, time
+    for row, name in interleave(candidates, rounds, seed):
+        announce(name)
+        before = cpu_clock(), clock()
+        _take_turn(candidates[name], durations[name][row], clock)
+        spent[name] += np.subtract((cpu_clock(), clock()), before)
+    return {
+        name: Samples(values, float(spent[name][0] / max(spent[name][1], 1)))
+        for name, values in durations.items()
+    }
+
+
+def interleave(names: Iterable[str], rounds: int, seed: int) -> Iterator[tuple[int, str]]:
+    """Every name once in each round, the order drawn anew: (round, name)."""
+    order, names = np.random.default_rng(seed), list(names)
     for row in range(rounds):
         for index in order.permutation(len(names)):
-            name = names[index]
-            announce(name)
-            _take_turn(contenders[name], durations[name][row], clock)
-    return {name: Samples(values) for name, values in durations.items()}
+            yield row, names[index]
 
 
-def speedup(baseline: Samples, other: Samples, *, resamples: int = 1000, seed: int = 0) -> Speedup:
-    """Ratio of medians with a 95 % percentile bootstrap interval.
+def speedup(
+    baseline: Samples, other: Samples, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """How many times faster ``other`` is, with a 95 % percentile bootstrap interval.
 
     Whole rounds are drawn, the same ones for both: calls of one round resemble each other, and the
-    two contenders' calls were neighbours in time.
+    two candidates' calls were neighbours in time.
 
     Args:
         baseline: Samples (R, K1).
         other: Samples (R, K2) of the same :func:`measure` call.
         resamples: Number of bootstrap draws.
         seed: Of the draws.
+
+    Returns:
+        ``value``, the baseline's median by the other's, above 1 where that is faster; the
+        interval's ends, ``low`` and ``high``.
     """
     slow, fast = baseline.durations_ns, other.durations_ns
     rounds = len(slow)
@@ -181,11 +201,8 @@ def speedup(baseline: Samples, other: Samples, *, resamples: int = 1000, seed: i
     draws = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
     ratios = [np.median(slow[rows]) / np.median(fast[rows]) for rows in draws]
     low, high = np.percentile(ratios, (2.5, 97.5))
-    return Speedup(float(np.median(slow) / np.median(fast)), float(low), float(high))
-
-
-def _nothing(name: str) -> None:
-    pass
+    value = np.median(slow) / np.median(fast)
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def _warm_up(call: Call, seconds: float, clock: Clock) -> float:

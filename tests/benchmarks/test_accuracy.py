@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accuracy as module
 from benchmarks.accuracy import main
-from benchmarks.predictions import read_predictions
-from benchmarks.report.__main__ import read_result
+from benchmarks.report.compare import read_predictions
+from benchmarks.report.result import read_result
 from efficientface_deploy.command import run_command
+from efficientface_deploy.errors import ImageError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import preset
-from efficientface_deploy.vision.preprocess import load_image
 
 ARGUMENTS = ["--backends", "onnx:cpu,torch:cpu", "--preset", "rafdb"]
 
@@ -153,22 +152,14 @@ def test_published_checkpoint_is_read_with_the_preset(
     assert (row["network"], row["input_size"], row["backend"]) == ("RAF-DB", 224, "torch:cpu")
 
 
-def test_images_are_decoded_once_for_all_models(
-    make_onnx: Callable[..., Path],
-    evaluate: Callable[..., dict],
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_image_that_cannot_be_read_is_named(
+    make_onnx: Callable[..., Path], colour_data: Path, tmp_path: Path
 ) -> None:
-    decoded: list[Path] = []
-
-    def counting(path: Path) -> object:
-        decoded.append(path)
-        return load_image(path)
-
-    monkeypatch.setattr(module, "load_image", counting)
-    monkeypatch.setattr(module, "_CHUNK", 4)  # the last chunk is a short one
-    result = evaluate(make_onnx("a.onnx"), make_onnx("b.onnx"))
-    assert len(decoded) == len(set(decoded)) == 21
-    assert result["rows"][0]["accuracy"] == pytest.approx(20 / 21)
+    broken = colour_data / "test" / "3" / "3-1.png"
+    broken.write_bytes(b"no picture")
+    argv = [str(make_onnx("a.onnx")), "--data", str(colour_data), *ARGUMENTS]
+    with pytest.raises(ImageError, match=r"3-1\.png"):
+        main([*argv, "--out", str(tmp_path / "out")])
 
 
 def test_a_model_that_fails_does_not_spoil_the_rest(

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import ROOT
 from benchmarks import gpu_check as bench
-from benchmarks.gpu_check import DONE, FAILED, SKIPPED, Check, Gpu, GpuCheckConfig, Step
+from benchmarks.gpu_check import DONE, FAILED, SKIPPED, Check, Gpu, parse_options
 
 CARD = Gpu("NVIDIA Test", "sm86", "12.4")
 NO_GPU = "this machine has no NVIDIA driver (libcuda.so.1)"
@@ -35,12 +35,12 @@ for part, (code, printed) in rules.items():
     if part in line:
         print(printed)
         sys.exit(code)
-if arguments[0] == "-c" and "json.dumps(describe_software())" in line:
+if arguments[0] == "-c" and "json.dumps(it.describe_" in line:
     sys.exit(subprocess.run([sys.executable, *arguments]).returncode)
-if "platform.python_version" in line:
-    print("a library says hello\\nanswer: 3.12.1\\nand goodbye")
+if "'Python'" in line:
+    print("Python 3.12.1 in /venv")
 elif "answer:" in line:
-    print("answer: ")
+    print("a library says hello\\nanswer: \\nand goodbye")
 elif "--engine" in line:
     options = dict(zip(arguments[2::2], arguments[3::2]))
     out = pathlib.Path(options["--out"])
@@ -123,7 +123,8 @@ def test_with_a_gpu_everything_is_done(fake, tmp_path, machine):
     assert code == bench.ALL_DONE and {step["status"] for step in steps.values()} == {DONE}
     assert result["gpu"] == {"name": "NVIDIA Test", "capability": "sm86", "cuda": "12.4"}
     assert "numpy" in result["software"]["packages"]
-    assert steps["environment"]["remark"].endswith("Python 3.12.1")
+    assert result["machine"]["usable_cpus"] and "commit" in result["git"]
+    assert steps["environment"]["remark"] == "Python 3.12.1 in /venv"
     assert steps["pytest -m gpu"]["remark"] == "3 passed, 1 skipped in 2.00s"
     assert steps["TensorRT engine, int8"]["remark"] == "[ok] efficientface-int8-gpu.engine: made"
     calls = calls_of(fake)
@@ -169,6 +170,11 @@ def test_a_step_that_fails_does_not_end_the_others(fake, tmp_path, machine):
     assert all(call[call.index("--weights") + 1].endswith(".onnx") for call in exports)
 
 
+def check_in(folder, *options):
+    folder.mkdir(exist_ok=True)
+    return Check(parse_options(options), folder)
+
+
 HANGING = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -178,10 +184,10 @@ child.wait()
 
 
 def test_a_step_that_hangs_is_stopped_with_all_its_processes(tmp_path):
-    check = Check(GpuCheckConfig(python=Path(sys.executable)), tmp_path)
-    outcome = check.take(Step("slow", 4, lambda check: check.run("-c", HANGING)))
-    assert outcome.status == FAILED
-    reason, _, child = outcome.remark.rpartition(" ")
+    check = check_in(tmp_path)
+    check.step("slow", 4, "-c", HANGING)
+    assert check.steps[0]["status"] == FAILED
+    reason, _, child = check.steps[0]["remark"].rpartition(" ")
     assert reason == "stopped: not done within 4 s; compiling with"
     for _ in range(100):  # a kill takes effect in its own time
         if not is_running(child):
@@ -199,15 +205,34 @@ def is_running(process):
 
 
 def test_no_step_begins_when_the_time_is_over(tmp_path):
-    check = Check(GpuCheckConfig(minutes=0.01), tmp_path)
-    begun = []
-    outcome = check.take(Step("late", 60, lambda check: begun.append(1) or "begun"))
-    assert outcome.status == SKIPPED and not begun
-    assert outcome.remark == "the 0.01 minutes are over"
+    check = check_in(tmp_path, "--minutes", "0.01")
+    assert not check.step("late", 60, "-c", f"open({str(tmp_path / 'begun')!r}, 'w')")
+    assert check.steps[0]["status"] == SKIPPED and not (tmp_path / "begun").exists()
+    assert check.steps[0]["remark"] == "the 0.01 minutes are over"
+
+
+def test_nothing_need_be_installed():
+    """Not even numpy, which our packages import."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "benchmarks" / "gpu_check.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "needs a GPU" in done.stdout, done.stderr
+
+
+def test_the_python_of_the_steps_may_be_named_as_in_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    name = Path(sys.executable).name
+    assert parse_options(["--python", name]).python == Path(sys.executable)
+    assert parse_options(["--python", "nowhere"]).python == Path("nowhere").absolute()
+
+
+def test_what_was_copied_along_is_found_after_the_clone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "wheels"))
+    found = check_in(tmp_path).tell("sys.path", "import sys")
+    assert found.index(str(ROOT)) < found.index(str(tmp_path / "wheels"))
 
 
 def test_the_steps_run_this_clone(tmp_path):
-    check = Check(GpuCheckConfig(python=Path(sys.executable)), tmp_path)
+    check = check_in(tmp_path)
     for package, folder in (("benchmarks", "benchmarks"), ("efficientface_export", "export")):
         found = check.tell(f"{package}.__path__[0]", f"import {package}")
         assert Path(found).resolve() == ROOT / folder
@@ -222,12 +247,11 @@ def test_installs_from_wheels_alone(fake, tmp_path, machine, monkeypatch):
         ("jetson", {}),
     ):
         (fake / "rules").write_text(json.dumps(rules))
-        check = Check(GpuCheckConfig(wheels=wheels), tmp_path / name)
+        check = check_in(tmp_path / name, "--wheels", str(wheels))
         check.python = fake / "python"
         check.gpu = CARD
-        for step in bench.plan_steps(check.config):
-            if step.name.startswith("install"):
-                assert check.take(step).status == DONE
+        bench.install_everything(check, "")
+        assert [step["status"] for step in check.steps] == [DONE] * 4
     installs = [call[4:] for call in calls_of(fake) if "install" in call]
     source = ["--no-index", "--find-links", str(wheels)]
     assert all(call[: len(source)] == source for call in installs)

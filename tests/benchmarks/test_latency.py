@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -11,24 +10,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import ROOT, latency
 from benchmarks.latency import (
-    Case,
+    Work,
     choose_baseline,
-    describe_case,
+    describe,
     main,
-    plan_cases,
-    try_cases,
+    plan_works,
+    try_works,
     warnings,
 )
-from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
-from benchmarks.measure.models import Absent, Contender
-from benchmarks.report.__main__ import COMPUTE, END_TO_END, read_result
+from benchmarks.measure.models import Candidate, Skipped
+from benchmarks.report import publish
+from benchmarks.report.result import COMPUTE, END_TO_END, read_result
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.workbench.environment import l2_bytes
 from efficientface_deploy.workbench.timing import Samples
 
 MS = 1_000_000
@@ -56,10 +53,10 @@ class FakePredictor:
         self.images.append(image)
 
 
-def contender(
+def candidate(
     model: str, backend: str = "onnx:cpu", threads: int | None = 1, largest: int = 1000
-) -> Contender:
-    return Contender(model, FakePredictor(backend, largest), threads)  # type: ignore[arg-type]
+) -> Candidate:
+    return Candidate(model, FakePredictor(backend, largest), threads)  # type: ignore[arg-type]
 
 
 def constant(milliseconds: float) -> Samples:
@@ -72,55 +69,39 @@ def exit_code(argv: list[str]) -> object:
     return stop.value.code
 
 
-def test_inputs_rotate_and_exceed_the_cache() -> None:
-    batches = make_batches(32, 2, seed=0)
-    assert len(batches) >= 4
-    assert sum(batch.nbytes for batch in batches) >= input_bytes() >= 2 * l2_bytes()
-    assert all(batch.shape == (2, 32, 32, 3) and batch.dtype == np.uint8 for batch in batches)
-    assert all(batch.flags.c_contiguous for batch in batches)
-    assert len({batch.tobytes() for batch in batches}) == len(batches)
-    assert len(make_batches(32, 8192, seed=0)) == 4
-
-    jpegs = make_jpegs(seed=0)
-    assert len(set(jpegs)) == len(jpegs)
-    assert make_jpegs(seed=0) == jpegs
-    with Image.open(io.BytesIO(jpegs[0])) as image:
-        assert (image.format, image.size) == ("JPEG", (224, 224))
-
-
-def test_every_contender_gets_every_batch_and_end_to_end() -> None:
-    cases = plan_cases([contender("a"), contender("b")], (1, 4), seed=0)
-    work = [(case.contender.model, case.stage, case.batch) for case in cases]
-    assert work == [
+def test_every_candidate_gets_every_batch_and_end_to_end() -> None:
+    works = plan_works([candidate("a"), candidate("b")], (1, 4), seed=0)
+    planned = [(work.candidate.model, work.stage, work.batch) for work in works]
+    assert planned == [
         (model, stage, batch)
         for model in "ab"
         for stage, batch in ((COMPUTE, 1), (COMPUTE, 4), (END_TO_END, 1))
     ]
-    assert len({case.name for case in cases}) == len(cases)
+    assert len({work.name for work in works}) == len(works)
 
 
 def test_each_call_takes_the_next_input() -> None:
-    compute, end_to_end = plan_cases([contender("a")], (2,), seed=0)
+    compute, end_to_end = plan_works([candidate("a")], (2,), seed=0)
     for _ in range(3):
         compute.call()
         end_to_end.call()
-    predictor = compute.contender.predictor
+    predictor = compute.candidate.predictor
     assert isinstance(predictor, FakePredictor)
     assert [batch.shape for batch in predictor.batches] == [(2, 32, 32, 3)] * 3
     assert len({batch.tobytes() for batch in predictor.batches}) == 3
     assert len(set(predictor.images)) == 3
 
 
-def test_a_case_that_fails_does_not_spoil_the_rest() -> None:
-    cases = plan_cases([contender("a", largest=2), contender("b")], (1, 8), seed=0)
-    working, failed = try_cases(cases)
-    assert len(working) == len(cases) - 1
+def test_work_that_fails_does_not_spoil_the_rest() -> None:
+    works = plan_works([candidate("a", largest=2), candidate("b")], (1, 8), seed=0)
+    working, failed = try_works(works)
+    assert len(working) == len(works) - 1
     assert [(entry.model, entry.backend) for entry in failed] == [("a", "onnx:cpu")]
     assert failed[0].reason == "compute, batch 8: RuntimeError: out of memory"
 
 
 def test_the_baseline_is_pytorch_unless_another_is_asked_for() -> None:
-    both = [contender("a.onnx"), contender("b.safetensors", "torch:cpu")]
+    both = [candidate("a.onnx"), candidate("b.safetensors", "torch:cpu")]
     assert choose_baseline(both, None) == "b.safetensors"
     assert choose_baseline(both[:1], None) == "a.onnx"
     assert choose_baseline(both, "a.onnx") == "a.onnx"
@@ -129,9 +110,9 @@ def test_the_baseline_is_pytorch_unless_another_is_asked_for() -> None:
 
 
 def test_a_row_holds_the_samples_figures() -> None:
-    case = plan_cases([contender("a")], (8,), seed=0)[0]
+    work = plan_works([candidate("a")], (8,), seed=0)[0]
     durations = (np.arange(1, 101) * MS).reshape(4, 25)
-    row = describe_case(case, [case], {case.name: Samples(durations)}, "a")
+    row = describe(work, [work], {work.name: Samples(durations)}, "a")
     assert row["p50_ms"] == pytest.approx(50.5)
     assert row["p90_ms"] == pytest.approx(90.1)
     assert row["p95_ms"] == pytest.approx(95.05)
@@ -144,28 +125,28 @@ def test_a_row_holds_the_samples_figures() -> None:
 
 
 def test_speedups_compare_the_same_work_and_threads() -> None:
-    contenders = [
-        contender("torch", "torch:cpu", 1),
-        contender("torch", "torch:cpu", 2),
-        contender("onnx", "onnx:cpu", 1),
-        contender("onnx", "onnx:cpu", 2),
-        contender("engine", "trt", None),
+    candidates = [
+        candidate("torch", "torch:cpu", 1),
+        candidate("torch", "torch:cpu", 2),
+        candidate("onnx", "onnx:cpu", 1),
+        candidate("onnx", "onnx:cpu", 2),
+        candidate("engine", "trt", None),
     ]
-    cases = [case for case in plan_cases(contenders, (1,), seed=0) if case.stage == COMPUTE]
-    times = dict(zip((case.name for case in cases), (40, 30, 20, 10, 1), strict=True))
+    works = [work for work in plan_works(candidates, (1,), seed=0) if work.stage == COMPUTE]
+    times = dict(zip((work.name for work in works), (40, 30, 20, 10, 1), strict=True))
     samples = {name: constant(time) for name, time in times.items()}
-    rows = [describe_case(case, cases, samples, "torch") for case in cases]
+    rows = [describe(work, works, samples, "torch") for work in works]
     # The engine has no CPU threads: it meets PyTorch with the most.
     assert [row["speedup"]["value"] for row in rows] == [1, 1, 2, 3, 30]
-    other = Case(contenders[2], COMPUTE, 8, lambda: None)
-    assert describe_case(other, [other], {other.name: constant(1)}, "torch")["speedup"] is None
+    other = Work(candidates[2], COMPUTE, 8, lambda: None)
+    assert describe(other, [other], {other.name: constant(1)}, "torch")["speedup"] is None
 
 
-def test_warnings_tell_of_a_busy_machine_and_of_few_calls() -> None:
+def test_warnings_tell_of_a_noisy_machine_and_of_few_calls() -> None:
     quiet = Samples(np.full((4, 50), MS))
-    busy = Samples(np.full((4, 50), MS) * np.arange(1, 5)[:, None])
+    noisy = Samples(np.full((4, 50), MS) * np.arange(1, 5)[:, None])
     assert warnings({"quiet": quiet}) == []
-    (warning,) = warnings({"quiet": quiet, "busy": busy})
+    (warning,) = warnings({"quiet": quiet, "noisy": noisy})
     assert "1 of 2 rows" in warning and "4.0 x" in warning
     (warning,) = warnings({"few": Samples(np.full((3, 3), MS))})
     assert "fewer than 100 calls" in warning
@@ -187,7 +168,11 @@ def test_measures_prints_and_writes(
         assert main([*map(str, models), *QUICK, *backends, "--out", str(tmp_path / "out")]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"latency.json", "latency.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "latency.json",
+        "latency.md",
+        "latency.png",
+    }
     assert (tmp_path / "out/latency.png").read_bytes().startswith(b"\x89PNG")
 
     result = read_result(tmp_path / "out/latency.json")
@@ -215,7 +200,7 @@ def test_measures_prints_and_writes(
         assert text in printed
 
 
-def test_cold_start_floor_and_profile_stand_in_the_result(
+def test_cold_start_roofline_and_profile_stand_in_the_result(
     make_onnx: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +225,7 @@ def test_cold_start_floor_and_profile_stand_in_the_result(
     (profiled,) = result["profiles"]
     assert {row["kind"] for row in profiled["kinds"]} >= {"the rest", "Transpose and Cast"}
     printed = capsys.readouterr().out
-    for text in ("Cold start", "peak memory", "Profile by kind", "x floor", "p95"):
+    for text in ("Cold start", "peak memory", "Profile by kind", "x roofline", "p95"):
         assert text in printed
 
 
@@ -249,7 +234,7 @@ def test_without_models_the_bundled_ones_are_taken_with_their_notes(
 ) -> None:
     @contextlib.contextmanager
     def default_models() -> Iterator[object]:
-        absent = [Absent("", "int8.onnx", "export: no")]
+        absent = [Skipped("", "int8.onnx", "export: no")]
         yield [make_onnx("a.onnx")], absent, ["its answers mean nothing"]
 
     monkeypatch.setattr(latency, "default_models", default_models)
@@ -264,7 +249,7 @@ def test_without_models_the_bundled_ones_are_taken_with_their_notes(
 def test_without_out_the_result_goes_to_a_folder_of_its_own(
     make_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "default_folder", lambda result: tmp_path / result["kind"])
+    monkeypatch.setattr(publish, "default_folder", lambda result: tmp_path / result["kind"])
     assert main([str(make_onnx("a.onnx")), *QUICK, "--backends", "onnx:cpu"]) == 0
     assert read_result(tmp_path / "latency/latency.json")["absent"] == []
 

@@ -1,32 +1,25 @@
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
-import math
-import sys
-import time
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import peers as bench
-from benchmarks.measure import networks, toolchains
-from benchmarks.measure.networks import DEPLOY, STRAIGHT
+from benchmarks.measure import toolchains
+from benchmarks.measure.networks import MAX_DIFFERENCE
 from benchmarks.measure.toolchains import (
     ONNXRUNTIME,
     OURS,
-    TOOLCHAINS,
     Toolchain,
     UnavailableError,
     Work,
 )
+from benchmarks.report.studies import peers_tables
 from efficientface_deploy.errors import ConfigError
-from efficientface_export.graph.channel_layout import PROFILES
-from efficientface_export.graph.efficientface import deploy_graph
-from efficientface_export.graph.io import write_onnx
+from efficientface_deploy.workbench import requirements
+from efficientface_deploy.workbench.timing import Samples
 
 SMALL = bench.PeersConfig(
     networks=False, input_size=32, batch=3, seconds=0.02, rounds=3, libraries="onnxruntime"
@@ -37,12 +30,7 @@ LATENCY_KEYS = {
     "speedup",
 }
 
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("quick_export", "threads_as_before")
 
 
 @pytest.fixture(autouse=True)
@@ -53,20 +41,10 @@ def one_cpu(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def quick_export(monkeypatch):
-    """Our graph in the place of torch's, which takes long to trace."""
-
-    def export(module, spec, path, *, float_input):
-        weights = {key: value.numpy() for key, value in module.state_dict().items()}
-        graph = deploy_graph(weights, spec, PROFILES["gpu"], float_input=float_input)
-        write_onnx(graph, path, spec, {})
-
-    monkeypatch.setattr(networks, "export_onnx", export)
-
-
-@pytest.fixture
-def network(tmp_path):
-    return bench.make_networks(SMALL, tmp_path)[0]
+def known_peak(monkeypatch):
+    """Measuring it takes processes of their own."""
+    row = {"threads": 1, "format": "fp32", "multiply_adds_per_second": 6e10}
+    monkeypatch.setattr(bench, "measure_arithmetic", lambda threads: [row])
 
 
 @pytest.fixture
@@ -86,8 +64,8 @@ def fake(name, open_, **fields):
 def changed_by(share):
     """ONNX Runtime with an error in each logit."""
 
-    def open_(network, work, stack):
-        infer = toolchains.open_onnxruntime(network, work, stack)
+    def open_(*arguments):
+        infer = toolchains.open_onnxruntime(*arguments)
         return lambda pictures: infer(pictures) * np.float32(1 + share)
 
     return open_
@@ -105,7 +83,7 @@ def test_result_compares_every_toolchain_with_ours(tmp_path, capsys):
     for row in result["cases"]:
         assert set(row) > LATENCY_KEYS
         assert row["group"] == bench.SAME and row["note"] == ""
-        assert row["ranked"] and row["max_difference"] < bench.MAX_DIFFERENCE
+        assert row["ranked"] and row["max_difference"] < MAX_DIFFERENCE
         assert 0 < row["cpus"] <= 1.1
         assert row["ours_faster"]["value"] == pytest.approx(1 / row["speedup"]["value"])
     single, batch = rows_by_name(result), rows_by_name(result, batch=3)
@@ -114,8 +92,8 @@ def test_result_compares_every_toolchain_with_ours(tmp_path, capsys):
     assert ours["ours_faster"]["value"] == 1
     assert other["ours_faster"]["value"] == pytest.approx(other["p50_ms"] / ours["p50_ms"])
     table = (tmp_path / "peers.md").read_text()
-    assert "## Batch 1, 1 thread" in table and "## Batch 3, 1 thread" in table
-    assert f"- **{ONNXRUNTIME.name}**: {ONNXRUNTIME.setting}" in table
+    assert "| **batch 1, 1 thread** |" in table and "| **batch 3, 1 thread** |" in table
+    assert f"| {ONNXRUNTIME.name} | {ONNXRUNTIME.setting} |" in table
     assert "wrote peers.json and peers.md" in capsys.readouterr().out
 
 
@@ -150,38 +128,32 @@ def test_wrong_outputs_are_marked_and_not_ranked(beside_ours):
     assert rows["right"]["ranked"] and rows["right"]["note"] == ""
     best = result["goals"][0]
     assert best["against"] == "EfficientFace on right"  # not "wrong", which takes no time at all
-    assert "not finite" in bench.as_markdown(result)
+    assert "not finite" in peers_tables(result)[0].to_markdown()
 
 
-def test_logits_that_are_not_numbers_are_no_match():
-    expected = np.ones((1, 7), np.float32)
-    assert bench.relative_difference(expected * np.nan, expected) == math.inf
-    assert bench.relative_difference(expected * 1.5, expected) == 0.5
-
-
-def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours):
-    def fail(network, work, stack):
+def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours, monkeypatch):
+    def fail(*arguments):
         raise OSError("libsomething.so.1: cannot open shared object file")
 
-    def refuse(network, work, stack):
+    def refuse(*arguments):
         raise UnavailableError("its converter failed")
 
     beside_ours(
-        fake("not installed", fail, needs=("json", "no_such_package")),
+        fake("not installed", fail, needs=("torch", "ncnn")),
         fake("broken", fail),
         fake("refusing", refuse),
     )
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "ncnn")
     result = bench.run(SMALL)
     absent = [(entry["backend"], entry["reason"]) for entry in result["absent"]]
     broken = "OSError: libsomething.so.1: cannot open shared object file"
     assert absent == [
-        ("not installed", "no no_such_package here; pip install 'efficientface-deploy[peers]'"),
+        ("not installed", "no ncnn here; pip install 'efficientface-deploy[peers]'"),
         ("broken", f"batch 1, 1 thread: {broken}"),
         ("refusing", "its converter failed"),
         ("broken", f"batch 3, 1 thread: {broken}"),
     ]
     assert set(rows_by_name(result)) == {OURS[0].name}
-    assert "- EfficientFace on refusing: its converter failed" in bench.as_markdown(result)
 
 
 def test_unknown_library():
@@ -189,33 +161,16 @@ def test_unknown_library():
         bench.choose_toolchains("ncnn,tvm")
 
 
-def test_too_many_threads_are_found_out(monkeypatch):
-    clock = {"cpu": 0.0, "wall": 0.0}
-    monkeypatch.setattr(bench.time, "process_time", lambda: clock["cpu"])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(bench.time, "sleep", lambda seconds: pass_time(0.05, cpus=1))
-
-    def pass_time(seconds, cpus):
-        clock["wall"] += seconds
-        clock["cpu"] += seconds * cpus
-
-    watch = bench.CpuWatch(pause=0.05)
-    for _ in range(3):
-        watch.begin("greedy")
-        pass_time(1, cpus=1.8)
-        watch.begin("modest")  # what still spins during the pause is nobody's
-        pass_time(2, cpus=1)
-        watch.end()
-        pass_time(9, cpus=2)
-    assert watch.cpus("greedy") == pytest.approx(1.8)
-    assert watch.cpus("modest") == pytest.approx(1)
-
-
 def test_rows_with_too_many_threads_are_not_ranked(beside_ours, monkeypatch):
     beside_ours(ONNXRUNTIME)
-    monkeypatch.setattr(bench.CpuWatch, "cpus", lambda self, name: 1.4 if "ONNX" in name else 1.0)
+
+    def measure(candidates, **options):
+        times = np.full((3, 4), 1_000_000)
+        return {name: Samples(times, 1.4 if "ONNX" in name else 1.05) for name in candidates}
+
+    monkeypatch.setattr(bench, "measure", measure)
     rows = rows_by_name(bench.run(SMALL))
-    assert not rows[ONNXRUNTIME.name]["ranked"]
+    assert not rows[ONNXRUNTIME.name]["ranked"] and rows[ONNXRUNTIME.name]["cpus"] == 1.4
     assert rows[ONNXRUNTIME.name]["note"] == "not ranked: it used more threads than it was given"
     assert rows[OURS[0].name]["ranked"]
 
@@ -225,15 +180,16 @@ def test_other_networks_are_opened_by_export_and_by_pytorch(tmp_path):
         dataclasses.replace(bench.make_networks(SMALL, tmp_path)[0], name=name)
         for name in (bench.EFFICIENTFACE, "EfficientNet-B0")
     ]
-    entries = bench.plan_entries(networks, [*OURS, ONNXRUNTIME], Work(1, 1))
-    assert [(entry.group, entry.toolchain.name) for entry in entries] == [
-        (bench.SAME, "EfficientFace Deploy"),
-        (bench.SAME, "ONNX Runtime"),
-        (bench.OTHER, "ONNX Runtime"),
-        (bench.OTHER, "PyTorch eager"),
+    plan = bench.plan_cases(networks, [*OURS, ONNXRUNTIME], Work(1, 1))
+    assert [(network.name, toolchain.name) for network, toolchain in plan] == [
+        (bench.EFFICIENTFACE, "EfficientFace Deploy"),
+        (bench.EFFICIENTFACE, "ONNX Runtime"),
+        ("EfficientNet-B0", "ONNX Runtime"),
+        ("EfficientNet-B0", "PyTorch eager"),
     ]
-    opened = bench.Opened(entries[-1], lambda pictures: pictures, 0.0)
-    assert bench.note_of(opened, threads_kept=True) == bench.RANDOM_WEIGHTS
+    case = bench.Case(*plan[-1], lambda pictures: pictures, 0.0)
+    row = bench.describe(case, [case], Work(1, 1), {case.name: Samples(np.ones((3, 4)), 1.0)})
+    assert (row["group"], row["note"]) == (bench.OTHER, bench.RANDOM_WEIGHTS) and row["ranked"]
 
 
 def test_works_begin_with_one_thread(monkeypatch):
@@ -241,84 +197,3 @@ def test_works_begin_with_one_thread(monkeypatch):
     assert bench.plan_works(32) == [Work(1, 1), Work(2, 1), Work(2, 32)]
     monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
     assert bench.plan_works(32) == [Work(1, 1), Work(1, 32)]
-
-
-CONVERTED = [
-    one
-    for one in TOOLCHAINS
-    # torch.compile takes minutes on a busy machine; pnnx misreads the stand-in's Gather.
-    if one.name != "torch.compile" and not (one.library == "ncnn" and one.graph == STRAIGHT)
-]
-
-
-@pytest.mark.parametrize("toolchain", CONVERTED, ids=lambda one: one.name)
-@pytest.mark.parametrize("work", [Work(1, 1), Work(2, 3)], ids=lambda work: work.name)
-def test_real_toolchains_compute_what_pytorch_computes(toolchain, work, network):
-    for package in toolchain.needs:
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    if not toolchain.takes(work):
-        pytest.skip("is for batches alone")
-    first, second = bench.make_pictures(work.batch, SMALL)[:2]
-    with contextlib.ExitStack() as stack:
-        infer = toolchain.open(network, work, stack)
-        kept = infer(first)
-        found = infer(second)  # the first answer must not change
-        limit = 1e-4 if toolchain.precision == "fp32" else 0.2
-        assert bench.relative_difference(kept, bench.reference_logits(network, first)) < limit
-        assert bench.relative_difference(found, bench.reference_logits(network, second)) < limit
-
-
-@pytest.mark.slow
-def test_compiled_pytorch_computes_the_same(network):
-    pictures = bench.make_pictures(1, SMALL)[0]
-    with contextlib.ExitStack() as stack:
-        found = toolchains.open_compiled(network, Work(1, 1), stack)(pictures)
-    assert bench.relative_difference(found, bench.reference_logits(network, pictures)) < 1e-4
-
-
-def test_no_compiler_is_said(network, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with contextlib.ExitStack() as stack, pytest.raises(UnavailableError, match="install g"):
-        toolchains.open_compiled(network, Work(1, 1), stack)
-
-
-def test_a_picture_to_each_thread_keeps_the_order():
-    def infer(pictures):
-        time.sleep(0.02 if pictures[0, 0] == 0 else 0)
-        return pictures.astype(np.float32)
-
-    pictures = np.arange(6, dtype=np.uint8)[:, None]
-    with contextlib.ExitStack() as stack:
-        found = toolchains.one_by_one(infer, Work(2, 6), stack)(pictures)
-    assert found.tolist() == pictures.tolist()
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("import sys; sys.exit('no such operator\\nGatherND')", "exit code 1: GatherND"),
-        ("print('done')", "exit code 0: done"),  # says so, and wrote nothing
-        ("import os; os.abort()", "exit code -6: it said nothing"),
-    ],
-)
-def test_a_converter_that_writes_nothing_is_said(code, reason, tmp_path):
-    command = [sys.executable, "-c", code]
-    with pytest.raises(UnavailableError, match=reason):
-        toolchains._run_converter(command, tmp_path, tmp_path / "model.bin")
-
-
-def test_what_libraries_print_does_not_reach_standard_output(capfd):
-    print("before")
-    with toolchains.native_output_to_stderr():
-        ctypes.CDLL(None).puts(b"using high precision")
-    print("after")
-    captured = capfd.readouterr()
-    assert captured.out == "before\nafter\n"
-    assert captured.err == "using high precision\n"
-
-
-def test_files_are_made_once(network):
-    path = network.onnx(DEPLOY)
-    before = path.stat().st_mtime_ns
-    assert network.onnx(DEPLOY) == path and path.stat().st_mtime_ns == before
-    assert network.onnx(DEPLOY, float_input=True) != path

@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks.measure import models as module
 from benchmarks.measure.models import (
-    Absent,
-    Contender,
+    EXPORTED,
+    EXPORTED_NOTE,
+    Candidate,
+    Skipped,
     choose_backends,
+    default_models,
     find_models,
-    open_contenders,
+    open_candidates,
     positive_integers,
-    require_contenders,
+    require_candidates,
 )
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
@@ -85,7 +90,7 @@ def test_what_opens_and_what_does_not(
     broken.write_bytes(b"nonsense")
     paths = [good, broken, foreign, tmp_path / "gone.onnx", student]
     backends = ("onnx:cpu", "torch:cpu", "trt", "trt-rtx")
-    with open_contenders(paths, backends, (1, 2)) as (opened, absent):
+    with open_candidates(paths, backends, (1, 2)) as (opened, skipped):
         assert [(entry.model, entry.backend, entry.threads) for entry in opened] == [
             ("good.onnx", "onnx:cpu", 1),
             ("good.onnx", "onnx:cpu", 2),
@@ -93,7 +98,7 @@ def test_what_opens_and_what_does_not(
             ("student.safetensors", "torch:cpu", 2),
         ]
         assert [entry.precision for entry in opened] == ["fp16", "fp16", "fp32", "fp32"]
-    by_key = {(entry.backend, entry.model): entry.reason for entry in absent}
+    by_key = {(entry.backend, entry.model): entry.reason for entry in skipped}
     assert set(by_key) == {
         ("trt", ""),
         ("onnx:cpu", "broken.onnx"),
@@ -114,13 +119,13 @@ def test_a_library_that_cannot_be_imported_is_a_reason(
         raise ImportError("libcudart.so.12:\n cannot open shared object file")
 
     monkeypatch.setattr(module, "load", load)
-    with open_contenders([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, absent):
+    with open_candidates([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, skipped):
         reason = "ImportError: libcudart.so.12: cannot open shared object file"
-        assert (opened, absent) == ([], [Absent("onnx:cpu", "a.onnx", reason)])
+        assert (opened, skipped) == ([], [Skipped("onnx:cpu", "a.onnx", reason)])
 
 
 def test_models_are_closed_at_the_end(make_onnx: Callable[..., Path]) -> None:
-    with open_contenders([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, _):
+    with open_candidates([make_onnx("a.onnx")], ("onnx:cpu",)) as (opened, _):
         predictor = opened[0].predictor
     with pytest.raises(Exception, match="close"):
         predictor.infer(None)  # type: ignore[arg-type]
@@ -128,7 +133,7 @@ def test_models_are_closed_at_the_end(make_onnx: Callable[..., Path]) -> None:
 
 def test_models_of_one_name_are_told_apart(make_onnx: Callable[..., Path]) -> None:
     paths = [make_onnx("x/m.onnx"), make_onnx("y/m.onnx"), make_onnx("y/n.onnx")]
-    with open_contenders(paths, ("onnx:cpu",)) as (opened, _):
+    with open_candidates(paths, ("onnx:cpu",)) as (opened, _):
         names = [entry.model for entry in opened]
     assert names == ["x/m.onnx", "y/m.onnx", "n.onnx"]
 
@@ -151,19 +156,14 @@ def test_an_engine_is_opened_with_and_without_cuda_graphs_where_they_can_be_turn
     path.write_bytes(b"plan")
     monkeypatch.setattr(module, "missing_reason", lambda name: None)
     monkeypatch.setattr(module, "load", load)
-    with open_contenders([path], ("trt",), (1, 2), without_graphs=True) as (opened, _):
+    with open_candidates([path], ("trt",), (1, 2), without_graphs=True) as (opened, _):
         assert [(one.model, one.threads) for one in opened] == [
             ("m.engine", None),
             ("m.engine, no CUDA graphs", None),
         ]
     assert [entry["cuda_graphs"] for entry in opened_with] == [True, False]
-    # Not asked for, and where load() has no such option.
-    with open_contenders([path], ("trt",)) as (opened, _):
-        assert len(opened) == 1
-    older = lambda path, backend, threads=None, preset=None: load(path, backend=backend)  # noqa: E731
-    monkeypatch.setattr(module, "load", older)
-    with open_contenders([path], ("trt",), without_graphs=True) as (opened, _):
-        assert len(opened) == 1
+    with open_candidates([path], ("trt",)) as (opened, _):
+        assert len(opened) == 1  # not asked for
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_an_engine_is_opened_with_and_without_cuda_graphs_where_they_can_be_turn
 )
 def test_what_runs_on_a_gpu(backend: str, on_gpu: bool) -> None:
     predictor = SimpleNamespace(backend=backend)
-    assert Contender("m", predictor, None).on_gpu is on_gpu  # type: ignore[arg-type]
+    assert Candidate("m", predictor, None).on_gpu is on_gpu  # type: ignore[arg-type]
 
 
 def test_torch_threads_are_set_before_a_turn(student: Path) -> None:
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     try:
-        with open_contenders([student], ("torch:cpu",), (1, 2)) as (opened, _):
+        with open_candidates([student], ("torch:cpu",), (1, 2)) as (opened, _):
             assert torch.get_num_threads() == 2
             opened[0].prepare()
             assert torch.get_num_threads() == 1
@@ -199,7 +199,7 @@ def test_torch_threads_are_set_before_a_turn(student: Path) -> None:
 
 def test_a_description_says_which_file_it_was(make_onnx: Callable[..., Path]) -> None:
     path = make_onnx("a.onnx", precision="int8")
-    with open_contenders([path], ("onnx:cpu",)) as (opened, _):
+    with open_candidates([path], ("onnx:cpu",)) as (opened, _):
         described = opened[0].describe()
     assert described["name"] == "a.onnx"
     assert described["precision"] == "int8"
@@ -209,7 +209,80 @@ def test_a_description_says_which_file_it_was(make_onnx: Callable[..., Path]) ->
 
 
 def test_nothing_to_measure_is_an_error_that_says_why() -> None:
-    absent = [Absent("trt", "", "not installed"), Absent("onnx:cpu", "a.onnx", "broken")]
+    skipped = [Skipped("trt", "", "not installed"), Skipped("onnx:cpu", "a.onnx", "broken")]
     with pytest.raises(ConfigError, match=r"none \(a\.onnx: broken\)") as error:
-        require_contenders([], absent)
+        require_candidates([], skipped)
     assert error.value.exit_code == 2
+
+
+# ---- what is timed when no model is named
+
+
+@pytest.fixture
+def no_artifacts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "ARTIFACTS", tmp_path / "artifacts")
+
+
+@pytest.mark.usefixtures("no_artifacts")
+def test_what_lies_under_artifacts_is_taken_and_nothing_is_exported(
+    make_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make_onnx("artifacts/a.onnx")
+    monkeypatch.setattr(module, "export", None)
+    with default_models() as (paths, skipped, notes):
+        assert (paths, skipped, notes) == ([BUNDLED_WEIGHTS, BUNDLED_ONNX, found], [], [])
+
+
+@pytest.mark.usefixtures("no_artifacts")
+def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.requirements, "is_installed", lambda name: False)
+    with default_models() as (paths, skipped, notes):
+        assert paths == [BUNDLED_WEIGHTS, BUNDLED_ONNX] and notes == []
+    assert [entry.model for entry in skipped] == list(EXPORTED)
+    assert "no rich here; pip install 'efficientface-deploy[" in skipped[0].reason
+
+
+@pytest.mark.usefixtures("no_artifacts")
+def test_two_commands_make_the_files_which_are_gone_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **keywords: Any) -> Any:
+        commands.append(command[1:])
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir()
+        for name in EXPORTED:
+            (out / name).write_bytes(b"model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    with default_models() as (paths, skipped, notes):
+        assert [path.name for path in paths[2:]] == list(EXPORTED)
+        assert all(path.is_file() for path in paths)
+        assert (skipped, notes) == ([], [EXPORTED_NOTE])
+    assert not paths[-1].exists()
+    assert [command[1] for command in commands] == ["training.prepare", "efficientface_export.cli"]
+    assert "--no-int8-search" in commands[1]
+    assert commands[1][commands[1].index("--weights") + 1] == str(BUNDLED_WEIGHTS)
+
+
+@pytest.mark.usefixtures("no_artifacts")
+def test_an_export_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **keywords: Any) -> Any:
+        return subprocess.CompletedProcess(command, 2, "", "working\nerror: disk full\n")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    with default_models() as (paths, skipped, notes):
+        assert paths == [BUNDLED_WEIGHTS, BUNDLED_ONNX]
+    assert {entry.reason for entry in skipped} == {"export: error: disk full"}
+    assert notes == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_artifacts")
+def test_the_real_export_makes_both_files(tmp_path: Path) -> None:
+    paths, skipped = module.export(tmp_path)
+    assert skipped == []
+    assert [path.name for path in paths] == list(EXPORTED)
+    assert all(path.stat().st_size > 1e6 for path in paths)

@@ -14,7 +14,7 @@ from tensorrt_stand_in import VERSIONS, read_record
 
 from benchmarks.latency import profile
 from benchmarks.measure import profiling as module
-from benchmarks.measure.models import Contender, open_contenders
+from benchmarks.measure.models import Candidate, open_candidates
 from benchmarks.measure.profiling import (
     by_kind,
     engine_layers,
@@ -119,7 +119,7 @@ def test_a_real_session_is_profiled_as_the_runtime_makes_it(
 
     original = onnxruntime.SessionOptions
     images = [np.full((2, 64, 64, 3), value, np.uint8) for value in (1, 200)]
-    with open_contenders([model_files["onnx"]], ("onnx:cpu",), (1,)) as (opened, _):
+    with open_candidates([model_files["onnx"]], ("onnx:cpu",), (1,)) as (opened, _):
         found = profile_onnx(opened[0], images, 5)
     assert onnxruntime.SessionOptions is original
     assert list(tmp_path.iterdir()) == []  # the trace is gone
@@ -146,12 +146,12 @@ def test_stored_weights_of_a_file(model_files: dict[str, Path]) -> None:
 def test_a_checkpoint_has_no_profile_and_says_so(
     student: Path, make_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(entry: Contender, *others: object) -> dict[str, Any]:
+    def broken(entry: Candidate, *others: object) -> dict[str, Any]:
         raise RuntimeError("no trace")
 
     monkeypatch.setattr("benchmarks.latency.profile_onnx", broken)
     paths = [make_onnx("a.onnx"), student]
-    with open_contenders(paths, ("onnx:cpu", "torch:cpu"), (1, 2)) as (opened, _):
+    with open_candidates(paths, ("onnx:cpu", "torch:cpu"), (1, 2)) as (opened, _):
         found, failed = profile(opened, seed=0)
     assert found == []
     assert sorted(entry.reason for entry in failed) == [
@@ -175,11 +175,11 @@ def test_layers_of_an_engine(text: str, layers: list[str]) -> None:
     assert [layer["kind"] for layer in engine_layers(text)] == layers
 
 
-def engine_contender(tmp_path: Path) -> Contender:
+def engine_candidate(tmp_path: Path) -> Candidate:
     path = tmp_path / "model.engine"
     path.write_bytes(b"plan")
     predictor = SimpleNamespace(path=path, backend="trt", provenance={"precision": "fp16"})
-    return Contender("model.engine", predictor, None)  # type: ignore[arg-type]
+    return Candidate("model.engine", predictor, None)  # type: ignore[arg-type]
 
 
 def fake_library(plan: object) -> SimpleNamespace:
@@ -203,11 +203,11 @@ def test_an_engine_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     inspector = SimpleNamespace(get_engine_information=lambda kind: text if kind == "json" else "")
     plan = SimpleNamespace(create_engine_inspector=lambda: inspector)
     monkeypatch.setattr(module, "load_library", lambda kind: fake_library(plan))
-    found = inspect_engine(engine_contender(tmp_path))
+    found = inspect_engine(engine_candidate(tmp_path))
     assert found["engine_layers"] == [{"name": "a", "kind": "Convolution"}]
     monkeypatch.setattr(module, "load_library", lambda kind: fake_library(None))
     with pytest.raises(BackendError, match="leave --profile out"):
-        inspect_engine(engine_contender(tmp_path))
+        inspect_engine(engine_candidate(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The floor: multiply-adds counted, and the distance from them."""
+"""The roofline: multiply-adds counted, the machine's peak, and the distance from it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.measure import roofline as module
-from benchmarks.measure.models import Contender, open_contenders
+from benchmarks.measure.models import Candidate, open_candidates
+from benchmarks.measure.processes import ProcessError, run_fresh, run_job
 from benchmarks.measure.roofline import (
+    copy_bandwidth,
     count_multiply_adds,
     count_onnx,
     fewest_multiply_adds,
-    floor_of,
+    measure_library,
+    peak_rate,
+    roofline_of,
 )
 
-CEILINGS: dict[str, Any] = {
+KNOWN: dict[str, Any] = {
     "arithmetic": [{"threads": 1, "format": "fp32", "multiply_adds_per_second": 1e9}],
     "bandwidth": [{"threads": 1, "bytes_per_second": 1e9}],
 }
 
 
 @pytest.fixture
-def contenders(make_onnx: Callable[..., Path], student: Path) -> Any:
+def candidates(make_onnx: Callable[..., Path], student: Path) -> Any:
     paths = [make_onnx("a.onnx", precision="fp32"), student]
-    with open_contenders(paths, ("onnx:cpu", "torch:cpu"), (1,)) as (opened, _):
+    with open_candidates(paths, ("onnx:cpu", "torch:cpu"), (1,)) as (opened, _):
         yield opened
 
 
-def test_an_onnx_file_and_a_checkpoint_are_counted(contenders: list[Contender]) -> None:
-    counts = count_multiply_adds(contenders)
+def test_an_onnx_file_and_a_checkpoint_are_counted(candidates: list[Candidate]) -> None:
+    counts = count_multiply_adds(candidates)
     # The colour network: one Gemm of 3 by 7.
     assert counts["a.onnx"] == 21
     # EfficientFace at 32x32, from its own layers: 1/49 of 224x224's 149.7 M but for the gates.
@@ -39,22 +44,22 @@ def test_an_onnx_file_and_a_checkpoint_are_counted(contenders: list[Contender]) 
 
 
 def test_a_checkpoints_count_is_that_of_its_traced_graph(model_files: dict[str, Path]) -> None:
-    with open_contenders([model_files["torch"]], ("torch:cpu",), (1,)) as (opened, _):
+    with open_candidates([model_files["torch"]], ("torch:cpu",), (1,)) as (opened, _):
         (counted,) = count_multiply_adds(opened).values()
     assert counted == count_onnx(model_files["onnx"])
 
 
-def test_the_fewest_of_a_networks_files_count(contenders: list[Contender]) -> None:
-    fewest = fewest_multiply_adds(contenders, {"a.onnx": 50, "student.safetensors": 20})
+def test_the_fewest_of_a_networks_files_count(candidates: list[Candidate]) -> None:
+    fewest = fewest_multiply_adds(candidates, {"a.onnx": 50, "student.safetensors": 20})
     # Both say that they are the same network (name, input size, classes).
     assert list(fewest.values()) == [20]
-    assert fewest_multiply_adds(contenders, {"a.onnx": None, "student.safetensors": None}) == {}
+    assert fewest_multiply_adds(candidates, {"a.onnx": None, "student.safetensors": None}) == {}
 
 
-def test_distance_is_the_median_by_the_time_at_the_peak(contenders: list[Contender]) -> None:
-    first = contenders[0]
-    fewest = fewest_multiply_adds(contenders, {"a.onnx": 2_000_000})
-    row = floor_of(first, 8, 24.0, fewest, CEILINGS)
+def test_distance_is_the_median_by_the_time_at_the_peak(candidates: list[Candidate]) -> None:
+    first = candidates[0]
+    fewest = fewest_multiply_adds(candidates, {"a.onnx": 2_000_000})
+    row = roofline_of(first, 8, 24.0, fewest, KNOWN)
     assert row is not None
     assert row["ms"] == pytest.approx(16.0)  # 8 x 2 M at 1 G a second
     assert row["distance"] == pytest.approx(1.5)
@@ -62,26 +67,158 @@ def test_distance_is_the_median_by_the_time_at_the_peak(contenders: list[Contend
     assert row["memory_ms"] == pytest.approx(1e3 * size / 1e9)
 
 
-def test_without_count_or_peak_there_is_no_floor(contenders: list[Contender]) -> None:
-    first = contenders[0]
-    assert floor_of(first, 1, 1.0, {}, CEILINGS) is None
-    fewest = fewest_multiply_adds(contenders, {"a.onnx": 10})
-    assert floor_of(first, 1, 1.0, fewest, {"arithmetic": [], "bandwidth": []}) is None
+def test_without_count_or_peak_there_is_no_floor(candidates: list[Candidate]) -> None:
+    first = candidates[0]
+    assert roofline_of(first, 1, 1.0, {}, KNOWN) is None
+    fewest = fewest_multiply_adds(candidates, {"a.onnx": 10})
+    assert roofline_of(first, 1, 1.0, fewest, {"arithmetic": [], "bandwidth": []}) is None
 
 
 def test_a_gpu_has_its_own_peak(
-    contenders: list[Contender], monkeypatch: pytest.MonkeyPatch
+    candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fewest = fewest_multiply_adds(contenders, {"a.onnx": 1_000_000})
-    monkeypatch.setattr(Contender, "on_gpu", True)
-    assert floor_of(contenders[0], 1, 1.0, fewest, CEILINGS) is None
-    gpu = {**CEILINGS, "gpu": {"fp32": 1e10}}
-    row = floor_of(contenders[0], 1, 1.0, fewest, gpu)
+    fewest = fewest_multiply_adds(candidates, {"a.onnx": 1_000_000})
+    monkeypatch.setattr(Candidate, "on_gpu", True)
+    assert roofline_of(candidates[0], 1, 1.0, fewest, KNOWN) is None
+    gpu = {**KNOWN, "gpu": {"fp32": 1e10}}
+    row = roofline_of(candidates[0], 1, 1.0, fewest, gpu)
     assert row is not None and row["ms"] == pytest.approx(0.1)
 
 
 def test_without_the_package_onnx_a_file_has_no_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "is_installed", lambda name: False)
     assert count_onnx(tmp_path / "any.onnx") is None
+
+
+# ---- the machine's peak: which of the libraries and formats counts
+
+PEAKS: dict[str, Any] = {
+    "arithmetic": [
+        {"threads": 1, "format": "fp32", "multiply_adds_per_second": 80.0},
+        {"threads": 1, "format": "fp16", "multiply_adds_per_second": 60.0},
+        {"threads": 1, "format": "int8", "multiply_adds_per_second": 300.0},
+        {"threads": 2, "format": "fp32", "multiply_adds_per_second": 150.0},
+        {"threads": 2, "format": "int8", "multiply_adds_per_second": 250.0},
+    ]
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SIZES", {"cpu": (16, 32)})
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("threads", "precision", "expected"),
+    [
+        (1, "fp32", 80.0),
+        (1, "fp16", 80.0),  # in FP32, where that is faster
+        (1, "int8", 300.0),
+        (2, "fp32", 150.0),
+        (2, "int8", 300.0),  # one thread was faster, and two can do what one can
+        (1, "", 80.0),
+        (None, "fp32", None),  # a GPU
+    ],
+)
+def test_the_best_that_can_hold_the_numbers_counts(
+    threads: int | None, precision: str, expected: float | None
+) -> None:
+    assert peak_rate(PEAKS, threads, precision) == expected
+
+
+def test_fewer_threads_than_were_measured_have_no_peak_rate() -> None:
+    only_two = {"arithmetic": PEAKS["arithmetic"][3:]}
+    assert peak_rate(only_two, 1, "fp32") is None
+
+
+def test_a_row_names_the_library_that_gave_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"numpy": {"fp32": 5.0}, "torch": {"fp32": 7.0, "fp16": 3.0}}
+    monkeypatch.setattr(module, "ask_libraries", lambda threads: found)
+    rows = module.measure_arithmetic(2)
+    assert [(row["format"], row["by"], row["multiply_adds_per_second"]) for row in rows] == [
+        ("fp32", "torch", 7.0),
+        ("fp16", "torch", 3.0),
+    ]
+    assert rows[0]["tried"] == {"numpy": 5.0, "torch": 7.0}
+    assert rows[0]["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("library", "formats"),
+    [("numpy", {"fp32"}), ("torch", {"fp32", "fp16"}), ("onnxruntime", {"fp32", "fp16", "int8"})],
+)
+@pytest.mark.usefixtures("quick")
+def test_each_library_multiplies_in_its_formats(library: str, formats: set[str]) -> None:
+    pytest.importorskip(library)
+    rates = measure_library(library, 1)
+    assert set(rates) == formats
+    assert all(rate > 1e5 for rate in rates.values())
+
+
+def test_rate_is_the_products_multiply_adds_by_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_SIZES", {"cpu": (100, 200)})
+    monkeypatch.setattr(module, "_shortest", lambda product: 0.01)
+    assert measure_library("numpy", 1) == {"fp32": pytest.approx(200**3 / 0.01)}
+    # A library that is slow at a format is not asked for larger matrices.
+    monkeypatch.setattr(module, "_shortest", lambda product: 1.0)
+    assert measure_library("numpy", 1) == {"fp32": pytest.approx(100**3)}
+    monkeypatch.setattr(module, "_onnx_product", lambda *arguments: print)
+    slow = measure_library("onnxruntime", 1)
+    assert slow == dict.fromkeys(("fp32", "fp16", "int8"), pytest.approx(100**3))
+
+
+def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def run_job(job: Any, library: str, threads: int, *, environment: dict[str, str]) -> Any:
+        seen.append(library)
+        assert environment["OPENBLAS_NUM_THREADS"] == "3"
+        if library == "torch":
+            raise ProcessError("ModuleNotFoundError: No module named 'torch'")
+        return {"fp32": 1.0}
+
+    monkeypatch.setattr(module, "run_job", run_job)
+    assert module.ask_libraries(3) == {"numpy": {"fp32": 1.0}, "onnxruntime": {"fp32": 1.0}}
+    assert seen == list(module.LIBRARIES)
+
+
+def test_a_process_measures_one_library_and_imports_no_other() -> None:
+    # Matrices of the real sizes, but only numpy's: half a second.
+    assert set(run_job(measure_library, "numpy", 1)) == {"fp32"}
+    run = run_fresh("import benchmarks.measure.roofline; print('imported')")
+    assert not run.modules & {"torch", "onnx", "onnxruntime"}
+
+
+def test_a_machine_without_a_gpu_has_no_peak_of_one() -> None:
+    assert module.peak_of_gpu() == {}
+
+
+def test_a_copy_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_copy_bytes", lambda: 8000)
+    monkeypatch.setattr(module, "_time_copy", lambda shares: 0.001)
+    found = copy_bandwidth(3)
+    assert found["bytes_per_second"] == pytest.approx(2 * 8000 / 0.001)
+    assert (found["threads"], found["array_bytes"]) == (3, 8000)
+    assert found["larger_than_cache"] is False
+    monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 1000)
+    assert copy_bandwidth(1)["larger_than_cache"] is True
+
+
+def test_all_of_an_array_is_copied_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = np.arange(10.0), np.zeros(10)
+    halves = zip(np.array_split(target, 3), np.array_split(source, 3), strict=True)
+    assert module._time_copy(list(halves)) > 0
+    np.testing.assert_array_equal(target, source)
+
+
+def test_little_memory_bounds_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 300 << 20)
+    monkeypatch.setattr(module, "memory_bytes", lambda: 800 << 20)
+    assert module._copy_bytes() == 100 << 20
+    monkeypatch.setattr(module, "memory_bytes", lambda: None)
+    assert module._copy_bytes() == 300 << 20

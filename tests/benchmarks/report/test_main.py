@@ -7,63 +7,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.report import tables
-from benchmarks.report.__main__ import (
-    headline,
-    main,
-    panels,
-    plot_latency,
-    read_result,
-    write_result,
-)
-from benchmarks.report.tables import console, require_libraries, show
+from benchmarks import ROOT
+from benchmarks.report.__main__ import main
+from benchmarks.report.publish import METHOD, console, require_libraries, show
+from benchmarks.report.result import write_result
 from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import ArtifactError, ConfigError
+from efficientface_deploy.errors import BackendError
+from efficientface_deploy.workbench import requirements
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 
 
 def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     show(result, console())
     return capsys.readouterr().out
-
-
-def test_round_trip(latency: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "new" / "latency.json"
-    write_result({**latency, "config": {"out": Path("there")}}, path)
-    assert read_result(path) == {**latency, "config": {"out": "there"}}
-    assert [child.name for child in path.parent.iterdir()] == ["latency.json"]
-
-
-def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_result({"value": float("nan")}, tmp_path / "x.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"schema": 1, "kind": "latency"}',
-        '{"schema": 99, "kind": "latency", "cases": []}',
-        '{"schema": 1, "kind": [], "cases": []}',
-    ],
-)
-def test_something_else_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(ArtifactError, match="measure again"):
-        read_result(path)
-
-
-def test_panels_hold_the_same_work_compute_first(latency: dict[str, Any]) -> None:
-    found = [(title, [row["model"] for row in cases]) for title, cases in panels(latency["cases"])]
-    assert found == [
-        ("compute, batch 1", ["a.onnx", "b[1].engine"]),
-        ("compute, batch 32", ["a.onnx"]),
-        ("end to end", ["a.onnx"]),
-    ]
 
 
 def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +35,7 @@ def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixtu
         "1234",
         "pip install 'efficientface-deploy[trt]'",
         "a.onnx, b.onnx",
-        "warning: the machine was busy: [3 of 4]",
+        "warning: the machine was noisy: [3 of 4]",
     ):
         assert part in text
 
@@ -87,26 +44,6 @@ def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFix
     text = printed(accuracy, capsys)
     for part in ("FER+, validation split, 3191 images", "87.65", "1.5e-07", "0.002", "5.00"):
         assert part in text
-
-
-def test_headline_names_a_gpu_first(latency: dict[str, Any]) -> None:
-    latency["machine"]["gpus"] = [{"name": "NVIDIA H100"}]
-    latency["git"] = {"commit": None, "dirty": None}
-    line = headline(latency)
-    assert line.startswith("NVIDIA H100 · AMD EPYC")
-    assert "no commit" in line
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_plot_is_a_png(latency: dict[str, Any], count: int, tmp_path: Path) -> None:
-    latency["cases"] = latency["cases"][:count]
-    latency["cases"][0]["busy"] = True
-    path = tmp_path / "latency.png"
-    plot_latency(latency, path)
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        assert image.width > 500
-    assert [child.name for child in tmp_path.iterdir()] == ["latency.png"]
 
 
 def test_command_shows_and_draws_a_stored_result(
@@ -130,22 +67,39 @@ def test_command_refuses_to_plot_accuracy(
     assert "--plot: expected a latency result, found accuracy" in capsys.readouterr().err
 
 
-def test_command_writes_markdown_and_a_page_of_several_results(
-    latency: dict[str, Any],
+def test_command_writes_one_report_of_several_results(
+    full_latency: dict[str, Any],
     accuracy: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    full_latency["cases"][3]["threads"] = 1  # two models to compare on the same threads
+    accuracy["rows"].append({**accuracy["rows"][0], "model": "b[1].engine"})
+    full_latency["models"] = []  # matched by name
     paths = [tmp_path / "latency.json", tmp_path / "accuracy.json"]
-    for path, result in zip(paths, (latency, accuracy), strict=True):
+    for path, result in zip(paths, (full_latency, accuracy), strict=True):
         write_result(result, path)
-    out = tmp_path / "page"
+    out = tmp_path / "report"
     assert main([*map(str, paths), "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"report.md", "report.html"}
-    for path in out.iterdir():
-        text = path.read_text(encoding="utf-8")
-        assert "Latency, 2026-11-23" in text and "Accuracy, 2026-11-23" in text
-    assert "wrote report.md and report.html" in capsys.readouterr().out
+    assert "wrote report.md and its plots" in capsys.readouterr().out
+    plots = {"1-accuracy-by-latency.png", "2-latency.png"}
+    assert {path.name for path in out.iterdir()} == {"report.md", *plots}
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "## Latency, 2026-11-23" in text and "## Accuracy, 2026-11-23" in text
+    assert 0 < text.index("x roofline at most") < text.index("| a.onnx |")  # goals first
+    assert text.index("1-accuracy-by-latency.png") < text.index("](2-latency.png)")
+    for part in ("AMD EPYC", "Cold start", "87.65", "> Warning: the machine was noisy", METHOD):
+        assert part in text
+    for name in plots:
+        with Image.open(out / name) as image:
+            assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_every_committed_result_becomes_a_report(path: Path, tmp_path: Path) -> None:
+    assert main([str(path), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert text.count("\n|") > 3 and "may not be concluded" in text
 
 
 @pytest.mark.parametrize(
@@ -209,6 +163,6 @@ def test_a_damaged_part_is_one_line_and_nothing_is_written(
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_libraries()
-    monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"no rich and no matplotlib.*deploy\[bench\]"):
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
+    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*deploy\[bench\]"):
         require_libraries()

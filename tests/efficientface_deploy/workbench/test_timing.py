@@ -26,7 +26,7 @@ class FakeMachine:
     def clock(self) -> int:
         return self.now
 
-    def contender(self, name: str, *milliseconds: float) -> object:
+    def candidate(self, name: str, *milliseconds: float) -> object:
         """A call that takes the given times in turn."""
         count = 0
 
@@ -47,7 +47,7 @@ def turns(log: list[str]) -> list[str]:
 def test_durations_are_those_of_the_clock_by_round() -> None:
     machine = FakeMachine()
     samples = measure(
-        {"fast": machine.contender("fast", 10), "slow": machine.contender("slow", 50)},
+        {"fast": machine.candidate("fast", 10), "slow": machine.candidate("slow", 50)},
         seconds=0.4,
         rounds=4,
         warm_up=0,
@@ -59,12 +59,39 @@ def test_durations_are_those_of_the_clock_by_round() -> None:
     np.testing.assert_array_equal(samples["slow"].durations_ns, np.full((4, 2), 50 * MS))
 
 
+def test_cpus_are_those_of_the_turns_alone() -> None:
+    machine = FakeMachine()
+    cpu = 0.0
+
+    def greedy() -> None:
+        nonlocal cpu
+        machine.now += 10 * MS
+        cpu += 18 * MS
+
+    def pause(name: str) -> None:  # what still spins then is nobody's
+        nonlocal cpu
+        machine.now += 50 * MS
+        cpu += 100 * MS
+
+    samples = measure(
+        {"greedy": greedy, "modest": machine.candidate("modest", 10)},
+        seconds=0.1,
+        rounds=3,
+        warm_up=0,
+        before_turn=pause,
+        clock=machine.clock,
+        cpu_clock=lambda: int(cpu),
+    )
+    assert samples["greedy"].cpus == pytest.approx(1.8) and samples["modest"].cpus == 0
+    assert samples["greedy"].figures()["calls"] == samples["greedy"].count
+
+
 def test_everybody_takes_one_turn_a_round_in_changing_order() -> None:
     machine = FakeMachine()
     names = ["a", "b", "c", "d"]
     announced: list[str] = []
     measure(
-        {name: machine.contender(name, 10) for name in names},
+        {name: machine.candidate(name, 10) for name in names},
         seconds=0.05,
         rounds=5,
         warm_up=0,
@@ -82,8 +109,8 @@ def test_everybody_takes_one_turn_a_round_in_changing_order() -> None:
 def test_order_depends_on_the_seed_alone() -> None:
     def order(seed: int) -> list[str]:
         machine = FakeMachine()
-        contenders = {name: machine.contender(name, 10) for name in "abcdef"}
-        measure(contenders, seconds=0.1, rounds=3, warm_up=0, seed=seed, clock=machine.clock)
+        candidates = {name: machine.candidate(name, 10) for name in "abcdef"}
+        measure(candidates, seconds=0.1, rounds=3, warm_up=0, seed=seed, clock=machine.clock)
         return machine.log
 
     assert order(1) == order(1)
@@ -92,7 +119,7 @@ def test_order_depends_on_the_seed_alone() -> None:
 
 def test_a_slow_call_is_timed_once_a_round_after_untimed_ones() -> None:
     machine = FakeMachine()
-    call = machine.contender("x", 5000)
+    call = machine.candidate("x", 5000)
     samples = measure({"x": call}, seconds=1, rounds=2, warm_up=0, clock=machine.clock)
     assert samples["x"].durations_ns.shape == (2, 1)
     assert len(machine.log) == 2 + 2 * (SETTLE_CALLS + 1)
@@ -100,7 +127,7 @@ def test_a_slow_call_is_timed_once_a_round_after_untimed_ones() -> None:
 
 def test_warm_up_lasts_as_long_as_asked() -> None:
     machine = FakeMachine()
-    call = machine.contender("x", 10)
+    call = machine.candidate("x", 10)
     measure({"x": call}, seconds=0.01, rounds=1, warm_up=0.5, clock=machine.clock)
     assert len(machine.log) == 50 + SETTLE_CALLS + 1
 
@@ -108,7 +135,7 @@ def test_warm_up_lasts_as_long_as_asked() -> None:
 def test_a_call_without_duration_does_not_run_for_ever() -> None:
     machine = FakeMachine()
     samples = measure(
-        {"x": machine.contender("x", 0)}, seconds=1, rounds=1, warm_up=0, clock=machine.clock
+        {"x": machine.candidate("x", 0)}, seconds=1, rounds=1, warm_up=0, clock=machine.clock
     )
     assert samples["x"].count == MAX_CALLS_PER_ROUND
 
@@ -119,9 +146,9 @@ def test_garbage_collection_is_off_only_while_timing() -> None:
     def call() -> None:
         seen.append(gc.isenabled())
         if len(seen) == 2 + SETTLE_CALLS + 1:
-            raise RuntimeError("a contender failed")
+            raise RuntimeError("a candidate failed")
 
-    with pytest.raises(RuntimeError, match="a contender failed"):
+    with pytest.raises(RuntimeError, match="a candidate failed"):
         measure({"x": call}, seconds=1e-9, rounds=2, warm_up=0)
     assert seen[-1] is False
     assert all(seen[:-1])
@@ -148,15 +175,15 @@ def test_percentiles_throughput_and_minimum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("durations", "busy"),
+    ("durations", "noisy"),
     [
         ([[10, 10, 10, 10], [10, 10, 11, 10]], False),
         ([[10, 10, 10, 30], [10, 10, 10, 30]], True),  # wide within every round
         ([[10, 10, 10, 10], [14, 14, 14, 14]], True),  # from round to round
     ],
 )
-def test_a_busy_machine_is_noticed(durations: list[list[int]], busy: bool) -> None:
-    assert Samples(np.array(durations, dtype=np.int64)).busy is busy
+def test_a_busy_machine_is_noticed(durations: list[list[int]], noisy: bool) -> None:
+    assert Samples(np.array(durations, dtype=np.int64)).noisy is noisy
 
 
 def test_speedup_and_its_interval() -> None:
@@ -164,9 +191,9 @@ def test_speedup_and_its_interval() -> None:
     slow = Samples((200 + rng.normal(0, 5, size=(10, 50))).astype(np.int64))
     fast = Samples((100 + rng.normal(0, 5, size=(10, 80))).astype(np.int64))
     result = speedup(slow, fast)
-    assert result.low < 2.0 < result.high
-    assert result.low <= result.value <= result.high
-    assert result.high - result.low < 0.1
+    assert result["low"] < 2.0 < result["high"]
+    assert result["low"] <= result["value"] <= result["high"]
+    assert result["high"] - result["low"] < 0.1
     assert speedup(slow, fast) == result
 
 
@@ -175,16 +202,16 @@ def test_drift_that_hits_both_alike_does_not_widen_the_interval() -> None:
     slow = Samples((2000 * drift * np.ones((10, 20))).astype(np.int64))
     fast = Samples((1000 * drift * np.ones((10, 20))).astype(np.int64))
     result = speedup(slow, fast)
-    assert (result.low, result.value, result.high) == pytest.approx((2, 2, 2), abs=0.01)
+    assert (result["low"], result["value"], result["high"]) == pytest.approx((2, 2, 2), abs=0.01)
 
 
 def test_speedup_of_itself_is_one() -> None:
     samples = Samples(np.random.default_rng(0).integers(90, 110, size=(5, 9)))
-    assert speedup(samples, samples).value == 1.0
+    assert speedup(samples, samples)["value"] == 1.0
 
 
 def test_nothing_to_measure_is_refused() -> None:
-    with pytest.raises(ValueError, match="contenders"):
+    with pytest.raises(ValueError, match="candidates"):
         measure({})
     with pytest.raises(ValueError, match="same rounds"):
         speedup(Samples(np.ones((2, 1), np.int64)), Samples(np.ones((3, 1), np.int64)))

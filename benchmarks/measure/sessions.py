@@ -1,0 +1,75 @@
+"""ONNX Runtime's sessions: the one place that sets them up, and the one that imports the library.
+
+It is imported when a session is made. So a process of its own can measure what it costs, and
+nothing else here asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LEVELS = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+
+
+def open_session(
+    model: Path | bytes,
+    threads: int | None = None,
+    *,
+    arena: bool = True,
+    level: str = "all",
+    spinning: bool = True,
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU; the defaults are the library's.
+
+    Args:
+        model: A file, or what is in it.
+        threads: Of one inference; None leaves the choice to the library.
+        arena: Whether the CPU's memory is kept in an arena.
+        level: Of graph optimisation, among :data:`LEVELS`.
+        spinning: Whether threads wait for work by spinning.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
+    options.enable_cpu_mem_arena = arena
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.log_severity_level = 3  # errors alone
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def profiled(folder: Path) -> Iterator[None]:
+    """Let whoever makes a session make it with the profiler on; its trace goes to the folder.
+
+    So it is the runtime's own choice of optimisations that is profiled, not a copy of it here.
+    """
+    import onnxruntime
+
+    original = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        made = original()
+        made.enable_profiling = True
+        made.profile_file_prefix = str(folder / "trace")
+        return made
+
+    onnxruntime.SessionOptions = options
+    try:
+        yield
+    finally:
+        onnxruntime.SessionOptions = original

@@ -1,0 +1,173 @@
+"""Results shown: on the terminal, and as Markdown with plots beside it.
+
+rich and matplotlib are imported where they draw: reading a result needs neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.report.compare import Comparison
+from benchmarks.report.plots import Plot, latency_plot, tradeoff_plot
+from benchmarks.report.result import (
+    TIMED,
+    Result,
+    default_folder,
+    headline,
+    read_result,
+    write_result,
+)
+from benchmarks.report.tables import tables_of
+from efficientface_deploy.command import parse_config
+from efficientface_deploy.files import write_text
+from efficientface_deploy.workbench.requirements import require_package
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TITLE = "EfficientFace Deploy: measured"
+# Said in every report: figures travel without their documentation.
+METHOD = """\
+Candidates take turns in rounds of random order after a warm-up, each call has another input, and
+every call is timed by perf_counter_ns. Intervals of speed-ups are bootstraps over rounds, those of
+accuracy are over images. docs/benchmarks.md has the whole method.
+
+- Latencies are of one machine, one caller, and warm caches between calls; another CPU orders
+  formats and backends otherwise.
+- Two rows differ only where their intervals do. Nothing beyond p99 is measured, and the p99 of
+  under 100 calls is near the maximum.
+- Speed-ups refer to the baseline that is named, on as many threads, not to the best that could be
+  made of it.
+- The roofline is arithmetic at the peak of a matrix product on this machine, not a limit that any
+  implementation reaches.
+- Accuracy is of the data set that is named. It says nothing of other pictures, cameras or people,
+  and a recognised expression is not a feeling.
+"""
+
+_NAMES = {"peers": "Beside other toolchains", "graphs": "Layouts of the graph"}
+_NAMES |= {"training": "Training steps"}
+_PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own
+
+
+def run_benchmark(
+    command: str,
+    config_class: type[Any],
+    run: Callable[[Any], Mapping[str, Any]],
+    argv: Sequence[str] | None,
+    description: str | None,
+) -> int:
+    """The command of a benchmark: read the options, measure, write the result and show it.
+
+    Args:
+        command: Its file's name, e.g. ``latency``.
+        config_class: The options.
+        run: Measures.
+        argv: Arguments; None reads ``sys.argv``.
+        description: For ``--help``.
+    """
+    prog = f"benchmarks/{command}.py"
+    config = parse_config(config_class, argv, prog=prog, description=description or "")
+    require_libraries()
+    publish(run(config), config.out)
+    return 0
+
+
+def require_libraries() -> None:
+    """Ask for what draws before the measurement rather than after it.
+
+    Raises:
+        BackendError: rich or matplotlib is not installed.
+    """
+    for module in ("rich", "matplotlib"):
+        require_package(module, "benchmarks")
+
+
+def publish(result: Mapping[str, Any], out: Path | None) -> Path:
+    """Write a new result as JSON, Markdown and, where calls were timed, PNG; print it.
+
+    Args:
+        result: What a command measured.
+        out: Folder to write to; None makes one by kind, date and machine.
+
+    Returns:
+        Path of the JSON file.
+    """
+    folder = out or default_folder(result)
+    path = folder / f"{result['kind']}.json"
+    write_result(result, path)
+    read = read_result(path)
+    write_text(path.with_suffix(".md"), "\n".join(_section(read)))
+    written = [path.name, path.with_suffix(".md").name]
+    if read["kind"] in TIMED:
+        latency_plot(read).save(path.with_suffix(".png"))
+        written.append(path.with_suffix(".png").name)
+    output = console()
+    show(read, output)
+    output.print(f"wrote {' and '.join(written)} to {folder}", markup=False)
+    return path
+
+
+def write_report(results: Sequence[Result], comparison: Comparison | None, folder: Path) -> None:
+    """Write ``report.md`` on all results, and beside it the plots that it shows."""
+    plots: dict[str, Plot] = {}  # by the names of their files
+
+    def image(plot: Plot) -> str:
+        name = f"{len(plots) + 1}-{plot.name}.png"
+        plots[name] = plot
+        return f"![{plot.title}]({name})\n"
+
+    parts = [f"# {TITLE}\n"]
+    if comparison is not None:
+        parts += ["## Compared\n", comparison.table.to_markdown()]
+        parts += [f"- Warning: {warning}" for warning in comparison.warnings]
+        parts += [f"- **Regression:** {line}" for line in comparison.regressions] + [""]
+    for timed, scored in itertools.permutations(results, 2):
+        if timed["kind"] in TIMED and scored["kind"] == "accuracy":
+            plot = tradeoff_plot(timed, scored)
+            parts += ["## Accuracy by latency\n", image(plot)] if plot is not None else []
+    for result in results:
+        name = _NAMES.get(result["kind"], result["kind"].capitalize())
+        date = (result.get("date") or "")[:10]
+        parts += [f"## {', '.join(filter(None, (name, date)))}\n", *_section(result)]
+        parts += [image(latency_plot(result))] if result["kind"] in TIMED else []
+    parts += ["## How it was measured, and what may not be concluded\n", METHOD]
+    for name, plot in plots.items():
+        plot.save(folder / name)
+    write_text(folder / "report.md", "\n".join(parts))
+
+
+def _section(result: Result) -> list[str]:
+    """A result as Markdown: machine, warnings, tables."""
+    warnings = [f"> Warning: {warning}\n" for warning in result["warnings"]]
+    return [f"{headline(result)}\n", *warnings, *(t.to_markdown() for t in tables_of(result))]
+
+
+def show(result: Result, output: Console) -> None:
+    """Print a result: machine, tables, what is absent, warnings."""
+    output.print(headline(result), markup=False)
+    for table in tables_of(result):
+        output.print(table)
+    for warning in result["warnings"]:
+        output.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def show_comparison(comparison: Comparison, output: Console) -> None:
+    """Print a comparison: ratios or differences, warnings, what became worse."""
+    output.print(comparison.table)
+    for warning in comparison.warnings:
+        output.print(f"warning: {warning}", style="yellow", markup=False)
+    for regression in comparison.regressions:
+        output.print(f"regression: {regression}", style="red", markup=False)
+    if not comparison.regressions and comparison.judged:
+        output.print("no regression beyond the noise", markup=False)
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables when it is no terminal."""
+    from rich.console import Console
+
+    output = Console(highlight=False)
+    return output if output.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
