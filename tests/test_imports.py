@@ -222,6 +222,18 @@ def test_there_is_no_circle():
     assert not graph, "these import each other"
 
 
+def test_private_names_stay_in_their_module():
+    shared = {
+        f"{source} imports {name}"
+        for source, path in MODULES.items()
+        for name in imported_names(path)
+        if (leaf := name.rpartition(".")[2]).startswith("_")
+        and not leaf.startswith("__")
+        and within(name, *FOLDERS.values())
+    }
+    assert not shared
+
+
 # Where a package is imported by more than one module of a folder, and why.
 SEVERAL = {"torch", "onnx", "numpy", "PIL"}
 
