@@ -171,7 +171,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """
     code = 0
     try:
-        with _signals_handled_by({signal.SIGTERM: _interrupt}):
+        with signals_handled_by({signal.SIGTERM: _interrupt}):
             code = main() or 0
     except EfficientFaceError as error:
         code = _complain(error, error.exit_code)
@@ -207,7 +207,7 @@ def interrupts_wait() -> Iterator[Sequence[int]]:
         held.append(number)
 
     try:
-        with _signals_handled_by({signal.SIGINT: hold, signal.SIGTERM: hold}):
+        with signals_handled_by({signal.SIGINT: hold, signal.SIGTERM: hold}):
             yield held
     finally:
         if held:
@@ -215,7 +215,7 @@ def interrupts_wait() -> Iterator[Sequence[int]]:
 
 
 @contextlib.contextmanager
-def _signals_handled_by(handlers: dict[signal.Signals, _Handler]) -> Iterator[None]:
+def signals_handled_by(handlers: dict[signal.Signals, _Handler]) -> Iterator[None]:
     """Handle signals otherwise for a while; in a thread, which may not, as before."""
     before: dict[signal.Signals, Any] = {}
     try:

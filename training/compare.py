@@ -24,10 +24,10 @@ from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import table
 from efficientface_deploy.workbench.workspace import check_writable
 from training.evaluate import predict_samples, samples_of, score
-from training.plots import METRICS
 from training.trainer.config import CONFIG, FREE_OPTIONS
 from training.trainer.label_store import STORE, seconds_per_view
 from training.trainer.loader import HOLDOUT, split_samples
+from training.trainer.tracking import METRICS
 
 Row = dict[str, Any]
 

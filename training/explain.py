@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 
 from efficientface_deploy.artifact import require_preset
 from efficientface_deploy.command import interrupts_wait, option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError, ImageError
-from efficientface_deploy.files import atomic_path
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import (
@@ -36,9 +31,10 @@ from efficientface_deploy.vision.preprocess import (
 )
 from efficientface_deploy.workbench.progress import track
 from efficientface_deploy.workbench.workspace import check_writable
+from training.plots import plot_heat_maps
 
 SHEETS = "sheet-*.png"
-COLUMNS = 4  # faces beside each other on a sheet
+_LONGEST_NAME = 36
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         ExplainConfig, argv, prog="python -m training.explain", description=__doc__ or ""
     )
-    _check_out(config.out)
+    check_writable(config.out)
+    if any(config.out.glob(SHEETS)):  # they would mix with those of this call
+        fix = "choose another --out, or remove them"
+        raise ConfigError(config.out, "no sheets yet", "those of an earlier run", fix)
     require_preset(config.weights, config.preset)
     model, spec = load_checkpoint(config.weights, config.preset)
-    target = None if config.class_ is None else _class_index(config.class_, spec)
+    target = None
+    if (name := config.class_) is not None:
+        if name not in spec.labels:
+            wanted = "one of " + ", ".join(spec.labels)
+            raise ConfigError("--class", wanted, repr(name), "choose one of these")
+        target = spec.labels.index(name)
     names = list(find_images(config.images))
     unreadable: list[ImageError] = []
     sheets: list[Path] = []
@@ -96,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sheets.append(config.out / SHEETS.replace("*", f"{len(sheets) + 1:03d}"))
             draw_sheet(sheets[-1], explain(model, spec, faces, target))
     if not sheets:
-        raise _none_readable(config, unreadable)
+        first = unreadable[0]
+        found = f"none among {len(unreadable)} (the first: {first.subject}, {first.found})"
+        wanted = "at least one image that can be read"
+        raise ImageError(", ".join(config.images), wanted, found, "give other images")
     for error in unreadable:
         print(f"error: {error}", file=sys.stderr)
     print(f"faces: {len(names) - len(unreadable)}; sheets: {len(sheets)}; in {config.out}")
@@ -169,28 +176,14 @@ def last_stage(model: nn.Module) -> nn.Module:
 
 def draw_sheet(path: Path, explanations: Sequence[Explanation]) -> None:
     """Draw faces as PNG, each beside itself under its heat map."""
-    columns = min(COLUMNS, len(explanations))
-    rows = math.ceil(len(explanations) / columns)
-    # A name comes from a file: matplotlib would take its dollar signs for formulas.
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(3.4 * columns, 2.3 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for axes, explanation in zip(grid.flat, explanations, strict=False):
-            _draw_face(axes, explanation)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=100)
+    plot_heat_maps(path, [(title(found), found.image, found.heat) for found in explanations])
 
 
-def _draw_face(axes: Axes, explanation: Explanation) -> None:
-    side = len(explanation.image)
-    pair = np.concatenate((explanation.image, explanation.image), axis=1)  # (S, 2 S, 3)
-    axes.imshow(pair)
-    right_half = (side - 0.5, 2 * side - 0.5, side - 0.5, -0.5)  # left, right, bottom, top
-    axes.imshow(explanation.heat, extent=right_half, cmap="jet", vmin=0, vmax=1, alpha=0.45)
-    axes.set(xlim=(-0.5, 2 * side - 0.5), ylim=(side - 0.5, -0.5))
-    axes.set_title(f"{_shortened(Path(explanation.name).name)}\n{caption(explanation)}", fontsize=8)
+def title(explanation: Explanation) -> str:
+    """The file's name, shortened, and below it the :func:`caption`."""
+    name = Path(explanation.name).name
+    name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    return f"{name}\n{caption(explanation)}"
 
 
 def caption(explanation: Explanation) -> str:
@@ -228,37 +221,6 @@ def _sheets_of_faces(
             faces = []
     if faces:
         yield faces
-
-
-def _none_readable(config: ExplainConfig, unreadable: Sequence[ImageError]) -> ImageError:
-    first = unreadable[0]
-    return ImageError(
-        ", ".join(config.images),
-        "at least one image that can be read",
-        f"none among {len(unreadable)} (the first: {first.subject}, {first.found})",
-        "give other images",
-    )
-
-
-def _class_index(name: str, spec: ModelSpec) -> int:
-    if name not in spec.labels:
-        raise ConfigError(
-            "--class", "one of " + ", ".join(spec.labels), repr(name), "choose one of these"
-        )
-    return spec.labels.index(name)
-
-
-def _check_out(out: Path) -> None:
-    """Complain before the work; sheets of an earlier run would mix with those of this one."""
-    check_writable(out)
-    if any(out.glob(SHEETS)):
-        raise ConfigError(
-            out, "no sheets yet", "those of an earlier run", "choose another --out, or remove them"
-        )
-
-
-def _shortened(name: str, longest: int = 36) -> str:
-    return name if len(name) <= longest else name[: longest - 3] + "..."
 
 
 if __name__ == "__main__":

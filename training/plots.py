@@ -1,22 +1,53 @@
-"""The two plots of an evaluation: confusion matrix and reliability."""
+"""Every plot of training: curves, confusion matrix, reliability, heat maps. All are PNG files."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from efficientface_deploy.files import atomic_path, write_text
+from efficientface_deploy.files import atomic_path
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+
+matplotlib.set_loglevel("WARNING")
+
+COLUMNS = 4  # faces beside each other on a sheet
+
+
+def plot_curves(
+    path: Path, history: Sequence[Mapping[str, float]], title: str, select: str
+) -> None:
+    """Draw a training's loss and, where there are any, its scores over the epochs.
+
+    Args:
+        path: Target.
+        history: One row per epoch; all have the keys of the first.
+        title: Of the plot.
+        select: The images that ``accuracy`` and ``macro_f1`` were measured on.
+    """
+    epochs = [row["epoch"] for row in history]
+    with _figure(path, 7, 4) as figure:
+        axes = figure.subplots()
+        axes.plot(epochs, [row["loss"] for row in history], marker=".", label="training loss")
+        axes.set(xlabel="epoch", ylabel="loss", title=title)
+        if "accuracy" in history[0]:
+            right = axes.twinx()
+            for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
+                label = f"{key} on {select}"
+                right.plot(epochs, [row[key] for row in history], ".-", color=colour, label=label)
+            right.set(ylabel="score", ylim=(0, 1))
+            right.legend(loc="lower right")
+        axes.legend(loc="upper right")
 
 
 def plot_confusion(path: Path, matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
-    """Draw a confusion matrix as PNG: colour is the share of the row, the text the count.
+    """Draw a confusion matrix: colour is the share of the row, the text the count.
 
     Args:
         path: Target.
@@ -24,11 +55,10 @@ def plot_confusion(path: Path, matrix: Sequence[Sequence[int]], labels: Sequence
         labels: C class names.
     """
     counts = np.asarray(matrix)  # (C, C)
-    shares = row_shares(counts)
+    # A class without images has zeros.
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (C, C)
     side = 2.5 + 0.6 * len(labels)
-    # A label comes from a file: matplotlib would take its dollar signs for formulas.
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
+    with _figure(path, side + 1, side) as figure:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(counts):
@@ -39,16 +69,10 @@ def plot_confusion(path: Path, matrix: Sequence[Sequence[int]], labels: Sequence
         axes.set_yticks(ticks, labels)
         axes.set(xlabel="predicted", ylabel="labelled")
         figure.colorbar(image, label="share of the labelled class", shrink=0.8)
-        _save(figure, path)
-
-
-def row_shares(counts: np.ndarray[Any, np.dtype[np.integer[Any]]]) -> np.ndarray[Any, Any]:
-    """Each row of (C, C) divided by its sum, float64; a class without images has zeros."""
-    return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
 
 
 def plot_reliability(path: Path, bins: Mapping[str, Sequence[float | None]], error: float) -> None:
-    """Draw accuracy over confidence as PNG, and below it how many images each bin holds.
+    """Draw accuracy over confidence, and below it how many images each bin holds.
 
     Args:
         path: Target.
@@ -61,57 +85,50 @@ def plot_reliability(path: Path, bins: Mapping[str, Sequence[float | None]], err
     accuracy = np.array(bins["accuracy"], dtype=np.float64)[filled]
     width = 1 / len(count)
     centres = (np.arange(len(count)) + 0.5) * width  # (B,)
-
-    figure = Figure(figsize=(5, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.bar(centres[filled], accuracy, width, color="tab:blue", edgecolor="white")
-    upper.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
-    upper.plot(confidence, accuracy, ".-", color="tab:red", label="accuracy at mean confidence")
-    upper.set(ylabel="accuracy", ylim=(0, 1), title=f"ECE {error:.4f}, {count.sum():,} images")
-    upper.legend(loc="upper left", fontsize=8)
-    lower.bar(centres, count, width, color="tab:grey", edgecolor="white")
-    lower.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
-    _save(figure, path)
+    with _figure(path, 5, 6) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.bar(centres[filled], accuracy, width, color="tab:blue", edgecolor="white")
+        upper.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+        upper.plot(confidence, accuracy, ".-", color="tab:red", label="accuracy at mean confidence")
+        upper.set(ylabel="accuracy", ylim=(0, 1), title=f"ECE {error:.4f}, {count.sum():,} images")
+        upper.legend(loc="upper left", fontsize=8)
+        lower.bar(centres, count, width, color="tab:grey", edgecolor="white")
+        lower.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-METRICS = "metrics.csv"
-
-
-CURVES = "curves.png"
-
-
-def write_curves(out: Path, history: list[dict[str, float]], title: str, select: str) -> None:
-    """Write the figures of all epochs so far as a table and as a plot.
+def plot_heat_maps(path: Path, faces: Sequence[tuple[str, UInt8Array, Float32Array]]) -> None:
+    """Draw faces on a sheet, each beside itself under its heat map.
 
     Args:
-        out: The run's folder.
-        history: One row per epoch; all have the keys of the first.
-        title: Of the plot.
-        select: The images that ``accuracy`` and ``macro_f1`` were measured on.
+        path: Target.
+        faces: Title, image uint8 (S, S, 3) and heat float32 (S, S), 0 to 1, of each.
     """
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(out / METRICS, table.getvalue())
+    columns = min(COLUMNS, len(faces))
+    rows = math.ceil(len(faces) / columns)
+    with _figure(path, 3.4 * columns, 2.3 * rows, dpi=100) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (title, image, heat) in zip(grid.flat, faces, strict=False):
+            axes.set_title(title, fontsize=8)
+            draw_heat_map(axes, image, heat)
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["loss"] for row in history], marker=".", label="training loss")
-    axes.set(xlabel="epoch", ylabel="loss", title=title)
-    if "accuracy" in history[0]:
-        right = axes.twinx()
-        for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
-            label = f"{key} on {select}"
-            right.plot(epochs, [row[key] for row in history], ".-", color=colour, label=label)
-        right.set(ylabel="score", ylim=(0, 1))
-        right.legend(loc="lower right")
-    axes.legend(loc="upper right")
-    with atomic_path(out / CURVES) as temporary:
-        figure.savefig(temporary, dpi=120)
+
+def draw_heat_map(axes: Axes, image: UInt8Array, heat: Float32Array) -> None:
+    """Draw an image, and to its right the image under its heat map."""
+    side = len(image)
+    axes.imshow(np.concatenate((image, image), axis=1))  # (S, 2 S, 3)
+    right_half = (side - 0.5, 2 * side - 0.5, side - 0.5, -0.5)  # left, right, bottom, top
+    axes.imshow(heat, extent=right_half, cmap="jet", vmin=0, vmax=1, alpha=0.45)
+    axes.set(xlim=(-0.5, 2 * side - 0.5), ylim=(side - 0.5, -0.5))
+
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float, dpi: int = 120) -> Iterator[Figure]:
+    """A figure of this size, in inches, that is written at the end of the block."""
+    # Names come from files: matplotlib would take their dollar signs for formulas.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi)

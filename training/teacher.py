@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,14 +14,12 @@ import torch
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
 from efficientface_deploy.workbench.dataset import read_dataset
-from training.trainer.augmentation import AUGMENTATIONS
-from training.trainer.checkpointing import claim_folder
+from training.trainer import checkpointing, distributed
 from training.trainer.config import Job, TrainConfig
-from training.trainer.distributed import join_ranks
 from training.trainer.loader import TrainingImages, choose_samples
-from training.trainer.loop import check_device, start_logging, train
+from training.trainer.loop import train
 from training.trainer.recipe import DEFAULT_TEACHER
-from training.trainer.targets import own_targets
+from training.trainer.targets import loaded_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         TeacherConfig, argv, prog="python -m training.teacher", description=__doc__ or ""
     )
-    start_logging()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # such as: the head starts anew
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, config.arch)
     recipe = config.change(DEFAULT_TEACHER)
     job = Job("teacher", spec, recipe, dataset, config)
-    with join_ranks(config.device) as ranks:
-        check_device(config, ranks.device)
-        with claim_folder(job, ranks):
-            samples, selection = choose_samples(job, ranks)
-            augmentation = AUGMENTATIONS[recipe.augmentation](spec)
-            images = TrainingImages(samples, spec, augmentation, config.seed, votes=config.votes)
-
+    with distributed.init(config.device) as dist:
+        config.check_device(dist.device)
+        with checkpointing.lock(job, dist):
+            samples, selection = choose_samples(job, dist)
+            images = TrainingImages(
+                samples, spec, recipe.augmentation, config.seed, votes=config.votes
+            )
             torch.manual_seed(config.seed)
             model = LabelDistributionGenerator(spec.num_classes, config.arch)
             if config.init is not None:
                 load_backbone(model, spec, config.init)
-            train(job, model, images, selection, own_targets, ranks)
-            if ranks.is_first:
+            train(job, model, images, selection, loaded_targets, dist)
+            if dist.is_main_process:
                 print(f"teacher: {job.result}")
     return 0
 

@@ -16,16 +16,16 @@ from PIL import Image
 
 from efficientface_deploy.command import run_command
 from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator, save_checkpoint
+from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
 from training import prepare
-from training.trainer.augmentation import AUGMENTATIONS
-from training.trainer.checkpointing import claim_folder
+from training.trainer.checkpointing import lock
 from training.trainer.config import Job, TrainConfig
-from training.trainer.distributed import Ranks
+from training.trainer.distributed import Distributed
 from training.trainer.loader import TrainingImages, choose_samples
 from training.trainer.loop import train
 from training.trainer.recipe import Recipe
-from training.trainer.targets import Teach, own_targets
+from training.trainer.targets import TargetFunction, loaded_targets
 
 RECIPE = Recipe(
     epochs=3,
@@ -85,6 +85,18 @@ def teacher_file(
 
 
 @pytest.fixture
+def save_ldg(ldg: LabelDistributionGenerator, tmp_path: Path) -> Callable[..., Path]:
+    """Write the LDG with a changed spec."""
+
+    def save(**changes: Any) -> Path:
+        spec = preset("rafdb").replace(architecture="resnet18", input_size=64, **changes)
+        save_checkpoint(tmp_path / "teacher.safetensors", ldg, spec)
+        return tmp_path / "teacher.safetensors"
+
+    return save
+
+
+@pytest.fixture
 def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
     """A student's job; keywords change its recipe or its options."""
 
@@ -106,15 +118,17 @@ def make_job(face_set: Path, tmp_path: Path) -> Callable[..., Job]:
 def fit() -> Callable[..., Path]:
     """Do a job with a fresh EfficientFace."""
 
-    def fit(job: Job, teach: Teach = own_targets, votes: bool = False) -> Path:
-        ranks = Ranks(torch.device("cpu"))
-        with claim_folder(job, ranks):
-            samples, selection = choose_samples(job, ranks)
-            augmentation = AUGMENTATIONS[job.recipe.augmentation](job.spec)
-            images = TrainingImages(samples, job.spec, augmentation, job.config.seed, votes=votes)
+    def fit(
+        job: Job, target_function: TargetFunction = loaded_targets, votes: bool = False
+    ) -> Path:
+        dist = Distributed(torch.device("cpu"))
+        with lock(job, dist):
+            samples, selection = choose_samples(job, dist)
+            name, seed = job.recipe.augmentation, job.config.seed
+            images = TrainingImages(samples, job.spec, name, seed, votes=votes)
             torch.manual_seed(job.config.seed)
             model = EfficientFace(job.spec.num_classes)
-            train(job, model, images, selection, teach, ranks)
+            train(job, model, images, selection, target_function, dist)
         return job.result
 
     return fit

@@ -16,12 +16,13 @@ from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
+from efficientface_deploy.workbench.evaluation import predict
 from training import compare, student
 from training.compare import read_run
 from training.evaluate import score
+from training.trainer.inference import infer_with
 from training.trainer.label_store import STORE, seconds_per_view
 from training.trainer.loader import hold_out
-from training.trainer.temperature import predict
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,8 @@ def test_rows_name_what_differs_and_score_the_holdout(run_compare, runs, face_se
     answers = []
     for row in rows:
         model, spec = load_checkpoint(runs / row["run"] / "student.safetensors")
-        logits, labels = predict(model, samples, spec, torch.device("cpu"))
+        logits = predict(infer_with(model, spec, torch.device("cpu")), samples, spec)
+        labels = [sample.label for sample in samples]
         probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
         expected = score(probabilities, samples, dataset.labels)
         for key in ("accuracy", "accuracy_interval", "macro_f1", "expected_calibration_error"):

@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
 from efficientface_deploy.errors import CheckpointError, ConfigError, EfficientFaceError
-from efficientface_deploy.models import EfficientFace, load_checkpoint, save_checkpoint
-from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.vision.preprocess import normalise
+from efficientface_deploy.models import EfficientFace, load_checkpoint
 from training import student
 from training.trainer.label_store import STORE
 from training.trainer.loader import TrainingImages
@@ -28,117 +25,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def save_ldg(ldg, tmp_path):
-    """Write the LDG with a changed spec."""
-
-    def save(**changes) -> Path:
-        spec = preset("rafdb").replace(architecture="resnet18", input_size=64, **changes)
-        save_checkpoint(tmp_path / "teacher.safetensors", ldg, spec)
-        return tmp_path / "teacher.safetensors"
-
-    return save
-
-
-@pytest.fixture
 def train_student(face_set: Path, tmp_path: Path):
     """Run the command for one epoch at the smallest size."""
 
     def run(*options: str) -> Path:
         arguments = ["--data", str(face_set), "--input-size", "32", "--epochs", "1"]
-        arguments += [
-            "--batch-size",
-            "16",
-            "--workers",
-            "0",
-            "--select",
-            "last",
-            "--no-tensorboard",
-        ]
+        arguments += ["--batch-size", "16", "--workers", "0", "--select", "last"]
+        arguments += ["--no-tensorboard"]
         assert student.main([*arguments, "--out", str(tmp_path / "run"), *options]) == 0
         return tmp_path / "run/student.safetensors"
 
     return run
-
-
-# ---- The teacher's distributions -----------------------------------------------------------------
-
-
-@pytest.fixture
-def photos() -> np.ndarray:
-    """uint8 (4, 64, 64, 3)"""
-    return np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
-
-
-def as_batch(images: np.ndarray, spec: ModelSpec) -> torch.Tensor:
-    return torch.from_numpy(normalise(images, spec))
-
-
-def test_same_size_and_normalisation_is_the_network_itself(save_ldg, ldg, spec, photos):
-    teach = Teacher(save_ldg(), None, spec, CPU)
-    batch = as_batch(photos, spec)
-    with torch.no_grad():
-        expected = ldg(batch).softmax(dim=1)
-    found = teach(batch)
-    torch.testing.assert_close(found, expected)
-    assert not found.requires_grad and not teach.model.training
-    assert found.std(dim=0).max() > 0.01  # the images are told apart
-
-
-@pytest.mark.parametrize("size", [64, 96, 48])
-def test_other_size_and_normalisation_are_converted(size, save_ldg, ldg, spec, photos):
-    own = {"mean": (0.3, 0.4, 0.5), "std": (0.2, 0.25, 0.3), "input_size": size}
-    teach = Teacher(save_ldg_at(save_ldg, **own), None, spec, CPU)
-    found = teach(as_batch(photos, spec))
-
-    mean, std = (torch.tensor(own[name])[:, None, None] for name in ("mean", "std"))
-    pixels = torch.from_numpy(photos).permute(0, 3, 1, 2) / 255
-    if size != 64:
-        pixels = torch.nn.functional.interpolate(
-            pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
-        )
-    with torch.no_grad():
-        expected = ldg((pixels - mean) / std).softmax(dim=1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def save_ldg_at(save_ldg, input_size: int, **changes) -> Path:
-    path = save_ldg(**changes)
-    model, spec = load_checkpoint(path)
-    save_checkpoint(path, model, spec.replace(input_size=input_size))
-    return path
-
-
-def test_teacher_of_other_labels(save_ldg, spec):
-    labels = preset("rafdb").labels
-    path = save_ldg(labels=(labels[1], labels[0], *labels[2:]))
-    with pytest.raises(
-        CheckpointError, match=r"expected labels Neutral, Happiness, .* found Happiness, Neutral, "
-    ):
-        Teacher(path, None, spec, CPU)
-
-
-def test_teacher_of_another_colour(save_ldg, spec):
-    with pytest.raises(
-        CheckpointError, match="expected colour rgb, as the data set has, found grey"
-    ):
-        Teacher(save_ldg(colour="grey"), None, spec, CPU)
-
-
-def test_student_as_teacher(student_file, spec):
-    with pytest.raises(CheckpointError, match=r"expected an LDG .* found an EfficientFace"):
-        Teacher(student_file, None, spec, CPU)
-
-
-def test_published_ldg_needs_a_preset(ldg, spec, tmp_path):
-    path = tmp_path / "ldg.pth.tar"
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in ldg.backbone.state_dict().items()}}, path
-    )
-    with pytest.raises(
-        CheckpointError, match="say with --preset what a published checkpoint was trained on"
-    ):
-        Teacher(path, None, spec, CPU)
-    assert Teacher(path, "rafdb", spec, CPU).side == [224, 224]
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -171,12 +68,12 @@ def test_targets_are_the_teachers_and_the_data_sets(
     options = ["--targets", targets, "--views", str(views), "--teacher", str(save_ldg())]
     options += ["--ldg-share", "0.25"] if "+" in targets else []
     train_student(*options, "--epochs", "3", "--temperature", "2")
-    job, _, images, _, teach, _ = calls[0]
+    job, _, images, _, target_function, _ = calls[0]
     assert job.recipe.views == views
 
     keys = [(1, index) for index in range(5)]
     batch, own = images.collate([images[key] for key in keys])
-    found = teach(batch, own)
+    found = target_function(batch, own)
     samples = [images.samples[index] for _, index in keys]
     plain = TrainingImages(
         samples, job.spec, images.augmentation, 0, votes=targets.endswith("votes")
@@ -294,6 +191,24 @@ def test_options_without_effect_are_refused(targets, option, value, train_studen
     teacher = ["--teacher", str(save_ldg())] if targets == "ldg" else []
     with pytest.raises(ConfigError, match=f"{option}: expected none with --targets {targets}"):
         train_student("--targets", targets, option, value, *teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--targets", "ldg", "--views", "0"], "found --views 0, which asks it in every step"),
+        (["--targets", "votes"], "--store: expected a teacher .* found no teacher"),
+    ],
+)
+def test_store_without_a_use(options, said, train_student, save_ldg, tmp_path):
+    teacher = ["--teacher", str(save_ldg())] if "ldg" in options else []
+    with pytest.raises(ConfigError, match=said):
+        train_student(*options, *teacher, "--store", str(tmp_path / "s.safetensors"))
+
+
+def test_store_by_another_name(train_student, save_ldg):
+    with pytest.raises(ConfigError, match=r"ends in \.safetensors, found store\.npz"):
+        train_student("--teacher", str(save_ldg()), "--store", "store.npz")
 
 
 @pytest.mark.parametrize(

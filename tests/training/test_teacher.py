@@ -11,7 +11,7 @@ from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metad
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint
 from training import teacher
-from training.trainer.targets import own_targets
+from training.trainer.targets import loaded_targets
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_targets(options, votes, train_teacher, monkeypatch):
     calls = []
     monkeypatch.setattr(teacher, "train", lambda *arguments: calls.append(arguments))
     train_teacher(*options)
-    _, _, images, selection, teach, _ = calls[0]
-    assert teach is own_targets and selection == []
+    _, _, images, selection, target_function, _ = calls[0]
+    assert target_function is loaded_targets and selection == []
     assert (images.targets.max(axis=2) < 1).any() == votes  # people do not always agree
 
 

@@ -1,4 +1,4 @@
-"""Random views of a picture."""
+"""Random views of a picture; the only user of torchvision in training."""
 
 from __future__ import annotations
 
@@ -18,53 +18,65 @@ Augmentation = Callable[[Image.Image], Image.Image]
 
 def published_augmentation(spec: ModelSpec) -> Augmentation:
     """The published recipe's: random resized crop at torchvision's default scale, and flip."""
-    augmentation: Augmentation = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(spec.input_size),
-            transforms.RandomHorizontalFlip(),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(spec.input_size)
+    augmentation: Augmentation = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     return augmentation
 
 
 def mild_augmentation(spec: ModelSpec) -> Augmentation:
     """The whole face stays in the picture; small turns, shifts, sizes and light."""
-    augmentation: Augmentation = transforms.Compose(
-        [
-            functools.partial(_at_model_size, spec=spec),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomAffine(
-                degrees=15,
-                translate=(0.08, 0.08),
-                scale=(0.85, 1.15),
-                interpolation=transforms.InterpolationMode.BILINEAR,
-                fill=_mean_colour(spec),
-            ),
-            transforms.ColorJitter(brightness=0.3, contrast=0.3),
-        ]
-    )
-    return augmentation
+    return _moved(spec, degrees=15, shift=0.08, scale=(0.85, 1.15), shear=None, light=0.3)
 
 
 def strong_augmentation(spec: ModelSpec) -> Augmentation:
     """Wider turns, shifts, sizes and light, and in half of the pictures a part is covered."""
+    moved = _moved(spec, degrees=20, shift=0.1, scale=(0.75, 1.25), shear=8, light=0.4)
+    covered = functools.partial(cover_a_part, colour=_mean_colour(spec))
+    augmentation: Augmentation = transforms.Compose([moved, covered])
+    return augmentation
+
+
+AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
+    "published": published_augmentation,
+    "mild": mild_augmentation,
+    "strong": strong_augmentation,
+}
+
+
+def _moved(
+    spec: ModelSpec,
+    degrees: float,
+    shift: float,
+    scale: tuple[float, float],
+    shear: float | None,
+    light: float,
+) -> Augmentation:
+    """Flip, turn, shift (a share of the side), scale, shear (degrees); then brightness, contrast.
+
+    The picture is resized first, so that all of it sees the model's pixels.
+    """
+    affine = transforms.RandomAffine(
+        degrees,
+        translate=(shift, shift),
+        scale=scale,
+        shear=shear,
+        interpolation=transforms.InterpolationMode.BILINEAR,
+        fill=_mean_colour(spec),
+    )
     augmentation: Augmentation = transforms.Compose(
         [
             functools.partial(_at_model_size, spec=spec),
             transforms.RandomHorizontalFlip(),
-            transforms.RandomAffine(
-                degrees=20,
-                translate=(0.1, 0.1),
-                scale=(0.75, 1.25),
-                shear=8,
-                interpolation=transforms.InterpolationMode.BILINEAR,
-                fill=_mean_colour(spec),
-            ),
-            transforms.ColorJitter(brightness=0.4, contrast=0.4),
-            functools.partial(_cover_a_part, colour=_mean_colour(spec)),
+            affine,
+            transforms.ColorJitter(brightness=light, contrast=light),
         ]
     )
     return augmentation
+
+
+def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
+    """The runtime's own resize."""
+    return Image.fromarray(resize(image, spec))
 
 
 def _mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
@@ -72,7 +84,7 @@ def _mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _cover_a_part(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def cover_a_part(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """Random erasing (Zhong et al. 2020): in half of the pictures a rectangle of 2 to 25 %."""
     chance, area, ratio, left, top = torch.rand(5).tolist()
     if chance < 0.5:
@@ -83,15 +95,3 @@ def _cover_a_part(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     corner = round(left * (image.width - width)), round(top * (image.height - height))
     image.paste(colour, (*corner, corner[0] + width, corner[1] + height))
     return image
-
-
-def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
-    """The runtime's own resize, so that turning and shifting see the model's pixels."""
-    return Image.fromarray(resize(image, spec))
-
-
-AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
-    "published": published_augmentation,
-    "mild": mild_augmentation,
-    "strong": strong_augmentation,
-}

@@ -1,4 +1,4 @@
-"""The options of a training."""
+"""The options of a training, the job that they describe, and how far it is."""
 
 from __future__ import annotations
 
@@ -17,30 +17,19 @@ from training.trainer.augmentation import AUGMENTATIONS
 from training.trainer.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
-
-
 LARGEST_SEED = 2**32 - 1  # leaves room for the seeds of views, which are made of it
-
-
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # What may change when a run goes on: it changes no result, rounding on another device aside.
 FREE_OPTIONS = (
-    "out",
-    "workers",
-    "device",
-    "resume",
-    "save_minutes",
-    "tensorboard",
-    "compile",
-    "store",
+    *("out", "workers", "device", "resume"),
+    *("save_minutes", "tensorboard", "compile", "store"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Options that teacher and student share."""
+    """Options that teacher and student share; None stands for the recipe's value."""
 
     data: Path = option(help="a prepared data set")
     out: Path = option(help="folder of the run")
@@ -87,12 +76,10 @@ class TrainConfig:
         Raises:
             ConfigError: Steps are given to a schedule that has none.
         """
-        names = {field.name for field in dataclasses.fields(Recipe)}
         own = {field.name for field in dataclasses.fields(self)}
-        given = {name: getattr(self, name) for name in sorted(names & own)}
-        changed = dataclasses.replace(
-            recipe, **{name: value for name, value in given.items() if value is not None}
-        )
+        shared = [field.name for field in dataclasses.fields(Recipe) if field.name in own]
+        given = {name: value for name in shared if (value := getattr(self, name)) is not None}
+        changed = dataclasses.replace(recipe, **given)
         if self.step_epochs is not None and changed.schedule != "step":
             raise ConfigError(
                 "--step-epochs",
@@ -102,15 +89,36 @@ class TrainConfig:
             )
         return changed
 
-    @property
-    def amp_type(self) -> torch.dtype | None:
-        """The lower precision of mixed precision; None where it is off."""
-        return AMP[self.amp]
+    def check_device(self, device: torch.device) -> None:
+        """Refuse options that this device does not have.
+
+        Raises:
+            ConfigError: fp16 or SyncBatchNorm on a CPU.
+        """
+        check_amp("--amp", self.amp, device)
+        name = "--sync-batch-norm"
+        if self.sync_batch_norm and device.type == "cpu":
+            raise ConfigError(name, "CUDA devices", "a CPU", f"leave {name} out")
 
     def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
         """The spec of the network that is trained on this data set."""
         size = dataset.spec.input_size if self.input_size is None else self.input_size
         return dataset.spec.replace(architecture=architecture).resized(size)
+
+
+def check_amp(name: str, amp: str, device: torch.device) -> None:
+    """Refuse a precision in which this device would not compute.
+
+    Args:
+        name: The option.
+        amp: Its value, of :data:`AMP`.
+        device: Where the training computes.
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise ConfigError(f"{name} fp16", "a CUDA device", "a CPU", f"leave {name} out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +168,8 @@ class Job:
 
 
 @dataclasses.dataclass
-class Progress:
-    """How far a run is; what a state holds beside the weights.
+class TrainerState:
+    """How far a run is; what a saved state holds beside the weights.
 
     Attributes:
         step: Steps done in the epoch ``len(history)``.

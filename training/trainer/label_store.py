@@ -1,4 +1,4 @@
-"""Stored label distributions: the teacher is asked once per view, not in every epoch.
+"""Stored label distributions: the teacher is queried once per view, not in every epoch.
 
 The file holds, for each view of each training image, the seed of its augmentation and the LDG's
 distribution for it. The pixels are not stored: the seed makes the same view again, bit for bit,
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,12 @@ import safetensors.numpy
 import torch
 
 from efficientface_deploy.artifact import read_safetensors_metadata
-from efficientface_deploy.errors import ArtifactError, ConfigError
+from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import atomic_path, file_hash
 from efficientface_deploy.workbench.progress import track
 from efficientface_deploy.workbench.workspace import make_folder
-from training.trainer.distributed import Ranks
-from training.trainer.loader import Batch, TrainingImages, training_loader, view_seed
+from training.trainer.distributed import Distributed
+from training.trainer.loader import Batch, TrainingImages, TrainingLoader, view_seed
 from training.trainer.targets import Teacher
 
 STORE = "distributions.safetensors"
@@ -35,38 +35,16 @@ PROBES = 32
 _BATCH = 64
 
 
-def store_binding(
-    images: TrainingImages, teacher: Teacher, augmentation: str, data_hash: str
-) -> dict[str, str]:
-    """What stored distributions are only good for, by name.
-
-    Args:
-        images: The images whose views are stored.
-        teacher: The LDG.
-        augmentation: Its name.
-        data_hash: Of the images and their order.
-    """
-    return {
-        "data": data_hash,
-        "teacher": file_hash(teacher.path),
-        "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
-        "augmentation": augmentation,
-        "seed": str(images.seed),
-        "spec": images.spec.to_json(),
-        "pixels": _probe(images),
-    }
-
-
 def stored_distributions(
     path: Path,
     images: TrainingImages,
     teacher: Teacher,
     views: int,
-    binding: Mapping[str, str],
-    ranks: Ranks,
+    data_hash: str,
+    dist: Distributed,
     workers: int,
 ) -> np.ndarray:
-    """Read an LDG's distributions for every view, asking it for those that are not stored yet.
+    """Read an LDG's distributions for every view, querying it for those that are not stored yet.
 
     The file is written after every view, so that an interrupt costs one view at most.
 
@@ -75,8 +53,8 @@ def stored_distributions(
         images: N training images.
         teacher: The LDG.
         views: Views of each image.
-        binding: From :func:`store_binding`.
-        ranks: The processes that share the work.
+        data_hash: Of the images and their order.
+        dist: The processes that share the work.
         workers: Processes that load images.
 
     Returns:
@@ -87,56 +65,78 @@ def stored_distributions(
             another augmentation.
         ConfigError: Its folder cannot be written.
     """
+    binding = _binding(images, teacher, data_hash)
     done = _read_store(path, images, binding) if path.exists() else []
     seconds = seconds_per_view(path) if done else []
-    ranks.wait()  # nobody writes before all have read
-    if ranks.is_first and len(done) < views:
+    dist.barrier()  # nobody writes before all have read
+    if dist.is_main_process and len(done) < views:
         make_folder(path.parent, "--store")
         print(f"asking the teacher about {views - len(done)} views of {len(images):,} images")
     for view in range(len(done), views):
         started = time.perf_counter()
-        done.append(_ask(images, teacher, view, views, ranks, workers))
+        done.append(query(images, teacher, view, views, dist, workers))
         seconds.append(round(time.perf_counter() - started, 1))
-        if ranks.is_first:
+        if dist.is_main_process:
             _write_store(path, done, images, binding, seconds)
-    ranks.wait()
+    dist.barrier()
     return np.stack(done[:views])  # (views, N, C)
 
 
-def _ask(
-    images: TrainingImages, teacher: Teacher, view: int, views: int, ranks: Ranks, workers: int
+def query(
+    images: TrainingImages,
+    teacher: Teacher,
+    view: int,
+    views: int,
+    dist: Distributed,
+    workers: int,
 ) -> np.ndarray:
-    """The distributions of one view of all images, float32 (N, C); each rank asks for its share."""
-    keys = [(view, index) for index in range(ranks.rank, len(images), ranks.size)]
+    """The distributions of one view of all images, float32 (N, C); each rank does its share."""
+    keys = [(view, index) for index in range(dist.rank, len(images), dist.world_size)]
     batches = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
-    answers = []
-    with contextlib.closing(training_loader(images, batches, workers)) as loader:
+    distributions = []
+    with contextlib.closing(TrainingLoader(images, batches, workers)) as loader:
         steps: Iterable[Batch] = loader
-        if ranks.is_first:
+        if dist.is_main_process:
             steps = track(loader, f"view {view + 1} of {views}", len(batches))
         for batch, _ in steps:
             batch = batch.to(teacher.device, memory_format=torch.channels_last)  # (B, 3, S, S)
-            answers.append(teacher(batch).cpu().numpy())  # (B, C)
-    parts = ranks.gather(np.concatenate(answers))
+            distributions.append(teacher(batch).cpu().numpy())  # (B, C)
+    parts = dist.gather(np.concatenate(distributions))
     whole = np.empty((len(images), parts[0].shape[1]), dtype=np.float32)  # (N, C)
     for rank, part in enumerate(parts):
-        whole[rank :: ranks.size] = part
+        whole[rank :: dist.world_size] = part
     return whole
 
 
 def seconds_per_view(path: Path) -> list[float]:
-    """How long the teacher was asked about each view of a store; empty where it does not say."""
+    """How long the teacher was queried for each view of a store; empty where it does not say."""
     try:
         return [float(x) for x in json.loads(read_safetensors_metadata(path)[SECONDS_KEY])]
     except (KeyError, TypeError, ValueError):
         return []
 
 
+def _binding(images: TrainingImages, teacher: Teacher, data_hash: str) -> dict[str, str]:
+    """What stored distributions are only good for, by name."""
+    pixels = hashlib.sha256()  # of a few views: changes when a library renders them otherwise
+    for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
+        pixels.update(images[number % 4, int(index)][0].tobytes())
+    return {
+        "data": data_hash,
+        "teacher": file_hash(teacher.path),
+        "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
+        "augmentation": images.augmentation,
+        "seed": str(images.seed),
+        "spec": images.spec.to_json(),
+        "pixels": pixels.hexdigest(),
+    }
+
+
 def _write_store(
     path: Path,
     done: list[np.ndarray],
     images: TrainingImages,
-    binding: Mapping[str, str],
+    binding: dict[str, str],
     seconds: list[float],
 ) -> None:
     seeds = [
@@ -153,20 +153,16 @@ def _write_store(
         temporary.write_bytes(encoded)
 
 
-def _read_store(path: Path, images: TrainingImages, binding: Mapping[str, str]) -> list[np.ndarray]:
+def _read_store(path: Path, images: TrainingImages, binding: dict[str, str]) -> list[np.ndarray]:
     metadata = read_safetensors_metadata(path)
     try:
         made_for = json.loads(metadata[BINDING_KEY])
-        content = safetensors.numpy.load_file(path)
-        distributions = content["distributions"]
+        distributions = safetensors.numpy.load_file(path)["distributions"]  # (views, N, C)
         shape_fits = distributions.shape[1:] == (len(images), images.spec.num_classes)
     except (KeyError, ValueError, OSError, safetensors.SafetensorError):
-        raise ArtifactError(
-            path,
-            "stored label distributions",
-            "something else or a damaged file",
-            "give another --store, or remove it",
-        ) from None
+        wanted, found = "stored label distributions", "something else or a damaged file"
+        fix = "give another --store, or remove it"
+        raise ArtifactError(path, wanted, found, fix) from None
     if changed := [name for name in binding if made_for.get(name) != binding[name]]:
         raise ArtifactError(
             path,
@@ -183,30 +179,3 @@ def _read_store(path: Path, images: TrainingImages, binding: Mapping[str, str]) 
             "remove it to ask the teacher again",
         )
     return list(distributions)
-
-
-def _probe(images: TrainingImages) -> str:
-    """Hash of a few views, which changes when a library renders them otherwise."""
-    digest = hashlib.sha256()
-    for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
-        digest.update(images[number % 4, int(index)][0].tobytes())
-    return digest.hexdigest()
-
-
-def check_store_options(store: Path | None, views: int, asks_teacher: bool) -> None:
-    """Refuse ``--store`` where nothing would be stored.
-
-    Raises:
-        ConfigError: There is no teacher, or it is asked in every step, or the name ends otherwise.
-    """
-    if store is not None and not (asks_teacher and views):
-        raise ConfigError(
-            "--store",
-            "a teacher and --views of at least 1",
-            "no teacher" if not asks_teacher else "--views 0, which asks it in every step",
-            "leave --store out",
-        )
-    if store is not None and store.suffix != ".safetensors":
-        raise ConfigError(
-            "--store", "a name that ends in .safetensors", store.name, "give it that ending"
-        )

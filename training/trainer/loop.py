@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,26 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from efficientface_deploy.command import signals_handled_by
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.dataset import Sample
+from efficientface_deploy.workbench.evaluation import labels_of, predict
 from efficientface_deploy.workbench.metrics import IndexArray, accuracy, confusion_matrix, macro_f1
 from efficientface_deploy.workbench.progress import duration
-from training.plots import write_curves
-from training.trainer.checkpointing import (
-    provenance,
-    restore_state,
-    save_result,
-    save_state,
-    start_run,
-)
-from training.trainer.config import Job, Progress, TrainConfig
-from training.trainer.distributed import Ranks
-from training.trainer.loader import HOLDOUT, BatchOrder, TrainingImages, training_loader
+from training.trainer import checkpointing
+from training.trainer.config import AMP, Job, TrainerState
+from training.trainer.distributed import Distributed
+from training.trainer.inference import infer_with
+from training.trainer.loader import HOLDOUT, BatchOrder, TrainingImages, TrainingLoader
 from training.trainer.small_maps import use_matrix_products
-from training.trainer.targets import LOSSES, Teach
-from training.trainer.temperature import calibrate, predict
-from training.trainer.tracking import EventWriter, TrainingProgress
+from training.trainer.targets import LOSSES, TargetFunction
+from training.trainer.temperature import calibrate
+from training.trainer.tracking import EpochProgress, Tracker
 
 
 class InterruptError(EfficientFaceError):
@@ -49,9 +44,9 @@ def train(
     model: nn.Module,
     images: TrainingImages,
     selection: Sequence[Sample],
-    teach: Teach,
-    ranks: Ranks,
-) -> Progress:
+    target_function: TargetFunction,
+    dist: Distributed,
+) -> TrainerState:
     """Train a network and keep its best epoch in ``{kind}.safetensors``.
 
     Args:
@@ -59,8 +54,8 @@ def train(
         model: The network, with its first weights.
         images: What it is trained on, with targets.
         selection: What chooses the epoch; none keeps the last one.
-        teach: Gives the target distribution of a batch.
-        ranks: The processes that train together.
+        target_function: Gives the target distributions of a batch.
+        dist: The processes that train together.
 
     Returns:
         What was reached.
@@ -69,199 +64,209 @@ def train(
         InterruptError: The user stopped it; the state is saved.
         ConfigError: The loss is not finite.
     """
+    recipe, out = job.recipe, job.config.out
     inputs = {"images": images.content_hash(job.dataset.root), **job.inputs}
     job = dataclasses.replace(job, inputs=inputs)
-    trainer = Trainer(job, model, images, teach, ranks)
-    progress = trainer.start()
-    if ranks.is_first:
-        _announce(job, images, selection, ranks)
-    events = EventWriter(job.config.out) if job.config.tensorboard and ranks.is_first else None
+    trainer = Trainer(job, model, images, target_function, dist)
+    state = trainer.start()
+    tracker = None
+    if dist.is_main_process:
+        _announce(job, images, selection, dist)
+        title = f"{job.kind}, {job.dataset.name}"
+        tracker = Tracker(out, title, recipe.select, job.config.tensorboard)
 
     with (
         contextlib.closing(trainer.loader),
-        contextlib.closing(events) if events else contextlib.nullcontext(),
-        _StopRequest() as stop,
+        contextlib.closing(tracker) if tracker else contextlib.nullcontext(),
+        _stop_requests() as stops,
     ):
-        while progress.epoch < job.recipe.epochs:
-            trainer.train_epoch(progress, stop, events)
-            trainer.check_finite(progress)
+        while state.epoch < recipe.epochs:
+            trainer.train_epoch(state, stops, tracker)
+            trainer.check_finite(state)
             row: dict[str, float] = {
-                "epoch": progress.epoch + 1,
-                "loss": progress.total_loss / trainer.order.steps,
+                "epoch": state.epoch + 1,
+                "loss": state.total_loss / trainer.order.steps,
                 "learning_rate": trainer.optimizer.param_groups[0]["lr"],  # the last step's
-                "images_per_second": trainer.order.images / progress.seconds,
+                "images_per_second": trainer.order.images / state.seconds,
             }
             if selection:
-                logits, labels = trainer.judge(selection)
-                predicted = logits.argmax(axis=1)
+                logits, labels = trainer.evaluate(selection)
+                predicted = logits.argmax(axis=1)  # (N,)
+                confusion = confusion_matrix(labels, predicted, job.spec.num_classes)  # (C, C)
                 row["accuracy"] = accuracy(labels, predicted)
-                row["macro_f1"] = macro_f1(
-                    confusion_matrix(labels, predicted, job.spec.num_classes)
-                )
-            seconds = progress.seconds
-            progress = Progress(history=[*progress.history, row])
-            if ranks.is_first:
-                if _is_best(progress.history):
-                    save_result(job, trainer.kept, provenance(job, progress))
-                trainer.save(progress)
-                title = f"{job.kind}, {job.dataset.name}"
-                write_curves(job.config.out, progress.history, title, job.recipe.select)
-                if events:
-                    events.add_row(row)
+                row["macro_f1"] = macro_f1(confusion)
+            seconds = state.seconds
+            state = TrainerState(history=[*state.history, row])
+            if tracker:
+                # Without a selection the newest epoch is the best.
+                best = max((past.get("accuracy", -1) for past in state.history[:-1]), default=-1)
+                if row.get("accuracy", 1) > best:
+                    record = checkpointing.provenance(job, state)
+                    checkpointing.save_result(job, trainer.eval_model, record)
+                trainer.save(state)
+                tracker.add_epoch(state.history)
                 _print_row(job, row, seconds)
-    if ranks.is_first and job.recipe.calibrate and job.recipe.select in (HOLDOUT, "validation"):
-        calibrate(job, selection, ranks.device)
-    ranks.wait()
-    return progress
+    if dist.is_main_process and recipe.calibrate and recipe.select in (HOLDOUT, "validation"):
+        calibrate(job, selection, dist.device)
+    dist.barrier()
+    return state
 
 
 class Trainer:
     """The network and what changes with it in every step."""
 
     def __init__(
-        self, job: Job, model: nn.Module, images: TrainingImages, teach: Teach, ranks: Ranks
+        self,
+        job: Job,
+        model: nn.Module,
+        images: TrainingImages,
+        target_function: TargetFunction,
+        dist: Distributed,
     ) -> None:
         recipe, config = job.recipe, job.config
-        self.job, self.ranks, self.teach = job, ranks, teach
+        self.job, self.dist, self.target_function = job, dist, target_function
         self.order = BatchOrder(
             len(images),
             recipe.batch_size,
             config.seed,
             views=recipe.views,
             whole=recipe.whole_batches,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=dist.rank,
+            world_size=dist.world_size,
         )
-        self.loader = training_loader(images, self.order, config.workers)
+        self.loader = TrainingLoader(images, self.order, config.workers)
 
         if config.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self.amp = config.amp_type
-        use_matrix_products(model, ranks.device, self.amp)
+        self.amp = AMP[config.amp]
+        use_matrix_products(model, dist.device, self.amp)
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(memory_format=self.format).to(ranks.device)
+        self.model: nn.Module = model.to(memory_format=self.format).to(dist.device)
         self.optimizer = recipe.optimizer(self.model)
-        self.average = None
+        self.ema = None
         if recipe.ema:
-            average = _moving_average(recipe.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
-        self.forward = ranks.wrap(self.model)
+            update = _ema_update(recipe.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.amp == "fp16")
+        self.forward = dist.wrap(self.model)
         if config.compile:
             self.forward.compile()
         self.saved_at = time.monotonic()
 
     @property
-    def kept(self) -> nn.Module:
-        """The network that is judged and kept: the moving average where there is one."""
-        return self.model if self.average is None else self.average.module
+    def eval_model(self) -> nn.Module:
+        """The network that is evaluated and saved: the EMA where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     @property
     def parts(self) -> dict[str, Any]:
         """What a state holds, by name."""
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return parts if self.average is None else {**parts, "average": self.average}
+        return parts if self.ema is None else {**parts, "average": self.ema}
 
-    def start(self) -> Progress:
-        """Make the run's folder, or go on where it stopped."""
-        if self.job.config.resume:
-            progress, processes = restore_state(self.job, self.parts, self.ranks.device)
-            if self.ranks.is_first and processes != self.ranks.size:
+    def start(self) -> TrainerState:
+        """Write the run's options down, or go on where it stopped."""
+        if not self.job.config.resume:
+            self.dist.barrier()  # nobody writes before all have started
+            if self.dist.is_main_process:
+                checkpointing.save_config(self.job)
+            self.dist.barrier()
+            return TrainerState()
+        state, processes = checkpointing.restore_state(self.job, self.parts, self.dist.device)
+        if self.dist.is_main_process:
+            if processes != self.dist.world_size:
                 print(
-                    f"note: begun by {processes} processes, now {self.ranks.size}: batch norm sees "
-                    "other parts of a batch, and the weights will not be those of an unbroken run"
+                    f"note: begun by {processes} processes, now {self.dist.world_size}: batch norm "
+                    "sees other parts of a batch, and the weights will not be those of an unbroken "
+                    "run"
                 )
-            if self.ranks.is_first:
-                print(f"going on after epoch {progress.epoch}, step {progress.step}")
-            return progress
-        self.ranks.wait()  # nobody makes the folder before all have started
-        if self.ranks.is_first:
-            start_run(self.job)
-        self.ranks.wait()
-        return Progress()
+            print(f"going on after epoch {state.epoch}, step {state.step}")
+        return state
 
-    def save(self, progress: Progress) -> None:
-        """Write the state that ``--resume`` goes on from; the first rank alone does.
+    def save(self, state: TrainerState) -> None:
+        """Write what ``--resume`` goes on from; the main process alone does.
 
         Raises:
             ConfigError: The weights are not finite; the state before stays.
         """
-        if self.ranks.is_first:
-            self.check_finite(progress)
-            save_state(self.job, self.parts, progress, self.ranks.size)
+        if self.dist.is_main_process:
+            self.check_finite(state)
+            checkpointing.save_state(self.job, self.parts, state, self.dist.world_size)
         self.saved_at = time.monotonic()
 
-    def check_finite(self, progress: Progress) -> None:
+    def check_finite(self, state: TrainerState) -> None:
         """Refuse weights that a step has spoilt, which the next step's loss would show.
 
         Raises:
             ConfigError: They are not finite.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
-            raise _diverged(self.job, "finite weights", "NaN or infinity", progress)
+            raise _diverged(self.job, "finite weights", "NaN or infinity", state)
 
-    def train_epoch(
-        self, progress: Progress, stop: _StopRequest, events: EventWriter | None
-    ) -> None:
-        """The rest of an epoch's steps; keeps ``progress`` up to date."""
+    def train_epoch(self, state: TrainerState, stops: list[int], tracker: Tracker | None) -> None:
+        """The rest of an epoch's steps; keeps ``state`` up to date."""
         recipe, steps = self.job.recipe, self.order.steps
-        self.order.epoch, self.order.start = progress.epoch, progress.step
+        self.order.epoch, self.order.start = state.epoch, state.step
         self.forward.train()
-        since = time.perf_counter() - progress.seconds
-        with TrainingProgress(
-            progress.epoch, recipe.epochs, steps, recipe.batch_size, progress.step, self.ranks.rank
-        ) as shown:
+        since = time.perf_counter() - state.seconds
+        bar = EpochProgress(
+            state.epoch, recipe.epochs, steps, recipe.batch_size, state.step, silent=tracker is None
+        )
+        with bar:
             for images, targets in self.loader:
-                if events and progress.epoch == progress.step == 0:
-                    events.add_views(images, self.job.spec)
-                loss = self.train_step(images, targets, progress)
-                total, stops = self.ranks.sums(loss, stop.requested)
-                progress.total_loss += total / self.ranks.size
-                progress.step += 1
-                progress.seconds = time.perf_counter() - since
-                shown.update(progress.step, progress.total_loss / progress.step)
-                if stops:
-                    self.save(progress)
-                    raise _interrupted(self.job, progress)
+                if tracker and state.epoch == state.step == 0:
+                    tracker.add_views(images, self.job.spec)
+                loss = self.train_step(images, targets, state)
+                total, stop = self.dist.sum(loss, len(stops))
+                state.total_loss += total / self.dist.world_size
+                state.step += 1
+                state.seconds = time.perf_counter() - since
+                bar.update(state.step, state.total_loss / state.step)
+                if stop:
+                    self.save(state)
+                    raise InterruptError(
+                        self.job.config.out,
+                        f"{recipe.epochs} epochs",
+                        f"an interrupt in epoch {state.epoch + 1} after step {state.step}",
+                        "add --resume to go on from there",
+                    )
                 if time.monotonic() - self.saved_at > 60 * self.job.config.save_minutes:
-                    self.save(progress)
+                    self.save(state)
 
-    def train_step(self, images: Tensor, targets: Tensor, progress: Progress) -> float:
+    def train_step(self, images: Tensor, targets: Tensor, state: TrainerState) -> float:
         """One step of the optimiser on images (N, 3, S, S) with targets (N, C); its own loss."""
-        recipe, device = self.job.recipe, self.ranks.device
+        recipe, device = self.job.recipe, self.dist.device
         dtype = next(self.model.parameters()).dtype
-        images = images.to(
-            device, dtype, non_blocking=True, memory_format=self.format
-        )  # (N, 3, S, S)
+        images = images.to(device, dtype, non_blocking=True, memory_format=self.format)
         targets = targets.to(device, dtype, non_blocking=True)  # (N, C)
-        distribution = self.teach(images, targets)  # (N, C)
+        distribution = self.target_function(images, targets)  # (N, C)
         with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
             logits = self.forward(images)  # (N, C)
         loss = LOSSES[recipe.loss](logits.to(dtype), distribution)
         if not torch.isfinite(loss):
-            raise _diverged(self.job, "a finite loss", str(loss.item()), progress)
-        rate = recipe.learning_rate_at(progress.epoch + progress.step / self.order.steps)
+            raise _diverged(self.job, "a finite loss", str(loss.item()), state)
+        rate = recipe.learning_rate_at(state.epoch + state.step / self.order.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         return float(loss.detach())
 
-    def judge(self, samples: Sequence[Sample]) -> tuple[Float32Array, IndexArray]:
-        """Logits (N, C) and labels (N,) of the kept network; every rank does its share."""
-        self.ranks.share_buffers(self.kept)
-        own = samples[self.ranks.rank :: self.ranks.size]
-        parts = self.ranks.gather(predict(self.kept, own, self.job.spec, self.ranks.device))
-        return np.concatenate([part[0] for part in parts]), np.concatenate(
-            [part[1] for part in parts]
-        )
+    def evaluate(self, samples: Sequence[Sample]) -> tuple[Float32Array, IndexArray]:
+        """Logits (N, C) and labels (N,) of the saved network; every rank does its share."""
+        rank, world_size = self.dist.rank, self.dist.world_size
+        self.dist.broadcast_buffers(self.eval_model)
+        infer = infer_with(self.eval_model, self.job.spec, self.dist.device)
+        parts = self.dist.gather(predict(infer, samples[rank::world_size], self.job.spec))
+        order = [sample for first in range(world_size) for sample in samples[first::world_size]]
+        return np.concatenate(parts), labels_of(order)
 
 
-def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
     """An average that forgets faster at first, so that the first weights soon have no share.
 
     After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
@@ -275,88 +280,41 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Refuse options that this device does not have.
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals by which the user asks for an end; a second one ends at once.
 
-    Raises:
-        ConfigError: fp16 or SyncBatchNorm on a CPU.
+    Unlike ``command``'s handlers these raise nothing: a step that has begun is finished, so that
+    the saved state is never one between two steps.
     """
-    check_amp("--amp", config.amp, device)
-    if config.sync_batch_norm and device.type == "cpu":
-        raise ConfigError(
-            "--sync-batch-norm", "CUDA devices", "a CPU", "leave --sync-batch-norm out"
-        )
+    requests: list[int] = []
 
-
-def check_amp(name: str, amp: str, device: torch.device) -> None:
-    """Refuse a precision in which this device would not compute.
-
-    Args:
-        name: The option.
-        amp: Its value.
-        device: Where the training computes.
-
-    Raises:
-        ConfigError: fp16 on a CPU.
-    """
-    if amp == "fp16" and device.type == "cpu":
-        raise ConfigError(f"{name} fp16", "a CUDA device", "a CPU", f"leave {name} out")
-
-
-class _StopRequest:
-    """Ctrl-C or SIGTERM asks for an end after the step; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def request(number: int, frame: FrameType | None) -> None:
+        if requests:
             raise KeyboardInterrupt
-        self.requested = True
+        requests.append(number)
 
-    def __enter__(self) -> _StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    with signals_handled_by({signal.SIGINT: request, signal.SIGTERM: request}):
+        yield requests
 
 
-def _interrupted(job: Job, progress: Progress) -> InterruptError:
-    return InterruptError(
-        job.config.out,
-        expected=f"{job.recipe.epochs} epochs",
-        found=f"an interrupt in epoch {progress.epoch + 1} after step {progress.step}",
-        fix="add --resume to go on from there",
-    )
-
-
-def _diverged(job: Job, expected: str, found: str, progress: Progress) -> ConfigError:
+def _diverged(job: Job, expected: str, found: str, state: TrainerState) -> ConfigError:
     again = "start again with a smaller --learning-rate or --weight-decay"
     good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
     recipe = job.recipe
     return ConfigError(
         f"learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}",
         expected,
-        f"{found} in epoch {progress.epoch + 1} step {progress.step + 1}",
+        f"{found} in epoch {state.epoch + 1} step {state.step + 1}",
         again + (" in a new --out" if job.state.exists() else "") + good,
     )
 
 
-def _is_best(history: list[dict[str, float]]) -> bool:
-    """Whether the newest epoch is the one to keep; without a selection split, always."""
-    if "accuracy" not in history[-1]:
-        return True
-    return all(history[-1]["accuracy"] > row["accuracy"] for row in history[:-1])
-
-
-def _announce(job: Job, images: TrainingImages, selection: Sequence[Sample], ranks: Ranks) -> None:
+def _announce(
+    job: Job, images: TrainingImages, selection: Sequence[Sample], dist: Distributed
+) -> None:
     chosen = f"epoch chosen by {len(selection):,} images of {job.recipe.select}"
-    where = f"{ranks.device.type}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
+    where = dist.device.type + (f", {dist.world_size} processes" if dist.world_size > 1 else "")
     print(
         f"{job.kind}: {job.spec.architecture} at {job.spec.input_size}x{job.spec.input_size} on "
         f"{len(images):,} images of {job.dataset.name}, {where}; "
@@ -374,8 +332,3 @@ def _print_row(job: Job, row: dict[str, float], seconds: float) -> None:
         f"{row['images_per_second']:.0f} images/s, {duration(seconds)}",
         flush=True,
     )
-
-
-def start_logging() -> None:
-    """Show what the package logs, such as which head was made anew, on standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")

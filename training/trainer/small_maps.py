@@ -3,11 +3,14 @@
 A ResNet's last stages have many channels and few positions, and there oneDNN computes a
 convolution, and above all the gradient of its weights, at a small part of the rate of its matrix
 product. Taking the windows apart first (im2col, Chellapilla et al. 2006) turns all of it into
-products; ``docs/training.md`` has the figures.
+products; ``docs/training.md`` has the figures. It pays where the processor multiplies matrices of
+bfloat16 itself (AMX), and brings nothing elsewhere.
 """
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +20,25 @@ from torch.nn.grad import conv2d_input
 
 # Up to 8x8 positions the products are faster, at 12x12 no longer.
 _MOST_POSITIONS = 64
+_CPU_FLAGS = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this processor has AMX for bfloat16; False where the system does not say."""
+    try:
+        return "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8").split()
+    except OSError:
+        return False
 
 
 def use_matrix_products(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
     """Replace a network's dense 3x3 convolutions by :class:`SmallMapConv2d`, in place.
 
-    The parameters stay the same objects under the same names. On a GPU, and in float32, nothing
-    is replaced.
+    The parameters stay the same objects under the same names. On a GPU, in float32 and on a CPU
+    without AMX nothing is replaced.
     """
-    if amp is None or device.type != "cpu":
+    if amp is None or device.type != "cpu" or not has_amx():
         return
     for module in list(model.modules()):
         for name, child in module.named_children():

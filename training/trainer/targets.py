@@ -1,4 +1,4 @@
-"""What a student learns from: labels, votes, an LDG's distributions, or a blend of two."""
+"""What a student learns from, labels, votes, an LDG's distributions or a blend; and the losses."""
 
 from __future__ import annotations
 
@@ -6,24 +6,44 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transform
+from torch.nn import functional
 
-from efficientface_deploy.errors import CheckpointError
+from efficientface_deploy.errors import CheckpointError, DatasetError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.workbench.dataset import Sample, label_distributions
 from training.trainer.small_maps import use_matrix_products
 
 TARGETS = ("ldg", "onehot", "votes", "ldg+onehot", "ldg+votes")
 
-# Gives the target distribution of a batch: (images (N, 3, S, S), own targets (N, C)) -> (N, C).
-Teach = Callable[[Tensor, Tensor], Tensor]
+# The target distributions of a batch: (images (N, 3, S, S), what the loader gave (N, C)) -> (N, C).
+TargetFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-def own_targets(images: Tensor, targets: Tensor) -> Tensor:
-    """The data set's own targets, or stored ones, (N, C), unchanged."""
+def loaded_targets(images: Tensor, targets: Tensor) -> Tensor:
+    """What the loader gave, unchanged: labels, votes, or stored distributions, (N, C)."""
     return targets
+
+
+def dataset_targets(samples: Sequence[Sample], classes: int, *, votes: bool) -> np.ndarray:
+    """The data set's own targets, float32 (N, C): the votes, or one-hot labels.
+
+    Raises:
+        DatasetError: Votes are wanted and there are none.
+    """
+    if votes and any(sample.votes is None for sample in samples):
+        raise DatasetError(
+            "votes as targets",
+            "a data set with a column of votes for each class",
+            "one without",
+            "choose other --targets for a student; leave --votes out for a teacher",
+        )
+    if not votes:
+        samples = [Sample(sample.path, sample.label) for sample in samples]
+    return label_distributions(samples, classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Blend:
     ldg_share: float = 1.0
 
     def __call__(self, distribution: Tensor, own: Tensor) -> Tensor:
-        """Blend float (N, C) distributions with own targets (N, C)."""
+        """Blend float (N, C) distributions with the data set's targets (N, C)."""
         if self.temperature != 1:
             # By logarithms, since at low temperatures the powers would all be zero.
             distribution = (distribution.log() / self.temperature).softmax(dim=-1)
@@ -73,30 +93,27 @@ class Teacher:
     ) -> None:
         model, own = load_checkpoint(path, preset_name)
         for what, theirs, ours in (
-            ("labels", own.labels, spec.labels),
+            ("labels", ", ".join(own.labels), ", ".join(spec.labels)),
             ("colour", own.colour, spec.colour),
         ):
             if theirs != ours:
                 raise CheckpointError(
                     path,
-                    f"{what} {_listed(ours)}, as the data set has",
-                    _listed(theirs),
+                    f"{what} {ours}, as the data set has",
+                    theirs,
                     "say with --preset what a published checkpoint was trained on, or train a "
                     "teacher on this data set with python -m training.teacher",
                 )
         if own.architecture == "efficientface":
-            raise CheckpointError(
-                path,
-                "an LDG (resnet18 or resnet50)",
-                "an EfficientFace",
-                "give the teacher's checkpoint",
-            )
+            wanted = "an LDG (resnet18 or resnet50)"
+            fix = "give the teacher's checkpoint"
+            raise CheckpointError(path, wanted, "an EfficientFace", fix)
         use_matrix_products(model, device, amp)
         self.path = path
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device
         self.amp = amp
-        self.side = [own.input_size, own.input_size]
+        self.side = own.input_size
         # From the student's normalisation to the LDG's: x * scale + offset.
         student_mean, student_std = _channels(spec.mean, device), _channels(spec.std, device)
         own_mean, own_std = _channels(own.mean, device), _channels(own.std, device)
@@ -109,20 +126,19 @@ class Teacher:
         """The LDG's distributions (N, C) for the student's input (N, 3, S, S)."""
         if not self.same_normalisation:
             images = images * self.scale + self.offset
-        if list(images.shape[-2:]) != self.side:
-            images = transform.resize(images, self.side, antialias=True)
+        side = (self.side, self.side)
+        if images.shape[-2:] != side:
+            images = functional.interpolate(images, side, mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            logits: Tensor = self.model(images)
+            logits: Tensor = self.model(images)  # (N, C)
         return logits.to(images.dtype).softmax(dim=1)
-
-
-def _listed(names: str | Sequence[str]) -> str:
-    return names if isinstance(names, str) else ", ".join(names)
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
+
+# ---- Losses: (logits (N, C), target distributions (N, C), rows sum to one) -> a scalar
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -131,14 +147,7 @@ def published_loss(logits: Tensor, distribution: Tensor) -> Tensor:
     """The paper's loss as its public code computes it: mean over batch *and* classes.
 
     Its gradient is 1/C of :func:`cross_entropy`'s, which the published learning rate of 0.1
-    presupposes.
-
-    Args:
-        logits: (N, C), the student's.
-        distribution: (N, C), rows sum to one; the LDG's softmax at temperature 1.
-
-    Returns:
-        A scalar.
+    presupposes. The target is the LDG's softmax at temperature 1.
     """
     return -(distribution * logits.log_softmax(dim=1)).mean()
 
@@ -146,12 +155,7 @@ def published_loss(logits: Tensor, distribution: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
     """Cross-entropy from a distribution: sum over classes, mean over the batch.
 
-    Args:
-        logits: (N, C).
-        distribution: (N, C), rows sum to one; one-hot rows give ordinary cross-entropy.
-
-    Returns:
-        A scalar.
+    One-hot rows give ordinary cross-entropy.
     """
     return -(distribution * logits.log_softmax(dim=1)).sum(dim=1).mean()
 

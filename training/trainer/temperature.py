@@ -11,14 +11,15 @@ from torch.nn import functional
 
 from efficientface_deploy.artifact import provenance_from_metadata, read_safetensors_metadata
 from efficientface_deploy.models import load_checkpoint
-from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import Float32Array, normalise
-from efficientface_deploy.workbench.dataset import Sample, iterate_batches
+from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_deploy.workbench.dataset import Sample
+from efficientface_deploy.workbench.evaluation import labels_of, predict, softmax
 from efficientface_deploy.workbench.metrics import IndexArray, expected_calibration_error
 from training.trainer.checkpointing import save_result
 from training.trainer.config import Job
+from training.trainer.inference import infer_with
 
-_RANGE = (0.05, 20.0)
+LOWEST, HIGHEST = 0.05, 20.0
 
 
 def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
@@ -35,7 +36,7 @@ def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
     """
     scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))  # (N, C)
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))  # (N,)
-    low, high = 1 / _RANGE[1], 1 / _RANGE[0]
+    low, high = 1 / HIGHEST, 1 / LOWEST
     for _ in range(60):
         inverse = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
         functional.cross_entropy(scores * inverse, targets).backward()  # type: ignore[no-untyped-call]
@@ -47,24 +48,12 @@ def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
     return 2 / (low + high)
 
 
-def is_certain(temperature: float) -> bool:
-    """Whether the cross-entropy falls for ever towards T = 0, as when every image is told right."""
-    return temperature < 1.01 * _RANGE[0]
-
-
-def says_nothing(temperature: float) -> bool:
-    """Whether the cross-entropy falls for ever towards equal probabilities."""
-    return temperature > 0.99 * _RANGE[1]
-
-
 def calibration_errors(
     logits: Float32Array, labels: IndexArray, temperature: float
 ) -> tuple[float, float]:
     """Expected calibration error before and after dividing the logits by ``temperature``."""
-    scores = torch.from_numpy(np.asarray(logits))
     before, after = (
-        expected_calibration_error((scores / by).softmax(dim=1).numpy(), labels)
-        for by in (1.0, temperature)
+        expected_calibration_error(softmax(logits / by), labels) for by in (1.0, temperature)
     )
     return before, after
 
@@ -84,25 +73,25 @@ def fold_temperature(model: nn.Module, temperature: float) -> None:
 
 
 def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> None:
-    """Fit the kept network's temperature on the images that chose it, and write it down.
+    """Fit the saved network's temperature on the images that chose it, and write it down.
 
-    A student's logits are divided by it, in the weights that are kept. A teacher's are not: the
+    A student's logits are divided by it, in the weights that are saved. A teacher's are not: the
     published recipe takes its distributions at temperature 1.
     """
     record = provenance_from_metadata(read_safetensors_metadata(job.result), job.result)
     if "calibration" in record:  # the run was whole before it went on
         return
-    model, _ = load_checkpoint(job.result)
-    model = model.to(memory_format=torch.channels_last).to(device)
-    logits, labels = predict(model, selection, job.spec, device)
+    model = load_checkpoint(job.result)[0].to(memory_format=torch.channels_last).to(device)
+    logits = predict(infer_with(model, job.spec, device), selection, job.spec)  # (N, C)
+    labels = labels_of(selection)
     temperature = fit_temperature(logits, labels)
-    if is_certain(temperature):
+    if temperature < 1.01 * LOWEST:  # the cross-entropy falls for ever towards T = 0
         print(
-            f"note: all {len(selection):,} images of {job.recipe.select} are told right, which "
-            "gives no temperature; the confidences are not calibrated"
+            f"note: all {len(selection):,} images of {job.recipe.select} are classified correctly, "
+            "which gives no temperature; the confidences are not calibrated"
         )
         temperature = 1.0
-    elif says_nothing(temperature):
+    elif temperature > 0.99 * HIGHEST:  # it falls for ever towards equal probabilities
         print(
             f"note: on {job.recipe.select} its confidences fit best when all classes are equally "
             "likely; it has not learned to tell them apart"
@@ -124,19 +113,3 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
         f"{after:.4f} at temperature {temperature:.3f}"
         + (", which is now in the weights" if folded else ", which is left out of the weights")
     )
-
-
-def predict(
-    model: nn.Module, samples: Sequence[Sample], spec: ModelSpec, device: torch.device
-) -> tuple[Float32Array, IndexArray]:
-    """Logits float32 (N, C) and labels (N,), by the runtime's own preprocessing."""
-    model.eval()
-    logits, labels = [np.empty((0, spec.num_classes), np.float32)], [np.empty(0, np.int64)]
-    with torch.inference_mode():
-        for images, batch_labels in iterate_batches(samples, spec, 64):
-            batch = torch.from_numpy(normalise(images, spec))  # (N, 3, S, S)
-            dtype = next(model.parameters()).dtype
-            batch = batch.to(device, dtype, memory_format=torch.channels_last)
-            logits.append(model(batch).float().cpu().numpy())
-            labels.append(batch_labels)
-    return np.concatenate(logits), np.concatenate(labels)

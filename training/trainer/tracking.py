@@ -1,62 +1,79 @@
-"""What a training leaves to look at: metrics.csv, curves.png and TensorBoard's events."""
+"""What a training leaves to look at: metrics.csv, curves.png, TensorBoard's events; and a bar."""
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from efficientface_deploy.files import write_text
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.progress import duration
+from training.plots import plot_curves
 
-matplotlib.set_loglevel("WARNING")
-
+METRICS = "metrics.csv"
+CURVES = "curves.png"
 EVENTS = "tensorboard"
+LOG_SECONDS = 30.0
 _SHOWN = 32
 
 
-class EventWriter:
-    """TensorBoard's scalars per epoch, and once the first batch as the network sees it.
+class Tracker:
+    """Writes the figures of each epoch into a run's folder.
 
     Args:
-        out: The run's folder.
+        out: The folder.
+        title: Of the plot.
+        select: The images that ``accuracy`` and ``macro_f1`` are measured on.
+        tensorboard: Write TensorBoard's scalars too, and the first batch as the network sees it.
     """
 
-    def __init__(self, out: Path) -> None:
-        # A second to import: only where it is wanted.
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, out: Path, title: str, select: str, tensorboard: bool) -> None:
+        self.out, self.title, self.select = out, title, select
+        self.events = None
+        if tensorboard:  # a second to import: only where it is wanted
+            from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / EVENTS))
-
-    def add_row(self, row: dict[str, float]) -> None:
-        """Write one epoch's figures."""
-        for name, value in row.items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, int(row["epoch"]))
-        self._writer.flush()
+            self.events = SummaryWriter(str(out / EVENTS))
 
     def add_views(self, images: Tensor, spec: ModelSpec) -> None:
         """Show augmented images, float (N, 3, S, S) as the network takes them."""
-        from torchvision.utils import make_grid
+        if self.events:
+            mean = images.new_tensor(spec.mean).view(3, 1, 1)
+            std = images.new_tensor(spec.std).view(3, 1, 1)
+            pixels = (images[:_SHOWN] * std + mean).clamp(0, 1)  # (n, 3, S, S)
+            self.events.add_images("views", pixels, 0)
 
-        mean = images.new_tensor(spec.mean).view(3, 1, 1)
-        std = images.new_tensor(spec.std).view(3, 1, 1)
-        pixels = (images[:_SHOWN] * std + mean).clamp(0, 1)  # (n, 3, S, S)
-        self._writer.add_image("views", make_grid(pixels), 0)
+    def add_epoch(self, history: list[dict[str, float]]) -> None:
+        """Write all epochs' figures as a table and a plot, and TensorBoard's of the last.
+
+        Args:
+            history: One row per epoch; all have the keys of the first.
+        """
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(self.out / METRICS, table.getvalue())
+        plot_curves(self.out / CURVES, history, self.title, self.select)
+        if self.events:
+            for name, value in history[-1].items():
+                if name != "epoch":
+                    self.events.add_scalar(name, value, int(history[-1]["epoch"]))
+            self.events.flush()
 
     def close(self) -> None:
         """Write out what is left."""
-        self._writer.close()
+        if self.events:
+            self.events.close()
 
 
-LOG_SECONDS = 30.0
-
-
-class TrainingProgress:
+class EpochProgress:
     """Shows one epoch's step, loss and speed, and the time left for all epochs.
 
     Args:
@@ -65,48 +82,43 @@ class TrainingProgress:
         steps: Steps of one epoch.
         batch_size: Images of one step.
         first: Steps that a run which goes on has done before.
-        rank: Of this process; only 0 tells.
+        silent: Show nothing.
     """
 
     def __init__(
-        self, epoch: int, epochs: int, steps: int, batch_size: int, first: int = 0, rank: int = 0
+        self,
+        epoch: int,
+        epochs: int,
+        steps: int,
+        batch_size: int,
+        first: int = 0,
+        silent: bool = False,
     ) -> None:
-        self.epoch = epoch
-        self.epochs = epochs
-        self.steps = steps
-        self.batch_size = batch_size
-        self.first = first
-        self._silent = rank > 0
-        self._bar = Progress(
-            BarColumn(10),
-            TextColumn("{task.description}"),
-            transient=True,
-            disable=self._silent or not sys.stdout.isatty(),
-        )
+        self.epoch, self.epochs, self.steps = epoch, epochs, steps
+        self.batch_size, self.first, self.silent = batch_size, first, silent
+        columns = BarColumn(10), TextColumn("{task.description}")
+        hidden = silent or not sys.stdout.isatty()
+        self._bar = Progress(*columns, transient=True, disable=hidden)
         self._task = self._bar.add_task(f"epoch {epoch + 1}/{epochs}", total=steps)
-        self._started = self._told = time.perf_counter()
+        self._started = self._logged = time.perf_counter()
 
     def update(self, step: int, loss: float) -> None:
-        """Tell that ``step`` steps are done, with the mean loss so far."""
+        """Show that ``step`` steps are done, with the mean loss so far."""
         now = time.perf_counter()
-        line = self._describe(step, loss, now - self._started)
-        self._bar.update(self._task, completed=step, description=line)
-        if self._silent:
-            return
-        if self._bar.disable and now - self._told >= LOG_SECONDS:
-            self._told = now
-            print(line, flush=True)
-
-    def _describe(self, step: int, loss: float, seconds: float) -> str:
+        seconds = now - self._started
         done = step - self.first
         steps_left = (self.epochs - self.epoch) * self.steps - step
-        return (
+        line = (
             f"epoch {self.epoch + 1}/{self.epochs}, step {step}/{self.steps}: loss {loss:.4f}, "
             f"{done * self.batch_size / seconds:.0f} images/s, "
             f"{duration(steps_left * seconds / done)} left"
         )
+        self._bar.update(self._task, completed=step, description=line)
+        if self._bar.disable and not self.silent and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            print(line, flush=True)
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> EpochProgress:
         self._bar.start()
         return self
 

@@ -20,9 +20,9 @@ from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.models.checkpoint import read_weights
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import checkpointing, loop
-from training.trainer.checkpointing import claim_folder
+from training.trainer.checkpointing import lock
 from training.trainer.config import Job
-from training.trainer.distributed import Ranks
+from training.trainer.distributed import Distributed
 from training.trainer.loop import InterruptError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -265,7 +265,7 @@ def test_second_training_is_refused(make_run, fit):
     """Before the first has written anything that could be seen."""
     message = "expected no other training at work in this folder"
     with (
-        claim_folder(make_run(), Ranks(torch.device("cpu"))),
+        lock(make_run(), Distributed(torch.device("cpu"))),
         pytest.raises(ConfigError, match=message),
     ):
         fit(make_run())
@@ -275,25 +275,15 @@ def test_second_resume_is_refused(make_run, fit, whole):
     job = make_run(resume=True)
     shutil.copytree(whole.config.out, job.config.out)
     with (
-        claim_folder(job, Ranks(torch.device("cpu"))),
+        lock(job, Distributed(torch.device("cpu"))),
         pytest.raises(ConfigError, match="expected no other training at work in this folder"),
     ):
         fit(job)
 
 
-@pytest.mark.parametrize("size", [7, 33, 2048])
-def test_input_size_that_the_network_cannot_have(size, make_run):
-    job = make_run()
-    config = dataclasses.replace(job.config, input_size=size)
-    with pytest.raises(
-        ConfigError, match=f"--input-size: expected a multiple of 16 .* found {size}; give another"
-    ):
-        config.model_spec(job.dataset, "efficientface")
-
-
 def test_folder_that_stays_empty_goes_again(make_run, tmp_path):
     job = make_run(out=tmp_path / "a" / "b")
-    with pytest.raises(Killed), claim_folder(job, Ranks(torch.device("cpu"))):
+    with pytest.raises(Killed), lock(job, Distributed(torch.device("cpu"))):
         assert job.config.out.is_dir()
         raise Killed
     assert not (tmp_path / "a").exists()

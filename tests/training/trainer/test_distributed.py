@@ -12,10 +12,10 @@ import torch
 
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import load_checkpoint
-from training.trainer.distributed import Ranks, join_ranks
+from training.trainer.distributed import Distributed, init
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "tests/training/ranks_script.py"
+SCRIPT = ROOT / "tests/training/distributed_script.py"
 STEPS = 8  # 49 images in batches of 12, two epochs
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 
@@ -82,7 +82,7 @@ def test_two_ranks_learn_what_one_process_learns(runs):
         assert ours["accuracy"] == alone["accuracy"]
 
 
-def test_every_image_of_the_selection_is_judged_once(runs):
+def test_every_image_of_the_selection_is_evaluated_once(runs):
     for name in ("first", "second"):
         for labels, logits in zip(runs[name]["labels"], runs[name]["logits"], strict=True):
             assert sorted(labels.tolist()) == sorted(runs["alone"]["selection"])
@@ -139,24 +139,24 @@ def test_command_under_torchrun(face_set, tmp_path):
 def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("auto", "cpu"):
-        with join_ranks(name) as ranks:
-            assert ranks == Ranks(torch.device("cpu"), 0, 1) and ranks.is_first
+        with init(name) as dist:
+            assert dist == Distributed(torch.device("cpu"), 0, 1) and dist.is_main_process
     with (
         pytest.raises(ConfigError, match="--device cuda: expected a CUDA device, found none"),
-        join_ranks("cuda"),
+        init("cuda"),
     ):
         pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("auto", "cuda"):
-        with join_ranks(name) as ranks:
-            assert ranks.device == torch.device("cuda")
-    with join_ranks("cpu") as ranks:
-        assert ranks.device == torch.device("cpu")
+        with init(name) as dist:
+            assert dist.device == torch.device("cuda")
+    with init("cpu") as dist:
+        assert dist.device == torch.device("cpu")
 
 
 def test_one_process_needs_nobody():
-    alone = Ranks(torch.device("cpu"))
+    alone = Distributed(torch.device("cpu"))
     model = torch.nn.Linear(2, 2)
     assert alone.wrap(model) is model
-    assert alone.gather(3) == [3] and alone.sums(0.5, True) == [0.5, 1]
-    alone.wait()
+    assert alone.gather(3) == [3] and alone.sum(0.5, True) == [0.5, 1]
+    alone.barrier()

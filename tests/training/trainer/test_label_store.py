@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 import torch
 
@@ -14,9 +15,8 @@ from efficientface_deploy.models import LabelDistributionGenerator, save_checkpo
 from efficientface_deploy.vision.preprocess import normalise
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import label_store
-from training.trainer.augmentation import AUGMENTATIONS
-from training.trainer.distributed import Ranks
-from training.trainer.label_store import check_store_options, store_binding, stored_distributions
+from training.trainer.distributed import Distributed
+from training.trainer.label_store import stored_distributions
 from training.trainer.loader import TrainingImages, view_seed
 from training.trainer.targets import Teacher
 
@@ -30,13 +30,10 @@ class Setting:
 
     images: TrainingImages
     teacher: Teacher
-    binding: dict[str, str]
 
-    def get(self, path: Path, views: int = VIEWS, ranks: Ranks | None = None) -> np.ndarray:
-        ranks = ranks or Ranks(CPU)
-        return stored_distributions(
-            path, self.images, self.teacher, views, self.binding, ranks, workers=0
-        )
+    def get(self, path: Path, views: int = VIEWS) -> np.ndarray:
+        alone = Distributed(CPU)
+        return stored_distributions(path, self.images, self.teacher, views, "data", alone, 0)
 
 
 @pytest.fixture
@@ -51,9 +48,8 @@ def make_setting(face_set, teacher_file):
         dataset = read_dataset(face_set)
         spec = dataset.spec.replace(**{"input_size": 32} | changes)
         samples = dataset.split("train")[::4]
-        images = TrainingImages(samples, spec, AUGMENTATIONS[augmentation](spec), seed)
-        ldg = Teacher(teacher, None, spec, CPU, amp)
-        return Setting(images, ldg, store_binding(images, ldg, augmentation, "data"))
+        images = TrainingImages(samples, spec, augmentation, seed)
+        return Setting(images, Teacher(teacher, None, spec, CPU, amp))
 
     return make
 
@@ -72,30 +68,30 @@ def test_stored_is_what_the_teacher_says_about_each_view(make_setting, tmp_path)
     assert seeds[1, 5] == view_seed(3, 1, 5)
 
 
-def test_is_asked_once_and_more_views_are_added(make_setting, tmp_path, monkeypatch):
+def test_is_queried_once_and_more_views_are_added(make_setting, tmp_path, monkeypatch):
     setting = make_setting()
     path = tmp_path / "store.safetensors"
-    asked = []
-    ask = label_store._ask
-    monkeypatch.setattr(label_store, "_ask", lambda *a: asked.append(a[2]) or ask(*a))
+    queried = []
+    query = label_store.query
+    monkeypatch.setattr(label_store, "query", lambda *a: queried.append(a[2]) or query(*a))
     first = setting.get(path)
     assert np.array_equal(setting.get(path), first)
     assert np.array_equal(setting.get(path, views=1), first[:1])
     more = setting.get(path, views=4)
-    assert asked == [0, 1, 2, 3] and np.array_equal(more[:2], first)
+    assert queried == [0, 1, 2, 3] and np.array_equal(more[:2], first)
 
 
 def test_interrupt_costs_one_view(make_setting, tmp_path, monkeypatch):
     setting = make_setting()
     path = tmp_path / "store.safetensors"
-    ask = label_store._ask
+    query = label_store.query
 
     def interrupted(images, teacher, view, *rest):
         if view == 1:
             raise KeyboardInterrupt
-        return ask(images, teacher, view, *rest)
+        return query(images, teacher, view, *rest)
 
-    monkeypatch.setattr(label_store, "_ask", interrupted)
+    monkeypatch.setattr(label_store, "query", interrupted)
     with pytest.raises(KeyboardInterrupt):
         setting.get(path)
     monkeypatch.undo()
@@ -103,10 +99,10 @@ def test_interrupt_costs_one_view(make_setting, tmp_path, monkeypatch):
     assert np.array_equal(setting.get(path), setting.get(tmp_path / "other.safetensors"))
 
 
-def test_folder_that_cannot_be_written_is_refused_before_the_teacher_is_asked(
+def test_folder_that_cannot_be_written_is_refused_before_the_teacher_is_queried(
     make_setting, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(label_store, "_ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(label_store, "query", lambda *_: pytest.fail("queried"))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file: expected a folder .* choose another --store"):
         make_setting().get(tmp_path / "file" / "store.safetensors")
@@ -144,9 +140,8 @@ def test_changed_pixels_are_noticed(make_setting, tmp_path, monkeypatch):
     path = tmp_path / "store.safetensors"
     setting = make_setting()
     setting.get(path)
-    augmentation = setting.images.augmentation
-    setting.images.augmentation = lambda image: augmentation(image).point(lambda value: value ^ 1)
-    setting.binding |= store_binding(setting.images, setting.teacher, "mild", "data")
+    augment = setting.images.augment
+    setting.images.augment = lambda image: augment(image).point(lambda value: value ^ 1)
     with pytest.raises(ArtifactError, match="others for pixels;"):
         setting.get(path)
 
@@ -167,7 +162,8 @@ def test_damaged_store(damage, make_setting, teacher_file, tmp_path):
     path = tmp_path / "store.safetensors"
     setting.get(path)
     content = safetensors.numpy.load_file(path)
-    metadata = {label_store.BINDING_KEY: label_store.json.dumps(setting.binding)}
+    with safetensors.safe_open(path, "np") as store:
+        metadata = store.metadata()
     if damage == "text":
         path.write_text("distributions")
     elif damage == "truncated":
@@ -184,34 +180,16 @@ def test_damaged_store(damage, make_setting, teacher_file, tmp_path):
         setting.get(path)
 
 
-def test_ranks_share_the_questions(make_setting, tmp_path, monkeypatch):
-    """Each of three asks about its third; together they have what one alone has."""
+def test_ranks_share_the_queries(make_setting, tmp_path, monkeypatch):
+    """Each of three does its third; together they have what one alone has."""
     setting = make_setting()
     alone = setting.get(tmp_path / "alone.safetensors", views=1)
     parts: dict[int, np.ndarray] = {}
     for rank in range(3):
-        monkeypatch.setattr(Ranks, "gather", lambda self, part: parts.update({self.rank: part}))
+        monkeypatch.setattr(Distributed, "gather", lambda d, part: parts.update({d.rank: part}))
         with pytest.raises(TypeError):  # no others are there to gather from
-            label_store._ask(setting.images, setting.teacher, 0, 1, Ranks(CPU, rank, 3), 0)
+            label_store.query(setting.images, setting.teacher, 0, 1, Distributed(CPU, rank, 3), 0)
     assert [len(parts[rank]) for rank in range(3)] == [5, 5, 4]
-    monkeypatch.setattr(Ranks, "gather", lambda self, part: [parts[rank] for rank in range(3)])
-    together = label_store._ask(setting.images, setting.teacher, 0, 1, Ranks(CPU, 0, 3), 0)
+    monkeypatch.setattr(Distributed, "gather", lambda *_: [parts[rank] for rank in range(3)])
+    together = label_store.query(setting.images, setting.teacher, 0, 1, Distributed(CPU, 0, 3), 0)
     np.testing.assert_allclose(together, alone[0], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("store_path", "views", "asks", "said"),
-    [
-        ("s.safetensors", 0, True, "found --views 0, which asks it in every step"),
-        ("s.safetensors", 4, False, "found no teacher"),
-    ],
-)
-def test_store_without_a_use(store_path, views, asks, said):
-    with pytest.raises(ConfigError, match=said):
-        check_store_options(Path(store_path), views, asks)
-
-
-def test_store_by_another_name():
-    with pytest.raises(ConfigError, match=r"ends in \.safetensors, found store\.npz"):
-        check_store_options(Path("store.npz"), 4, True)
-    check_store_options(None, 0, False)

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import normalise, to_model_input
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
-from training.trainer.augmentation import AUGMENTATIONS, _cover_a_part
-from training.trainer.loader import BatchOrder, TrainingImages, hold_out, training_loader
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.distributed import Distributed
+from training.trainer.loader import (
+    BatchOrder,
+    TrainingImages,
+    TrainingLoader,
+    choose_samples,
+    hold_out,
+)
 
 BATCH = 8
+ALONE = Distributed(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -34,7 +42,7 @@ def images(request, dataset, spec) -> TrainingImages:
 
 
 def make_images(dataset, spec, name: str = "mild", seed: int = 3, **options) -> TrainingImages:
-    return TrainingImages(dataset.split("train"), spec, AUGMENTATIONS[name](spec), seed, **options)
+    return TrainingImages(dataset.split("train"), spec, name, seed, **options)
 
 
 # ---- TrainingImages ------------------------------------------------------------------------------
@@ -64,12 +72,6 @@ def test_every_view_is_another_picture(images, spec):
         assert max(likeness) > 0.2
 
 
-def test_published_augmentation_is_torchvisions_default_crop_and_flip(spec):
-    crop, flip = AUGMENTATIONS["published"](spec).transforms
-    assert (crop.scale, crop.ratio, crop.size) == ((0.08, 1.0), (3 / 4, 4 / 3), (32, 32))
-    assert type(flip).__name__ == "RandomHorizontalFlip" and flip.p == 0.5
-
-
 def test_global_random_numbers_are_left_alone(images):
     torch.manual_seed(11)
     np.random.seed(11)
@@ -95,7 +97,7 @@ def test_targets_are_labels_or_votes(dataset, spec):
 def test_votes_without_votes_are_refused(dataset, spec):
     plain = [Sample(sample.path, sample.label) for sample in dataset.split("train")]
     with pytest.raises(DatasetError, match="column of votes"):
-        TrainingImages(plain, spec, AUGMENTATIONS["mild"](spec), 0, votes=True)
+        TrainingImages(plain, spec, "mild", 0, votes=True)
 
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
@@ -146,7 +148,9 @@ def test_rest_of_an_epoch():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_have_disjoint_parts_of_the_single_processs_batches(ranks):
     alone = keys_of(BatchOrder(40, 12, seed=4), 1)
-    shares = [keys_of(BatchOrder(40, 12, seed=4, rank=r, ranks=ranks), 1) for r in range(ranks)]
+    shares = [
+        keys_of(BatchOrder(40, 12, seed=4, rank=r, world_size=ranks), 1) for r in range(ranks)
+    ]
     for step, batch in enumerate(alone):
         parts = [share[step] for share in shares]
         assert [len(part) for part in parts] == [12 // ranks] * ranks
@@ -155,13 +159,13 @@ def test_ranks_have_disjoint_parts_of_the_single_processs_batches(ranks):
 
 def test_batch_that_the_ranks_cannot_share():
     with pytest.raises(ConfigError, match=r"a multiple of the 2 processes, .*found 5"):
-        BatchOrder(20, 5, seed=0, ranks=2)
+        BatchOrder(20, 5, seed=0, world_size=2)
 
 
 def test_one_image_for_a_rank_is_no_batch():
     """Batch norm has no statistics of it."""
     with pytest.raises(ConfigError, match=r"with two images or more for each, found 3"):
-        BatchOrder(20, 3, seed=0, ranks=3)
+        BatchOrder(20, 3, seed=0, world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,8 @@ def test_published_code_keeps_the_last_batch(length, ranks, rest):
     """As far as the ranks have equally many of it, and more than one."""
     batch = 4 if rest != 4 else 26
     orders = [
-        BatchOrder(length, batch, seed=0, whole=False, rank=r, ranks=ranks) for r in range(ranks)
+        BatchOrder(length, batch, seed=0, whole=False, rank=r, world_size=ranks)
+        for r in range(ranks)
     ]
     epochs = [keys_of(order, 0) for order in orders]
     assert {len(epoch) for epoch in epochs} == {orders[0].steps} == {length // batch + (rest > 0)}
@@ -185,9 +190,9 @@ def test_damaged_image_is_one_line_from_a_worker_too(workers, dataset, spec, tmp
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     samples = [*dataset.split("train")[:7], Sample(broken, 0)]
-    images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
+    images = TrainingImages(samples, spec, "mild", 0)
     with (
-        contextlib.closing(training_loader(images, BatchOrder(8, 4, 0), workers)) as loader,
+        contextlib.closing(TrainingLoader(images, BatchOrder(8, 4, 0), workers)) as loader,
         pytest.raises(ImageError, match=r"^\S*broken\.png: expected an image") as caught,
     ):
         list(loader)
@@ -197,7 +202,7 @@ def test_damaged_image_is_one_line_from_a_worker_too(workers, dataset, spec, tmp
 def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[tuple[torch.Tensor, ...]]:
     order = BatchOrder(len(images), BATCH, 5)
     order.epoch = epoch
-    return [tuple(part.clone() for part in b) for b in training_loader(images, order, workers)]
+    return [tuple(part.clone() for part in b) for b in TrainingLoader(images, order, workers)]
 
 
 def test_workers_give_the_same_bits(dataset, spec):
@@ -211,7 +216,7 @@ def test_workers_give_the_same_bits(dataset, spec):
 def test_worker_follows_the_epoch(dataset, spec):
     images = make_images(dataset, spec)
     order = BatchOrder(len(images), BATCH, 5)
-    loader = training_loader(images, order, workers=1)
+    loader = TrainingLoader(images, order, workers=1)
     for epoch in (0, 1):  # the worker lives on between them
         order.epoch = epoch
         expected = epoch_of(make_images(dataset, spec), epoch, workers=0)
@@ -221,7 +226,7 @@ def test_worker_follows_the_epoch(dataset, spec):
 
 def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
     images = make_images(dataset, spec)
-    loader = training_loader(images, BatchOrder(len(images), 15, 0), workers=0)
+    loader = TrainingLoader(images, BatchOrder(len(images), 15, 0), workers=0)
     assert [len(batch) for batch, _ in loader] == [15, 15, 15]  # of 56
 
 
@@ -232,25 +237,10 @@ def test_too_few_images_for_one_batch():
 
 def test_stored_targets_follow_the_view(dataset, spec):
     stored = np.random.default_rng(0).random((2, 56, 7), dtype=np.float32)
-    images = make_images(dataset, spec, targets=stored)
+    images = make_images(dataset, spec)
+    images.targets = stored
     for view, index in ((0, 0), (1, 0), (1, 55), (2, 3)):
         np.testing.assert_array_equal(images[view, index][1], stored[view % 2, index])
-
-
-def test_covered_part(spec):
-    """About half of the strong views have a rectangle of the mean colour; the rest is the face."""
-    mean = tuple(round(255 * value) for value in spec.mean)
-    areas = []
-    for number in range(300):
-        torch.manual_seed(number)
-        image = Image.new("RGB", (60, 60), (1, 2, 3))
-        covered = np.all(np.array(_cover_a_part(image, mean)) == mean, axis=2)
-        areas.append(covered.mean())
-        rows, columns = covered.any(axis=1).sum(), covered.any(axis=0).sum()
-        assert covered.sum() == rows * columns  # one rectangle
-    areas = np.array(areas)
-    assert 0.4 < (areas > 0).mean() < 0.6
-    assert 0.015 < areas[areas > 0].min() < 0.05 and 0.2 < areas.max() < 0.27
 
 
 # ---- Hold-out ------------------------------------------------------------------------------------
@@ -288,3 +278,25 @@ def test_hold_out_leaves_a_class_something_to_learn_from(tmp_path):
     rest, held = hold_out(crowd({0: 20, 1: 1}, tmp_path), seed=0)
     assert count_labels(rest) == {0: 18, 1: 1}
     assert count_labels(held) == {0: 2}
+
+
+# ---- Which images --------------------------------------------------------------------------------
+
+
+def test_selection_decides_what_is_trained_on(make_job):
+    train = set(make_job().dataset.split("train"))
+    rest, held = choose_samples(make_job(select="holdout"), ALONE)
+    assert set(rest) | set(held) == train and len(held) == 7
+    rest, chosen = choose_samples(make_job(select="test"), ALONE)
+    assert set(rest) == train and chosen == list(make_job().dataset.split("test"))
+    assert choose_samples(make_job(select="last"), ALONE) == (rest, [])
+    with pytest.raises(DatasetError, match="a validation split"):
+        choose_samples(make_job(select="validation"), ALONE)
+
+
+def test_class_without_images_is_named(make_job):
+    job = make_job(select="last")
+    without = tuple(s for s in job.dataset.split("train") if s.label not in (2, 5))
+    dataset = dataclasses.replace(job.dataset, samples={"train": without})
+    with pytest.raises(ConfigError, match="of every class, found none of Sadness, Disgust; add"):
+        choose_samples(dataclasses.replace(job, dataset=dataset), ALONE)

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import EfficientFace
 from training.trainer.recipe import DEFAULT_STUDENT, DEFAULT_TEACHER, Recipe, published_student
 from training.trainer.targets import LOSSES
@@ -58,21 +55,6 @@ def test_optimizer_is_sgd_over_all_parameters():
     settings = [group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")]
     assert settings == [0.2, 0.9, 1e-4, True]
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in model.parameters())
-
-
-def test_options_change_the_recipe(make_job):
-    config = make_job().config
-    assert config.change(recipe()) == recipe()
-    changes = {"epochs": 4, "learning_rate": 0.0, "ema": 0.0, "select": "last", "weight_decay": 0.0}
-    changes |= {"schedule": "step", "step_epochs": 2}
-    assert dataclasses.replace(config, **changes).change(recipe()) == recipe(**changes)
-
-
-@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
-def test_steps_of_a_schedule_without_any_are_refused(make_job, schedule):
-    config = dataclasses.replace(make_job().config, step_epochs=2, schedule=schedule)
-    with pytest.raises(ConfigError, match=f"none with the schedule {schedule}, found 2; leave it"):
-        config.change(recipe())
 
 
 @pytest.mark.parametrize("default", [DEFAULT_STUDENT, DEFAULT_TEACHER])

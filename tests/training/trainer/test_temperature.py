@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
 from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator
+from efficientface_deploy.models.checkpoint import read_weights
+from training.trainer import temperature
 from training.trainer.temperature import (
+    HIGHEST,
+    LOWEST,
     calibration_errors,
     fit_temperature,
     fold_temperature,
-    is_certain,
-    says_nothing,
 )
 
 
@@ -60,8 +68,8 @@ def test_ends_of_the_range_are_told_apart(honest):
     logits, labels = honest
     cases = [(right, np.arange(3)), (wrong, np.arange(3)), (logits, labels)]
     temperatures = [fit_temperature(*case) for case in cases]
-    assert [is_certain(temperature) for temperature in temperatures] == [True, False, False]
-    assert [says_nothing(temperature) for temperature in temperatures] == [False, True, False]
+    assert [t < 1.01 * LOWEST for t in temperatures] == [True, False, False]
+    assert [t > 0.99 * HIGHEST for t in temperatures] == [False, True, False]
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -73,3 +81,59 @@ def test_folding_divides_the_logits(network):
         before = model.eval()(images)
         fold_temperature(model, 2.5)
         torch.testing.assert_close(model(images), before / 2.5)
+
+
+# ---- At the end of a training --------------------------------------------------------------------
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return read_weights(path)[0]
+
+
+def provenance(path: Path) -> dict:
+    return json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_temperature_ends_up_in_the_weights_of_a_student(make_job, fit):
+    job = make_job(epochs=1, learning_rate=0.1)
+    before = fit(dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, calibrate=False)))
+    plain = weights(before)
+    shutil.rmtree(job.config.out)
+    after = weights(fit(job))
+    record = provenance(job.result)["calibration"]
+    assert record["folded"] and record["images"] == 7 and record["temperature"] != 1
+    assert record["ece_after"] < record["ece_before"]
+    for name in ("fc.weight", "fc.bias"):
+        torch.testing.assert_close(after.pop(name) * record["temperature"], plain.pop(name))
+    assert_same_bits(after, plain)
+
+
+def test_teacher_keeps_temperature_one(make_job, fit):
+    job = dataclasses.replace(make_job(epochs=1), kind="teacher")
+    fit(job)
+    record = provenance(job.result)["calibration"]
+    assert not record["folded"] and record["temperature"] > 0
+    assert_same_bits(weights(job.result), torch.load(job.state, weights_only=True)["model"])
+
+
+def test_perfect_holdout_gives_no_temperature(make_job, fit, monkeypatch, capsys):
+    """Its cross-entropy falls for ever: dividing by the limit would make every answer certain."""
+    job = make_job(epochs=1, select="holdout", calibrate=True)
+    logits = 5 * np.eye(7, dtype=np.float32)
+    monkeypatch.setattr(temperature, "predict", lambda *_: logits)
+    before = {}
+    fold = temperature.fold_temperature
+    monkeypatch.setattr(
+        temperature, "fold_temperature", lambda model, t: before.update(t=t) or fold(model, t)
+    )
+    fit(job)
+    assert before["t"] == 1
+    assert (
+        "all 7 images of holdout are classified correctly, which gives no temperature"
+        in capsys.readouterr().out
+    )

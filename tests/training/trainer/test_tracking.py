@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 import pty
 import re
@@ -9,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from training.trainer import tracking
-from training.trainer.tracking import TrainingProgress
+from training.trainer.tracking import EpochProgress
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,7 +31,7 @@ def clock(monkeypatch):
 
 
 def test_log_gets_a_plain_line_now_and_then(clock, capsys):
-    with TrainingProgress(epoch=1, epochs=4, steps=100, batch_size=8) as shown:
+    with EpochProgress(epoch=1, epochs=4, steps=100, batch_size=8) as shown:
         for step in range(1, 101):
             clock.now += 1
             shown.update(step, loss=2 / step)
@@ -41,9 +44,9 @@ def test_log_gets_a_plain_line_now_and_then(clock, capsys):
 ON_A_TERMINAL = """
 import time
 from training.trainer import tracking
-from training.trainer.tracking import TrainingProgress
+from training.trainer.tracking import EpochProgress
 tracking.LOG_SECONDS = 0
-with TrainingProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
+with EpochProgress(epoch=0, epochs=1, steps=50, batch_size=8) as shown:
     time.sleep(0.05)
     shown.update(10, loss=1.5)
     time.sleep(0.3)
@@ -69,3 +72,18 @@ def test_terminal_gets_one_live_line():
     assert not re.search(r"[^ ]epoch 1/1, step", text)  # no plain line, which has no bar before it
     shown, _, after = text.rpartition("\x1b[2K")  # erased before what follows
     assert re.search(line, shown) and after.strip().endswith("done") and "epoch" not in after
+
+
+def test_tensorboard_has_scalars_and_the_views(make_job, fit):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = make_job(epochs=2, tensorboard=True)
+    fit(job)
+    events = EventAccumulator(str(job.config.out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= {"loss", "accuracy", "macro_f1", "learning_rate"}
+    with (job.config.out / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    with Image.open(io.BytesIO(events.Images("views")[0].encoded_image_string)) as sheet:
+        assert sheet.size == (8 * 32, 2 * 32)  # sixteen views

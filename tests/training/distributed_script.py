@@ -1,7 +1,7 @@
-"""Trains a few steps and writes down what every rank saw; run by test_parallel.py.
+"""Trains a few steps and writes down what every rank saw; run by test_distributed.py.
 
-``torchrun --nproc_per_node 2 ranks_script.py DATA OUT DEATH`` or without torchrun. ``DEATH`` is the
-step in which rank 1 kills itself, 0 for never. A run that is in OUT already is gone on with.
+``torchrun --nproc_per_node 2 distributed_script.py DATA OUT DEATH`` or without torchrun. ``DEATH``
+is the step in which rank 1 kills itself, 0 for never. A run that is in OUT already is gone on with.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch import nn
 from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import loop
-from training.trainer.augmentation import AUGMENTATIONS
-from training.trainer.checkpointing import claim_folder
+from training.trainer.checkpointing import lock
 from training.trainer.config import Job, TrainConfig
-from training.trainer.distributed import join_ranks
+from training.trainer.distributed import init
 from training.trainer.loader import TrainingImages, choose_samples
 from training.trainer.recipe import DEFAULT_STUDENT
-from training.trainer.targets import own_targets
+from training.trainer.targets import loaded_targets
 
 
 class FixedNorms(EfficientFace):
@@ -48,33 +47,33 @@ def main() -> None:
     job = Job("student", spec, config.change(DEFAULT_STUDENT), dataset, config)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    with join_ranks("cpu") as ranks, claim_folder(job, ranks):
-        samples, selection = choose_samples(job, ranks)
-        images = TrainingImages(samples, spec, AUGMENTATIONS["mild"](spec), 0)
-        torch.manual_seed(ranks.rank)  # the first rank's weights must reach the others
+    with init("cpu") as dist, lock(job, dist):
+        samples, selection = choose_samples(job, dist)
+        images = TrainingImages(samples, spec, "mild", 0)
+        torch.manual_seed(dist.rank)  # the first rank's weights must reach the others
         model = FixedNorms(7).double()
-        judged = []
-        judge = loop.Trainer.judge
-        loop.Trainer.judge = lambda *a: judged.append(judge(*a)) or judged[-1]
+        evaluated = []
+        evaluate = loop.Trainer.evaluate
+        loop.Trainer.evaluate = lambda *a: evaluated.append(evaluate(*a)) or evaluated[-1]
 
-        def teach(batch: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-            if len(seen) + 1 == death and ranks.rank == 1:
+        def targets_of(batch: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+            if len(seen) + 1 == death and dist.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             weights = torch.cat([p.detach().flatten() for p in model.parameters()])
             seen.append((batch.clone(), weights.clone()))
-            return own_targets(batch, own)
+            return loaded_targets(batch, loaded)
 
-        progress = loop.train(job, model, images, selection, teach, ranks)
+        state = loop.train(job, model, images, selection, targets_of, dist)
         torch.save(
             {
                 "batches": [batch for batch, _ in seen],
                 "weights": [weights for _, weights in seen],
-                "labels": [torch.from_numpy(labels) for _, labels in judged],
-                "logits": [torch.from_numpy(logits) for logits, _ in judged],
-                "history": progress.history,
+                "labels": [torch.from_numpy(labels) for _, labels in evaluated],
+                "logits": [torch.from_numpy(logits) for logits, _ in evaluated],
+                "history": state.history,
                 "selection": [sample.label for sample in selection],
             },
-            out.parent / f"{out.name}-rank{ranks.rank}.pt",
+            out.parent / f"{out.name}-rank{dist.rank}.pt",
         )
 
 

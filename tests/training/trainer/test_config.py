@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from efficientface_deploy.errors import ConfigError
+from training.trainer.config import check_amp
+from training.trainer.recipe import DEFAULT_STUDENT
+
+
+def test_options_change_the_recipe(make_job):
+    config = make_job().config
+    assert config.change(DEFAULT_STUDENT) == DEFAULT_STUDENT
+    changes = {"epochs": 4, "learning_rate": 0.0, "ema": 0.0, "select": "last", "weight_decay": 0.0}
+    changes |= {"schedule": "step", "step_epochs": 2}
+    assert dataclasses.replace(config, **changes).change(DEFAULT_STUDENT) == dataclasses.replace(
+        DEFAULT_STUDENT, **changes
+    )
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_steps_of_a_schedule_without_any_are_refused(make_job, schedule):
+    config = dataclasses.replace(make_job().config, step_epochs=2, schedule=schedule)
+    with pytest.raises(ConfigError, match=f"none with the schedule {schedule}, found 2; leave it"):
+        config.change(DEFAULT_STUDENT)
+
+
+@pytest.mark.parametrize("size", [7, 33, 2048])
+def test_input_size_that_the_network_cannot_have(size, make_job):
+    job = make_job()
+    config = dataclasses.replace(job.config, input_size=size)
+    with pytest.raises(
+        ConfigError, match=f"--input-size: expected a multiple of 16 .* found {size}; give another"
+    ):
+        config.model_spec(job.dataset, "efficientface")
+
+
+def test_fp16_needs_a_gpu():
+    check_amp("--amp", "fp16", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="--amp fp16: expected a CUDA device, found a CPU"):
+        check_amp("--amp", "fp16", torch.device("cpu"))
