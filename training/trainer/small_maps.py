@@ -20,14 +20,14 @@ from torch.nn.grad import conv2d_input
 
 # Up to 8x8 positions the products are faster, at 12x12 no longer.
 _MOST_POSITIONS = 64
-_CPU_FLAGS = Path("/proc/cpuinfo")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @functools.cache
 def has_amx() -> bool:
     """Whether this processor has AMX for bfloat16; False where the system does not say."""
     try:
-        return "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8").split()
+        return "amx_bf16" in _CPU_INFO.read_text(encoding="utf-8").split()
     except OSError:
         return False
 

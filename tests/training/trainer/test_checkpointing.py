@@ -141,7 +141,7 @@ def test_kill_between_weights_and_state(make_run, fit, whole, monkeypatch):
             raise Killed
         saved.append(save(*arguments))
 
-    monkeypatch.setattr(loop, "save_state", killed_at_the_second)
+    monkeypatch.setattr(checkpointing, "save_state", killed_at_the_second)
     with pytest.raises(Killed):
         fit(broken)
     monkeypatch.undo()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from efficientface_deploy.models import LabelDistributionGenerator
+from training.trainer import small_maps
 from training.trainer.small_maps import SmallMapConv2d, use_matrix_products
 
 
@@ -52,7 +55,43 @@ def test_small_maps_are_products_under_bf16_and_nothing_else_is() -> None:
         assert "Convolution" in str(conv(large).grad_fn)
 
 
-def test_a_network_keeps_its_parameters_and_their_names() -> None:
+@pytest.fixture
+def cpu_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Pretend that the processor has these flags."""
+
+    def set_flags(flags: str) -> None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu {flags} sse2\n")
+        monkeypatch.setattr(small_maps, "_CPU_INFO", tmp_path / "cpuinfo")
+        small_maps.has_amx.cache_clear()
+
+    yield set_flags
+    small_maps.has_amx.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "amp", "device", "used"),
+    [
+        ("avx512_bf16 amx_bf16 amx_tile", torch.bfloat16, "cpu", True),
+        ("avx512_bf16", torch.bfloat16, "cpu", False),  # brings nothing without AMX
+        ("amx_bf16", None, "cpu", False),
+        ("amx_bf16", torch.bfloat16, "cuda", False),
+    ],
+)
+def test_products_are_for_processors_with_amx(flags, amp, device, used, cpu_flags) -> None:
+    cpu_flags(flags)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False))
+    use_matrix_products(model, torch.device(device), amp)
+    assert isinstance(model[0], SmallMapConv2d) == used
+
+
+def test_a_system_that_says_nothing_of_its_processor(monkeypatch, cpu_flags) -> None:
+    monkeypatch.setattr(small_maps, "_CPU_INFO", Path("/nowhere"))
+    small_maps.has_amx.cache_clear()
+    assert not small_maps.has_amx()
+
+
+def test_a_network_keeps_its_parameters_and_their_names(cpu_flags) -> None:
+    cpu_flags("amx_bf16")
     model = LabelDistributionGenerator(8, "resnet18")
     before = dict(model.named_parameters())
     keys = list(model.state_dict())
