@@ -1,7 +1,7 @@
 """Synthetic faces with known label distributions, for ``make demo`` and the tests.
 
 A cartoon portrait whose brows, lids, nose and mouth are moved by facial action units (Ekman and
-Friesen's FACS). Reading order: draw the parameters, move the geometry, rasterise, light.
+Friesen's FACS). Reading order: draw the parameters, move the geometry, paint, light.
 
 Label distribution. A face shows one or two expressions with intensities ``i_a + i_b <= 1``. The
 target is ``i_a`` for the first, ``i_b`` for the second and ``1 - i_a - i_b`` for Neutral: a faint
@@ -16,17 +16,21 @@ network (``tests/training/datasets/test_face_renderer.py``).
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-LABELS: tuple[str, ...] = (
-    "Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger",
-)  # fmt: skip
+FloatArray = npt.NDArray[np.float64]
+Colour = tuple[int, int, int]
+Units = Mapping[int, float]
+Generator = np.random.Generator
+T = TypeVar("T")
 
 ACTION_UNITS: dict[str, tuple[int, ...]] = {
     "Neutral": (),
@@ -37,31 +41,25 @@ ACTION_UNITS: dict[str, tuple[int, ...]] = {
     "Disgust": (9, 15, 16),
     "Anger": (4, 5, 7, 23),
 }
+LABELS: tuple[str, ...] = tuple(ACTION_UNITS)
 
-BLEND_SHARE = 0.28
-MIN_SIZE, MAX_SIZE = 32, 1024
-
-FloatArray = npt.NDArray[np.float64]
-Colour = tuple[int, int, int]
-Units = Mapping[int, float]
-_Point = tuple[float, float]
-
+_BLEND_SHARE = 0.28
+_MIN_SIZE, _MAX_SIZE = 32, 1024
 # Drawing at three times the size and averaging is what makes the edges smooth: Pillow's polygons
 # are not antialiased.
 _SUPERSAMPLE = 3
-
 # Half the face's height as a share of the picture's, at scale one: the face fills the picture, as
 # it does in RAF-DB's aligned crops.
 _FACE_UNIT = 0.46
 
 _SKIN: tuple[Colour, ...] = (
-    (250, 224, 205), (240, 200, 172), (224, 178, 142), (198, 148, 112), (165, 114, 80),
-    (128, 84, 58), (96, 62, 44),
-)  # fmt: skip
+    *((250, 224, 205), (240, 200, 172), (224, 178, 142), (198, 148, 112)),
+    *((165, 114, 80), (128, 84, 58), (96, 62, 44)),
+)
 _HAIR: tuple[Colour, ...] = (
-    (32, 26, 24), (62, 42, 32), (104, 68, 42), (150, 104, 58), (206, 168, 104), (150, 70, 40),
-    (158, 156, 156),
-)  # fmt: skip
+    *((32, 26, 24), (62, 42, 32), (104, 68, 42), (150, 104, 58)),
+    *((206, 168, 104), (150, 70, 40), (158, 156, 156)),
+)
 _IRIS: tuple[Colour, ...] = ((70, 44, 28), (96, 66, 36), (64, 96, 130), (74, 104, 70))
 
 # Curves that everything is made of, computed once: rendering is mostly small array operations.
@@ -69,6 +67,7 @@ _ARC = np.linspace(-1.0, 1.0, 17)
 _CIRCLE = np.array([(np.sin(a), -np.cos(a)) for a in np.linspace(0, 2 * np.pi, 33)[:-1]])
 _SKULL = np.array([(np.sin(a), -np.cos(a)) for a in np.linspace(-1.75, 1.75, 25)])
 _BEZIER = np.array([((1 - t) ** 2, 2 * t * (1 - t), t**2) for t in np.linspace(0, 1, 9)])
+_NECK = np.array([(-0.36, 0.5), (0.36, 0.5), (0.42, 1.6), (-0.42, 1.6)])
 
 
 @dataclass(frozen=True)
@@ -86,72 +85,6 @@ class SyntheticFace:
     label: int
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Who the face is; lengths in face units (half the face's height), ``*_gain`` are factors."""
-
-    skin: Colour
-    hair: Colour
-    iris: Colour
-    clothes: Colour
-    hair_style: int
-    hairline: float
-    glasses: bool
-    face_width: float
-    jaw: float
-    brow_y: float
-    brow_tilt: float
-    brow_thickness: float
-    eye_x: float
-    eye_gain: float
-    nose_gain: float
-    mouth_y: float
-    mouth_width: float
-    mouth_rest: float
-    lip_gain: float
-    crease_gain: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """How the face is seen: pose, light, background and sensor."""
-
-    rotation: float
-    scale: float
-    shift: tuple[float, float]
-    yaw: float
-    light_angle: float
-    light_contrast: float
-    exposure: tuple[float, float, float]
-    background: Colour
-    backdrop: Colour
-    backdrop_xyr: tuple[float, float, float]
-    blur: float
-    noise: float
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Curves of a face in face units, x to the right, y down, the origin between the eyes.
-
-    Arrays are float64 (points, 2). What comes in pairs is given for the side of positive x and is
-    mirrored when drawn.
-    """
-
-    outline: FloatArray
-    brow: FloatArray
-    upper_lid: FloatArray
-    lower_lid: FloatArray
-    iris: FloatArray
-    pupil: FloatArray
-    nose_wing: FloatArray
-    nostril: FloatArray
-    upper_lip: tuple[FloatArray, FloatArray]  # its upper and its lower edge
-    lower_lip: tuple[FloatArray, FloatArray]
-    teeth: FloatArray
-    creases: tuple[tuple[FloatArray, float], ...]  # curve, strength 0 to 1
-
-
 def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
     """Render face number ``index`` of the collection ``seed``.
 
@@ -167,52 +100,36 @@ def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
     Raises:
         ValueError: An argument is not an integer or is out of range.
     """
-    _require_integer("seed", seed, 0)
-    _require_integer("index", index, 0)
-    _require_integer("size", size, MIN_SIZE, MAX_SIZE)
+    for name, value, low, high in (
+        ("seed", seed, 0, math.inf),
+        ("index", index, 0, math.inf),
+        ("size", size, _MIN_SIZE, _MAX_SIZE),
+    ):
+        is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not is_integer or not low <= value <= high:
+            wanted = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{name}: expected an integer {wanted}, found {value!r}")
     label = int(index) % len(LABELS)
-    rng = np.random.Generator(np.random.PCG64([int(seed), int(index)]))
+    rng = Generator(np.random.PCG64([int(seed), int(index)]))
     # The noise is drawn last: its amount depends on the size, the face must not.
-    identity, scene = draw_identity(rng), draw_scene(rng)
+    identity, scene = draw(Identity, rng), draw(Scene, rng)
     distribution = draw_distribution(rng, label)
     geometry = face_geometry(identity, action_unit_levels(distribution))
-    picture = _rasterise(geometry, identity, scene, int(size))
-    image = _light(picture, scene, rng)
+    image = _light(_paint(geometry, identity, scene, int(size)), scene, rng)
     return SyntheticFace(image, distribution.astype(np.float32), label)
 
 
-def contact_sheet(seed: int, columns: int = 10, size: int = 100) -> Image.Image:
-    """A PIL RGB picture with one row per label, in the order of :data:`LABELS`."""
-    rows = len(LABELS)
-    sheet = Image.new("RGB", (columns * size, rows * size))
-    for index in range(rows * columns):
-        face = Image.fromarray(render_face(seed, index, size).image)
-        sheet.paste(face, (index // rows * size, index % rows * size))
-    return sheet
+# ---- Parameters: none of those that are fields ever sees the label
 
 
-def _require_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    wanted = f"an integer of {low} or more" if high is None else f"an integer from {low} to {high}"
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
-        raise ValueError(f"{name}: expected {wanted}, found {value!r}")
-
-
-# ---- Parameters --------------------------------------------------------------------------------
-
-
-def draw_distribution(rng: np.random.Generator, label: int) -> FloatArray:
+def draw_distribution(rng: Generator, label: int) -> FloatArray:
     """Draw a target whose argmax is ``label``; see the module's docstring for its meaning.
-
-    Args:
-        rng: Source of randomness.
-        label: Index into :data:`LABELS`.
 
     Returns:
         float64 (7,), sums to one.
     """
     distribution = np.zeros(len(LABELS))
-    blended = rng.random() < BLEND_SHARE
+    blended = rng.random() < _BLEND_SHARE
     others = [other for other in range(1, len(LABELS)) if other != label]
     other = others[rng.integers(len(others))]
     if label == 0:
@@ -236,63 +153,33 @@ def action_unit_levels(distribution: npt.NDArray[np.floating]) -> dict[int, floa
     return levels
 
 
-def draw_identity(rng: np.random.Generator) -> Identity:
-    """Draw a person; never sees the label."""
-    skin = _pick(rng, _SKIN)
-    return Identity(
-        skin=skin,
-        hair=_pick(rng, _HAIR),
-        iris=_pick(rng, _IRIS),
-        clothes=_random_colour(rng),
-        hair_style=int(rng.integers(4)),
-        hairline=rng.uniform(-0.78, -0.66),
-        glasses=rng.random() < 0.15,
-        face_width=rng.uniform(0.70, 0.82),
-        jaw=rng.uniform(0.10, 0.32),
-        brow_y=rng.uniform(-0.37, -0.31),
-        brow_tilt=rng.uniform(-0.02, 0.02),
-        brow_thickness=rng.uniform(0.040, 0.060),
-        eye_x=rng.uniform(0.29, 0.34),
-        eye_gain=rng.uniform(0.9, 1.15),
-        nose_gain=rng.uniform(0.85, 1.2),
-        mouth_y=rng.uniform(0.53, 0.59),
-        mouth_width=rng.uniform(0.25, 0.31),
-        mouth_rest=rng.uniform(-0.015, 0.015),
-        lip_gain=rng.uniform(0.75, 1.3),
-        crease_gain=rng.uniform(0.6, 1.0),
-    )
+def draw(kind: type[T], rng: Generator) -> T:
+    """Draw each field of a class in turn, by what its declaration says."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{field.name: field.metadata["draw"](rng) for field in fields})
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw pose, light, background and sensor; never sees the label."""
-    gain = rng.uniform(0.70, 1.08)
-    warmth = rng.uniform(-0.07, 0.07)
-    return Scene(
-        rotation=rng.uniform(-0.25, 0.25),
-        scale=rng.uniform(0.84, 1.1),
-        shift=(rng.uniform(-0.09, 0.09), rng.uniform(-0.09, 0.09)),
-        yaw=rng.uniform(-0.12, 0.12),
-        light_angle=rng.uniform(-np.pi, np.pi),
-        light_contrast=rng.uniform(0.05, 0.3),
-        exposure=(gain * (1 + warmth), gain, gain * (1 - warmth)),
-        background=_random_colour(rng),
-        backdrop=_random_colour(rng),
-        backdrop_xyr=(rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.3, 0.7)),
-        blur=rng.uniform(0.0, 0.005),
-        noise=rng.uniform(1.0, 5.0),
-    )
+def _drawn(draw: Callable[[Generator], Any]) -> Any:
+    return dataclasses.field(metadata={"draw": draw})
 
 
-def _pick(rng: np.random.Generator, palette: Sequence[Colour]) -> Colour:
+def _between(low: float, high: float) -> Any:
+    return _drawn(lambda rng: rng.uniform(low, high))
+
+
+def _from(palette: Sequence[Colour]) -> Any:
     """A colour between two neighbours of the palette."""
-    position = rng.uniform(0, len(palette) - 1)
-    low = int(position)
-    return _mix(palette[low], palette[min(low + 1, len(palette) - 1)], position - low)
+
+    def pick(rng: Generator) -> Colour:
+        position = rng.uniform(0, len(palette) - 1)
+        low = int(position)
+        return _mix(palette[low], palette[min(low + 1, len(palette) - 1)], position - low)
+
+    return _drawn(pick)
 
 
-def _random_colour(rng: np.random.Generator) -> Colour:
-    red, green, blue = rng.integers(40, 226, 3).tolist()
-    return _mix((red, green, blue), (128, 128, 128), 0.3)
+def _any_colour() -> Any:
+    return _drawn(lambda rng: _mix(rng.integers(40, 226, 3).tolist(), (128, 128, 128), 0.3))
 
 
 def _mix(first: Colour, second: Colour, share: float) -> Colour:
@@ -301,7 +188,83 @@ def _mix(first: Colour, second: Colour, share: float) -> Colour:
     return red, green, blue
 
 
-# ---- Geometry ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Identity:
+    """Who the face is; lengths in face units (half the face's height), ``*_gain`` are factors."""
+
+    skin: Colour = _from(_SKIN)
+    hair: Colour = _from(_HAIR)
+    iris: Colour = _from(_IRIS)
+    clothes: Colour = _any_colour()
+    hair_style: int = _drawn(lambda rng: int(rng.integers(4)))  # bald, plain, swept, long
+    hairline: float = _between(-0.78, -0.66)
+    glasses: bool = _drawn(lambda rng: rng.random() < 0.15)
+    face_width: float = _between(0.70, 0.82)
+    jaw: float = _between(0.10, 0.32)
+    brow_y: float = _between(-0.37, -0.31)
+    brow_tilt: float = _between(-0.02, 0.02)
+    brow_thickness: float = _between(0.040, 0.060)
+    eye_x: float = _between(0.29, 0.34)
+    eye_gain: float = _between(0.9, 1.15)
+    nose_gain: float = _between(0.85, 1.2)
+    mouth_y: float = _between(0.53, 0.59)
+    mouth_width: float = _between(0.25, 0.31)
+    mouth_rest: float = _between(-0.015, 0.015)
+    lip_gain: float = _between(0.75, 1.3)
+    crease_gain: float = _between(0.6, 1.0)
+
+    def shadow(self, strength: float) -> Colour:
+        """The skin's colour in a fold of this strength, 0 to 1."""
+        red, green, blue = self.skin
+        return _mix(self.skin, (red * 2 // 5, green // 4, blue // 4), strength)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """How the face is seen: light, pose, background and sensor."""
+
+    exposure: float = _between(0.70, 1.08)
+    warmth: float = _between(-0.07, 0.07)  # more red, less blue
+    rotation: float = _between(-0.25, 0.25)
+    scale: float = _between(0.84, 1.1)
+    shift: tuple[float, float] = _drawn(
+        lambda rng: (rng.uniform(-0.09, 0.09), rng.uniform(-0.09, 0.09))
+    )
+    yaw: float = _between(-0.12, 0.12)
+    light_angle: float = _between(-np.pi, np.pi)
+    light_contrast: float = _between(0.05, 0.3)
+    background: Colour = _any_colour()
+    backdrop: Colour = _any_colour()
+    backdrop_xyr: tuple[float, float, float] = _drawn(
+        lambda rng: (rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.3, 0.7))
+    )
+    blur: float = _between(0.0, 0.005)
+    noise: float = _between(1.0, 5.0)
+
+
+# ---- Geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Curves of a face in face units, x to the right, y down, the origin between the eyes.
+
+    Arrays are float64 (points, 2). What comes in pairs is given for the side of positive x and is
+    mirrored when drawn. A lip is its upper and its lower edge, from the left to the right corner.
+    """
+
+    outline: FloatArray
+    brow: FloatArray
+    upper_lid: FloatArray
+    lower_lid: FloatArray
+    iris: FloatArray
+    pupil: FloatArray
+    nose_wing: FloatArray
+    nostril: FloatArray
+    upper_lip: tuple[FloatArray, FloatArray]
+    lower_lip: tuple[FloatArray, FloatArray]
+    teeth: FloatArray
+    creases: tuple[tuple[FloatArray, float], ...]  # curve, strength 0 to 1
 
 
 def face_geometry(identity: Identity, units: Units) -> Geometry:
@@ -311,31 +274,27 @@ def face_geometry(identity: Identity, units: Units) -> Geometry:
         identity: The person at rest.
         units: Level of every action unit that :data:`ACTION_UNITS` names, 0 to 1.
     """
-    upper_lid, lower_lid, iris, pupil = _eye(identity, units)
-    wing, nostril = _nose(identity, units)
-    upper_lip, lower_lip = _mouth(identity, units)
-    corner = upper_lip[0][-1]
-    return Geometry(
-        outline=_outline(identity, units),
-        brow=_brow(identity, units),
-        upper_lid=upper_lid,
-        lower_lid=lower_lid,
-        iris=iris,
-        pupil=pupil,
-        nose_wing=wing,
-        nostril=nostril,
-        upper_lip=upper_lip,
-        lower_lip=lower_lip,
-        teeth=_teeth(upper_lip[1], lower_lip[0], units),
-        creases=_creases(identity, units, wing[0], corner),
-    )
-
-
-def _outline(identity: Identity, units: Units) -> FloatArray:
     x, y = _CIRCLE.T
     below = np.maximum(y, 0)
     x = identity.face_width * np.sign(x) * np.abs(x) ** 0.85 * (1 - identity.jaw * below**2)
-    return np.column_stack([x, y * (1 + 0.14 * units[26] * below)])  # AU 26: the chin sinks
+    outline = np.column_stack([x, y * (1 + 0.14 * units[26] * below)])  # AU 26: the chin sinks
+
+    # AU 9 pulls the nose up and spreads it.
+    width, base = identity.nose_gain * (0.14 + 0.04 * units[9]), 0.27 - 0.07 * units[9]
+    wing = _bezier((width, base - 0.08), (width + 0.05, base + 0.06), (width * 0.55, base + 0.03))
+    nostril = _CIRCLE * (0.04, 0.022) + (width * 0.5, base + 0.015)
+
+    upper, lower = _lips(identity, units)
+    # Teeth: the upper row under the upper lip, or the lower row that AU 16 bares.
+    band = np.minimum(0.6 * np.maximum(lower[0] - upper[1], 0.0), (0.0, 0.06))
+    lower_row = units[16] > units[26]
+    rim, edge = (lower[0], lower[0] - band) if lower_row else (upper[1], upper[1] + band)
+    teeth = np.concatenate([rim, edge[::-1]])
+
+    creases = _creases(identity, units, wing[0].tolist(), upper[0][-1].tolist())
+    eye = _eye(identity, units)
+    brow = _brow(identity, units)
+    return Geometry(outline, brow, *eye, wing, nostril, upper, lower, teeth, creases)
 
 
 def _brow(identity: Identity, units: Units) -> FloatArray:
@@ -373,19 +332,9 @@ def _eye(identity: Identity, units: Units) -> tuple[FloatArray, FloatArray, Floa
     return *lids, disc(0.075), disc(0.036)
 
 
-def _nose(identity: Identity, units: Units) -> tuple[FloatArray, FloatArray]:
-    """The wing, from its upper end, and the nostril; AU 9 pulls both up and spreads them."""
-    width = identity.nose_gain * (0.14 + 0.04 * units[9])
-    base = 0.27 - 0.07 * units[9]
-    wing = _bezier((width, base - 0.08), (width + 0.05, base + 0.06), (width * 0.55, base + 0.03))
-    nostril = _CIRCLE * (0.04, 0.022) + (width * 0.5, base + 0.015)
-    return wing, nostril
-
-
-def _mouth(
+def _lips(
     identity: Identity, units: Units
 ) -> tuple[tuple[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]:
-    """Upper and lower lip, each as its upper and lower edge, from the left to the right corner."""
     au = units
     spread = 0.14 * au[12] + 0.17 * au[20] - 0.04 * au[15] - 0.09 * au[23] - 0.10 * au[26]
     x = (identity.mouth_width + spread) * _ARC
@@ -401,61 +350,53 @@ def _mouth(
         arch = (1 - _ARC**2) ** exponent
         return np.column_stack([x, identity.mouth_y + corner + (height - corner) * arch])
 
-    upper = (edge(middle - 0.06 * lip, 0.8 * bend), edge(middle, bend))
-    lower = (edge(middle + gap, bend), edge(middle + gap + 0.085 * lip, 0.8 * bend))
+    upper = edge(middle - 0.06 * lip, 0.8 * bend), edge(middle, bend)
+    lower = edge(middle + gap, bend), edge(middle + gap + 0.085 * lip, 0.8 * bend)
     return upper, lower
 
 
-def _teeth(upper: FloatArray, lower: FloatArray, units: Units) -> FloatArray:
-    """The upper row under the upper lip, or the lower row that AU 16 bares."""
-    opening = np.maximum(lower - upper, 0.0)
-    band = np.minimum(0.6 * opening, (0.0, 0.06))
-    rim, edge = (lower, lower - band) if units[16] > units[26] else (upper, upper + band)
-    return np.concatenate([rim, edge[::-1]])
-
-
 def _creases(
-    identity: Identity, units: Units, wing: FloatArray, corner: FloatArray
+    identity: Identity, units: Units, wing: Sequence[float], corner: Sequence[float]
 ) -> tuple[tuple[FloatArray, float], ...]:
     """Folds that the units press into the skin, with their strength."""
     au, eye = units, identity.eye_x
-    (wing_x, wing_y), (corner_x, corner_y) = wing.tolist(), corner.tolist()
-    lines: list[tuple[float, tuple[_Point, _Point, _Point]]] = [
+    (wing_x, wing_y), (mouth_x, mouth_y) = wing, corner
+    # The nasolabial fold is there at rest, and deep in a smile and in disgust.
+    fold = 0.12 + 0.88 * max(au[12], au[9])
+    lines = (
         # Forehead: the middle for AU 1, the sides for AU 2; between the brows for AU 4.
-        (au[1], ((0.0, -0.60), (0.10, -0.61), (0.18, -0.59))),
-        (au[2], ((0.18, -0.60), (0.34, -0.64), (0.48, -0.57))),
-        (au[4], ((0.045, -0.36), (0.065, -0.28), (0.05, -0.20))),
+        (au[1], (0.0, -0.60), (0.10, -0.61), (0.18, -0.59)),
+        (au[2], (0.18, -0.60), (0.34, -0.64), (0.48, -0.57)),
+        (au[4], (0.045, -0.36), (0.065, -0.28), (0.05, -0.20)),
         # AU 6: the raised cheek's edge and crow's feet; AU 7: the tense lid alone.
-        (au[6], ((eye - 0.16, 0.12), (eye, 0.20), (eye + 0.20, 0.08))),
-        (au[6], ((eye + 0.20, -0.02), (eye + 0.24, -0.04), (eye + 0.29, -0.08))),
-        (au[6], ((eye + 0.20, 0.02), (eye + 0.25, 0.03), (eye + 0.30, 0.03))),
-        (au[7], ((eye - 0.13, 0.06), (eye, 0.10), (eye + 0.14, 0.05))),
-        # AU 9: across the bridge and beside it.
-        (au[9], ((0.0, -0.10), (0.06, -0.09), (0.10, -0.14))),
-        (au[9], ((0.0, -0.02), (0.07, -0.01), (0.12, -0.06))),
-        (au[9], ((0.06, 0.08), (0.09, 0.04), (0.13, 0.03))),
-        # AU 15: below the lip's corner.
-        (au[15], ((corner_x + 0.02, corner_y), (corner_x + 0.05, corner_y + 0.05),
-                  (corner_x + 0.03, corner_y + 0.11))),
-        # The nasolabial fold: there at rest, deep in a smile and in disgust.
-        (0.12 + 0.88 * max(au[12], au[9]),
-         ((wing_x + 0.03, wing_y), (corner_x + 0.10, wing_y + 0.10),
-          (corner_x + 0.07, corner_y + 0.02))),
-    ]  # fmt: skip
-    return tuple(
-        (_bezier(*points), strength * identity.crease_gain)
-        for strength, points in lines
-        if strength > 0.05
+        (au[6], (eye - 0.16, 0.12), (eye, 0.20), (eye + 0.20, 0.08)),
+        (au[6], (eye + 0.20, -0.02), (eye + 0.24, -0.04), (eye + 0.29, -0.08)),
+        (au[6], (eye + 0.20, 0.02), (eye + 0.25, 0.03), (eye + 0.30, 0.03)),
+        (au[7], (eye - 0.13, 0.06), (eye, 0.10), (eye + 0.14, 0.05)),
+        # AU 9: across the bridge and beside it; AU 15: below the lip's corner.
+        (au[9], (0.0, -0.10), (0.06, -0.09), (0.10, -0.14)),
+        (au[9], (0.0, -0.02), (0.07, -0.01), (0.12, -0.06)),
+        (au[9], (0.06, 0.08), (0.09, 0.04), (0.13, 0.03)),
+        (
+            *(au[15], (mouth_x + 0.02, mouth_y)),
+            *((mouth_x + 0.05, mouth_y + 0.05), (mouth_x + 0.03, mouth_y + 0.11)),
+        ),
+        (
+            *(fold, (wing_x + 0.03, wing_y)),
+            *((mouth_x + 0.10, wing_y + 0.10), (mouth_x + 0.07, mouth_y + 0.02)),
+        ),
     )
+    gain = identity.crease_gain
+    return tuple((_bezier(*points), level * gain) for level, *points in lines if level > 0.05)
 
 
-def _bezier(start: _Point, control: _Point, end: _Point) -> FloatArray:
-    """Nine points of the quadratic curve."""
-    curve: FloatArray = _BEZIER @ np.array([start, control, end])
+def _bezier(*points: tuple[float, float]) -> FloatArray:
+    """Nine points of the quadratic curve from a start by a control point to an end."""
+    curve: FloatArray = _BEZIER @ np.array(points)
     return curve
 
 
-# ---- Raster ------------------------------------------------------------------------------------
+# ---- Paint and light
 
 
 class _Canvas:
@@ -463,147 +404,110 @@ class _Canvas:
 
     def __init__(self, scene: Scene, size: int) -> None:
         side = size * _SUPERSAMPLE
-        self.side = side
         self.image = Image.new("RGB", (side, side), scene.background)
-        self.unit = _FACE_UNIT * scene.scale * side
-        self._yaw = scene.yaw
         self._draw = ImageDraw.Draw(self.image)
+        x, y, radius = scene.backdrop_xyr  # shares of the picture, outside the head's pose
+        corners = [(x - radius) * side, (y - radius) * side]
+        corners += [(x + radius) * side, (y + radius) * side]
+        self._draw.ellipse(corners, fill=scene.backdrop)
+        self._yaw = scene.yaw
+        self._unit = _FACE_UNIT * scene.scale * side
         cosine, sine = math.cos(scene.rotation), math.sin(scene.rotation)
-        self._pose = self.unit * np.array([[cosine, sine], [-sine, cosine]])
+        self._pose = self._unit * np.array([[cosine, sine], [-sine, cosine]])
         self._centre = side * (np.array([0.5, 0.52]) + scene.shift)
 
-    def fill(self, points: FloatArray, colour: Colour, depth: float = 0.0) -> None:
-        """Fill a polygon; ``depth`` says how far before the head's axis it lies."""
-        self._draw.polygon(self._place(points, depth), fill=colour)
+    def draw(
+        self,
+        points: FloatArray,
+        colour: Colour,
+        depth: float = 1.0,
+        width: float = 0.0,
+        twice: bool = False,
+    ) -> None:
+        """Fill a polygon or, with a width in face units, draw a line.
 
-    def stroke(self, points: FloatArray, colour: Colour, width: float, depth: float = 1.0) -> None:
-        """Draw a line of ``width`` face units."""
-        pixels = max(1, round(width * self.unit))
-        self._draw.line(self._place(points, depth), fill=colour, width=pixels)
-
-    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        """Fill a circle given in shares of the picture, outside the head's pose."""
-        corners = [(x - radius) * self.side, (y - radius) * self.side,
-                   (x + radius) * self.side, (y + radius) * self.side]  # fmt: skip
-        self._draw.ellipse(corners, fill=colour)
-
-    def _place(self, points: FloatArray, depth: float) -> list[float]:
-        if depth:
+        Args:
+            points: Float (points, 2).
+            colour: Of the surface or the line.
+            depth: How far before the head's axis it lies.
+            width: Of the line.
+            twice: Draw its mirror image too.
+        """
+        for side in (-1, 1) if twice else (1,):
+            own = points * (side, 1)
             # Turning the head moves what lies near the middle of the face further than its rim.
-            points = points.copy()
-            points[:, 0] += self._yaw * depth * (1 - points[:, 0] ** 2)
-        placed: list[float] = (points @ self._pose + self._centre).ravel().tolist()
-        return placed
+            own[:, 0] += self._yaw * depth * (1 - own[:, 0] ** 2)
+            placed = (own @ self._pose + self._centre).ravel().tolist()
+            if width:
+                self._draw.line(placed, fill=colour, width=max(1, round(width * self._unit)))
+            else:
+                self._draw.polygon(placed, fill=colour)
 
 
-def _rasterise(face: Geometry, identity: Identity, scene: Scene, size: int) -> Image.Image:
+def _paint(face: Geometry, identity: Identity, scene: Scene, size: int) -> Image.Image:
     """Paint the portrait from back to front; PIL RGB of (size, size)."""
     canvas = _Canvas(scene, size)
-    canvas.disc(*scene.backdrop_xyr, scene.backdrop)
-    _paint_behind(canvas, identity)
-    _paint_skin(canvas, face, identity, scene)
-    for side in (-1, 1):
-        mirror = np.array([side, 1])
-        _paint_eye(canvas, face, identity, mirror)
-        _paint_nose(canvas, face, identity, mirror)
-    _paint_mouth(canvas, face, identity)
-    _paint_hair(canvas, face, identity)
+    draw, shadow = canvas.draw, identity.shadow
+    hair, width, line = identity.hair, identity.face_width, identity.hairline
+
+    if identity.hair_style == 3:
+        mane = _CIRCLE * (width * 1.28, 1.15)
+        mane[:, 1] = np.where(mane[:, 1] > 0, mane[:, 1] * 1.15, mane[:, 1])
+        draw(mane, hair, 0)
+    draw(_NECK, shadow(0.3), 0)
+    draw(_CIRCLE * (1.25, 0.55) + (0, 1.75), identity.clothes, 0)
+    draw(_CIRCLE * (0.11, 0.19) + (width * 0.98, 0.05), shadow(0.15), 0, twice=True)
+
+    draw(face.outline, shadow(0.2), 0)
+    # The lit part, moved towards the light, leaves a rim of shade on the other side.
+    light = np.array([math.cos(scene.light_angle), math.sin(scene.light_angle)])
+    draw(face.outline * 0.955 + 0.03 * light, identity.skin, 0)
+    for curve, strength in face.creases:
+        draw(curve, shadow(0.75 * strength), width=0.028, twice=True)
+
+    eye_white = np.concatenate([face.upper_lid, face.lower_lid[::-1]])
+    draw(eye_white, (244, 242, 238), twice=True)
+    draw(face.iris, identity.iris, twice=True)
+    draw(face.pupil, (14, 12, 12), twice=True)
+    draw(face.lower_lid, shadow(0.6), width=0.02, twice=True)
+    draw(face.upper_lid, shadow(1.0), width=0.04, twice=True)
+    # Brows stay visible on every head: the hair's colour, darkened away from the skin's.
+    draw(face.brow, _mix(hair, (20, 14, 10), 0.45), twice=True)
+    draw(face.nostril, shadow(0.9), 1.3, twice=True)
+    draw(face.nose_wing, shadow(0.55), 1.3, width=0.03, twice=True)
+
+    (top, upper_inner), (lower_inner, bottom) = face.upper_lip, face.lower_lip
+    lips = _mix(shadow(0.35), (178, 52, 62), 0.5)
+    draw(np.concatenate([upper_inner, lower_inner[::-1]]), (58, 18, 24))
+    draw(face.teeth, (236, 232, 224))
+    draw(np.concatenate([top, upper_inner[::-1]]), _mix(lips, (60, 20, 24), 0.2))
+    draw(np.concatenate([lower_inner, bottom[::-1]]), lips)
+    draw(upper_inner, _mix(lips, (40, 12, 16), 0.75), width=0.024)
+
+    if identity.hair_style > 0:
+        part = 0.45 if identity.hair_style == 2 else 0.0
+        right, left = [(0.93, -0.25), (0.8, line + 0.12)], [(-0.8, line + 0.12), (-0.93, -0.25)]
+        hairline = np.array([*right, (part, line - 0.06), *left]) * (width, 1)
+        draw(np.concatenate([_SKULL * (1.06 * width, 1.1), hairline]), hair, 0)
     if identity.glasses:
-        _paint_glasses(canvas, identity)
+        frame, x = (36, 32, 34), identity.eye_x
+        rim = np.concatenate([_CIRCLE, _CIRCLE[:1]]) * (0.235, 0.2)
+        for side in (-1, 1):
+            draw(np.array([side * x, 0.01]) + rim, frame, width=0.03)
+        draw(_bezier((0.23 - x, 0.0), (0, -0.05), (x - 0.23, 0.0)), frame, width=0.03)
     picture = canvas.image.reduce(_SUPERSAMPLE)
     return picture.filter(ImageFilter.BoxBlur(scene.blur * size))
 
 
-def _shadow(identity: Identity, strength: float) -> Colour:
-    """The skin's colour in a fold of this strength."""
-    red, green, blue = identity.skin
-    return _mix(identity.skin, (red * 2 // 5, green // 4, blue // 4), strength)
-
-
-def _paint_behind(canvas: _Canvas, identity: Identity) -> None:
-    width = identity.face_width
-    if identity.hair_style == 3:  # long
-        mane = _CIRCLE * (width * 1.28, 1.15)
-        mane[:, 1] = np.where(mane[:, 1] > 0, mane[:, 1] * 1.15, mane[:, 1])
-        canvas.fill(mane, identity.hair)
-    neck = np.array([(-0.36, 0.5), (0.36, 0.5), (0.42, 1.6), (-0.42, 1.6)])
-    canvas.fill(neck, _shadow(identity, 0.3))
-    canvas.fill(_CIRCLE * (1.25, 0.55) + (0, 1.75), identity.clothes)
-    for side in (-1, 1):
-        ear = np.array([side * width * 0.98, 0.05]) + _CIRCLE * (0.11, 0.19)
-        canvas.fill(ear, _shadow(identity, 0.15))
-
-
-def _paint_skin(canvas: _Canvas, face: Geometry, identity: Identity, scene: Scene) -> None:
-    canvas.fill(face.outline, _shadow(identity, 0.2))
-    # The lit part, moved towards the light, leaves a rim of shade on the other side.
-    light = np.array([math.cos(scene.light_angle), math.sin(scene.light_angle)])
-    canvas.fill(face.outline * 0.955 + 0.03 * light, identity.skin)
-    for curve, strength in face.creases:
-        for side in (-1, 1):
-            canvas.stroke(curve * (side, 1), _shadow(identity, 0.75 * strength), 0.028)
-
-
-def _paint_eye(
-    canvas: _Canvas, face: Geometry, identity: Identity, mirror: npt.NDArray[np.int_]
-) -> None:
-    upper, lower = face.upper_lid * mirror, face.lower_lid * mirror
-    canvas.fill(np.concatenate([upper, lower[::-1]]), (244, 242, 238), 1.0)
-    canvas.fill(face.iris * mirror, identity.iris, 1.0)
-    canvas.fill(face.pupil * mirror, (14, 12, 12), 1.0)
-    canvas.stroke(lower, _shadow(identity, 0.6), 0.02)
-    canvas.stroke(upper, _shadow(identity, 1.0), 0.04)
-    # Brows stay visible on every head: the hair's colour, darkened away from the skin's.
-    canvas.fill(face.brow * mirror, _mix(identity.hair, (20, 14, 10), 0.45), 1.0)
-
-
-def _paint_nose(
-    canvas: _Canvas, face: Geometry, identity: Identity, mirror: npt.NDArray[np.int_]
-) -> None:
-    canvas.fill(face.nostril * mirror, _shadow(identity, 0.9), 1.3)
-    canvas.stroke(face.nose_wing * mirror, _shadow(identity, 0.55), 0.03, 1.3)
-
-
-def _paint_mouth(canvas: _Canvas, face: Geometry, identity: Identity) -> None:
-    (top, upper_inner), (lower_inner, bottom) = face.upper_lip, face.lower_lip
-    lips = _mix(_shadow(identity, 0.35), (178, 52, 62), 0.5)
-    canvas.fill(np.concatenate([upper_inner, lower_inner[::-1]]), (58, 18, 24), 1.0)
-    canvas.fill(face.teeth, (236, 232, 224), 1.0)
-    canvas.fill(np.concatenate([top, upper_inner[::-1]]), _mix(lips, (60, 20, 24), 0.2), 1.0)
-    canvas.fill(np.concatenate([lower_inner, bottom[::-1]]), lips, 1.0)
-    canvas.stroke(upper_inner, _mix(lips, (40, 12, 16), 0.75), 0.024)
-
-
-def _paint_hair(canvas: _Canvas, face: Geometry, identity: Identity) -> None:
-    if identity.hair_style == 0:  # bald
-        return
-    width, line = identity.face_width, identity.hairline
-    cap = _SKULL * (1.06 * width, 1.1)
-    part = 0.45 if identity.hair_style == 2 else 0.0  # swept to one side
-    hairline = [(0.93 * width, -0.25), (0.8 * width, line + 0.12), (part * width, line - 0.06),
-                (-0.8 * width, line + 0.12), (-0.93 * width, -0.25)]  # fmt: skip
-    canvas.fill(np.concatenate([cap, np.array(hairline)]), identity.hair)
-
-
-def _paint_glasses(canvas: _Canvas, identity: Identity) -> None:
-    rim = np.concatenate([_CIRCLE, _CIRCLE[:1]]) * (0.235, 0.2)
-    for side in (-1, 1):
-        canvas.stroke(np.array([side * identity.eye_x, 0.01]) + rim, (36, 32, 34), 0.03)
-    bridge = _bezier((-identity.eye_x + 0.23, 0.0), (0, -0.05), (identity.eye_x - 0.23, 0.0))
-    canvas.stroke(bridge, (36, 32, 34), 0.03)
-
-
-# ---- Light -------------------------------------------------------------------------------------
-
-
-def _light(picture: Image.Image, scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _light(picture: Image.Image, scene: Scene, rng: Generator) -> npt.NDArray[np.uint8]:
     """Apply exposure, white balance, a gradient of light and sensor noise; uint8 (H, W, 3)."""
     ramp = np.linspace(-1, 1, picture.width, dtype=np.float32)
     across = scene.light_contrast * math.cos(scene.light_angle)
     down = scene.light_contrast * math.sin(scene.light_angle)
-    gradient = 1 + across * ramp + down * ramp[:, None]
-    lit = np.asarray(picture, dtype=np.float32) * gradient[..., None]
-    lit *= np.array(scene.exposure, dtype=np.float32)
+    gradient = 1 + across * ramp + down * ramp[:, None]  # (H, W)
+    lit = np.asarray(picture, dtype=np.float32) * gradient[..., None]  # (H, W, 3)
+    balance = np.array([1 + scene.warmth, 1, 1 - scene.warmth])
+    lit *= (scene.exposure * balance).astype(np.float32)
     # Noise of brightness alone, as cameras leave it after smoothing the colours.
     lit += scene.noise * rng.standard_normal((*gradient.shape, 1), dtype=np.float32)
     image: npt.NDArray[np.uint8] = np.clip(np.rint(lit), 0, 255).astype(np.uint8)
