@@ -12,26 +12,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
-from efficientface_deploy.workbench.evaluation import check_labels
+from efficientface_deploy.workbench.evaluation import check_labels, labels_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
-from efficientface_deploy.workbench.tables import table
+from efficientface_deploy.workbench.tables import Table, escaped
 from efficientface_deploy.workbench.workspace import check_writable
-from training.evaluate import predict_samples, samples_of, score
+from training.evaluate import Figures, predict_samples, samples_of, score
 from training.trainer.config import CONFIG, FREE_OPTIONS
 from training.trainer.label_store import STORE, seconds_per_view
 from training.trainer.loader import HOLDOUT, split_samples
 from training.trainer.tracking import METRICS
 
-Row = dict[str, Any]
-
-_OF_STEPS = ("step_epochs", "decay")  # without effect in other schedules
+# What is taken over from an evaluation.
+SCORES = (
+    *("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval"),
+    *("expected_calibration_error", "mean_kl_from_votes"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, found[0], history)
 
 
-def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
+def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Figures]:
     """One row of figures for each run, ready for JSON.
 
     Args:
@@ -147,9 +147,9 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
         split: Whose images they are compared on.
     """
     samples = samples_of(dataset, split, int(runs[0].settings["seed"]))
-    truth = np.array([sample.label for sample in samples])
+    truth = labels_of(samples)
     differing = _differing_options(runs)
-    rows: list[Row] = []
+    rows: list[Figures] = []
     reference = None
     for run in runs:
         with load(run.weights) as predictor:
@@ -159,15 +159,16 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
         reference = predicted if reference is None else reference
         difference = paired_accuracy_difference(truth, reference, predicted)
         figures = score(probabilities, samples, dataset.labels)
-        kept = ("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval")
+        # Options of steps have no effect in other schedules.
+        useless = () if run.settings.get("schedule") == "step" else ("step_epochs", "decay")
+        in_effect = [name for name in differing if name not in useless]
         trained_on, _ = split_samples(dataset, run.settings["select"], int(run.settings["seed"]))
-        confidence = ("expected_calibration_error", "mean_kl_from_votes")
         rows.append(
             {
                 "run": run.name,
-                "options": {name: run.settings.get(name) for name in _in_effect(run, differing)},
+                "options": {name: run.settings.get(name) for name in in_effect},
                 "epochs_done": len(run.history),
-                **{key: figures[key] for key in (*kept, *confidence) if key in figures},
+                **{key: figures[key] for key in SCORES if key in figures},
                 "difference": difference.value,
                 "difference_interval": list(difference.interval),
                 "training_seconds": run.training_seconds(len(trained_on)),
@@ -177,26 +178,25 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Row]:
     return rows
 
 
-def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
+def as_markdown(rows: Sequence[Figures], dataset: Dataset, split: str) -> str:
     """The rows as a page; of the others' options only what differs from the first's."""
     votes = "mean_kl_from_votes" in rows[0]
-    head = ["run", "options", "accuracy, %", "against the first, points", "macro-F1, %", "ECE, %"]
-    head += ["KL, nats"] if votes else []
-    head += ["training, min", "store, min"]
+    columns = ["run", "options", ">accuracy, %", ">against the first, points", ">macro-F1, %"]
+    columns += [">ECE, %", *([">KL, nats"] if votes else []), ">training, min", ">store, min"]
     lines = []
     first = rows[0]["options"]
     for row in rows:
         shown = {k: v for k, v in row["options"].items() if row is rows[0] or v != first.get(k)}
         options = " ".join(_as_option(name, value) for name, value in shown.items())
-        against = f"{100 * row['difference']:+.2f} {_span(row['difference_interval'], '+.2f')}"
+        difference = _percent(row["difference"], row["difference_interval"], "+.2f")
         store = row["store_seconds"]
         lines.append(
             [
-                row["run"],
-                options or "-",
-                f"{100 * row['accuracy']:.2f} {_span(row['accuracy_interval'], '.2f')}",
-                "-" if row is rows[0] else against,
-                f"{100 * row['macro_f1']:.2f} {_span(row['macro_f1_interval'], '.2f')}",
+                escaped(row["run"]),
+                escaped(options) or "-",
+                _percent(row["accuracy"], row["accuracy_interval"], ".2f"),
+                "-" if row is rows[0] else difference,
+                _percent(row["macro_f1"], row["macro_f1_interval"], ".2f"),
                 f"{100 * row['expected_calibration_error']:.2f}",
                 *([f"{row['mean_kl_from_votes']:.4f}"] if votes else []),
                 f"{row['training_seconds'] / 60:.1f}",
@@ -204,17 +204,11 @@ def as_markdown(rows: Sequence[Row], dataset: Dataset, split: str) -> str:
             ]
         )
     note = (
-        f"{dataset.name}, {split}. In brackets 95 % intervals over images, of a difference paired "
-        "by image; they say nothing of how another seed would end. Minutes are by this machine's "
-        "clock, and compare only runs that had it to themselves alike."
+        f"{escaped(dataset.name)}, {split}. In brackets 95 % intervals over images, of a "
+        "difference paired by image; they say nothing of how another seed would end. Minutes are "
+        "by this machine's clock, and compare only runs that had it to themselves alike."
     )
-    return table(head, lines) + "\n\n" + note
-
-
-def _in_effect(run: Run, names: Sequence[str]) -> list[str]:
-    """Those of the options that do something in this run."""
-    steps = run.settings.get("schedule") == "step"
-    return [name for name in names if steps or name not in _OF_STEPS]
+    return f"{Table(columns, lines).to_markdown()}\n{note}"
 
 
 def _as_option(name: str, value: object) -> str:
@@ -227,8 +221,10 @@ def _as_option(name: str, value: object) -> str:
     return f"--{flag} {value}"
 
 
-def _span(interval: Sequence[float], form: str) -> str:
-    return "(" + " to ".join(format(100 * end, form) for end in interval) + ")"
+def _percent(value: float, interval: Sequence[float], form: str) -> str:
+    """A share and its interval in percent: ``88.10 (86.95 to 89.20)``."""
+    share, low, high = (format(100 * x, form) for x in (value, *interval))
+    return f"{share} ({low} to {high})"
 
 
 def _check_seeds(runs: Sequence[Run], split: str) -> None:
@@ -248,11 +244,13 @@ def _check_seeds(runs: Sequence[Run], split: str) -> None:
 
 def _differing_options(runs: Sequence[Run]) -> list[str]:
     """Options that are not the same in all runs, but for those that change no result."""
-    names = [name for name in runs[0].settings if name not in FREE_OPTIONS]
-    for run in runs[1:]:
-        names += [name for name in run.settings if name not in (*FREE_OPTIONS, *names)]
     first = runs[0].settings
-    return [name for name in names if any(r.settings.get(name) != first.get(name) for r in runs)]
+    return [
+        name
+        for name in dict.fromkeys(name for run in runs for name in run.settings)
+        if name not in FREE_OPTIONS
+        and any(run.settings.get(name) != first.get(name) for run in runs)
+    ]
 
 
 if __name__ == "__main__":

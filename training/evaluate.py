@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from efficientface_deploy.artifact import require_preset
@@ -36,19 +35,25 @@ from efficientface_deploy.workbench.evaluation import (
     predict,
     without_nan,
 )
-from efficientface_deploy.workbench.metrics import (
-    expected_calibration_error,
-    mean_kl,
-)
-from efficientface_deploy.workbench.tables import escaped, table
+from efficientface_deploy.workbench.metrics import expected_calibration_error, mean_kl
+from efficientface_deploy.workbench.tables import Table, escaped
 from efficientface_deploy.workbench.workspace import check_writable
 from training.plots import plot_confusion, plot_reliability
 from training.trainer.loader import HOLDOUT, hold_out
 from training.trainer.targets import Blend
 
-RESAMPLES = 2000
-LEVEL = 0.95
-SEED = 0
+# How Scores.bootstrap computes its intervals.
+INTERVAL = {
+    "method": "percentile bootstrap over images",
+    "level": 0.95,
+    "resamples": 2000,
+    "seed": 0,
+}
+# Figures of confidence, by their names in files: what a reader calls them.
+CONFIDENCE = {
+    "expected_calibration_error": f"ECE, {BINS} bins",
+    "mean_kl_from_votes": "KL from the votes, nats",
+}
 
 Figures = dict[str, Any]
 
@@ -87,28 +92,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check_writable(config.out)
     require_preset(config.weights, config.preset)
-    dataset = _read_dataset(config)
+    # Where a data set says itself what its classes are, the preset is the checkpoint's.
+    described = (config.data / DESCRIPTION).is_file()
+    dataset = read_dataset(config.data, None if described else config.preset)
     split = config.split or dataset.evaluation_split()
     with load(config.weights, preset=config.preset) as predictor:
         check_labels(predictor.spec, dataset)
         seed = holdout_seed(predictor, config.seed) if split == HOLDOUT else 0
         samples = samples_of(dataset, split, seed)
         probabilities = predict_samples(predictor, samples)
-        described = repr(predictor)
-        temperature = kept_temperature(predictor)
+        model, provenance = repr(predictor), predictor.provenance
     figures = {
         "weights": str(config.weights),
         "weights_sha256": file_hash(config.weights),
-        "model": described,
+        "model": model,
         "dataset": dataset.name,
         "split": split,
         **score(probabilities, samples, dataset.labels),
     }
-    if temperature is not None:
+    calibration = provenance.get("calibration", {})
+    if not calibration.get("folded", True):  # found, and left out of the weights, as for an LDG
+        temperature = float(calibration["temperature"])
         scaled = Blend(temperature)(torch.from_numpy(probabilities), torch.empty(0)).numpy()
         figures["temperature"] = temperature
         figures["scaled"] = score_confidence(scaled, samples)
-    print(as_text(figures))
+    print(as_markdown(figures))
     if config.out is not None:
         write_evaluation(config.out, figures)
         print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
@@ -144,12 +152,6 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
     return int(seed)
 
 
-def kept_temperature(predictor: Predictor) -> float | None:
-    """The temperature that its training found and left out of its weights, as for an LDG."""
-    found = predictor.provenance.get("calibration", {})
-    return None if found.get("folded", True) else float(found["temperature"])
-
-
 def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32Array:
     """Probabilities float32 (N, C) of the samples, in order."""
     return predict(lambda images: predictor.infer(images)[1], samples, predictor.spec, "evaluating")
@@ -172,12 +174,7 @@ def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequen
         "accuracy_interval": list(scores.bootstrap.accuracy),
         "macro_f1": scores.macro_f1,
         "macro_f1_interval": list(scores.bootstrap.macro_f1),
-        "interval": {
-            "method": "percentile bootstrap over images",
-            "level": LEVEL,
-            "resamples": RESAMPLES,
-            "seed": SEED,
-        },
+        "interval": INTERVAL,
         "largest_class": max(counts) / scores.images,
         **score_confidence(probabilities, samples),
         "classes": [
@@ -195,71 +192,49 @@ def score(probabilities: Float32Array, samples: Sequence[Sample], labels: Sequen
 
 def score_confidence(probabilities: Float32Array, samples: Sequence[Sample]) -> dict[str, float]:
     """How far probabilities float32 (N, C) are from accuracy and, where people voted, from them."""
-    truth = np.array([sample.label for sample in samples])
-    figures = {"expected_calibration_error": expected_calibration_error(probabilities, truth, BINS)}
+    error = expected_calibration_error(probabilities, labels_of(samples), BINS)
+    figures = {"expected_calibration_error": error}
     if samples[0].votes is not None:
         votes = label_distributions(samples, probabilities.shape[1])
         figures["mean_kl_from_votes"] = mean_kl(votes, probabilities)
     return figures
 
 
-def as_text(figures: Figures) -> str:
-    """The figures for a terminal."""
-    width = max(len(row["label"]) for row in figures["classes"])
-    lines = [
-        figures["model"],
-        _described_data(figures),
-        f"  accuracy          {figures['accuracy']:.4f}   {_interval(figures, 'accuracy')}"
-        f"   (always the largest class: {figures['largest_class']:.4f})",
-        f"  macro-F1          {figures['macro_f1']:.4f}   {_interval(figures, 'macro_f1')}",
-        f"  calibration error {figures['expected_calibration_error']:.4f}   (ECE, {BINS} bins)",
-    ]
-    if "mean_kl_from_votes" in figures:
-        lines.append(f"  KL from the votes {figures['mean_kl_from_votes']:.4f}   (nats, mean)")
-    if "temperature" in figures:
-        lines.append(
-            f"  at temperature {figures['temperature']:.3f}: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in _scaled(figures))
-        )
-    lines.append(f"  {'class':<{width}}  images  precision  recall      F1")
-    lines += [
-        f"  {row['label']:<{width}}  {row['images']:6d}  {_share(row['precision']):>9}  "
-        f"{_share(row['recall']):>6}  {_share(row['f1']):>6}"
-        for row in figures["classes"]
-    ]
-    return "\n".join(lines)
-
-
 def as_markdown(figures: Figures) -> str:
-    """The figures as a page, with the plots that lie beside it."""
-    rows = [
-        ("accuracy", f"{figures['accuracy']:.4f}", _interval(figures, "accuracy")),
-        ("macro-F1", f"{figures['macro_f1']:.4f}", _interval(figures, "macro_f1")),
-        (f"ECE, {BINS} bins", f"{figures['expected_calibration_error']:.4f}", ""),
+    """The figures as a page, without plots."""
+
+    def row(key: str, name: str) -> tuple[str, ...]:
+        low, high = figures[f"{key}_interval"]
+        return name, f"{figures[key]:.4f}", f"{low:.4f} to {high:.4f}"
+
+    rows = [row("accuracy", "accuracy"), row("macro_f1", "macro-F1")]
+    rows += [
+        (name, f"{figures[key]:.4f}", "") for key, name in CONFIDENCE.items() if key in figures
     ]
-    if "mean_kl_from_votes" in figures:
-        rows.append(("KL from the votes, nats", f"{figures['mean_kl_from_votes']:.4f}", ""))
-    if "temperature" in figures:
-        at = f" at temperature {figures['temperature']:.3f}"
-        rows += [(name + at, f"{value:.4f}", "") for name, value in _scaled(figures)]
-    classes = [
-        (row["label"], row["images"], *(_share(row[key]) for key in ("precision", "recall", "f1")))
-        for row in figures["classes"]
+    rows += [
+        (f"{CONFIDENCE[key]}, at temperature {figures['temperature']:.3f}", f"{value:.4f}", "")
+        for key, value in figures.get("scaled", {}).items()
     ]
-    percent = round(100 * LEVEL)
-    return "\n\n".join(
+    classes = []
+    for found in figures["classes"]:
+        shares = [found[key] for key in ("precision", "recall", "f1")]
+        shown = ["-" if share is None else f"{share:.4f}" for share in shares]
+        classes.append((escaped(found["label"]), found["images"], *shown))
+    data = f"{figures['dataset']}, {figures['split']}, {figures['images']:,} images"
+    interval = figures["interval"]
+    scores = Table(("", ">value", f">{100 * interval['level']:.0f} % interval"), rows)
+    per_class = Table(("class", ">images", ">precision", ">recall", ">F1"), classes)
+    return "\n".join(
         (
-            f"# Evaluation of {escaped(Path(figures['weights']).name)}",
+            f"# Evaluation of {escaped(Path(figures['weights']).name)}\n",
             f"{escaped(figures['model'])}, sha256 `{figures['weights_sha256'][:12]}`, on "
-            f"{escaped(_described_data(figures))}. Always the largest class: "
-            f"{figures['largest_class']:.4f}.",
-            table(("", "value", f"{percent} % interval"), rows),
-            f"Intervals: percentile bootstrap over images, {RESAMPLES} resamples, seed {SEED}.",
-            table(("class", "images", "precision", "recall", "F1"), classes),
+            f"{escaped(data)}. Always the largest class: {figures['largest_class']:.4f}.\n",
+            scores.to_markdown(),
+            f"Intervals: {interval['method']}, {interval['resamples']} resamples, "
+            f"seed {interval['seed']}.\n",
+            per_class.to_markdown(),
             "`-`: not defined, since the class is never predicted (precision) or has no images "
             "(recall).",
-            "![Confusion matrix](confusion.png)",
-            "![Reliability](reliability.png)\n",
         )
     )
 
@@ -267,39 +242,12 @@ def as_markdown(figures: Figures) -> str:
 def write_evaluation(folder: Path, figures: Figures) -> None:
     """Write ``evaluation.json``, ``evaluation.md``, ``confusion.png`` and ``reliability.png``."""
     labels = [row["label"] for row in figures["classes"]]
+    error = figures["expected_calibration_error"]
     plot_confusion(folder / "confusion.png", figures["confusion_matrix"], labels)
-    plot_reliability(
-        folder / "reliability.png",
-        figures["reliability"],
-        figures["expected_calibration_error"],
-    )
-    write_text(folder / "evaluation.md", as_markdown(figures))
-    text = json.dumps(figures, indent=2, allow_nan=False)
-    write_text(folder / "evaluation.json", text + "\n")
-
-
-def _read_dataset(config: EvaluateConfig) -> Dataset:
-    """The data set; where it says itself what its classes are, the preset is the checkpoint's."""
-    described = (config.data / DESCRIPTION).is_file()
-    return read_dataset(config.data, None if described else config.preset)
-
-
-def _scaled(figures: Figures) -> list[tuple[str, float]]:
-    names = {"expected_calibration_error": "ECE", "mean_kl_from_votes": "KL from the votes"}
-    return [(names[key], value) for key, value in figures["scaled"].items()]
-
-
-def _described_data(figures: Figures) -> str:
-    return f"{figures['dataset']}, {figures['split']}, {figures['images']:,} images"
-
-
-def _interval(figures: Figures, name: str) -> str:
-    low, high = figures[f"{name}_interval"]
-    return f"{low:.4f} to {high:.4f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    plot_reliability(folder / "reliability.png", figures["reliability"], error)
+    plots = "![Confusion matrix](confusion.png)\n\n![Reliability](reliability.png)\n"
+    write_text(folder / "evaluation.md", f"{as_markdown(figures)}\n\n{plots}")
+    write_text(folder / "evaluation.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from efficientface_deploy.command import run_command
@@ -95,7 +93,7 @@ def test_prediction_and_explained_class(target, make_network, spec, face_set):
         np.testing.assert_allclose(found.heat, expected, atol=2e-4)
 
 
-# ---- Drawing -------------------------------------------------------------------------------------
+# ---- Captions ----------------------------------------------------------------------------------
 
 
 def face(heat: np.ndarray, **changes) -> Explanation:
@@ -103,23 +101,6 @@ def face(heat: np.ndarray, **changes) -> Explanation:
     fields = {"label": "Anger", "confidence": 0.8, "explained": "Anger"}
     fields |= {"explained_probability": 0.8, **changes}
     return Explanation("faces/a.png", image, heat.astype(np.float32), **fields)
-
-
-def test_heat_lies_on_the_place_that_it_is_about():
-    heat = np.zeros((32, 32))
-    heat[:16, :16] = 1  # top left
-    figure = Figure(figsize=(4, 2), dpi=100)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    module._draw_face(axes, face(heat))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba()).astype(int)  # (200, 400, 4): image, then heat
-    assert (pixels[20:180, 20:180, :3] == 128).all()
-    red, _, blue, _ = np.moveaxis(pixels, -1, 0)
-    assert (red - blue)[20:80, 220:280].min() > 20
-    for rows, columns in ((slice(20, 80), slice(320, 380)), (slice(120, 180), slice(220, 380))):
-        assert (blue - red)[rows, columns].min() > 20
 
 
 @pytest.mark.parametrize(
