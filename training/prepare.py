@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -34,6 +35,7 @@ from efficientface_deploy.workbench.dataset import (
     VOTES_PREFIX,
     read_dataset,
 )
+from efficientface_deploy.workbench.progress import track
 from efficientface_deploy.workbench.workspace import make_folder
 from training.datasets.affectnet import AffectNetConfig, prepare_affectnet
 from training.datasets.caers import CaersConfig, prepare_caers
@@ -75,21 +77,23 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     """
     description = preparation.description
     if out.exists():
-        found = _description_of(out)
+        found = None
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
         if found == description and not overwrite:
             print(
                 f"{out} is there already and was prepared in the same way; nothing to do "
                 "(add --overwrite to prepare it again)"
             )
-            return _count(out)
+            splits = read_dataset(out).samples.items()
+            return Counter((split, sample.label) for split, samples in splits for sample in samples)
         replaceable = found is not None and overwrite
         if not replaceable and (not out.is_dir() or any(out.iterdir())):
-            raise DatasetError(
-                out,
-                "a new folder, or a data set prepared in the same way",
-                "another data set" if found is not None else "other files",
-                "choose another --out" + (" or add --overwrite" if found is not None else ""),
-            )
+            content, also = "other files", ""
+            if found is not None:
+                content, also = "another data set", " or add --overwrite"
+            wanted = "a new folder, or a data set prepared in the same way"
+            raise DatasetError(out, wanted, content, "choose another --out" + also)
     make_folder(out.parent)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     before = work.with_name(f"{work.name}.before")
@@ -119,25 +123,28 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
 def _write_files(root: Path, preparation: Preparation) -> Counts:
     labels = preparation.description["labels"]
     counts: Counts = Counter()
-    left_out = 0
-    with (root / MANIFEST).open("w", encoding="utf-8", newline="") as file:
+    excluded = 0
+    with (
+        preparation.faces() as faces,
+        (root / MANIFEST).open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         vote_columns = [VOTES_PREFIX + label for label in labels] if preparation.votes else []
         writer.writerow(["path", "split", "label", *vote_columns])
-        for face in preparation.faces():
+        for face in track(faces, preparation.description["name"], len(faces)):
             try:
                 relative = _write_image(root, face)
             except ImageError as error:
-                left_out += 1
-                if left_out <= _SHOWN:
+                excluded += 1
+                if excluded <= _SHOWN:
                     where = f"{face.split}, {labels[face.label]}"
                     print(f"left out {error.subject} ({where}): {error.found}", file=sys.stderr)
                 continue
             votes = [f"{vote:g}" for vote in face.votes] if face.votes is not None else []
             writer.writerow([relative.as_posix(), face.split, face.label, *votes])
             counts[face.split, face.label] += 1
-    if left_out:
-        print(f"left out {left_out:,} images in all", file=sys.stderr)
+    if excluded:
+        print(f"left out {excluded:,} images in all", file=sys.stderr)
     text = json.dumps(preparation.description, indent=2)
     (root / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return counts
@@ -166,14 +173,15 @@ def _cut_face(face: Face) -> tuple[str, bytes]:
     Raises:
         ImageError: The image is missing or damaged, or the box is not inside it.
     """
-    if not face.encoded:
+    encoded = face.read()
+    if not encoded:
         raise _unusable(face.name, "an image", "a missing or empty file")
     try:
-        image = load_image(face.encoded)
+        image = load_image(encoded)
     except ImageError as error:
         raise _unusable(face.name, error.expected, error.found) from None
     if face.box is None:
-        return face.name, face.encoded
+        return face.name, encoded
     left, top, right, bottom = face.box
     if face.clip:
         left, top = max(left, 0), max(top, 0)
@@ -182,9 +190,9 @@ def _cut_face(face: Face) -> tuple[str, bytes]:
         size = f"{image.width}x{image.height}"
         raise _unusable(face.name, f"a box inside {size}", f"box {face.box} in {size}")
     if (left, top, right, bottom) == (0, 0, *image.size):
-        return face.name, face.encoded
-    suffix, encoded = _encode(image.crop((left, top, right, bottom)), like=face.encoded)
-    return Path(face.name).stem + suffix, encoded
+        return face.name, encoded
+    suffix, cut = _encode(image.crop((left, top, right, bottom)), like=encoded)
+    return Path(face.name).stem + suffix, cut
 
 
 def _encode(image: Image.Image, like: bytes) -> tuple[str, bytes]:
@@ -200,19 +208,6 @@ def _encode(image: Image.Image, like: bytes) -> tuple[str, bytes]:
 
 def _unusable(name: str, expected: str, found: str) -> ImageError:
     return ImageError(name, expected, found, "check --source")
-
-
-def _description_of(root: Path) -> dict[str, Any] | None:
-    try:
-        description: dict[str, Any] = json.loads((root / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return description
-
-
-def _count(root: Path) -> Counts:
-    splits = read_dataset(root).samples.items()
-    return Counter((split, sample.label) for split, samples in splits for sample in samples)
 
 
 def _print_counts(out: Path, labels: Sequence[str], counts: Counts) -> None:

@@ -6,21 +6,31 @@ so, and no third set is public. An epoch is chosen by a part of ``train``, as ev
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
-from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.progress import track
 from training.datasets.archive import Place, first_with, open_source, open_text, read
-from training.datasets.common import Box, Face, Preparation, Published, check_every_class
+from training.datasets.common import (
+    Box,
+    Face,
+    Preparation,
+    PrepareConfig,
+    Published,
+    check_every_class,
+    describe,
+)
 
 # AffectNet's numbers, from 0; None, Uncertain and Non-Face are no expressions.
 AFFECTNET_CLASSES = (
@@ -60,28 +70,18 @@ _NO_BOX: Box = (0, 0, 0, 0)  # shows nothing: such a face is reported and left o
 _FIX = "take it from AffectNet unchanged"
 
 
-@dataclasses.dataclass(frozen=True)
-class AffectNetConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AffectNetConfig(PrepareConfig):
     """Options of ``training.prepare affectnet``."""
 
     source: Path = option(
         help="AffectNet's folder (with training.csv and the images, or with train_set), or a zip"
     )
-    out: Path = option(help="folder to make")
     classes: str = option("7", choices=("7", "8"), help="8 is with Contempt")
-    overwrite: bool = option(False, help="replace a data set that is there")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Listed:
-    """One image with an expression, not read yet.
-
-    Attributes:
-        path: The image, relative to its folder.
-        split: train or test.
-        label: Index into the labels.
-        box: The face, or None where the image is the face.
-    """
+class _Listed(NamedTuple):
+    """One image with an expression: where it is, and where its face is in it (None for all)."""
 
     path: str
     split: str
@@ -91,19 +91,16 @@ class _Listed:
 
 def prepare_affectnet(config: AffectNetConfig) -> Preparation:
     """AffectNet-7 or -8 from either release; faces are cut by their box where they are not yet."""
-    name = f"affectnet{config.classes}"
-    spec = preset(name)
-    description = {
-        "name": spec.name,
-        "labels": list(spec.labels),
-        "preset": name,
-        "face_crop": spec.face_crop,
-        "source": "AffectNet, manually annotated (Mollahosseini, Hasani, Mahoor 2017)",
-        "licence": "non-commercial research, by agreement with the authors of AffectNet",
-        "prepared_with": {"classes": config.classes},
-    }
+    description = describe(
+        f"affectnet{config.classes}",
+        "AffectNet, manually annotated (Mollahosseini, Hasani, Mahoor 2017)",
+        "non-commercial research, by agreement with the authors of AffectNet",
+        prepared_with={"classes": config.classes},
+    )
+    labels = description["labels"]
 
-    def faces() -> Iterator[Face]:
+    @contextlib.contextmanager
+    def faces() -> Iterator[list[Face]]:
         with open_source(
             config.source,
             [f"{FOLDERS['train']}/annotations", f"{LIST_FOLDER}/{LISTS['train']}", LISTS["train"]],
@@ -111,22 +108,16 @@ def prepare_affectnet(config: AffectNetConfig) -> Preparation:
             fix="give the folder that AffectNet unpacks to",
         ) as source:
             newer = (source / FOLDERS["train"]).is_dir()
-            yield from (_faces_cut if newer else _faces_in_pictures)(source, spec.labels)
+            yield (_faces_cut if newer else _faces_in_pictures)(source, labels)
 
-    return Preparation(description, faces, _published(spec.labels))
-
-
-def _published(labels: Sequence[str]) -> dict[str, Published]:
-    train = {
-        name: count
-        for name, count in zip(AFFECTNET_CLASSES, AFFECTNET_TRAIN_COUNTS, strict=False)
-        if name in labels
-    }
+    counts = dict(zip(AFFECTNET_CLASSES, AFFECTNET_TRAIN_COUNTS, strict=False))
+    train = {name: count for name, count in counts.items() if name in labels}
     test = dict.fromkeys(train, AFFECTNET_TEST_COUNT)
-    return {
-        "train": Published(sum(train.values()), train),
-        "test": Published(sum(test.values()), test),
+    published = {
+        split: Published(sum(classes.values()), classes)
+        for split, classes in (("train", train), ("test", test))
     }
+    return Preparation(description, faces, published)
 
 
 def _our_label(number: str | int, labels: Sequence[str]) -> int | None:
@@ -146,19 +137,15 @@ def _check_classes(listed: Sequence[_Listed], labels: Sequence[str], source: Pla
     counts = Counter((image.split, image.label) for image in listed)
     for split in LISTS:
         if not any(image.split == split for image in listed):
-            raise DatasetError(
-                source,
-                f"images for {split}",
-                "none",
-                f"copy {LISTS[split]} and its images, or {FOLDERS[split]}, there",
-            )
+            fix = f"copy {LISTS[split]} and its images, or {FOLDERS[split]}, there"
+            raise DatasetError(source, f"images for {split}", "none", fix)
     check_every_class(counts, labels, source)
 
 
 # ---- The first release: lists of pictures with a box for the face
 
 
-def _faces_in_pictures(source: Place, labels: Sequence[str]) -> Iterator[Face]:
+def _faces_in_pictures(source: Place, labels: Sequence[str]) -> list[Face]:
     lists = source / LIST_FOLDER
     if not (lists / LISTS["train"]).is_file():
         lists = source
@@ -170,10 +157,12 @@ def _faces_in_pictures(source: Place, labels: Sequence[str]) -> Iterator[Face]:
     ]
     _check_classes(listed, labels, source)
     images = _image_folder(source, [image.path for image in listed])
-    for image in track(listed, "AffectNet", len(listed)):
-        name = image.path.replace("/", "_")  # unique, now that the folder's name is part of it
-        content = read(images / image.path)
-        yield Face(name, image.split, image.label, None, content, image.box, clip=True)
+    faces = []
+    for path, split, label, box in listed:
+        name = path.replace("/", "_")  # unique, now that the folder's name is part of it
+        content = functools.partial(read, images / path)
+        faces.append(Face(name, split, label, content, box=box, clip=True))
+    return faces
 
 
 def _image_folder(source: Place, paths: Sequence[str]) -> Place:
@@ -181,12 +170,9 @@ def _image_folder(source: Place, paths: Sequence[str]) -> Place:
     candidates = (source / IMAGE_FOLDER, parent / IMAGE_FOLDER, parent, source)
     images = first_with(candidates, paths)
     if images is None:
-        raise DatasetError(
-            source / IMAGE_FOLDER,
-            f"the listed pictures, such as {paths[0]}",
-            "none",
-            "unpack Manually_Annotated.part01.rar and the other parts there",
-        )
+        wanted = f"the listed pictures, such as {paths[0]}"
+        fix = "unpack Manually_Annotated.part01.rar and the other parts there"
+        raise DatasetError(source / IMAGE_FOLDER, wanted, "none", fix)
     return images
 
 
@@ -199,7 +185,9 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
             for row in reader:
                 if not row or tuple(row) == COLUMNS:
                     continue
-                label = _label_of(row, labels)
+                if len(row) != len(COLUMNS):
+                    raise ValueError(f"{len(row)} columns")
+                label = _our_label(row[COLUMNS.index("expression")], labels)
                 if label is not None:
                     listed.append(_Listed(_path_of(row[0]), split, label, _box_of(row[1:5])))
         except UnicodeDecodeError:
@@ -209,12 +197,6 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
                 f"{place} line {reader.line_num}", "columns " + ", ".join(COLUMNS), str(error), _FIX
             ) from None
     return listed
-
-
-def _label_of(row: Sequence[str], labels: Sequence[str]) -> int | None:
-    if len(row) != len(COLUMNS):
-        raise ValueError(f"{len(row)} columns")
-    return _our_label(row[COLUMNS.index("expression")], labels)
 
 
 def _path_of(text: str) -> str:
@@ -235,7 +217,7 @@ def _box_of(columns: Sequence[str]) -> Box:
 # ---- The newer release: cut faces, and a file for each annotation
 
 
-def _faces_cut(source: Place, labels: Sequence[str]) -> Iterator[Face]:
+def _faces_cut(source: Place, labels: Sequence[str]) -> list[Face]:
     listed = [
         image
         for split, folder in FOLDERS.items()
@@ -243,27 +225,28 @@ def _faces_cut(source: Place, labels: Sequence[str]) -> Iterator[Face]:
         for image in _read_annotations(source / folder / "annotations", split, labels)
     ]
     _check_classes(listed, labels, source)
-    for image in track(listed, "AffectNet", len(listed)):
-        content = read(source / FOLDERS[image.split] / "images" / image.path)
-        yield Face(image.path, image.split, image.label, None, content)
+    return [
+        Face(
+            image.path,
+            image.split,
+            image.label,
+            functools.partial(read, source / FOLDERS[image.split] / "images" / image.path),
+        )
+        for image in listed
+    ]
 
 
 def _read_annotations(folder: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
+    """The images whose file holds the number of one of the labels, as a number or its digits."""
     names = sorted(child.name for child in folder.iterdir() if child.name.endswith(_ANNOTATION))
     listed = []
     for name in track(names, f"labels of {split}", len(names)):
-        label = _read_annotation(folder / name, labels)
+        try:
+            number = np.load(io.BytesIO(read(folder / name)), allow_pickle=False).item()
+            label = _our_label(number, labels)
+        except Exception as error:  # noqa: BLE001 - numpy fails on foreign bytes in many ways
+            found = str(error)[:120] or type(error).__name__
+            raise DatasetError(folder / name, "one number from 0 to 10", found, _FIX) from None
         if label is not None:
             listed.append(_Listed(name.removesuffix(_ANNOTATION) + ".jpg", split, label, None))
     return listed
-
-
-def _read_annotation(place: Place, labels: Sequence[str]) -> int | None:
-    """The label in a file that holds a single number or its digits."""
-    try:
-        number = np.load(io.BytesIO(read(place)), allow_pickle=False).item()
-        return _our_label(number, labels)
-    except Exception as error:  # noqa: BLE001 - numpy fails on foreign bytes in many ways
-        raise DatasetError(
-            place, "one number from 0 to 10", str(error)[:120] or type(error).__name__, _FIX
-        ) from None

@@ -1,18 +1,33 @@
-"""What a source hands to ``training.prepare``: a description and a stream of images."""
+"""What a source hands to ``training.prepare``: a description, and images that are not read yet."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.dataset import SPLITS
-from efficientface_deploy.workbench.progress import track
 from training.datasets.archive import Place, children, folders, read
 
 Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of an image, pixels."""
+
+_FIX = "mend the folders, or check --source"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Options that all data sets share."""
+
+    out: Path = option(help="folder to make")
+    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +38,17 @@ class Face:
         name: File name.
         split: train, validation or test.
         label: Index into the labels.
+        read: Gives the image file's bytes; none when the source has no such file.
         votes: Mass of each class, or None.
-        encoded: The image file's bytes; none when the source has no such file.
-        box: Part of the image that shows the face, (left, top, right, bottom), or None for all.
+        box: Part of the image that shows the face, or None for all.
         clip: Cut a box that reaches beyond the image at the image's edge, rather than refuse it.
     """
 
     name: str
     split: str
     label: int
-    votes: Sequence[float] | None
-    encoded: bytes
+    read: Callable[[], bytes]
+    votes: Sequence[float] | None = None
     box: Box | None = None
     clip: bool = False
 
@@ -59,17 +74,39 @@ class Preparation:
 
     Attributes:
         description: Content of ``dataset.json``.
-        faces: Called to give the images, one at a time.
+        faces: Opens the source for a while, and lists its images.
         published: Counts to compare with, by split.
         votes: Whether every image comes with votes.
         every_class: Whether each split must have images of each class.
     """
 
     description: dict[str, Any]
-    faces: Callable[[], Iterator[Face]]
+    faces: Callable[[], AbstractContextManager[Sequence[Face]]]
     published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
     votes: bool = False
     every_class: bool = True
+
+
+def describe(preset_name: str, source: str, licence: str, **changes: Any) -> dict[str, Any]:
+    """Content of ``dataset.json`` for a data set with a preset's labels.
+
+    Args:
+        preset_name: Which preset fits it.
+        source: Where its images come from.
+        licence: What they may be used for.
+        changes: What is otherwise than the preset says; ``prepared_with`` are the options that
+            decide the content.
+    """
+    spec = preset(preset_name)
+    return {
+        "name": spec.name,
+        "labels": list(spec.labels),
+        "preset": preset_name,
+        "face_crop": spec.face_crop,
+        "source": source,
+        "licence": licence,
+        "prepared_with": {},
+    } | changes
 
 
 def check_every_class(
@@ -87,30 +124,14 @@ def check_every_class(
     """
     present = {split for (split, _), count in counts.items() if count}
     for split in (name for name in SPLITS if name in present):
-        missing = [label for index, label in enumerate(labels) if not counts[split, index]]
-        if missing:
-            raise DatasetError(
-                subject,
-                f"images of each class in {split}",
-                "none of " + ", ".join(missing),
-                "check that --source is complete and fully unpacked",
-            )
+        if missing := [name for index, name in enumerate(labels) if not counts[split, index]]:
+            wanted, found = f"images of each class in {split}", "none of " + ", ".join(missing)
+            fix = "check that --source is complete and fully unpacked"
+            raise DatasetError(subject, wanted, found, fix)
 
 
-_FIX = "mend the folders, or check --source"
-
-
-@dataclasses.dataclass(frozen=True)
-class Listed:
-    """One image, not read yet."""
-
-    place: Place
-    split: str
-    label: int
-
-
-def list_images(source: Place, splits: Iterable[str], classes: Sequence[str]) -> list[Listed]:
-    """Every image of ``source/{split}/{class}/``.
+def list_images(source: Place, splits: Iterable[str], classes: Sequence[str]) -> list[Face]:
+    """Every image of ``source/{split}/{class}/``, whole.
 
     Args:
         source: The folder that holds the splits.
@@ -125,40 +146,28 @@ def list_images(source: Place, splits: Iterable[str], classes: Sequence[str]) ->
     for split in splits:
         _check_classes(source / split, classes)
         for label, name in enumerate(classes):
-            images = _images_of_class(source / split / name)
-            listed += [Listed(image, split, label) for image in images]
+            for image in _images_of_class(source / split / name):
+                listed.append(Face(image.name, split, label, functools.partial(read, image)))
     return listed
 
 
-def read_images(listed: Sequence[Listed], what: str) -> Iterator[Face]:
-    """The listed images, one at a time, as they are; ``what`` names them while it lasts."""
-    for image in track(listed, what, len(listed)):
-        yield Face(image.place.name, image.split, image.label, None, read(image.place))
-
-
 def _check_classes(folder: Place, classes: Sequence[str]) -> None:
-    found = [child.name for child in folders(folder)] if folder.is_dir() else None
-    if found is not None and set(found) == set(classes):
-        return
-    missing = [name for name in classes if name not in (found or ())]
-    foreign = [name for name in found or () if name not in classes]
-    parts = ["no such folder"] if found is None else []
-    if found is not None and missing:
-        parts.append("no " + ", ".join(missing))
-    if foreign:
-        parts.append("also " + ", ".join(foreign))
-    raise DatasetError(folder, "class folders " + ", ".join(classes), "; ".join(parts), _FIX)
+    found = {child.name: None for child in folders(folder)} if folder.is_dir() else None
+    problems = ["no such folder"] if found is None else []
+    if found and (missing := [name for name in classes if name not in found]):
+        problems.append("no " + ", ".join(missing))
+    if foreign := [name for name in found or () if name not in classes]:
+        problems.append("also " + ", ".join(foreign))
+    if problems:
+        wanted = "class folders " + ", ".join(classes)
+        raise DatasetError(folder, wanted, "; ".join(problems), _FIX)
 
 
 def _images_of_class(folder: Place) -> list[Place]:
     images = children(folder)
     if nested := [child.name for child in images if child.is_dir()]:
-        raise DatasetError(
-            folder,
-            "images alone",
-            "folder " + ", ".join(nested[:5]),
-            "move its images up, and remove it",
-        )
+        found = "folder " + ", ".join(nested[:5])
+        raise DatasetError(folder, "images alone", found, "move its images up, and remove it")
     if not images:
         raise DatasetError(folder, "images", "an empty folder", _FIX)
     return images

@@ -109,14 +109,24 @@ def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
         if not is_integer or not low <= value <= high:
             wanted = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{name}: expected an integer {wanted}, found {value!r}")
-    label = int(index) % len(LABELS)
-    rng = Generator(np.random.PCG64([int(seed), int(index)]))
-    # The noise is drawn last: its amount depends on the size, the face must not.
-    identity, scene = draw(Identity, rng), draw(Scene, rng)
-    distribution = draw_distribution(rng, label)
+    label, identity, scene, distribution, rng = _draw_face(seed, index)
     geometry = face_geometry(identity, action_unit_levels(distribution))
+    # The noise is drawn last: its amount depends on the size, the face must not.
     image = _light(_paint(geometry, identity, scene, int(size)), scene, rng)
     return SyntheticFace(image, distribution.astype(np.float32), label)
+
+
+def face_target(seed: int, index: int) -> tuple[int, npt.NDArray[np.float32]]:
+    """Label and distribution of a face, without rendering it."""
+    label, _, _, distribution, _ = _draw_face(seed, index)
+    return label, distribution.astype(np.float32)
+
+
+def _draw_face(seed: int, index: int) -> tuple[int, Identity, Scene, FloatArray, Generator]:
+    label = int(index) % len(LABELS)
+    rng = Generator(np.random.PCG64([int(seed), int(index)]))
+    identity, scene = draw(Identity, rng), draw(Scene, rng)
+    return label, identity, scene, draw_distribution(rng, label), rng
 
 
 # ---- Parameters: none of those that are fields ever sees the label

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +15,15 @@ import numpy as np
 
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
-from efficientface_deploy.spec import preset
-from efficientface_deploy.workbench.progress import track
 from training.datasets.archive import Place, open_source, read
-from training.datasets.common import Box, Face, Preparation, Published
+from training.datasets.common import (
+    Box,
+    Face,
+    Preparation,
+    PrepareConfig,
+    Published,
+    describe,
+)
 
 # Columns of FER+'s label.csv after name and box (Barsoum et al. 2016); its order is not ours.
 FERPLUS_COLUMNS = (
@@ -48,18 +55,16 @@ LABEL_FILE = "label.csv"
 PROTOCOLS = ("majority", "probability")
 
 
-@dataclasses.dataclass(frozen=True)
-class FerPlusConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FerPlusConfig(PrepareConfig):
     """Options of ``training.prepare ferplus``."""
 
     source: Path = option(help="ferplus.zip or the folder that holds FER2013Train and so on")
-    out: Path = option(help="folder to make")
     protocol: str = option(
         "majority",
         choices=PROTOCOLS,
         help="which images of train are kept, and what their votes become",
     )
-    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_ferplus(config: FerPlusConfig) -> Preparation:
@@ -68,28 +73,30 @@ def prepare_ferplus(config: FerPlusConfig) -> Preparation:
     The images of ``train`` are chosen by ``config.protocol``; ``validation`` and ``test`` always by
     ``majority``, the protocol under which accuracy is reported.
     """
-    spec = preset("ferplus")
-    description = {
-        "name": f"FER+ ({config.protocol})",
-        "labels": list(spec.labels),
-        "preset": "ferplus",
-        "face_crop": spec.face_crop,
-        "source": "FER-2013 images with the labels of ten people (Barsoum et al. 2016)",
-        "licence": "labels: MIT (Microsoft, FER+); images: FER-2013, research use",
-        "prepared_with": {"protocol": config.protocol},
-    }
+    description = describe(
+        "ferplus",
+        "FER-2013 images with the labels of ten people (Barsoum et al. 2016)",
+        "labels: MIT (Microsoft, FER+); images: FER-2013, research use",
+        name=f"FER+ ({config.protocol})",
+        prepared_with={"protocol": config.protocol},
+    )
+    labels = description["labels"]
     protocols = {"train": config.protocol, "validation": "majority", "test": "majority"}
 
-    def faces() -> Iterator[Face]:
+    @contextlib.contextmanager
+    def faces() -> Iterator[list[Face]]:
         with open_source(
             config.source,
             [f"{FERPLUS_FOLDERS['train']}/{LABEL_FILE}"],
             expected="FER2013Train/label.csv and its images",
             fix="make FER+ with the public FERPlus repository's script, then give its data folder",
         ) as source:
-            for split, folder in FERPLUS_FOLDERS.items():
-                if (source / folder / LABEL_FILE).is_file():
-                    yield from _faces_of_split(source / folder, split, protocols[split])
+            yield [
+                face
+                for split, folder in FERPLUS_FOLDERS.items()
+                if (source / folder / LABEL_FILE).is_file()
+                for face in _faces_of_split(source / folder, split, protocols[split], labels)
+            ]
 
     published = {
         split: Published(FERPLUS_COUNTS[split, protocol], under=f"{protocol} protocol")
@@ -153,17 +160,17 @@ def _without_single_votes(votes: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.where(counts > 1, counts, 0)
 
 
-def _faces_of_split(folder: Place, split: str, protocol: str) -> Iterator[Face]:
-    labels = preset("ferplus").labels
+def _faces_of_split(
+    folder: Place, split: str, protocol: str, labels: Sequence[str]
+) -> Iterator[Face]:
     order = [FERPLUS_COLUMNS.index(label) for label in labels]  # by name, never by position
-    rows = _read_rows(read(folder / LABEL_FILE), f"{folder.name}/{LABEL_FILE}")
-    for name, box, votes in track(rows, split, len(rows)):
+    for name, box, votes in _read_rows(folder):
         kept = _kept_votes(votes, protocol)
-        if kept is None:
-            continue
-        class_votes = [kept[column] for column in order]
-        label = int(np.argmax(class_votes))
-        yield Face(name, split, label, class_votes, read(folder / name), box)
+        if kept is not None:
+            class_votes = [kept[column] for column in order]
+            label = int(np.argmax(class_votes))
+            content = functools.partial(read, folder / name)
+            yield Face(name, split, label, content, class_votes, box)
 
 
 def _kept_votes(votes: list[int], protocol: str) -> list[int] | None:
@@ -175,29 +182,25 @@ def _kept_votes(votes: list[int], protocol: str) -> list[int] | None:
     return kept
 
 
-def _read_rows(content: bytes, where: str) -> list[tuple[str, Box, list[int]]]:
-    """Name, box and ten votes of every row of a label.csv."""
+def _read_rows(folder: Place) -> list[tuple[str, Box, list[int]]]:
+    """Name, box and ten votes of every row of the folder's label.csv."""
+
+    def refusal(found: str) -> DatasetError:
+        wanted = 'rows of: name, "(left, top, right, bottom)", ten vote counts'
+        where, fix = f"{folder.name}/{LABEL_FILE}", "take label.csv from FER+ unchanged"
+        return DatasetError(where, wanted, found, fix)
+
+    rows = []
     try:
-        return [_parse_row(row, where) for row in csv.reader(io.StringIO(content.decode()))]
+        for row in csv.reader(io.StringIO(read(folder / LABEL_FILE).decode())):
+            try:
+                left, top, right, bottom = (int(edge) for edge in row[1].strip("() ").split(","))
+                votes = [int(value) for value in row[2:]]
+                if len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
+                    raise ValueError
+            except (ValueError, IndexError):
+                raise refusal(",".join(row)[:80] or "an empty row") from None
+            rows.append((Path(row[0]).name, (left, top, right, bottom), votes))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise _bad_rows(where, f"something else ({error})") from None
-
-
-def _parse_row(row: list[str], where: str) -> tuple[str, Box, list[int]]:
-    try:
-        left, top, right, bottom = (int(number) for number in row[1].strip("() ").split(","))
-        votes = [int(value) for value in row[2:]]
-        if len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
-            raise ValueError
-    except (ValueError, IndexError):
-        raise _bad_rows(where, ",".join(row)[:80] or "an empty row") from None
-    return Path(row[0]).name, (left, top, right, bottom), votes
-
-
-def _bad_rows(where: str, found: str) -> DatasetError:
-    return DatasetError(
-        where,
-        'rows of: name, "(left, top, right, bottom)", ten vote counts',
-        found,
-        "take label.csv from FER+ unchanged",
-    )
+        raise refusal(f"something else ({error})") from None
+    return rows

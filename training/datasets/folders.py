@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,24 +14,22 @@ from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.spec import PRESETS
 from efficientface_deploy.workbench.dataset import SPLITS
 from training.datasets.archive import Place, folders, open_source
-from training.datasets.common import Face, Listed, Preparation, list_images, read_images
+from training.datasets.common import Face, Preparation, PrepareConfig, describe, list_images
 
 
-@dataclasses.dataclass(frozen=True)
-class FoldersConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldersConfig(PrepareConfig):
     """Options of ``training.prepare folders``."""
 
     source: Path = option(
         help="folder or zip with train/CLASS/*, and validation/CLASS/*, test/CLASS/* if you have it"
     )
-    out: Path = option(help="folder to make")
     classes: tuple[str, ...] = option(
         (), help="the class folders in the order of the labels (default: sorted by name)"
     )
     preset: str = option(
         "rafdb", choices=tuple(PRESETS), help="whose normalisation and input size fit your images"
     )
-    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_folders(config: FoldersConfig) -> Preparation:
@@ -44,21 +43,27 @@ def prepare_folders(config: FoldersConfig) -> Preparation:
         splits = _splits(source)
         classes = config.classes or tuple(child.name for child in folders(source / "train"))
         _check_labels(classes, source, given=bool(config.classes))
-        listed = list_images(source, splits, classes)
-    description = {
-        "name": _name(config.source.resolve()),
-        "labels": list(classes),
-        "preset": config.preset,
-        "face_crop": "as-is",  # a preset says nothing of how these were cut
-        "source": "folders of images",
-        "licence": "unknown",
+        names = [
+            f"{face.split}/{face.label}/{face.name}"
+            for face in list_images(source, splits, classes)
+        ]
+    content = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    name = config.source.resolve()
+    description = describe(
+        config.preset,
+        "folders of images",
+        "unknown",
+        name=name.stem if name.is_file() else name.name,
+        labels=list(classes),
+        face_crop="as-is",  # a preset says nothing of how these were cut
         # So that a second call sees whether images came, went, or changed their class.
-        "prepared_with": {"images": _hash_of_names(listed)},
-    }
+        prepared_with={"images": content},
+    )
 
-    def faces() -> Iterator[Face]:
+    @contextlib.contextmanager
+    def faces() -> Iterator[list[Face]]:
         with _open(config.source) as source:
-            yield from read_images(list_images(source, splits, classes), "images")
+            yield list_images(source, splits, classes)
 
     return Preparation(description, faces)
 
@@ -72,21 +77,14 @@ def _open(path: Path) -> AbstractContextManager[Place]:
     )
 
 
-def _name(source: Path) -> str:
-    return source.stem if source.is_file() else source.name
-
-
 def _splits(source: Place) -> list[str]:
     """The splits that are there; a folder of another name would be lost in silence."""
-    found = [child.name for child in folders(source)]
-    if foreign := [name for name in found if name not in SPLITS]:
-        raise DatasetError(
-            source,
-            "no folders but " + ", ".join(SPLITS),
-            ", ".join(foreign[:5]),
-            "rename it to one of these, or move it elsewhere",
-        )
-    return [split for split in SPLITS if split in found]
+    present = [child.name for child in folders(source)]
+    if foreign := [name for name in present if name not in SPLITS]:
+        wanted, found = "no folders but " + ", ".join(SPLITS), ", ".join(foreign[:5])
+        fix = "rename it to one of these, or move it elsewhere"
+        raise DatasetError(source, wanted, found, fix)
+    return [split for split in SPLITS if split in present]
 
 
 def _check_labels(classes: Sequence[str], source: Place, *, given: bool) -> None:
@@ -97,26 +95,14 @@ def _check_labels(classes: Sequence[str], source: Place, *, given: bool) -> None
         source: Where their folders are.
         given: Whether the names are from the command line.
     """
+    name = "--classes"
     if len(set(classes)) != len(classes):
-        raise ConfigError(
-            "--classes", "each class once", " ".join(classes), "name each class folder once"
-        )
+        raise ConfigError(name, "each class once", " ".join(classes), "name each class folder once")
     if given and len(classes) < 2:
-        raise ConfigError(
-            "--classes",
-            "two or more names, with spaces between them",
-            classes[0],
-            "give --classes Sadness Happiness ..., or leave it out",
-        )
+        wanted = "two or more names, with spaces between them"
+        fix = "give --classes Sadness Happiness ..., or leave it out"
+        raise ConfigError(name, wanted, classes[0], fix)
     if len(classes) < 2 or not all(name.strip() and name.isprintable() for name in classes):
-        raise DatasetError(
-            source,
-            "two or more classes with printable names",
-            ", ".join(classes) or "none",
-            "make one folder for each class in train",
-        )
-
-
-def _hash_of_names(listed: Sequence[Listed]) -> str:
-    names = (f"{image.split}/{image.label}/{image.place.name}" for image in listed)
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+        wanted = "two or more classes with printable names"
+        fix = "make one folder for each class in train"
+        raise DatasetError(source, wanted, ", ".join(classes) or "none", fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,6 @@ from pathlib import Path
 
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
-from efficientface_deploy.spec import preset
-from efficientface_deploy.workbench.progress import track
 from training.datasets.archive import (
     Place,
     describe_content,
@@ -22,7 +21,14 @@ from training.datasets.archive import (
     open_text,
     read,
 )
-from training.datasets.common import Face, Preparation, Published, check_every_class
+from training.datasets.common import (
+    Face,
+    Preparation,
+    PrepareConfig,
+    Published,
+    check_every_class,
+    describe,
+)
 
 # RAF-DB numbers its classes from 1, in this order, which is not ours.
 RAFDB_CLASSES = ("Surprise", "Fear", "Disgust", "Happiness", "Sadness", "Anger", "Neutral")
@@ -38,51 +44,38 @@ IMAGE_ARCHIVE = "Image/aligned.zip"
 _NAME = re.compile(r"(train|test)_\d+\.jpg", re.ASCII)
 
 
-@dataclasses.dataclass(frozen=True)
-class RafDbConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RafDbConfig(PrepareConfig):
     """Options of ``training.prepare rafdb``."""
 
     source: Path = option(help="RAF-DB's folder basic (with EmoLabel and Image), or a zip of it")
-    out: Path = option(help="folder to make")
-    overwrite: bool = option(False, help="replace a data set that is there")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Listed:
-    """One line of the list file."""
-
-    split: str
-    label: int
-    file: str
 
 
 def prepare_rafdb(config: RafDbConfig) -> Preparation:
     """RAF-DB from its official files: the aligned images, unpacked or still in ``aligned.zip``."""
-    spec = preset("rafdb")
-    description = {
-        "name": "RAF-DB",
-        "labels": list(spec.labels),
-        "preset": "rafdb",
-        "face_crop": spec.face_crop,
-        "source": "RAF-DB, basic expressions, aligned images (Li, Deng, Du 2017)",
-        "licence": "non-commercial research, by agreement with the authors of RAF-DB",
-        "prepared_with": {},
-    }
+    description = describe(
+        "rafdb",
+        "RAF-DB, basic expressions, aligned images (Li, Deng, Du 2017)",
+        "non-commercial research, by agreement with the authors of RAF-DB",
+    )
 
-    def faces() -> Iterator[Face]:
+    @contextlib.contextmanager
+    def faces() -> Iterator[list[Face]]:
         with open_source(
             config.source,
             [LIST_FILE],
             expected=f"{LIST_FILE} and {IMAGE_FOLDER} of RAF-DB",
             fix="give RAF-DB's folder basic, as its authors send it",
         ) as source:
-            listed = _read_list(source / LIST_FILE, spec.labels)
-            counts = Counter((line.split, line.label) for line in listed)
-            check_every_class(counts, spec.labels, source / LIST_FILE)
-            with _open_images(source, [line.file for line in listed]) as images:
-                for line in track(listed, "RAF-DB", len(listed)):
-                    content = read(images / line.file)
-                    yield Face(line.file, line.split, line.label, None, content)
+            labels = description["labels"]
+            listed = _read_list(source / LIST_FILE, labels)
+            counts = Counter((split, label) for _, split, label in listed)
+            check_every_class(counts, labels, source / LIST_FILE)
+            with _open_images(source, [file for file, _, _ in listed]) as images:
+                yield [
+                    Face(file, split, label, functools.partial(read, images / file))
+                    for file, split, label in listed
+                ]
 
     published = {
         split: Published(sum(counts), dict(zip(RAFDB_CLASSES, counts, strict=True)))
@@ -91,9 +84,11 @@ def prepare_rafdb(config: RafDbConfig) -> Preparation:
     return Preparation(description, faces, published)
 
 
-def _read_list(place: Place, labels: Sequence[str]) -> list[_Listed]:
+def _read_list(place: Place, labels: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Aligned file, split and label of every line."""
     order = [labels.index(name) for name in RAFDB_CLASSES]  # by name, never by position
     numbers = {str(number): label for number, label in enumerate(order, start=1)}
+    fix = "take the list from RAF-DB unchanged"
     listed = []
     with open_text(place) as file:
         for row, line in enumerate(file, start=1):
@@ -102,16 +97,12 @@ def _read_list(place: Place, labels: Sequence[str]) -> list[_Listed]:
                 continue
             match = _NAME.fullmatch(fields[0])
             if match is None or len(fields) != 2 or fields[1] not in numbers:
-                raise DatasetError(
-                    f"{place} line {row}",
-                    "a line like train_00001.jpg 5, with a label from 1 to 7",
-                    " ".join(fields)[:80],
-                    "take the list from RAF-DB unchanged",
-                )
+                wanted = "a line like train_00001.jpg 5, with a label from 1 to 7"
+                raise DatasetError(f"{place} line {row}", wanted, " ".join(fields)[:80], fix)
             aligned = fields[0].replace(".jpg", "_aligned.jpg")
-            listed.append(_Listed(match[1], numbers[fields[1]], aligned))
+            listed.append((aligned, match[1], numbers[fields[1]]))
     if not listed:
-        raise DatasetError(place, "lines", "none", "take the list from RAF-DB unchanged")
+        raise DatasetError(place, "lines", "none", fix)
     return listed
 
 

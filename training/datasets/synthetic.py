@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 from PIL import Image
 
 from efficientface_deploy.command import option
-from efficientface_deploy.spec import preset
-from efficientface_deploy.workbench.progress import track
-from training.datasets.common import Face, Preparation
-from training.datasets.face_renderer import LABELS, render_face
+from training.datasets.common import Face, Preparation, PrepareConfig, describe
+from training.datasets.face_renderer import face_target, render_face
 
 
-@dataclasses.dataclass(frozen=True)
-class SyntheticConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig(PrepareConfig):
     """Options of ``training.prepare synthetic``."""
 
-    out: Path = option(help="folder to make")
     train: int = option(1750, minimum=7, help="number of training faces")
     test: int = option(350, minimum=7, help="number of test faces")
     size: int = option(100, minimum=32, help="side of the pictures, pixels")
     seed: int = option(0, minimum=0, help="seed of every face")
-    overwrite: bool = option(False, help="replace a data set that is there")
 
 
 def prepare_synthetic(config: SyntheticConfig) -> Preparation:
     """The embedded synthetic faces, rendered in RAF-DB's layout."""
-    spec = preset("rafdb")
-    description = {
-        "name": "synthetic faces",
-        "labels": list(LABELS),
-        "preset": "rafdb",
-        "face_crop": spec.face_crop,
-        "source": "training/datasets/face_renderer.py",
-        "licence": "MIT",
-        "prepared_with": {key: getattr(config, key) for key in ("train", "test", "size", "seed")},
-    }
+    options = {key: getattr(config, key) for key in ("train", "test", "size", "seed")}
+    source = "training/datasets/face_renderer.py"
+    description = describe("rafdb", source, "MIT", name="synthetic faces", prepared_with=options)
 
-    def faces() -> Iterator[Face]:
-        total = config.train + config.test
-        for index in track(range(total), "rendering", total):
-            face = render_face(config.seed, index, config.size)
+    def encoded(index: int) -> bytes:
+        buffer = io.BytesIO()
+        image = render_face(config.seed, index, config.size).image
+        Image.fromarray(image).save(buffer, "JPEG", quality=95)
+        return buffer.getvalue()
+
+    @contextlib.contextmanager
+    def faces() -> Iterator[list[Face]]:
+        listed = []
+        for index in range(config.train + config.test):
             split = "train" if index < config.train else "test"
-            buffer = io.BytesIO()
-            Image.fromarray(face.image).save(buffer, "JPEG", quality=95)
-            votes = face.distribution.tolist()
-            yield Face(f"face_{index:06d}.jpg", split, face.label, votes, buffer.getvalue())
+            label, votes = face_target(config.seed, index)
+            read = functools.partial(encoded, index)
+            listed.append(Face(f"face_{index:06d}.jpg", split, label, read, votes.tolist()))
+        yield listed
 
     return Preparation(description, faces, votes=True)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from efficientface_deploy.spec import preset
 from training.datasets import affectnet as affectnet_source
+from training.datasets import common
 from training.datasets.affectnet import AFFECTNET_TRAIN_COUNTS, COLUMNS
 
 # The official numbers, typed a second time.
@@ -249,7 +250,7 @@ def test_numbers_are_mapped_by_name(
 ):
     spec = preset("affectnet8")
     turned = spec.replace(labels=spec.labels[::-1])
-    monkeypatch.setattr(affectnet_source, "preset", lambda name: turned)
+    monkeypatch.setattr(common, "preset", lambda name: turned)
     dataset = prepared("affectnet", as_folder(tmp_path / "source", newer_release), "--classes", "8")
     assert dataset.labels[0] == "Contempt"
     train = {f"{number}.jpg": number for number in OFFICIAL}

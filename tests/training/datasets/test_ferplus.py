@@ -14,7 +14,7 @@ from efficientface_deploy.errors import DatasetError
 from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
 from training import prepare
-from training.datasets import ferplus as ferplus_source
+from training.datasets import common
 from training.datasets.ferplus import (
     FERPLUS_COLUMNS,
     FERPLUS_COUNTS,
@@ -255,7 +255,7 @@ def test_pixels(source, tmp_path):
 def test_columns_are_matched_by_name(source, tmp_path, monkeypatch):
     spec = preset("ferplus")
     turned = spec.replace(labels=spec.labels[::-1])
-    monkeypatch.setattr(ferplus_source, "preset", lambda name: turned)
+    monkeypatch.setattr(common, "preset", lambda name: turned)
     dataset = ferplus(source, tmp_path / "out")
     assert dataset.labels[0] == "Contempt"
     assert summary(dataset, "train")["fer1.png"] == ("Anger", {"Anger": 6, "Sadness": 4})
