@@ -249,8 +249,6 @@ def optional_importers() -> dict[tuple[str, str], set[str]]:
 
 # Packages that several modules of one folder import, with the reason.
 SPREAD: dict[tuple[str, str], str] = {
-    ("training", "matplotlib"): "not shared yet",
-    ("training", "torchvision"): "not shared yet",
     ("efficientface_deploy", "rich"): "a bar and a table have nothing else in common",
 }
 

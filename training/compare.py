@@ -85,7 +85,7 @@ class Run:
         return sum(images / row["images_per_second"] for row in self.history)
 
     def store_seconds(self) -> float | None:
-        """How long its LDG was asked beforehand: 0 without one, None where no file says."""
+        """How long its LDG was queried beforehand: 0 without one, None where no file says."""
         views = min(int(self.settings.get("views", 0)), int(self.settings["epochs"]))
         if views == 0:
             return 0.0

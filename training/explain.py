@@ -6,7 +6,6 @@ runs/explained``
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from captum.attr import LayerAttribution, LayerGradCam
 from torch import nn
 
 from efficientface_deploy.artifact import require_preset
-from efficientface_deploy.command import interrupts_wait, option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.spec import ModelSpec
@@ -30,7 +29,7 @@ from efficientface_deploy.vision.preprocess import (
     to_model_input,
 )
 from efficientface_deploy.workbench.progress import track
-from efficientface_deploy.workbench.workspace import check_writable
+from efficientface_deploy.workbench.workspace import open_workspace
 from training.plots import plot_heat_maps
 
 SHEETS = "sheet-*.png"
@@ -80,33 +79,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         ExplainConfig, argv, prog="python -m training.explain", description=__doc__ or ""
     )
-    check_writable(config.out)
     if any(config.out.glob(SHEETS)):  # they would mix with those of this call
         fix = "choose another --out, or remove them"
         raise ConfigError(config.out, "no sheets yet", "those of an earlier run", fix)
-    require_preset(config.weights, config.preset)
-    model, spec = load_checkpoint(config.weights, config.preset)
-    target = None
-    if (name := config.class_) is not None:
-        if name not in spec.labels:
-            wanted = "one of " + ", ".join(spec.labels)
-            raise ConfigError("--class", wanted, repr(name), "choose one of these")
-        target = spec.labels.index(name)
-    names = list(find_images(config.images))
     unreadable: list[ImageError] = []
-    sheets: list[Path] = []
-    with _all_or_none(sheets):
+    with open_workspace(config.out, "explaining") as work:
+        require_preset(config.weights, config.preset)
+        model, spec = load_checkpoint(config.weights, config.preset)
+        target = None
+        if (name := config.class_) is not None:
+            if name not in spec.labels:
+                wanted = "one of " + ", ".join(spec.labels)
+                raise ConfigError("--class", wanted, repr(name), "choose one of these")
+            target = spec.labels.index(name)
+        names = list(find_images(config.images))
+        sheets = 0
         for faces in _sheets_of_faces(names, spec, config.per_sheet, unreadable):
-            sheets.append(config.out / SHEETS.replace("*", f"{len(sheets) + 1:03d}"))
-            draw_sheet(sheets[-1], explain(model, spec, faces, target))
-    if not sheets:
-        first = unreadable[0]
-        found = f"none among {len(unreadable)} (the first: {first.subject}, {first.found})"
-        wanted = "at least one image that can be read"
-        raise ImageError(", ".join(config.images), wanted, found, "give other images")
+            sheets += 1
+            path = work.scratch / SHEETS.replace("*", f"{sheets:03d}")
+            draw_sheet(path, explain(model, spec, faces, target))
+        if not sheets:
+            first = unreadable[0]
+            found = f"none among {len(unreadable)} (the first: {first.subject}, {first.found})"
+            wanted = "at least one image that can be read"
+            raise ImageError(", ".join(config.images), wanted, found, "give other images")
+        work.publish()
     for error in unreadable:
         print(f"error: {error}", file=sys.stderr)
-    print(f"faces: {len(names) - len(unreadable)}; sheets: {len(sheets)}; in {config.out}")
+    print(f"faces: {len(names) - len(unreadable)}; sheets: {sheets}; in {config.out}")
     if unreadable:
         print(f"{len(unreadable)} image(s) could not be read", file=sys.stderr)
     return 2 if unreadable else 0
@@ -192,18 +192,6 @@ def caption(explanation: Explanation) -> str:
     if explanation.explained != explanation.label:
         text += f"; shown: {explanation.explained} {explanation.explained_probability:.2f}"
     return text if explanation.heat.any() else text + " (nothing speaks for it)"
-
-
-@contextlib.contextmanager
-def _all_or_none(sheets: list[Path]) -> Iterator[None]:
-    """Take away the sheets written so far when the block does not come to its end."""
-    try:
-        yield
-    except BaseException:
-        with interrupts_wait():
-            for path in sheets:
-                path.unlink(missing_ok=True)
-        raise
 
 
 def _sheets_of_faces(

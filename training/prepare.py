@@ -213,10 +213,10 @@ def _unusable(name: str, expected: str, found: str) -> ImageError:
 def _print_counts(out: Path, labels: Sequence[str], counts: Counts) -> None:
     print(f"prepared {out}: {sum(counts.values()):,} images")
     for split in SPLITS:
-        per_class = [counts[split, index] for index in range(len(labels))]
-        if any(per_class):
-            named = ", ".join(f"{label} {n:,}" for label, n in zip(labels, per_class, strict=True))
-            print(f"  {split}: {sum(per_class):,} ({named})")
+        per_class = {label: counts[split, index] for index, label in enumerate(labels)}
+        if total := sum(per_class.values()):
+            named = ", ".join(f"{label} {count:,}" for label, count in per_class.items())
+            print(f"  {split}: {total:,} ({named})")
 
 
 def _compare_with_published(
@@ -228,17 +228,15 @@ def _compare_with_published(
         total = sum(found.values())
         if not total:
             continue
-        different = [
+        what = f"{split}, {expected.under}" if expected.under else split
+        different = "; ".join(
             f"{label} {found[label]:,}, published: {number:,}"
             for label, number in expected.classes.items()
             if found[label] != number
-        ]
-        verdict = f"published: {expected.total:,}"
-        if total == expected.total and not different:
-            verdict = "as published"
-        what = f"{split}, {expected.under}" if expected.under else split
-        details = f" ({'; '.join(different)})" if different else ""
-        print(f"  {what}: {total:,} images, {verdict}{details}")
+        )
+        same = total == expected.total and not different
+        verdict = "as published" if same else f"published: {expected.total:,}"
+        print(f"  {what}: {total:,} images, {verdict}" + (f" ({different})" if different else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,7 +41,7 @@ class StudentConfig(TrainConfig):
     views: int | None = option(
         None,
         minimum=0,
-        help="views of each image for which the LDG is asked once; 0 asks it in every step",
+        help="views of each image for which the LDG is queried once; 0 queries it in every step",
     )
     store: Path | None = option(
         None, help=f"file of the LDG's answers, for several runs; default: OUT/{STORE}"
@@ -83,7 +83,7 @@ class StudentConfig(TrainConfig):
                 "none",
                 "train one with python -m training.teacher, or choose --targets onehot or votes",
             )
-        useless = {} if self.queries_teacher else dict.fromkeys(_FOR_LDG, "which asks no LDG")
+        useless = {} if self.queries_teacher else dict.fromkeys(_FOR_LDG, "which queries no LDG")
         if "+" not in self.targets:
             useless["ldg_share"] = "which blends nothing"
         for name, reason in useless.items():
@@ -95,7 +95,7 @@ class StudentConfig(TrainConfig):
         if self.store is None:
             return
         if not (self.queries_teacher and views):
-            found = "--views 0, which asks it in every step"
+            found = "--views 0, which queries it in every step"
             found = found if self.queries_teacher else "no teacher"
             wanted = "a teacher and --views of at least 1"
             raise ConfigError("--store", wanted, found, "leave --store out")

@@ -63,7 +63,7 @@ def test_student_of_a_teacher(train_student, save_ldg):
 def test_targets_are_the_teachers_and_the_data_sets(
     targets, views, train_student, save_ldg, face_set, monkeypatch
 ):
-    """Asked in every step or before, the LDG's word and its share are the same."""
+    """Queried in every step or before, the LDG's distribution and its share are the same."""
     calls = spy_on_training(monkeypatch)
     options = ["--targets", targets, "--views", str(views), "--teacher", str(save_ldg())]
     options += ["--ldg-share", "0.25"] if "+" in targets else []
@@ -124,7 +124,7 @@ def losses_of(path: Path) -> list[float]:
 
 
 def test_as_many_views_as_epochs_is_the_published_method(train_student, save_ldg, tmp_path):
-    """The losses are those of a teacher that is asked in every step."""
+    """The losses are those of a teacher that is queried in every step."""
     options = ["--recipe", "published", "--teacher", str(save_ldg()), "--epochs", "3"]
     # On a small last batch, batch norm would blow differences of rounding up.
     options += ["--select", "last", "--learning-rate", "0.02", "--batch-size", "28"]
@@ -142,21 +142,21 @@ def test_store_serves_several_runs_and_longer_ones(train_student, save_ldg, tmp_
     store = tmp_path / "store.safetensors"
     options = ["--teacher", str(save_ldg()), "--store", str(store)]
     train_student(*options, "--views", "1")
-    assert "asking the teacher about 1 views of 56 images" in capsys.readouterr().out
+    assert "querying the teacher about 1 views of 56 images" in capsys.readouterr().out
     (tmp_path / "run").rename(tmp_path / "first")
     train_student(*options, "--views", "1", "--learning-rate", "0.01")
-    assert "asking" not in capsys.readouterr().out
+    assert "querying" not in capsys.readouterr().out
     assert not (tmp_path / "run" / STORE).exists()
 
 
-def test_folder_of_another_run_is_refused_before_the_teacher_is_asked(
+def test_folder_of_another_run_is_refused_before_the_teacher_is_queried(
     train_student, save_ldg, capsys
 ):
     train_student("--targets", "onehot")
     capsys.readouterr()
     with pytest.raises(ConfigError, match="another run"):
         train_student("--teacher", str(save_ldg()))
-    assert "asking" not in capsys.readouterr().out
+    assert "querying" not in capsys.readouterr().out
 
 
 def test_share_above_one(train_student, save_ldg):
@@ -172,7 +172,7 @@ def test_ldg_without_a_teacher(train_student):
 
 
 @pytest.mark.parametrize("targets", ["onehot", "votes"])
-def test_teacher_that_would_not_be_asked(targets, train_student, save_ldg):
+def test_teacher_that_would_not_be_queried(targets, train_student, save_ldg):
     with pytest.raises(ConfigError, match=f"--teacher: expected none with --targets {targets}"):
         train_student("--targets", targets, "--teacher", str(save_ldg()))
 
@@ -196,7 +196,7 @@ def test_options_without_effect_are_refused(targets, option, value, train_studen
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--targets", "ldg", "--views", "0"], "found --views 0, which asks it in every step"),
+        (["--targets", "ldg", "--views", "0"], "found --views 0, which queries it in every step"),
         (["--targets", "votes"], "--store: expected a teacher .* found no teacher"),
     ],
 )
@@ -220,12 +220,12 @@ def test_store_by_another_name(train_student, save_ldg):
         (["--sync-batch-norm", "--device", "cpu"], "expected CUDA devices, found a CPU"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_teacher_is_asked(
+def test_what_cannot_be_is_refused_before_the_teacher_is_queried(
     options, said, train_student, save_ldg, tmp_path, capsys
 ):
     with pytest.raises(EfficientFaceError, match=said):
         train_student("--teacher", str(save_ldg()), *options)
-    assert "asking the teacher" not in capsys.readouterr().out
+    assert "querying the teacher" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

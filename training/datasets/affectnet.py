@@ -34,32 +34,16 @@ from training.datasets.common import (
 
 # AffectNet's numbers, from 0; None, Uncertain and Non-Face are no expressions.
 AFFECTNET_CLASSES = (
-    "Neutral",
-    "Happiness",
-    "Sadness",
-    "Surprise",
-    "Fear",
-    "Disgust",
-    "Anger",
-    "Contempt",
-    "None",
-    "Uncertain",
-    "Non-Face",
+    *("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger", "Contempt"),
+    *("None", "Uncertain", "Non-Face"),
 )
 # Manually annotated images of the first eight (Mollahosseini, Hasani, Mahoor 2017).
 AFFECTNET_TRAIN_COUNTS = (74_874, 134_415, 25_459, 14_090, 6_378, 3_803, 24_882, 3_750)
 AFFECTNET_TEST_COUNT = 500
 
 COLUMNS = (
-    "subDirectory_filePath",
-    "face_x",
-    "face_y",
-    "face_width",
-    "face_height",
-    "facial_landmarks",
-    "expression",
-    "valence",
-    "arousal",
+    *("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height"),
+    *("facial_landmarks", "expression", "valence", "arousal"),
 )
 LISTS = {"train": "training.csv", "test": "validation.csv"}
 LIST_FOLDER = "Manually_Annotated_file_lists"

@@ -43,12 +43,8 @@ def open_source(path: Path, markers: Sequence[str], *, expected: str, fix: str) 
         if not tops:
             raise DatasetError(path, expected, describe_content(place), fix)
         if len(tops) > 1:
-            raise DatasetError(
-                path,
-                "one data set",
-                f"{len(tops)}: " + ", ".join(top.name for top in tops),
-                "give one of them as --source",
-            )
+            found = f"{len(tops)}: " + ", ".join(top.name for top in tops)
+            raise DatasetError(path, "one data set", found, "give one of them as --source")
         yield tops[0]
 
 
@@ -65,22 +61,15 @@ def open_place(path: Path) -> Iterator[Place]:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DatasetError(
-            path,
-            "a folder or a zip archive",
-            (getattr(error, "strerror", None) or "something else").lower(),
-            "check --source",
-        ) from None
+        found = (getattr(error, "strerror", None) or "something else").lower()
+        raise DatasetError(path, "a folder or a zip archive", found, "check --source") from None
     with archive:
         members = archive.infolist()
         encrypted = any(member.flag_bits & 0x1 for member in members)
         if encrypted or any(member.compress_type not in _METHODS for member in members):
-            raise DatasetError(
-                path,
-                "a zip archive without a password, packed in a usual way",
-                "a password" if encrypted else "another way of packing",
-                "unpack it and give the folder",
-            )
+            wanted = "a zip archive without a password, packed in a usual way"
+            found = "a password" if encrypted else "another way of packing"
+            raise DatasetError(path, wanted, found, "unpack it and give the folder")
         yield zipfile.Path(archive)
 
 
@@ -107,12 +96,9 @@ def open_text(place: Place) -> Iterator[IO[str]]:
         with place.open("r", encoding="utf-8-sig", newline="") as file:
             yield file
     except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise DatasetError(
-            place,
-            "text in UTF-8",
-            f"something else ({error})",
-            "take it from the data set unchanged",
-        ) from None
+        found = f"something else ({error})"
+        fix = "take it from the data set unchanged"
+        raise DatasetError(place, "text in UTF-8", found, fix) from None
 
 
 def children(folder: Place) -> list[Place]:
@@ -144,21 +130,16 @@ def describe_content(folder: Place) -> str:
 def _find_tops(place: Place, markers: Sequence[str]) -> list[Place]:
     """The outermost folders that hold a marker."""
     level = [place]
-    for wrapping in range(_WRAPPINGS + 1):
-        if wrapping:
-            level = [child for folder in level for child in _readable_folders(folder)]
-        if tops := [folder for folder in level if _holds(folder, markers)]:
+    for _ in range(_WRAPPINGS + 1):
+        tops: list[Place] = []
+        below: list[Place] = []
+        for folder in level:
+            with contextlib.suppress(PermissionError):  # lost+found, beside the data set
+                if any((folder / marker).exists() for marker in markers):
+                    tops.append(folder)
+                else:
+                    below += folders(folder)
+        if tops:
             return tops
-    return []
-
-
-def _holds(folder: Place, markers: Sequence[str]) -> bool:
-    with contextlib.suppress(PermissionError):  # such as lost+found, beside the data set
-        return any((folder / marker).exists() for marker in markers)
-    return False
-
-
-def _readable_folders(folder: Place) -> list[Place]:
-    with contextlib.suppress(PermissionError):
-        return folders(folder)
+        level = below
     return []

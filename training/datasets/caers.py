@@ -18,16 +18,8 @@ from training.datasets.common import (
     list_images,
 )
 
-# The folders' names for our labels.
-CAERS_FOLDERS = {
-    "Neutral": "Neutral",
-    "Happiness": "Happy",
-    "Sadness": "Sad",
-    "Surprise": "Surprise",
-    "Fear": "Fear",
-    "Disgust": "Disgust",
-    "Anger": "Anger",
-}
+# The folders that have other names than our labels.
+CAERS_FOLDERS = {"Happiness": "Happy", "Sadness": "Sad"}
 # As the published EfficientFace code employs it: 69,982 in all.
 CAERS_COUNTS = {"train": 48_995, "test": 20_987}
 
@@ -55,7 +47,7 @@ def prepare_caers(config: CaersConfig) -> Preparation:
             expected="folders train and test of CAER-S",
             fix="give the folder that CAER-S.zip unpacks to, or CAER-S.zip itself",
         ) as source:
-            class_folders = [CAERS_FOLDERS[label] for label in description["labels"]]
+            class_folders = [CAERS_FOLDERS.get(label, label) for label in description["labels"]]
             yield list_images(source, CAERS_COUNTS, class_folders)
 
     published = {split: Published(total) for split, total in CAERS_COUNTS.items()}

@@ -30,6 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 Colour = tuple[int, int, int]
 Units = Mapping[int, float]
 Generator = np.random.Generator
+_Point = tuple[float, float]
 T = TypeVar("T")
 
 ACTION_UNITS: dict[str, tuple[int, ...]] = {
@@ -301,7 +302,7 @@ def face_geometry(identity: Identity, units: Units) -> Geometry:
     rim, edge = (lower[0], lower[0] - band) if lower_row else (upper[1], upper[1] + band)
     teeth = np.concatenate([rim, edge[::-1]])
 
-    creases = _creases(identity, units, wing[0].tolist(), upper[0][-1].tolist())
+    creases = _creases(identity, units, wing[0], upper[0][-1])
     eye = _eye(identity, units)
     brow = _brow(identity, units)
     return Geometry(outline, brow, *eye, wing, nostril, upper, lower, teeth, creases)
@@ -365,42 +366,40 @@ def _lips(
     return upper, lower
 
 
+# Folds that a unit presses into the skin: unit, where the points count from, three points.
+_CREASES: tuple[tuple[int, str, tuple[_Point, _Point, _Point]], ...] = (
+    # Forehead: the middle for AU 1, the sides for AU 2; between the brows for AU 4.
+    (1, "face", ((0.0, -0.60), (0.10, -0.61), (0.18, -0.59))),
+    (2, "face", ((0.18, -0.60), (0.34, -0.64), (0.48, -0.57))),
+    (4, "face", ((0.045, -0.36), (0.065, -0.28), (0.05, -0.20))),
+    # AU 6: the raised cheek's edge and crow's feet; AU 7: the tense lid alone.
+    (6, "eye", ((-0.16, 0.12), (0.0, 0.20), (0.20, 0.08))),
+    (6, "eye", ((0.20, -0.02), (0.24, -0.04), (0.29, -0.08))),
+    (6, "eye", ((0.20, 0.02), (0.25, 0.03), (0.30, 0.03))),
+    (7, "eye", ((-0.13, 0.06), (0.0, 0.10), (0.14, 0.05))),
+    # AU 9: across the bridge and beside it; AU 15: below the lip's corner.
+    (9, "face", ((0.0, -0.10), (0.06, -0.09), (0.10, -0.14))),
+    (9, "face", ((0.0, -0.02), (0.07, -0.01), (0.12, -0.06))),
+    (9, "face", ((0.06, 0.08), (0.09, 0.04), (0.13, 0.03))),
+    (15, "mouth", ((0.02, 0.0), (0.05, 0.05), (0.03, 0.11))),
+)
+
+
 def _creases(
-    identity: Identity, units: Units, wing: Sequence[float], corner: Sequence[float]
+    identity: Identity, units: Units, wing: FloatArray, corner: FloatArray
 ) -> tuple[tuple[FloatArray, float], ...]:
-    """Folds that the units press into the skin, with their strength."""
-    au, eye = units, identity.eye_x
-    (wing_x, wing_y), (mouth_x, mouth_y) = wing, corner
+    """Folds with their strength; those that are deep enough to be seen."""
+    origins = {"face": np.zeros(2), "eye": np.array([identity.eye_x, 0.0]), "mouth": corner}
+    lines = [(units[unit], np.array(points) + origins[at]) for unit, at, points in _CREASES]
     # The nasolabial fold is there at rest, and deep in a smile and in disgust.
-    fold = 0.12 + 0.88 * max(au[12], au[9])
-    lines = (
-        # Forehead: the middle for AU 1, the sides for AU 2; between the brows for AU 4.
-        (au[1], (0.0, -0.60), (0.10, -0.61), (0.18, -0.59)),
-        (au[2], (0.18, -0.60), (0.34, -0.64), (0.48, -0.57)),
-        (au[4], (0.045, -0.36), (0.065, -0.28), (0.05, -0.20)),
-        # AU 6: the raised cheek's edge and crow's feet; AU 7: the tense lid alone.
-        (au[6], (eye - 0.16, 0.12), (eye, 0.20), (eye + 0.20, 0.08)),
-        (au[6], (eye + 0.20, -0.02), (eye + 0.24, -0.04), (eye + 0.29, -0.08)),
-        (au[6], (eye + 0.20, 0.02), (eye + 0.25, 0.03), (eye + 0.30, 0.03)),
-        (au[7], (eye - 0.13, 0.06), (eye, 0.10), (eye + 0.14, 0.05)),
-        # AU 9: across the bridge and beside it; AU 15: below the lip's corner.
-        (au[9], (0.0, -0.10), (0.06, -0.09), (0.10, -0.14)),
-        (au[9], (0.0, -0.02), (0.07, -0.01), (0.12, -0.06)),
-        (au[9], (0.06, 0.08), (0.09, 0.04), (0.13, 0.03)),
-        (
-            *(au[15], (mouth_x + 0.02, mouth_y)),
-            *((mouth_x + 0.05, mouth_y + 0.05), (mouth_x + 0.03, mouth_y + 0.11)),
-        ),
-        (
-            *(fold, (wing_x + 0.03, wing_y)),
-            *((mouth_x + 0.10, wing_y + 0.10), (mouth_x + 0.07, mouth_y + 0.02)),
-        ),
-    )
+    fold = np.array([wing, (corner[0], wing[1]), corner])
+    fold += ((0.03, 0.0), (0.10, 0.10), (0.07, 0.02))
+    lines.append((0.12 + 0.88 * max(units[12], units[9]), fold))
     gain = identity.crease_gain
-    return tuple((_bezier(*points), level * gain) for level, *points in lines if level > 0.05)
+    return tuple((_BEZIER @ points, level * gain) for level, points in lines if level > 0.05)
 
 
-def _bezier(*points: tuple[float, float]) -> FloatArray:
+def _bezier(*points: _Point) -> FloatArray:
     """Nine points of the quadratic curve from a start by a control point to an end."""
     curve: FloatArray = _BEZIER @ np.array(points)
     return curve

@@ -27,23 +27,11 @@ from training.datasets.common import (
 
 # Columns of FER+'s label.csv after name and box (Barsoum et al. 2016); its order is not ours.
 FERPLUS_COLUMNS = (
-    "Neutral",
-    "Happiness",
-    "Surprise",
-    "Sadness",
-    "Anger",
-    "Disgust",
-    "Fear",
-    "Contempt",
-    "unknown",
-    "NF",
+    *("Neutral", "Happiness", "Surprise", "Sadness", "Anger", "Disgust", "Fear", "Contempt"),
+    *("unknown", "NF"),
 )
 _CLASS_COLUMNS = 8  # the rest, unknown and NF (no face), are no expressions
-FERPLUS_FOLDERS = {
-    "train": "FER2013Train",
-    "validation": "FER2013Valid",
-    "test": "FER2013Test",
-}
+FERPLUS_FOLDERS = {"train": "FER2013Train", "validation": "FER2013Valid", "test": "FER2013Test"}
 # Images that the public FER+ code keeps under each protocol.
 FERPLUS_COUNTS = {
     ("train", "majority"): 25_045,

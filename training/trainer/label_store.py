@@ -71,7 +71,7 @@ def stored_distributions(
     dist.barrier()  # nobody writes before all have read
     if dist.is_main_process and len(done) < views:
         make_folder(path.parent, "--store")
-        print(f"asking the teacher about {views - len(done)} views of {len(images):,} images")
+        print(f"querying the teacher about {views - len(done)} views of {len(images):,} images")
     for view in range(len(done), views):
         started = time.perf_counter()
         done.append(query(images, teacher, view, views, dist, workers))
@@ -168,7 +168,7 @@ def _read_store(path: Path, images: TrainingImages, binding: dict[str, str]) -> 
             path,
             "label distributions of these images, this teacher and this augmentation",
             "others for " + ", ".join(changed),
-            "give another --store, or remove it to ask the teacher again",
+            "give another --store, or remove it to query the teacher again",
         )
     valid = shape_fits and np.isfinite(distributions).all()
     if not valid or np.abs(distributions.sum(axis=2) - 1).max() > 1e-3:
@@ -176,6 +176,6 @@ def _read_store(path: Path, images: TrainingImages, binding: dict[str, str]) -> 
             path,
             f"distributions of {len(images):,} images that sum to one",
             f"shape {distributions.shape} or other sums",
-            "remove it to ask the teacher again",
+            "remove it to query the teacher again",
         )
     return list(distributions)

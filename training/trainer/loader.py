@@ -67,15 +67,10 @@ def split_samples(dataset: Dataset, select: str, seed: int) -> tuple[list[Sample
     return samples, [] if select == "last" else list(dataset.split(select))
 
 
-def hold_out(
-    samples: Sequence[Sample], seed: int, fraction: float = 0.1
-) -> tuple[list[Sample], list[Sample]]:
-    """Split off a seeded, stratified part of the training images for selection.
+def hold_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Split off a seeded tenth of every class of the train split, for selection.
 
-    Args:
-        samples: The train split.
-        seed: Of the choice.
-        fraction: Part of every class that is held out: at least one image, never all.
+    At least one image of a class is held out, and never all.
 
     Returns:
         The rest and the held-out images, in the order given.
@@ -85,7 +80,7 @@ def hold_out(
     held = np.zeros(len(samples), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        count = min(max(1, round(0.1 * len(members))), len(members) - 1)
         held[generator.choice(members, count, replace=False)] = True
     rest = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return rest, [sample for sample, out in zip(samples, held, strict=True) if out]

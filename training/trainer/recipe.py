@@ -37,13 +37,13 @@ class Recipe:
         nesterov: Nesterov's momentum.
         step_epochs: Epochs between two steps.
         decay: Factor of a step.
-        ema: Decay per step of the moving average of the weights, which is then what is judged and
+        ema: Decay per step of the moving average of the weights (EMA), which is then evaluated and
             kept; smaller at first, so that short runs do not keep their first weights; 0 keeps
             the weights themselves.
         temperature: The teacher's distributions are softened by it; 1 as published.
         ldg_share: Weight of the LDG in ``--targets ldg+onehot`` and ``ldg+votes``, 0 to 1.
-        views: Augmented views of every image for which the teacher is asked once, before the
-            training; 0 asks it in every step, as published.
+        views: Augmented views of every image for which the teacher is queried once, before
+            the training; 0 queries it in every step, as published.
         select: Which images choose the epoch that is kept: ``holdout`` (a seeded tenth of train,
             then not trained on), ``validation``, ``test`` (as published), or ``last`` (none).
         whole_batches: Leave out an epoch's last batch where it is not full.

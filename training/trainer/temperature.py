@@ -32,7 +32,7 @@ def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
         labels: Integers (N,).
 
     Returns:
-        T, 0.05 to 20. Above 1 the network was too sure of itself.
+        T, 0.05 to 20. Above 1 the network was too confident.
     """
     scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))  # (N, C)
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))  # (N,)

@@ -22,9 +22,9 @@ from PIL import Image
 import efficientface_deploy as ef
 from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator, load_checkpoint
 from efficientface_export import cli as export
-from training import evaluate, explain, student, teacher
+from training import evaluate, explain, prepare, student, teacher
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[1] / "docs/checkpoints.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.splitlines()]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
@@ -105,9 +105,12 @@ def lively_head(features: torch.Tensor, classes: int) -> dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def workspace(face_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the page's commands name."""
     root = tmp_path_factory.mktemp("published")
+    face_set = tmp_path_factory.mktemp("data") / "faces"
+    arguments = ["synthetic", "--train", "56", "--test", "28", "--size", "48"]
+    assert prepare.main([*arguments, "--out", str(face_set)]) == 0
     for folder, labels, _ in DATA.values():
         for split, count in (("train", 3), ("test", 1)):
             for label in range(len(labels)):
@@ -235,13 +238,13 @@ def test_command(line, here, caplog, monkeypatch):
     main, extra = MAINS[program]
     folder, labels, _ = DATA[options["--preset"]]
     assert options.get("--data", folder) == folder
-    inferred, asked = record_predictors(monkeypatch), record_ldgs(monkeypatch)
+    inferred, queried = record_predictors(monkeypatch), record_ldgs(monkeypatch)
     with caplog.at_level("INFO"):
         assert main([*arguments, *extra]) == 0
     out = Path(options["--out"])
     if program in ("training.teacher", "training.student"):
         check_training(program, options, labels, out, caplog.text)
-        check_teacher(options, asked)
+        check_teacher(options, queried)
     elif program == "training.evaluate":
         check_evaluation(options, labels, out, inferred)
     elif program == "training.explain":
@@ -265,18 +268,18 @@ def record_predictors(monkeypatch) -> list[np.ndarray]:
 
 
 def record_ldgs(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What LDGs are asked, and what they answer."""
-    asked = []
+    """What LDGs are given, and what they answer."""
+    queried = []
     forward = LabelDistributionGenerator.forward
 
     def recording(self, image):
         logits = forward(self, image)
         if not self.training:
-            asked.append((image.clone(), logits.clone()))
+            queried.append((image.clone(), logits.clone()))
         return logits
 
     monkeypatch.setattr(LabelDistributionGenerator, "forward", recording)
-    return asked
+    return queried
 
 
 def check_training(program, options, labels, out, log):
@@ -295,11 +298,11 @@ def check_training(program, options, labels, out, log):
     assert trained["fc.weight"].shape[0] == len(labels)
 
 
-def check_teacher(options, asked):
-    """The LDG was asked at its own size and answered as the plain ResNet does."""
+def check_teacher(options, queried):
+    """The LDG was queried at its own size and answered as the plain ResNet does."""
     if "--teacher" not in options:
         return
-    images, logits = next(pair for pair in asked if len(pair[0]) == 14)
+    images, logits = next(pair for pair in queried if len(pair[0]) == 14)
     assert images.shape == (14, 3, 224, 224)
     expected = logits_of(plain_network(options["--teacher"]), images[:3])
     assert_close(logits[:3].numpy(), expected)
