@@ -28,15 +28,14 @@ from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
-from training.trainer.augmentation import AUGMENTATIONS
-from training.trainer.config import Job, Progress, TrainConfig
-from training.trainer.distributed import Ranks
-from training.trainer.label_store import store_binding, stored_distributions
+from training.trainer.config import Job, TrainConfig, TrainerState
+from training.trainer.distributed import Distributed
+from training.trainer.label_store import stored_distributions
 from training.trainer.loader import Batch, TrainingImages, choose_samples
 from training.trainer.loop import Trainer
 from training.trainer.recipe import DEFAULT_STUDENT
-from training.trainer.small_maps import SmallMapConv2d
-from training.trainer.targets import Blend, Teach, Teacher, own_targets
+from training.trainer.small_maps import SmallMapConv2d, has_amx
+from training.trainer.targets import Blend, TargetFunction, Teacher, loaded_targets
 
 BASELINE = "no teacher"
 
@@ -89,8 +88,9 @@ def plan_cases() -> list[Case]:
     ldg = Case("the LDG's own training", network="ldg")
     cases.append(ldg)
     cases.append(dataclasses.replace(ldg, name=f"{ldg.name}, bf16", amp="bf16"))
-    name = f"{ldg.name}, bf16, no matrix products"
-    cases.append(dataclasses.replace(ldg, name=name, amp="bf16", matrix_products=False))
+    if has_amx():  # elsewhere there are none
+        name = f"{ldg.name}, bf16, no matrix products"
+        cases.append(dataclasses.replace(ldg, name=name, amp="bf16", matrix_products=False))
     return cases
 
 
@@ -142,29 +142,27 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     spec = options.model_spec(dataset, own.architecture)
     recipe = dataclasses.replace(options.change(DEFAULT_STUDENT), epochs=1_000, views=1)
     job = Job("teacher" if case.network == "ldg" else "student", spec, recipe, dataset, options)
-    ranks = Ranks(torch.device("cpu"))
-    samples = choose_samples(job, ranks)[0][:: len(dataset.split("train")) // config.images + 1]
-    augmentation = AUGMENTATIONS[recipe.augmentation](spec)
-    images = TrainingImages(samples, spec, augmentation, config.seed)
-    teach: Teach = own_targets
+    dist = Distributed(torch.device("cpu"))
+    samples = choose_samples(job, dist)[0][:: len(dataset.split("train")) // config.images + 1]
+    images = TrainingImages(samples, spec, recipe.augmentation, config.seed)
+    target_function: TargetFunction = loaded_targets
     if case.targets != "own":
-        teacher = Teacher(config.teacher, None, spec, ranks.device)
+        teacher = Teacher(config.teacher, None, spec, dist.device)
         blend = Blend()
         if case.targets == "online":
-            teach = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
+            target_function = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
         else:
             data_hash = images.content_hash(dataset.root)
-            binding = store_binding(images, teacher, recipe.augmentation, data_hash)
             path = folder / "store.safetensors"
-            images.targets = stored_distributions(path, images, teacher, 1, binding, ranks, 0)
-    trainer = Trainer(job, model, images, teach, ranks)
+            images.targets = stored_distributions(path, images, teacher, 1, data_hash, dist, 0)
+    trainer = Trainer(job, model, images, target_function, dist)
     if not case.matrix_products:
         use_library_convolutions(model)
     trainer.forward.train()
     batches = endless(trainer)
 
     def step() -> None:
-        trainer.train_step(*next(batches), Progress())
+        trainer.train_step(*next(batches), TrainerState())
 
     return step
 

@@ -11,6 +11,7 @@ from efficientface_deploy.models import LabelDistributionGenerator, save_checkpo
 from efficientface_deploy.workbench.dataset import read_dataset
 from efficientface_deploy.workbench.timing import Samples
 from training import prepare
+from training.trainer import small_maps
 from training.trainer.small_maps import use_matrix_products
 
 
@@ -27,7 +28,8 @@ def setting(tmp_path_factory):
     return data, teacher
 
 
-def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
+def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "has_amx", lambda: True)
     data, teacher = setting
     arguments = ["--data", str(data), "--teacher", str(teacher), "--input-size", "32"]
     arguments += ["--batch-size", "8", "--images", "64", "--seconds", "0.3", "--rounds", "3"]
@@ -49,7 +51,8 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys):
     assert "teacher in every step" in capsys.readouterr().out
 
 
-def test_library_convolutions_are_put_back():
+def test_library_convolutions_are_put_back(monkeypatch):
+    monkeypatch.setattr(small_maps, "has_amx", lambda: True)
     model = LabelDistributionGenerator(7, "resnet18")
     kinds = [type(module) for module in model.modules()]
     keys = list(model.state_dict())
