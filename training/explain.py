@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fix = "choose another --out, or remove them"
         raise ConfigError(config.out, "no sheets yet", "those of an earlier run", fix)
     unreadable: list[ImageError] = []
-    with open_workspace(config.out, "explaining") as work:
+    with open_workspace(config.out, "explanation") as work:
         require_preset(config.weights, config.preset)
         model, spec = load_checkpoint(config.weights, config.preset)
         target = None
