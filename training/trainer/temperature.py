@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017, section 4.2): one number that makes confidence honest."""
+"""Temperature scaling (Guo et al. 2017, section 4.2): one number that calibrates confidence."""
 
 from __future__ import annotations
 
