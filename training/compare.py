@@ -129,12 +129,10 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise ConfigError(
-            folder,
-            f"the folder of a training: {CONFIG}, {METRICS} and weights",
-            "a folder without" if folder.is_dir() else "no such folder",
-            "give the --out of training.student or training.teacher, after an epoch",
-        )
+        wanted = f"the folder of a training: {CONFIG}, {METRICS} and weights"
+        fix = "give the --out of training.student or training.teacher, after an epoch"
+        content = "a folder without" if folder.is_dir() else "no such folder"
+        raise ConfigError(folder, wanted, content, fix)
     return Run(folder, settings, found[0], history)
 
 
@@ -234,12 +232,9 @@ def _check_seeds(runs: Sequence[Run], split: str) -> None:
     for run in runs:
         for name, wanted in (("select", HOLDOUT), ("seed", runs[0].settings["seed"])):
             if run.settings[name] != wanted:
-                raise ConfigError(
-                    run.folder,
-                    f"--{name} {wanted}, so that none was trained on the tenth of train",
-                    f"--{name} {run.settings[name]}",
-                    "leave the run out, or compare on --split validation",
-                )
+                expected = f"--{name} {wanted}, so that none was trained on the tenth of train"
+                fix = "leave the run out, or compare on --split validation"
+                raise ConfigError(run.folder, expected, f"--{name} {run.settings[name]}", fix)
 
 
 def _differing_options(runs: Sequence[Run]) -> list[str]:

@@ -143,12 +143,10 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
     if select is None:  # it does not say
         return int(seed if given is None else given)
     if select != HOLDOUT or given not in (None, seed):
-        raise ConfigError(
-            "--split holdout",
-            "images that the model was not trained on",
-            f"a model of --select {select} --seed {seed}",
-            "leave --seed out" if select == HOLDOUT else "choose another --split",
-        )
+        wanted = "images that the model was not trained on"
+        fix = "leave --seed out" if select == HOLDOUT else "choose another --split"
+        found = f"a model of --select {select} --seed {seed}"
+        raise ConfigError("--split holdout", wanted, found, fix)
     return int(seed)
 
 

@@ -158,7 +158,9 @@ def heat_maps(model: nn.Module, batch: torch.Tensor, targets: torch.Tensor) -> F
     Returns:
         float32 (N, S, S); the largest value of each map is 1, or the map is zero.
     """
-    coarse = LayerGradCam(model, last_stage(model)).attribute(
+    # Whose output the head averages: conv5, or a ResNet's layer4.
+    last_stage = "conv5" if isinstance(model, EfficientFace) else "backbone.layer4"
+    coarse = LayerGradCam(model, model.get_submodule(last_stage)).attribute(
         batch, target=targets, relu_attributions=True
     )  # (N, 1, S / 32, S / 32)
     side = (batch.shape[2], batch.shape[3])
@@ -166,12 +168,6 @@ def heat_maps(model: nn.Module, batch: torch.Tensor, targets: torch.Tensor) -> F
     peak = maps.amax(dim=(1, 2), keepdim=True)
     heat: Float32Array = torch.where(peak > 0, maps / peak, torch.zeros_like(maps)).numpy()
     return heat
-
-
-def last_stage(model: nn.Module) -> nn.Module:
-    """The layer whose output the head averages: conv5, or a ResNet's layer4."""
-    name = "conv5" if isinstance(model, EfficientFace) else "backbone.layer4"
-    return model.get_submodule(name)
 
 
 def draw_sheet(path: Path, explanations: Sequence[Explanation]) -> None:

@@ -77,12 +77,9 @@ class StudentConfig(TrainConfig):
                 that would not be used.
         """
         if self.queries_teacher and self.teacher is None:
-            raise ConfigError(
-                "--teacher",
-                f"an LDG's checkpoint for --targets {self.targets}",
-                "none",
-                "train one with python -m training.teacher, or choose --targets onehot or votes",
-            )
+            wanted = f"an LDG's checkpoint for --targets {self.targets}"
+            fix = "train one with python -m training.teacher, or choose --targets onehot or votes"
+            raise ConfigError("--teacher", wanted, "none", fix)
         useless = {} if self.queries_teacher else dict.fromkeys(_FOR_LDG, "which queries no LDG")
         if "+" not in self.targets:
             useless["ldg_share"] = "which blends nothing"
@@ -95,8 +92,8 @@ class StudentConfig(TrainConfig):
         if self.store is None:
             return
         if not (self.queries_teacher and views):
-            found = "--views 0, which queries it in every step"
-            found = found if self.queries_teacher else "no teacher"
+            idle = "--views 0, which queries it in every step"
+            found = idle if self.queries_teacher else "no teacher"
             wanted = "a teacher and --views of at least 1"
             raise ConfigError("--store", wanted, found, "leave --store out")
         if self.store.suffix != ".safetensors":

@@ -177,9 +177,8 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
         except UnicodeDecodeError:
             raise  # open_text has the words for it
         except (csv.Error, ValueError) as error:
-            raise DatasetError(
-                f"{place} line {reader.line_num}", "columns " + ", ".join(COLUMNS), str(error), _FIX
-            ) from None
+            where, wanted = f"{place} line {reader.line_num}", "columns " + ", ".join(COLUMNS)
+            raise DatasetError(where, wanted, str(error), _FIX) from None
     return listed
 
 

@@ -16,14 +16,7 @@ import numpy as np
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
 from training.datasets.archive import Place, open_source, read
-from training.datasets.common import (
-    Box,
-    Face,
-    Preparation,
-    PrepareConfig,
-    Published,
-    describe,
-)
+from training.datasets.common import Box, Face, Preparation, PrepareConfig, Published, describe
 
 # Columns of FER+'s label.csv after name and box (Barsoum et al. 2016); its order is not ours.
 FERPLUS_COLUMNS = (

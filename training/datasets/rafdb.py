@@ -126,6 +126,5 @@ def _open_images(source: Place, files: Sequence[str]) -> Iterator[Place]:
 
 
 def _no_images(where: Place, found: str, fix: str) -> DatasetError:
-    return DatasetError(
-        where, f"{IMAGE_FOLDER}/train_00001_aligned.jpg and the other aligned images", found, fix
-    )
+    wanted = f"{IMAGE_FOLDER}/train_00001_aligned.jpg and the other aligned images"
+    return DatasetError(where, wanted, found, fix)

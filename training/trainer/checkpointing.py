@@ -102,12 +102,9 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
         raise CheckpointError(job.state, "the state of a run", found, fix) from None
     now = job.identity()
     if changed := [name for name in now if now[name] != started_with.get(name)]:
-        raise ConfigError(
-            job.config.out,
-            "the options, images and teacher that the run was started with",
-            "others for " + ", ".join(changed),
-            f"repeat those in {job.config.out / CONFIG}, or choose another --out",
-        )
+        wanted = "the options, images and teacher that the run was started with"
+        fix = f"repeat those in {job.config.out / CONFIG}, or choose another --out"
+        raise ConfigError(job.config.out, wanted, "others for " + ", ".join(changed), fix)
     return content
 
 

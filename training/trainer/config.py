@@ -81,12 +81,9 @@ class TrainConfig:
         given = {name: value for name in shared if (value := getattr(self, name)) is not None}
         changed = dataclasses.replace(recipe, **given)
         if self.step_epochs is not None and changed.schedule != "step":
-            raise ConfigError(
-                "--step-epochs",
-                f"none with the schedule {changed.schedule}",
-                str(self.step_epochs),
-                "leave it out, or add --schedule step",
-            )
+            wanted = f"none with the schedule {changed.schedule}"
+            fix = "leave it out, or add --schedule step"
+            raise ConfigError("--step-epochs", wanted, str(self.step_epochs), fix)
         return changed
 
     def check_device(self, device: torch.device) -> None:

@@ -83,12 +83,7 @@ def stored_distributions(
 
 
 def query(
-    images: TrainingImages,
-    teacher: Teacher,
-    view: int,
-    views: int,
-    dist: Distributed,
-    workers: int,
+    images: TrainingImages, teacher: Teacher, view: int, views: int, dist: Distributed, workers: int
 ) -> np.ndarray:
     """The distributions of one view of all images, float32 (N, C); each rank does its share."""
     keys = [(view, index) for index in range(dist.rank, len(images), dist.world_size)]
@@ -164,18 +159,12 @@ def _read_store(path: Path, images: TrainingImages, binding: dict[str, str]) -> 
         fix = "give another --store, or remove it"
         raise ArtifactError(path, wanted, found, fix) from None
     if changed := [name for name in binding if made_for.get(name) != binding[name]]:
-        raise ArtifactError(
-            path,
-            "label distributions of these images, this teacher and this augmentation",
-            "others for " + ", ".join(changed),
-            "give another --store, or remove it to query the teacher again",
-        )
+        wanted = "label distributions of these images, this teacher and this augmentation"
+        fix = "give another --store, or remove it to query the teacher again"
+        raise ArtifactError(path, wanted, "others for " + ", ".join(changed), fix)
     valid = shape_fits and np.isfinite(distributions).all()
     if not valid or np.abs(distributions.sum(axis=2) - 1).max() > 1e-3:
-        raise ArtifactError(
-            path,
-            f"distributions of {len(images):,} images that sum to one",
-            f"shape {distributions.shape} or other sums",
-            "remove it to query the teacher again",
-        )
+        wanted = f"distributions of {len(images):,} images that sum to one"
+        found = f"shape {distributions.shape} or other sums"
+        raise ArtifactError(path, wanted, found, "remove it to query the teacher again")
     return list(distributions)

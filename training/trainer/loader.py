@@ -48,13 +48,10 @@ def choose_samples(job: Job, dist: Distributed) -> tuple[list[Sample], list[Samp
     samples, selection = split_samples(dataset, job.recipe.select, job.config.seed)
     seen = {sample.label for sample in samples}
     if missing := [label for index, label in enumerate(dataset.labels) if index not in seen]:
-        raise ConfigError(
-            dataset.root,
-            "training images of every class",
-            "none of " + ", ".join(missing),
-            "add images, or prepare the data set with the classes that it has "
-            "(python -m training.prepare folders --classes ...)",
-        )
+        wanted, found = "training images of every class", "none of " + ", ".join(missing)
+        fix = "add images, or prepare the data set with the classes that it has "
+        fix += "(python -m training.prepare folders --classes ...)"
+        raise ConfigError(dataset.root, wanted, found, fix)
     check_batches(len(samples), job.recipe.batch_size, dist.world_size)
     return samples, selection
 
@@ -95,12 +92,8 @@ def check_batches(length: int, batch_size: int, world_size: int) -> None:
         DatasetError: There are too few images.
     """
     if batch_size % world_size or batch_size < 2 * world_size:
-        raise ConfigError(
-            "--batch-size",
-            f"a multiple of the {world_size} processes, with two images or more for each",
-            str(batch_size),
-            "change one of them",
-        )
+        wanted = f"a multiple of the {world_size} processes, with two images or more for each"
+        raise ConfigError("--batch-size", wanted, str(batch_size), "change one of them")
     if length < batch_size:
         wanted = f"at least one batch of {batch_size} images"
         fix = "give a smaller --batch-size or more images"

@@ -35,12 +35,9 @@ def dataset_targets(samples: Sequence[Sample], classes: int, *, votes: bool) -> 
         DatasetError: Votes are wanted and there are none.
     """
     if votes and any(sample.votes is None for sample in samples):
-        raise DatasetError(
-            "votes as targets",
-            "a data set with a column of votes for each class",
-            "one without",
-            "choose other --targets for a student; leave --votes out for a teacher",
-        )
+        wanted = "a data set with a column of votes for each class"
+        fix = "choose other --targets for a student; leave --votes out for a teacher"
+        raise DatasetError("votes as targets", wanted, "one without", fix)
     if not votes:
         samples = [Sample(sample.path, sample.label) for sample in samples]
     return label_distributions(samples, classes)
