@@ -411,7 +411,9 @@ def test_a_failure_to_free_is_logged_and_hides_nothing(
 
 def test_old_driver_is_told_from_no_driver(cudart: FakeCudart) -> None:
     cudart.fail["cudaGetDevice"] = Status.cudaErrorInsufficientDriver
-    with pytest.raises(BackendError, match=r"CUDA 12\.4: update it, or pip install 'cuda-bindings<"):
+    with pytest.raises(
+        BackendError, match=r"CUDA 12\.4: update it, or pip install 'cuda-bindings<"
+    ):
         open_cuda()
     cudart.driver = 0
     with pytest.raises(BackendError, match="on a machine with an NVIDIA GPU"):
