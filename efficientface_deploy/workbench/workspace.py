@@ -128,7 +128,7 @@ def empty_folders_removed(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claim_folder(path: Path, work: str, option: str = "--out") -> Iterator[None]:
+def make_and_lock(path: Path, work: str, option: str = "--out") -> Iterator[None]:
     """Make a folder where it is missing and keep other commands of this kind out of it.
 
     A folder that was made here and is empty at the end goes again.
@@ -190,7 +190,7 @@ def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
     """
     scratch = path / f".efficientface-{work}"
     try:
-        with claim_folder(path, work):
+        with make_and_lock(path, work):
             try:
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()

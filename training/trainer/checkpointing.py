@@ -16,7 +16,7 @@ from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.files import atomic_path, write_text
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.workbench.environment import made_by
-from efficientface_deploy.workbench.workspace import claim_folder
+from efficientface_deploy.workbench.workspace import make_and_lock
 from training.trainer.config import CONFIG, Job, TrainerState
 from training.trainer.distributed import Distributed
 
@@ -38,7 +38,7 @@ def lock(job: Job, dist: Distributed) -> Iterator[None]:
     if not dist.is_main_process:
         yield
         return
-    with claim_folder(out, "training"):
+    with make_and_lock(out, "training"):
         yield
 
 
