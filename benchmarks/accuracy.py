@@ -29,11 +29,11 @@ from benchmarks.measure.models import (
     open_candidates,
     require_candidates,
 )
-from benchmarks.report.compare import PREDICTIONS, Predictions, compare
+from benchmarks.report.compare import PREDICTIONS, compare, write_predictions
 from benchmarks.report.publish import console, publish, require_libraries, show_comparison
-from benchmarks.report.result import Row, default_folder, new_result, read_result
+from benchmarks.report.result import Result, Row, default_folder, new_result, read_result
 from efficientface_deploy.command import option, parse_config, run_command
-from efficientface_deploy.errors import ImageError
+from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench import evaluation
 from efficientface_deploy.workbench.dataset import Dataset, Sample, image_list_hash, read_dataset
@@ -85,40 +85,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_result(config.compare)  # before the work rather than after it
     result, predictions = run(config)
     folder = config.out or default_folder(result)
-    predictions.write(folder / PREDICTIONS)
+    write_predictions(folder / PREDICTIONS, **predictions)
     written = publish(result, folder)
     if config.compare is not None:
         show_comparison(compare(config.compare, written), console())
     return 0
 
 
-def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
-    """Evaluate, and give the result as a JSON object, and every model's predictions.
+def run(config: AccuracyConfig) -> tuple[Result, dict[str, Any]]:
+    """Evaluate every model on every image.
+
+    Returns:
+        The result, and what :func:`write_predictions` keeps.
 
     Raises:
-        EfficientFaceError: The data set cannot be used, or no model runs here.
+        EfficientFaceError: The data set or an image cannot be used, or no model runs here.
     """
     backends = choose_backends(config.backends)
     dataset = read_dataset(config.data, config.preset)
     split = config.split or dataset.evaluation_split()
     samples = dataset.split(split)
     labels = evaluation.labels_of(samples)
-    result = new_result("accuracy", config)
-    models = find_models(config.models)
-    with open_candidates(models, backends, preset=config.preset) as (opened, skipped):
-        candidates, strangers = with_labels_of(dataset, opened)
-        skipped += strangers
-        require_candidates(candidates, skipped)
-        print(f"evaluating {len(candidates)} rows, {len(samples)} images each", file=sys.stderr)
-        probabilities, failed = predict(candidates, dataset, samples)
-        skipped += failed
-        require_candidates(list(probabilities), skipped)
-        reference = choose_reference(list(probabilities))
-        rows = [
-            {**describe(entry), **score(own, labels, probabilities[reference])}
-            for entry, own in probabilities.items()
-        ]
     digest = image_list_hash(samples, dataset.root)
+    result = new_result("accuracy", config)
+    found: dict[Candidate, Float32Array] = {}
+    models = find_models(config.models)
+    with open_candidates(models, backends, preset=config.preset) as (candidates, skipped):
+        for entry in candidates:
+            try:
+                found[entry] = predict(entry, dataset, samples)
+            except ImageError:
+                raise
+            except CANNOT_RUN as error:
+                skipped.append(Skipped(entry.backend, entry.model, one_line(error)))
+        require_candidates(list(found), skipped)
+        reference = choose_reference(list(found))
+        rows = [
+            {"model": entry.model, "backend": entry.backend}
+            | {key: value for key, value in entry.describe().items() if key != "name"}
+            | score(own, labels, found[reference])
+            for entry, own in found.items()
+        ]
     described = {
         **result,
         "data": {
@@ -134,63 +141,34 @@ def run(config: AccuracyConfig) -> tuple[dict[str, Any], Predictions]:
         "absent": [dataclasses.asdict(entry) for entry in skipped],
         "warnings": warnings(rows),
     }
-    images = [sample.path.relative_to(dataset.root).as_posix() for sample in samples]
-    named = {f"{entry.model} on {entry.backend}": own for entry, own in probabilities.items()}
-    return described, Predictions.of(digest, images, labels, named)
+    return described, {
+        "images_sha256": digest,
+        "images": [sample.path.relative_to(dataset.root).as_posix() for sample in samples],
+        "labels": labels,
+        "probabilities": {f"{own.model} on {own.backend}": found[own] for own in found},
+    }
 
 
-def with_labels_of(
-    dataset: Dataset, candidates: Sequence[Candidate]
-) -> tuple[list[Candidate], list[Skipped]]:
-    """Keep the models that know the data set's classes, in whatever order."""
-    fitting, strangers = [], []
-    for candidate in candidates:
-        labels = candidate.predictor.spec.labels
-        if set(labels) == set(dataset.labels):
-            fitting.append(candidate)
-        else:
-            reason = (
-                f"labels: expected those of {dataset.name} ({', '.join(dataset.labels)}), "
-                f"found {', '.join(labels)}; give a model that was trained on these classes"
-            )
-            strangers.append(Skipped(candidate.backend, candidate.model, reason))
-    return fitting, strangers
-
-
-def predict(
-    candidates: Sequence[Candidate], dataset: Dataset, samples: Sequence[Sample]
-) -> tuple[dict[Candidate, Float32Array], list[Skipped]]:
-    """Probabilities of every model for every image.
-
-    Args:
-        candidates: Models with the data set's labels.
-        dataset: Gives the order of the classes.
-        samples: N images.
-
-    Returns:
-        Per model float32 (N, C), columns in the data set's order; and the models that failed.
+def predict(candidate: Candidate, dataset: Dataset, samples: Sequence[Sample]) -> Float32Array:
+    """Probabilities of a model for N images, float32 (N, C), columns in the data set's order.
 
     Raises:
+        DatasetError: The model knows other classes.
         ImageError: An image cannot be read.
     """
-    found: dict[Candidate, Float32Array] = {}
-    failed: list[Skipped] = []
-    for entry in candidates:
-        spec = entry.predictor.spec
+    predictor = candidate.predictor
+    labels = predictor.spec.labels
+    if set(labels) != set(dataset.labels):
+        expected = f"those of {dataset.name} ({', '.join(dataset.labels)})"
+        fix = "give a model that was trained on these classes"
+        raise DatasetError("labels", expected, ", ".join(labels), fix)
 
-        def infer(images: UInt8Array, predictor: Any = entry.predictor) -> Float32Array:
-            probabilities: Float32Array = predictor.infer(images)[1]
-            return probabilities
+    def infer(images: UInt8Array) -> Float32Array:
+        probabilities: Float32Array = predictor.infer(images)[1]
+        return probabilities
 
-        try:
-            own = evaluation.predict(infer, samples, spec, entry.model)
-        except ImageError:
-            raise
-        except CANNOT_RUN as error:
-            failed.append(Skipped(entry.backend, entry.model, one_line(error)))
-        else:
-            found[entry] = own[:, [spec.labels.index(label) for label in dataset.labels]]
-    return found, failed
+    own = evaluation.predict(infer, samples, predictor.spec, candidate.model)
+    return own[:, [labels.index(label) for label in dataset.labels]]
 
 
 def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
@@ -198,12 +176,6 @@ def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
     torch = [entry for entry in candidates if entry.backend.startswith("torch")]
     fp32 = [entry for entry in candidates if entry.precision == "fp32"]
     return [*torch, *fp32, *candidates][0]
-
-
-def describe(candidate: Candidate) -> Row:
-    """The model's part of a row."""
-    described = candidate.describe()
-    return {"model": described.pop("name"), "backend": candidate.backend, **described}
 
 
 def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Array) -> Row:

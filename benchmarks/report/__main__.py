@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.report.compare import TOLERANCE, compare
 from benchmarks.report.docs import update_docs
-from benchmarks.report.plots import latency_plot
+from benchmarks.report.plots import latency_plot, save_plot
 from benchmarks.report.publish import (
     console,
     require_libraries,
@@ -21,7 +21,7 @@ from benchmarks.report.publish import (
     show_comparison,
     write_report,
 )
-from benchmarks.report.result import TIMED, Result, read_result, refuse_damaged
+from benchmarks.report.result import TIMED, Result, damage_named, read_result
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
 
@@ -31,22 +31,15 @@ class ReportConfig:
     """Options of ``python -m benchmarks.report``."""
 
     results: tuple[Path, ...] = option(
-        (),
-        positional=True,
-        help="results of benchmarks/, the newest where --compare",
-        metavar="RESULT",
+        (), positional=True, metavar="RESULT", help="results, the newest where --compare"
     )
     out: Path | None = option(None, help="write report.md and the plots there", metavar="DIR")
     compare: Path | None = option(None, help="an older result of the same kind", metavar="OLD")
     tolerance: float = option(
-        TOLERANCE,
-        metavar="SHARE",
-        minimum=0,
-        help="what two runs may differ by without being told apart",
+        TOLERANCE, metavar="SHARE", minimum=0, help="what two runs may differ by as noise"
     )
     fail_on_regression: bool = option(False, help="with --compare: exit 1 where one is found")
     docs: bool = option(False, help="write the tables of README.md and docs/ from their results")
-    readme: bool = option(False, help="the same as --docs")
     plot: Path | None = option(None, help="draw the latencies again, as PNG", metavar="FILE")
 
 
@@ -60,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     require_libraries()
     output = console()
-    if config.docs or config.readme:
+    if config.docs:
         for path, changed in update_docs().items():
-            text = f"{path.name} {'rewritten' if changed else 'is up to date'}"
-            output.print(text, markup=False)
+            state = "rewritten" if changed else "is up to date"
+            output.print(f"{path.name} {state}", markup=False)
     results = [read_result(path) for path in config.results]
     _check(config, results)
     comparison = None
-    with refuse_damaged(*config.results, *([config.compare] if config.compare else [])):
-        if config.compare is not None:
-            strict = config.fail_on_regression
-            comparison = compare(config.compare, config.results[0], config.tolerance, strict=strict)
+    if config.compare is not None:
+        strict = config.fail_on_regression
+        comparison = compare(config.compare, config.results[0], config.tolerance, strict=strict)
+    with damage_named(*config.results):
         if config.plot is not None:
-            latency_plot(results[0]).save(config.plot)
+            save_plot(latency_plot(results[0]), config.plot)
         if config.out is not None and results:
             write_report(results, comparison, config.out)
             output.print(f"wrote report.md and its plots to {config.out}", markup=False)
@@ -91,7 +84,7 @@ def _check(config: ReportConfig, results: Sequence[Result]) -> None:
     Raises:
         ConfigError: Says which.
     """
-    if not results and not (config.docs or config.readme):
+    if not results and not config.docs:
         raise ConfigError("RESULT", "a result", "none", "give latency.json or another result")
     if config.compare is not None and len(results) != 1:
         expected = "one result to compare with it"

@@ -5,13 +5,13 @@ rich and matplotlib are imported where they draw: reading a result needs neither
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.compare import Comparison
-from benchmarks.report.plots import Plot, latency_plot, tradeoff_plot
+from benchmarks.report.kinds import tables_of
+from benchmarks.report.plots import latency_plot, save_plot
 from benchmarks.report.result import (
     TIMED,
     Result,
@@ -20,7 +20,6 @@ from benchmarks.report.result import (
     read_result,
     write_result,
 )
-from benchmarks.report.tables import tables_of
 from efficientface_deploy.command import parse_config
 from efficientface_deploy.files import write_text
 from efficientface_deploy.workbench.requirements import require_package
@@ -28,7 +27,6 @@ from efficientface_deploy.workbench.requirements import require_package
 if TYPE_CHECKING:
     from rich.console import Console
 
-TITLE = "EfficientFace Deploy: measured"
 # Said in every report: figures travel without their documentation.
 METHOD = """\
 Candidates take turns in rounds of random order after a warm-up, each call has another input, and
@@ -47,15 +45,13 @@ accuracy are over images. docs/benchmarks.md has the whole method.
   and a recognised expression is not a feeling.
 """
 
-_NAMES = {"peers": "Beside other toolchains", "graphs": "Layouts of the graph"}
-_NAMES |= {"training": "Training steps"}
 _PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own
 
 
 def run_benchmark(
     command: str,
     config_class: type[Any],
-    run: Callable[[Any], Mapping[str, Any]],
+    run: Callable[[Any], Result],
     argv: Sequence[str] | None,
     description: str | None,
 ) -> int:
@@ -85,7 +81,7 @@ def require_libraries() -> None:
         require_package(module, "benchmarks")
 
 
-def publish(result: Mapping[str, Any], out: Path | None) -> Path:
+def publish(result: Result, out: Path | None) -> Path:
     """Write a new result as JSON, Markdown and, where calls were timed, PNG; print it.
 
     Args:
@@ -95,47 +91,38 @@ def publish(result: Mapping[str, Any], out: Path | None) -> Path:
     Returns:
         Path of the JSON file.
     """
-    folder = out or default_folder(result)
-    path = folder / f"{result['kind']}.json"
+    path = (out or default_folder(result)) / f"{result['kind']}.json"
     write_result(result, path)
     read = read_result(path)
     write_text(path.with_suffix(".md"), "\n".join(_section(read)))
     written = [path.name, path.with_suffix(".md").name]
     if read["kind"] in TIMED:
-        latency_plot(read).save(path.with_suffix(".png"))
+        save_plot(latency_plot(read), path.with_suffix(".png"))
         written.append(path.with_suffix(".png").name)
     output = console()
     show(read, output)
-    output.print(f"wrote {' and '.join(written)} to {folder}", markup=False)
+    output.print(f"wrote {' and '.join(written)} to {path.parent}", markup=False)
     return path
 
 
 def write_report(results: Sequence[Result], comparison: Comparison | None, folder: Path) -> None:
-    """Write ``report.md`` on all results, and beside it the plots that it shows."""
-    plots: dict[str, Plot] = {}  # by the names of their files
-
-    def image(plot: Plot) -> str:
-        name = f"{len(plots) + 1}-{plot.name}.png"
-        plots[name] = plot
-        return f"![{plot.title}]({name})\n"
-
-    parts = [f"# {TITLE}\n"]
+    """Write ``report.md`` on all results, and beside it a plot of each whose calls were timed."""
+    parts, plots = ["# EfficientFace Deploy: measured\n"], {}
     if comparison is not None:
         parts += ["## Compared\n", comparison.table.to_markdown()]
         parts += [f"- Warning: {warning}" for warning in comparison.warnings]
         parts += [f"- **Regression:** {line}" for line in comparison.regressions] + [""]
-    for timed, scored in itertools.permutations(results, 2):
-        if timed["kind"] in TIMED and scored["kind"] == "accuracy":
-            plot = tradeoff_plot(timed, scored)
-            parts += ["## Accuracy by latency\n", image(plot)] if plot is not None else []
-    for result in results:
-        name = _NAMES.get(result["kind"], result["kind"].capitalize())
+    for number, result in enumerate(results, start=1):
         date = (result.get("date") or "")[:10]
-        parts += [f"## {', '.join(filter(None, (name, date)))}\n", *_section(result)]
-        parts += [image(latency_plot(result))] if result["kind"] in TIMED else []
+        parts.append(f"## {result['kind'].capitalize()}{date and f', {date}'}\n")
+        parts += _section(result)
+        if result["kind"] in TIMED:
+            name = f"{result['kind']}-{number}.png"
+            plots[name] = latency_plot(result)
+            parts.append(f"![Latency]({name})\n")
     parts += ["## How it was measured, and what may not be concluded\n", METHOD]
     for name, plot in plots.items():
-        plot.save(folder / name)
+        save_plot(plot, folder / name)
     write_text(folder / "report.md", "\n".join(parts))
 
 

@@ -1,0 +1,462 @@
+"""The tables of each kind of result, as data: see ``TABLES`` and ``BLOCKS`` at the end.
+
+A function that begins with ``_`` gives the rows, or the columns, of the table below it.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import chain
+from typing import Any
+
+from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, panels, work_name
+from benchmarks.report.tables import (
+    Columns,
+    TableForm,
+    count,
+    digits,
+    every_key,
+    interval,
+    named,
+    of,
+    points,
+    ratio_interval,
+    scaled,
+    share,
+    times,
+)
+from efficientface_deploy.workbench.tables import Table
+
+TOP_LAYERS = 12
+
+_MODEL: Columns = {"Model": of("model"), "Backend": of("backend"), "Precision": of("precision")}
+_WHERE: Columns = {**_MODEL, ">Threads": of("threads")}
+
+# ---- latency
+
+
+LATENCY = TableForm(
+    "Latency, milliseconds a call",
+    lambda result: list(chain(*panels(result["cases"]).values())),
+    {
+        **_WHERE,
+        **times("p50", "p90", "p95", "p99", "min"),
+        ">images/s": of("images_per_second", digits),
+        ">Speed-up (95 %)": of("speedup", interval),
+        ">x roofline": of("floor", lambda floor: digits(floor["distance"])),
+        ">mJ an image": of("joules_per_image", lambda joules: digits(1e3 * joules)),
+    },
+    notes=(
+        "compute: a preprocessed uint8 batch in, probabilities out",
+        "end to end: one JPEG in memory in, a label out",
+        "speed-up: ratio of medians to {baseline}, same work and threads",
+        "x roofline: p50 by the time of the network's multiply-adds at the measured peak of the "
+        "format and threads",
+    ),
+    group=work_name,
+)
+
+
+COLD = TableForm(
+    "Cold start, milliseconds",
+    lambda result: result.get("cold") or [],
+    {
+        **_WHERE,
+        ">Runs": of("runs"),
+        **times("p50", "min", "max", "load", "first_label", "process"),
+        ">peak memory, MiB": of("peak_bytes", scaled(2**-20, 0)),
+    },
+    notes=(
+        "from the start of load() to the first label, in fresh processes; the import of the "
+        "backend's library is in it",
+    ),
+)
+
+
+FILES = TableForm(
+    "Files",
+    lambda result: result.get("models") or [],
+    {
+        "Model": of("name"),
+        "Network": of("network"),
+        "Precision": of("precision"),
+        "Input": of("input_size", lambda side: f"{side}x{side}"),
+        ">MB": of("bytes", scaled(1e-6, 2)),
+        ">M multiply-adds": of("multiply_adds", scaled(1e-6, 1)),
+        "SHA-256": of("sha256", lambda digest: str(digest[:12])),
+    },
+    notes=("multiply-adds of one image, as the graph is laid out: padding included",),
+)
+
+
+def _peaks(result: Result) -> list[Row]:
+    peaks = result.get("ceilings") or {"arithmetic": [], "bandwidth": []}
+    copies = {row["threads"]: row["bytes_per_second"] for row in peaks["bandwidth"]}
+    rows = [{**row, "copy": copies.get(row["threads"])} for row in peaks["arithmetic"]]
+    for name, rate in (peaks.get("gpu") or {}).items():
+        own = {"threads": "GPU", "format": name, "by": "torch"}
+        rows.append({**own, "multiply_adds_per_second": rate})
+    return rows
+
+
+PEAKS = TableForm(
+    "The machine's peak, measured in the same run",
+    _peaks,
+    {
+        ">Threads": of("threads"),
+        "Format": of("format"),
+        ">G multiply-adds/s": of("multiply_adds_per_second", scaled(1e-9, 1)),
+        "By": of("by"),
+        "Tried": of("tried", lambda own: ", ".join(f"{n} {r / 1e9:.1f}" for n, r in own.items())),
+        ">Copy, GB/s": of("copy", lambda rate: digits(rate / 1e9)),
+    },
+    notes=("matrix products; a copy larger than the last-level cache, bytes read and written",),
+)
+
+
+def _profile_name(profile: Row) -> str:
+    threads = profile.get("threads")
+    suffix = "" if threads is None else f", {threads} thr."
+    return f"{profile['model']} ({profile['backend']}{suffix})"
+
+
+def _kinds_of_operator(result: Result) -> list[Row]:
+    """A row for each kind, in it the part of each profile under the profile's name."""
+    rows: dict[str, Row] = {}
+    total: Row = {}
+    for profile in result.get("profiles") or []:
+        for part in profile.get("kinds") or []:
+            row = rows.setdefault(part["kind"], {"Microseconds a pass": part["kind"]})
+            row[_profile_name(profile)] = part
+            total[_profile_name(profile)] = {"us": profile["total_us"]}
+    return [*rows.values(), {"Microseconds a pass": "all", **total}] if rows else []
+
+
+def _time_of(part: Row) -> str:
+    text = f"{part['us']:,.0f}"
+    if part.get("multiply_adds"):
+        rate = part["multiply_adds"] / part["us"] / 1e3  # us -> ns
+        text += f" ({part['multiply_adds'] / 1e6:.1f} M, {rate:.1f})"
+    return text
+
+
+PROFILE = TableForm(
+    "Profile by kind of operator",
+    _kinds_of_operator,
+    every_key(_time_of),
+    notes=(
+        "medians by ONNX Runtime's profiler, batch 1; in brackets multiply-adds, M, and how many "
+        "a nanosecond; its time stamps make the sum longer than a pass without it",
+    ),
+)
+
+
+def _slowest_layers(result: Result) -> list[Row]:
+    return [
+        {**layer, "share": layer["us"] / profile["total_us"], "profile": _profile_name(profile)}
+        for profile in result.get("profiles") or []
+        for layer in (profile.get("layers") or [])[:TOP_LAYERS]
+    ]
+
+
+LAYERS = TableForm(
+    f"Profile: the {TOP_LAYERS} layers that take longest",
+    _slowest_layers,
+    {
+        "Layer": of("name"),
+        "Operator": of("operator"),
+        "Kind": of("kind"),
+        ">us": of("us", digits),
+        ">%": of("share", scaled(100, 1)),
+        ">M multiply-adds": of("multiply_adds", lambda n: f"{n / 1e6:.2f}" if n else ""),
+    },
+    group=lambda row: str(row["profile"]),
+)
+
+
+def _summary_rows(result: Result) -> list[Row]:
+    """One row per candidate: its first picture, and figures of its other work and its start."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["model"], row["backend"], row.get("threads")
+
+    cold = {key(row): row["p50_ms"] for row in result.get("cold") or []}
+    works = {(key(row), row["stage"], row["batch"]): row for row in result["cases"]}
+    largest = max(row["batch"] for row in result["cases"])
+    rows = []
+    for (own, stage, batch), row in works.items():
+        if (stage, batch) == (COMPUTE, 1):
+            many, label = (
+                works.get((own, COMPUTE, largest), {}),
+                works.get((own, END_TO_END, 1), {}),
+            )
+            others = {"rate": many.get("images_per_second"), "label_ms": label.get("p50_ms")}
+            rows.append({**row, **others, "start_ms": cold.get(own)})
+    return sorted(rows, key=lambda row: row.get("threads") or 0)
+
+
+def _time_with_speedup(row: Row) -> str:
+    gain, text = row.get("speedup"), digits(row["p50_ms"])
+    return text if gain is None or gain["value"] == 1 else f"{text} ({gain['value']:.1f}x)"
+
+
+LATENCY_SUMMARY = TableForm(
+    "",
+    _summary_rows,
+    {
+        **_WHERE,
+        ">Batch 1, p50": _time_with_speedup,
+        **times("p90", "p99"),
+        ">images/s, largest batch": of("rate", digits),
+        ">JPEG to label, p50": of("label_ms", digits),
+        ">x roofline": of("floor", lambda floor: digits(floor["distance"])),
+        ">Cold start": of("start_ms", digits),
+    },
+)
+
+# ---- accuracy and export
+
+
+ACCURACY = TableForm(
+    "{data[name]}, {data[split]} split, {data[images]} images",
+    lambda result: result["rows"],
+    {
+        **_MODEL,
+        ">Accuracy %": share("accuracy"),
+        ">Macro-F1 %": share("macro_f1"),
+        ">ECE %": share("ece"),
+        ">Agreement %": share("agreement"),
+        ">Accuracy minus reference's, points": of("difference", points),
+        ">Mean KL": of("mean_kl", lambda value: f"{value:.2g}"),
+        ">Max |dp|": of("max_probability_difference", lambda value: f"{value:.2g}"),
+        ">MiB": of("bytes", scaled(2**-20, 2)),
+    },
+    notes=(
+        "agreement, KL and difference: against {reference}",
+        "in brackets 95 % intervals over images; of a difference, paired by image",
+    ),
+)
+
+
+def _recalls(result: Result) -> list[Row]:
+    labels = result["data"].get("labels") or []
+    return [
+        {"Model": row["model"], "Backend": row["backend"]}
+        | dict(zip(labels, row["recall"], strict=True))
+        for row in result["rows"]
+        if row.get("recall")
+    ]
+
+
+RECALLS = TableForm(
+    "Recall of each class, %", _recalls, every_key(lambda recall: f"{100 * recall:.1f}")
+)
+
+
+def _exported_files(result: Result) -> list[Row]:
+    """A row for each file with what its verification found; engines come last."""
+
+    def order(row: Row) -> tuple[bool, int]:
+        return not row["file"].endswith(".onnx"), ("fp32", "fp16", "int8").index(row["precision"])
+
+    rows = []
+    for entry in sorted(result["artifacts"], key=order):
+        row = {**entry, **(entry.get("verification") or {})}
+        if row.get("accuracy_difference") is not None:
+            ends = row["accuracy_interval"]
+            row["difference"] = {"value": row["accuracy_difference"], "interval": ends}
+        kernels = re.search(r"\b(\d+) kernels\b", " ".join(row.get("notes") or []))
+        rows.append({**row, "kernels": kernels and kernels[1]})
+    return rows
+
+
+EXPORT = TableForm(
+    "Export of {weights}",
+    _exported_files,
+    {
+        "File": of("file", lambda name: f"`{name}`"),
+        ">MB": of("bytes", scaled(1e-6, 2)),
+        "Arithmetic": of("arithmetic"),
+        ">Kernels": of("kernels"),
+        ">Same label %": share("agreement"),
+        ">Accuracy minus PyTorch's, points": of("difference", points),
+        ">Mean KL": of("kl", lambda value: f"{value:.1e}"),
+        "Status": of("status"),
+    },
+)
+
+# ---- peers
+
+
+def _peer_work(row: Row) -> str:
+    return f"batch {row['batch']}, {count(row['threads'], 'thread')}"
+
+
+def _peers(result: Result) -> list[Row]:
+    """By work in the order of the result, the same network first, the fastest first."""
+    works = list(dict.fromkeys(map(_peer_work, result["cases"])))
+
+    def order(row: Row) -> tuple[int, bool, float]:
+        return works.index(_peer_work(row)), row["group"] != "same network", row["p50_ms"]
+
+    return sorted(result["cases"], key=order)
+
+
+def _logit_difference(row: Row) -> str:
+    value = row["max_difference"]
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+PEERS = TableForm(
+    "The same work by every toolchain, milliseconds a call",
+    _peers,
+    {
+        "Network": of("model"),
+        "With": lambda row: f"**{row['backend']}**" if row["is_ours"] else row["backend"],
+        **times("p50", "p90", "min"),
+        ">images/s": of("images_per_second", scaled(1, 0)),
+        ">Ours is faster (95 %)": of("ours_faster", interval),
+        ">Difference": _logit_difference,
+        ">CPUs": of("cpus", scaled(1, 2)),
+        "Note": of("note"),
+    },
+    notes=(
+        "{config[input_size]}x{config[input_size]}, random weights; a call is the same work for "
+        "all: from uint8 pictures in memory to logits, normalisation included",
+        "ours is faster: median of the row by ours, the faster of ours where there are two",
+        "difference: of the logits from PyTorch's, by the largest logit; a row that differs too "
+        "much is not ranked",
+        "CPUs: CPU time by time, which shows whether the threads are as many as they should be",
+    ),
+    group=_peer_work,
+)
+
+PEER_SETTINGS = TableForm(
+    "Settings",
+    lambda result: [{"name": name, "text": text} for name, text in result["settings"].items()],
+    {"With": of("name"), "Setting": of("text")},
+)
+
+
+def _ranked(result: Result) -> list[Row]:
+    """One row per network and toolchain that is ranked, in it its time by ours for each work."""
+    rows: dict[tuple[str, str], Row] = {}
+    for case in result["cases"]:
+        if case.get("ranked") and not case.get("is_ours"):
+            head = {"network": case["model"], "with": case["backend"]}
+            row = rows.setdefault((case["model"], case["backend"]), head)
+            work = f"{count(case['batch'], 'picture')}, {count(case['threads'], 'thread')}"
+            row[work] = case["ours_faster"]
+    return list(rows.values())
+
+
+PEERS_SUMMARY = TableForm("", _ranked, every_key(interval))
+
+# ---- runtime, graph layouts, training steps
+
+START = TableForm(
+    "From starting Python to a label",
+    lambda result: named({n: row for n, row in result["start"].items() if n != "ratio"}),
+    every_key(),
+    notes=(
+        "the runtime by the bare script: {start[ratio][value]:.3f} "
+        "({start[ratio][low]:.3f} to {start[ratio][high]:.3f})",
+    ),
+)
+
+CALLS = TableForm(
+    "One call, an array of the model's size: medians, ms", lambda r: r["calls"], every_key()
+)
+
+PICTURES = TableForm(
+    "The bytes of a file to a label", lambda result: named(result["pictures"]), every_key()
+)
+
+BATCHES = TableForm(
+    "32 faces at once and one by one: medians, ms", lambda r: r["batches"], every_key()
+)
+
+MEMORY = TableForm(
+    "Memory of a process that only predicts", lambda result: [result["memory"]], every_key()
+)
+
+SETTINGS = TableForm(
+    "Settings of ONNX Runtime", lambda result: result.get("settings") or [], every_key()
+)
+
+GRAPHS = TableForm(
+    "Layouts of the graph",
+    lambda result: result["graphs"],
+    {
+        "Graph": of("name"),
+        "Expected": of("expected"),
+        ">p50, ms": of("p50_ms", scaled(1, 2)),
+        ">by straight's (95 %)": of("time_ratio", ratio_interval),
+        ">by minimum": of("min_ratio", scaled(1, 3)),
+        ">M multiply-adds": of("multiply_adds", scaled(1e-6, 1)),
+        ">by straight's": of("multiply_adds_ratio", scaled(1, 3)),
+        ">nodes": of("nodes"),
+        ">kernels": of("kernels"),
+    },
+    notes=(
+        "{config[input_size]}x{config[input_size]}, batch 1, {config[threads]} thread, FP32 on "
+        "ONNX Runtime's CPU provider; kernels of the FP16 engine for SM89 by TensorRT for RTX",
+    ),
+)
+
+TRAINING = TableForm(
+    "A training step, batch {config[batch_size]}",
+    lambda result: result["cases"],
+    {
+        "Step": of("name"),
+        ">images/s": of("images_per_second", scaled(1, 0)),
+        ">cost (95 %)": of("cost", ratio_interval),
+    },
+    notes=("cost: time of a step by that of {baseline!r}",),
+)
+
+# ---- of every kind
+
+
+def _goals(result: Result) -> list[Row]:
+    return [{k.replace("_", " "): v for k, v in goal.items()} for goal in result["goals"]]
+
+
+GOALS = TableForm("Goals", _goals, every_key())
+
+ABSENT = TableForm(
+    "Not measured here",
+    lambda result: result["absent"],
+    {"Backend": of("backend"), "Model": of("model"), "Why": of("reason")},
+)
+
+TABLES = {
+    "latency": (LATENCY, COLD, FILES, PEAKS, PROFILE, LAYERS),
+    "accuracy": (ACCURACY, RECALLS),
+    "export": (EXPORT,),
+    "peers": (PEERS, PEER_SETTINGS),
+    "runtime": (START, CALLS, PICTURES, BATCHES, MEMORY, SETTINGS),
+    "graphs": (GRAPHS,),
+    "training": (TRAINING,),
+}
+
+# What stands in README.md and docs/, by the name in the block's comment: the result's kind, or
+# ``goals`` and ``profile`` for one table of it.
+BLOCKS = {
+    "latency": LATENCY_SUMMARY,
+    "accuracy": ACCURACY,
+    "export": EXPORT,
+    "peers": PEERS_SUMMARY,
+    "graphs": GRAPHS,
+    "training": TRAINING,
+    "goals": GOALS,
+    "profile": PROFILE,
+}
+
+
+def tables_of(result: Result) -> list[Table]:
+    """Every table that a result has, the most important first; none of them is empty."""
+    if result["kind"] not in TABLES:
+        raise LookupError(f"kind {result['kind']!r}, which this version does not know")
+    forms = (GOALS, *TABLES[result["kind"]], ABSENT)
+    return [table for table in (form.fill(result) for form in forms) if table.rows]
