@@ -15,9 +15,8 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,7 +51,7 @@ from benchmarks.measure.roofline import (
     roofline_of,
 )
 from benchmarks.report.publish import run_benchmark
-from benchmarks.report.result import COMPUTE, END_TO_END, Row, new_result
+from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, new_result
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.environment import usable_cpus
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_benchmark("latency", LatencyConfig, run, argv, description)
 
 
-def run(config: LatencyConfig) -> dict[str, Any]:
+def run(config: LatencyConfig) -> Result:
     """Measure, and give the result as a JSON object.
 
     Raises:
@@ -137,10 +136,14 @@ def run(config: LatencyConfig) -> dict[str, Any]:
     threads = positive_integers(config.threads or f"1,{usable_cpus()}", "--threads")
     backends = choose_backends(config.backends)
     result = new_result("latency", config)
-    with (
-        _models(config) as (paths, unmade, notes),
-        open_candidates(paths, backends, threads, without_graphs=True) as (candidates, skipped),
-    ):
+    with contextlib.ExitStack() as stack:
+        unmade, notes = list[Skipped](), list[str]()
+        if config.models:
+            paths = find_models(config.models)
+        else:
+            paths, unmade, notes = stack.enter_context(default_models())
+        opening = open_candidates(paths, backends, threads, without_graphs=True)
+        candidates, skipped = stack.enter_context(opening)
         skipped += unmade
         require_candidates(candidates, skipped)
         baseline = choose_baseline(candidates, config.baseline)
@@ -151,32 +154,40 @@ def run(config: LatencyConfig) -> dict[str, Any]:
         if config.floor:
             print("measuring the machine's peak", file=sys.stderr)
             peaks = measure_peaks(threads, gpu=any(entry.on_gpu for entry in candidates))
-        cold, failed = measure_cold_starts(
-            candidates, make_jpegs(config.seed)[0], runs=config.cold, seed=config.seed
-        )
+        jpegs = make_jpegs(config.seed)
+        cold, failed = measure_cold_starts(candidates, jpegs[0], runs=config.cold, seed=config.seed)
         skipped += failed
         seconds = len(works) * config.seconds
         print(f"measuring {len(works)} rows, {seconds:.0f} s or more", file=sys.stderr)
+        by_name = {work.name: work for work in works}
         samples = measure(
-            {work.name: work.call for work in works},
+            {name: work.call for name, work in by_name.items()},
             seconds=config.seconds,
             rounds=config.rounds,
             seed=config.seed,
-            before_turn=_before_turn(works, config.rounds),
+            before_turn=lambda name: by_name[name].candidate.prepare(),
         )
         counts = count_multiply_adds(candidates)
         fewest = fewest_multiply_adds(candidates, counts)
-        rows = [describe(work, works, samples, baseline) for work in works]
-        for row, work in zip(rows, works, strict=True):
+        meter = open_energy_meter() if any(entry.on_gpu for entry in candidates) else None
+        rows = []
+        for work in works:
+            row = describe(work, works, samples, baseline)
             own = (work.candidate, work.batch, row["p50_ms"], fewest)
             row["floor"] = None if peaks is None else roofline_of(*own, peaks)
-        _add_energy(rows, works)
+            if meter is not None and work.candidate.on_gpu and work.stage == COMPUTE:
+                row["joules_per_image"] = energy_per_call(meter, work.call) / work.batch
+            rows.append(row)
         profiles, failed = profile(candidates, config.seed) if config.profile else ([], [])
         skipped += failed
         models = {candidate.model: candidate.describe() for candidate in candidates}
     return {
         **result,
-        "inputs": _describe_inputs(config.seed),
+        "inputs": {
+            COMPUTE: f"uint8 noise, at least four batches in turn, {input_bytes()} bytes or more",
+            END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, {PHOTO_SIDE}x{PHOTO_SIDE}, "
+            f"quality {JPEG_QUALITY}, {sum(map(len, jpegs)) // len(jpegs)} bytes on average",
+        },
         "baseline": baseline,
         "models": [{**model, "multiply_adds": counts[name]} for name, model in models.items()],
         "cases": rows,
@@ -186,16 +197,6 @@ def run(config: LatencyConfig) -> dict[str, Any]:
         "absent": [dataclasses.asdict(entry) for entry in skipped],
         "warnings": [*warnings(samples), *notes],
     }
-
-
-@contextlib.contextmanager
-def _models(config: LatencyConfig) -> Iterator[tuple[list[Path], list[Skipped], list[str]]]:
-    """The model files, what is missing of them, and what to say of them."""
-    if config.models:
-        yield find_models(config.models), [], []
-    else:
-        with default_models() as found:
-            yield found
 
 
 def plan_works(candidates: Sequence[Candidate], batches: Sequence[int], seed: int) -> list[Work]:
@@ -272,19 +273,6 @@ def describe(
     }
 
 
-def _add_energy(rows: Sequence[Row], works: Sequence[Work]) -> None:
-    """Energy of the computing rows that ran on a GPU, where its driver counts it."""
-    on_gpu = [
-        (row, work)
-        for row, work in zip(rows, works, strict=True)
-        if work.candidate.on_gpu and work.stage == COMPUTE
-    ]
-    meter = open_energy_meter() if on_gpu else None
-    for row, work in on_gpu:
-        if meter is not None:
-            row["joules_per_image"] = energy_per_call(meter, work.call) / work.batch
-
-
 def profile(candidates: Sequence[Candidate], seed: int) -> tuple[list[Row], list[Skipped]]:
     """Where the time goes in a pass of one picture, for each model on its first thread count."""
     profiles, failed = [], []
@@ -320,32 +308,6 @@ def warnings(samples: Mapping[str, Samples]) -> list[str]:
             "their p99 is near the maximum; give more --seconds"
         )
     return found
-
-
-def _describe_inputs(seed: int) -> dict[str, str]:
-    jpegs = make_jpegs(seed)
-    return {
-        COMPUTE: f"uint8 noise, at least four batches in turn, {input_bytes()} bytes or more",
-        END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, {PHOTO_SIDE}x{PHOTO_SIDE}, "
-        f"quality {JPEG_QUALITY}, {sum(map(len, jpegs)) // len(jpegs)} bytes on average",
-    }
-
-
-def _before_turn(works: Sequence[Work], rounds: int) -> Callable[[str], None]:
-    """Prepares a candidate, and shows on a terminal how far the measurement is."""
-    by_name = {work.name: work for work in works}
-    turns = len(works) * (rounds + 1)  # warm-up included
-    done = itertools.count(1)
-
-    def announce(name: str) -> None:
-        by_name[name].candidate.prepare()
-        # Written between the timings: a progress bar with a thread of its own would disturb them.
-        if sys.stderr.isatty():
-            number = next(done)
-            end = "\n" if number == turns else ""
-            print(f"\rturn {number} of {turns}", end=end, file=sys.stderr, flush=True)
-
-    return announce
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from benchmarks.report.tables import (
     digits,
     every_key,
     interval,
-    named,
     of,
     points,
     ratio_interval,
@@ -32,10 +31,9 @@ TOP_LAYERS = 12
 _MODEL: Columns = {"Model": of("model"), "Backend": of("backend"), "Precision": of("precision")}
 _WHERE: Columns = {**_MODEL, ">Threads": of("threads")}
 
-# ---- latency
+# ---- latency, peers
 
-
-LATENCY = TableForm(
+CASES = TableForm(
     "Latency, milliseconds a call",
     lambda result: list(chain(*panels(result["cases"]).values())),
     {
@@ -45,17 +43,25 @@ LATENCY = TableForm(
         ">Speed-up (95 %)": of("speedup", interval),
         ">x roofline": of("floor", lambda floor: digits(floor["distance"])),
         ">mJ an image": of("joules_per_image", lambda joules: digits(1e3 * joules)),
+        ">Ours is faster (95 %)": of("ours_faster", interval),
+        ">Difference": of("max_difference", lambda value: f"{value:.1e}"),
+        ">CPUs": of("cpus", scaled(1, 2)),
+        "Note": of("note"),
     },
-    notes=(
-        "compute: a preprocessed uint8 batch in, probabilities out",
-        "end to end: one JPEG in memory in, a label out",
-        "speed-up: ratio of medians to {baseline}, same work and threads",
-        "x roofline: p50 by the time of the network's multiply-adds at the measured peak of the "
-        "format and threads",
-    ),
+    notes={
+        "compute": "a preprocessed uint8 batch in, logits or probabilities out",
+        "end to end": "one JPEG in memory in, a label out",
+        ">Speed-up (95 %)": "ratio of medians to {baseline}, same work and threads",
+        ">x roofline": "p50 by the time of the network's multiply-adds at the measured peak of "
+        "the format and threads",
+        ">Ours is faster (95 %)": "median of the row by ours, the faster of ours where there are "
+        "two",
+        ">Difference": "of the logits from PyTorch's, by the largest logit; empty where they are "
+        "not finite; a row that differs too much is not ranked",
+        ">CPUs": "CPU time by time, which shows whether the threads are as many as they should be",
+    },
     group=work_name,
 )
-
 
 COLD = TableForm(
     "Cold start, milliseconds",
@@ -66,10 +72,10 @@ COLD = TableForm(
         **times("p50", "min", "max", "load", "first_label", "process"),
         ">peak memory, MiB": of("peak_bytes", scaled(2**-20, 0)),
     },
-    notes=(
-        "from the start of load() to the first label, in fresh processes; the import of the "
-        "backend's library is in it",
-    ),
+    notes={
+        "cold start": "from the start of load() to the first label, in fresh processes; the "
+        "import of the backend's library is in it",
+    },
 )
 
 
@@ -85,7 +91,7 @@ FILES = TableForm(
         ">M multiply-adds": of("multiply_adds", scaled(1e-6, 1)),
         "SHA-256": of("sha256", lambda digest: str(digest[:12])),
     },
-    notes=("multiply-adds of one image, as the graph is laid out: padding included",),
+    notes={">M multiply-adds": "of one image, as the graph is laid out: padding included"},
 )
 
 
@@ -110,7 +116,10 @@ PEAKS = TableForm(
         "Tried": of("tried", lambda own: ", ".join(f"{n} {r / 1e9:.1f}" for n, r in own.items())),
         ">Copy, GB/s": of("copy", lambda rate: digits(rate / 1e9)),
     },
-    notes=("matrix products; a copy larger than the last-level cache, bytes read and written",),
+    notes={
+        ">G multiply-adds/s": "matrix products",
+        ">Copy, GB/s": "larger than the last-level cache, bytes read and written",
+    },
 )
 
 
@@ -144,10 +153,10 @@ PROFILE = TableForm(
     "Profile by kind of operator",
     _kinds_of_operator,
     every_key(_time_of),
-    notes=(
-        "medians by ONNX Runtime's profiler, batch 1; in brackets multiply-adds, M, and how many "
-        "a nanosecond; its time stamps make the sum longer than a pass without it",
-    ),
+    notes={
+        "times": "medians by ONNX Runtime's profiler, batch 1; in brackets multiply-adds, M, and "
+        "how many a nanosecond; its time stamps make the sum longer than a pass without it",
+    },
 )
 
 
@@ -214,8 +223,28 @@ LATENCY_SUMMARY = TableForm(
     },
 )
 
-# ---- accuracy and export
+PEER_SETTINGS = TableForm(
+    "Settings",
+    lambda result: [{"name": name, "text": text} for name, text in result["settings"].items()],
+    {"With": of("name"), "Setting": of("text")},
+)
 
+
+def _ranked(result: Result) -> list[Row]:
+    """One row per network and toolchain that is ranked, in it its time by ours for each work."""
+    rows: dict[tuple[str, str], Row] = {}
+    for case in result["cases"]:
+        if case.get("ranked") and not case.get("is_ours"):
+            head = {"network": case["model"], "with": case["backend"]}
+            row = rows.setdefault((case["model"], case["backend"]), head)
+            work = f"{count(case['batch'], 'picture')}, {count(case['threads'], 'thread')}"
+            row[work] = case["ours_faster"]
+    return list(rows.values())
+
+
+PEERS_SUMMARY = TableForm("", _ranked, every_key(interval))
+
+# ---- accuracy and export
 
 ACCURACY = TableForm(
     "{data[name]}, {data[split]} split, {data[images]} images",
@@ -231,10 +260,10 @@ ACCURACY = TableForm(
         ">Max |dp|": of("max_probability_difference", lambda value: f"{value:.2g}"),
         ">MiB": of("bytes", scaled(2**-20, 2)),
     },
-    notes=(
-        "agreement, KL and difference: against {reference}",
-        "in brackets 95 % intervals over images; of a difference, paired by image",
-    ),
+    notes={
+        "agreement, KL and difference": "against {reference}",
+        "in brackets": "95 % intervals over images; of a difference, paired by image",
+    },
 )
 
 
@@ -285,104 +314,7 @@ EXPORT = TableForm(
     },
 )
 
-# ---- peers
-
-
-def _peer_work(row: Row) -> str:
-    return f"batch {row['batch']}, {count(row['threads'], 'thread')}"
-
-
-def _peers(result: Result) -> list[Row]:
-    """By work in the order of the result, the same network first, the fastest first."""
-    works = list(dict.fromkeys(map(_peer_work, result["cases"])))
-
-    def order(row: Row) -> tuple[int, bool, float]:
-        return works.index(_peer_work(row)), row["group"] != "same network", row["p50_ms"]
-
-    return sorted(result["cases"], key=order)
-
-
-def _logit_difference(row: Row) -> str:
-    value = row["max_difference"]
-    return "not finite" if value is None else f"{value:.1e}"
-
-
-PEERS = TableForm(
-    "The same work by every toolchain, milliseconds a call",
-    _peers,
-    {
-        "Network": of("model"),
-        "With": lambda row: f"**{row['backend']}**" if row["is_ours"] else row["backend"],
-        **times("p50", "p90", "min"),
-        ">images/s": of("images_per_second", scaled(1, 0)),
-        ">Ours is faster (95 %)": of("ours_faster", interval),
-        ">Difference": _logit_difference,
-        ">CPUs": of("cpus", scaled(1, 2)),
-        "Note": of("note"),
-    },
-    notes=(
-        "{config[input_size]}x{config[input_size]}, random weights; a call is the same work for "
-        "all: from uint8 pictures in memory to logits, normalisation included",
-        "ours is faster: median of the row by ours, the faster of ours where there are two",
-        "difference: of the logits from PyTorch's, by the largest logit; a row that differs too "
-        "much is not ranked",
-        "CPUs: CPU time by time, which shows whether the threads are as many as they should be",
-    ),
-    group=_peer_work,
-)
-
-PEER_SETTINGS = TableForm(
-    "Settings",
-    lambda result: [{"name": name, "text": text} for name, text in result["settings"].items()],
-    {"With": of("name"), "Setting": of("text")},
-)
-
-
-def _ranked(result: Result) -> list[Row]:
-    """One row per network and toolchain that is ranked, in it its time by ours for each work."""
-    rows: dict[tuple[str, str], Row] = {}
-    for case in result["cases"]:
-        if case.get("ranked") and not case.get("is_ours"):
-            head = {"network": case["model"], "with": case["backend"]}
-            row = rows.setdefault((case["model"], case["backend"]), head)
-            work = f"{count(case['batch'], 'picture')}, {count(case['threads'], 'thread')}"
-            row[work] = case["ours_faster"]
-    return list(rows.values())
-
-
-PEERS_SUMMARY = TableForm("", _ranked, every_key(interval))
-
-# ---- runtime, graph layouts, training steps
-
-START = TableForm(
-    "From starting Python to a label",
-    lambda result: named({n: row for n, row in result["start"].items() if n != "ratio"}),
-    every_key(),
-    notes=(
-        "the runtime by the bare script: {start[ratio][value]:.3f} "
-        "({start[ratio][low]:.3f} to {start[ratio][high]:.3f})",
-    ),
-)
-
-CALLS = TableForm(
-    "One call, an array of the model's size: medians, ms", lambda r: r["calls"], every_key()
-)
-
-PICTURES = TableForm(
-    "The bytes of a file to a label", lambda result: named(result["pictures"]), every_key()
-)
-
-BATCHES = TableForm(
-    "32 faces at once and one by one: medians, ms", lambda r: r["batches"], every_key()
-)
-
-MEMORY = TableForm(
-    "Memory of a process that only predicts", lambda result: [result["memory"]], every_key()
-)
-
-SETTINGS = TableForm(
-    "Settings of ONNX Runtime", lambda result: result.get("settings") or [], every_key()
-)
+# ---- graph layouts, training steps
 
 GRAPHS = TableForm(
     "Layouts of the graph",
@@ -398,10 +330,11 @@ GRAPHS = TableForm(
         ">nodes": of("nodes"),
         ">kernels": of("kernels"),
     },
-    notes=(
-        "{config[input_size]}x{config[input_size]}, batch 1, {config[threads]} thread, FP32 on "
-        "ONNX Runtime's CPU provider; kernels of the FP16 engine for SM89 by TensorRT for RTX",
-    ),
+    notes={
+        ">p50, ms": "{config[input_size]}x{config[input_size]}, batch 1, {config[threads]} thread, "
+        "FP32 on ONNX Runtime's CPU provider",
+        ">kernels": "of the FP16 engine for SM89 by TensorRT for RTX",
+    },
 )
 
 TRAINING = TableForm(
@@ -412,7 +345,7 @@ TRAINING = TableForm(
         ">images/s": of("images_per_second", scaled(1, 0)),
         ">cost (95 %)": of("cost", ratio_interval),
     },
-    notes=("cost: time of a step by that of {baseline!r}",),
+    notes={">cost (95 %)": "time of a step by that of {baseline!r}"},
 )
 
 # ---- of every kind
@@ -424,6 +357,21 @@ def _goals(result: Result) -> list[Row]:
 
 GOALS = TableForm("Goals", _goals, every_key())
 
+
+def _part(key: str) -> TableForm:
+    """Every figure of a part of the result, under the names of the JSON's keys."""
+
+    def rows(result: Result) -> list[Row]:
+        part = result.get(key) or []
+        if not isinstance(part, dict):
+            return list(part)
+        if all(isinstance(own, dict) for own in part.values()):
+            return [{"name": name, **own} for name, own in part.items()]
+        return [part]
+
+    return TableForm(key.capitalize(), rows, every_key())
+
+
 ABSENT = TableForm(
     "Not measured here",
     lambda result: result["absent"],
@@ -431,11 +379,11 @@ ABSENT = TableForm(
 )
 
 TABLES = {
-    "latency": (LATENCY, COLD, FILES, PEAKS, PROFILE, LAYERS),
+    "latency": (CASES, COLD, FILES, PEAKS, PROFILE, LAYERS),
     "accuracy": (ACCURACY, RECALLS),
     "export": (EXPORT,),
-    "peers": (PEERS, PEER_SETTINGS),
-    "runtime": (START, CALLS, PICTURES, BATCHES, MEMORY, SETTINGS),
+    "peers": (CASES, PEER_SETTINGS),
+    "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING,),
 }

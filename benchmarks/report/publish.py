@@ -29,20 +29,11 @@ if TYPE_CHECKING:
 
 # Said in every report: figures travel without their documentation.
 METHOD = """\
-Candidates take turns in rounds of random order after a warm-up, each call has another input, and
-every call is timed by perf_counter_ns. Intervals of speed-ups are bootstraps over rounds, those of
-accuracy are over images. docs/benchmarks.md has the whole method.
-
-- Latencies are of one machine, one caller, and warm caches between calls; another CPU orders
-  formats and backends otherwise.
-- Two rows differ only where their intervals do. Nothing beyond p99 is measured, and the p99 of
-  under 100 calls is near the maximum.
-- Speed-ups refer to the baseline that is named, on as many threads, not to the best that could be
-  made of it.
-- The roofline is arithmetic at the peak of a matrix product on this machine, not a limit that any
-  implementation reaches.
-- Accuracy is of the data set that is named. It says nothing of other pictures, cameras or people,
-  and a recognised expression is not a feeling.
+Candidates take turns in rounds of random order, and each call has another input. Latencies are of
+one machine, one caller and warm caches: another CPU orders formats and backends otherwise. Two rows
+differ only where their intervals do. The roofline is arithmetic at the peak of a matrix product,
+not a limit that any implementation reaches. Accuracy is of the data set that is named, not of other
+pictures, cameras or people. docs/benchmarks.md has the method, and what may not be concluded.
 """
 
 _PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own

@@ -6,6 +6,7 @@ column that no row fills is left out: an older result measured less.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,24 +25,29 @@ class TableForm(NamedTuple):
         title: Above it, with ``{keys}`` of the result.
         rows: The rows of a result.
         columns: Name -> what it says of a row; a function where the names depend on the rows.
-        notes: Below it, with ``{keys}`` of the result.
+        notes: What a name means, with ``{keys}`` of the result; not that of a column left out.
         group: The heading that a row stands under.
     """
 
     title: str
     rows: Callable[[Result], Sequence[Row]]
     columns: Columns | Callable[[Sequence[Row]], Columns]
-    notes: Sequence[str] = ()
+    notes: Mapping[str, str] = {}
     group: Callable[[Row], str] | None = None
 
     def fill(self, result: Result) -> Table:
         """The table of a result."""
         rows = self.rows(result)
         columns = self.columns(rows) if callable(self.columns) else self.columns
-        notes = [note.format_map(result) for note in self.notes]
+        table = tabulate(self.title.format_map(result), columns, rows, group=self.group)
+        notes = [
+            f"{name.removeprefix('>')}: {note.format_map(result)}"
+            for name, note in self.notes.items()
+            if name in table.columns or name not in columns
+        ]
         if any(_is_busy(part) for row in rows for part in (row, *row.values())):
             notes.append(NOISY)
-        return tabulate(self.title.format_map(result), columns, rows, notes, self.group)
+        return dataclasses.replace(table, notes=notes)
 
 
 def tabulate(
@@ -144,11 +150,6 @@ def points(difference: Mapping[str, Any]) -> str:
 def count(number: int, thing: str) -> str:
     """``1 thread``, ``2 threads``."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def named(rows: Mapping[str, Row]) -> list[Row]:
-    """Rows of an object of objects: each key becomes its row's ``name``."""
-    return [{"name": name, **row} for name, row in rows.items()]
 
 
 def _text(value: Any) -> str:
