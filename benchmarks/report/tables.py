@@ -96,8 +96,12 @@ def of(key: str, write: Callable[[Any], str] | None = None) -> Callable[[Row], s
 
 
 def times(*names: str) -> Columns:
-    """Columns of milliseconds by the names of their keys, e.g. ``p50`` of ``p50_ms``."""
-    return {f">{name.replace('_', ' ')}": of(f"{name}_ms", digits) for name in names}
+    """Columns of milliseconds that no row may lack, e.g. ``p50`` of ``p50_ms``."""
+
+    def say(name: str) -> Callable[[Row], str]:
+        return lambda row: digits(row[f"{name}_ms"])
+
+    return {f">{name.replace('_', ' ')}": say(name) for name in names}
 
 
 def share(key: str) -> Callable[[Row], str]:

@@ -94,8 +94,8 @@ def test_predictions_are_kept_and_a_second_run_compares_image_by_image(
 ) -> None:
     evaluate(make_onnx("a.onnx"))
     kept = read_predictions(tmp_path / "out" / "predictions.npz")
-    assert kept.images[:3] == ["test/0/0-0.png", "test/0/0-1.png", "test/1/0-2.png"]
-    assert (kept.labels == kept.classes["a.onnx on onnx:cpu"]).sum() == 20
+    assert kept["images"][:3].tolist() == ["test/0/0-0.png", "test/0/0-1.png", "test/1/0-2.png"]
+    assert (kept["labels"] == kept["classes: a.onnx on onnx:cpu"]).sum() == 20
     capsys.readouterr()
     worse = str(make_onnx("a.onnx", colours=swapped(colours)))
     old = str(tmp_path / "out" / "accuracy.json")

@@ -16,7 +16,7 @@ from benchmarks.measure.toolchains import (
     UnavailableError,
     Work,
 )
-from benchmarks.report.studies import peers_tables
+from benchmarks.report.kinds import tables_of
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench import requirements
 from efficientface_deploy.workbench.timing import Samples
@@ -92,7 +92,7 @@ def test_result_compares_every_toolchain_with_ours(tmp_path, capsys):
     assert ours["ours_faster"]["value"] == 1
     assert other["ours_faster"]["value"] == pytest.approx(other["p50_ms"] / ours["p50_ms"])
     table = (tmp_path / "peers.md").read_text()
-    assert "| **batch 1, 1 thread** |" in table and "| **batch 3, 1 thread** |" in table
+    assert "| **compute, batch 1** |" in table and "| **compute, batch 3** |" in table
     assert f"| {ONNXRUNTIME.name} | {ONNXRUNTIME.setting} |" in table
     assert "wrote peers.json and peers.md" in capsys.readouterr().out
 
@@ -128,7 +128,7 @@ def test_wrong_outputs_are_marked_and_not_ranked(beside_ours):
     assert rows["right"]["ranked"] and rows["right"]["note"] == ""
     best = result["goals"][0]
     assert best["against"] == "EfficientFace on right"  # not "wrong", which takes no time at all
-    assert "not finite" in peers_tables(result)[0].to_markdown()
+    assert "not ranked: it computes something else" in tables_of(result)[1].to_markdown()
 
 
 def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours, monkeypatch):

@@ -13,12 +13,11 @@ import pytest
 from benchmarks.report.__main__ import main
 from benchmarks.report.compare import (
     PREDICTIONS,
-    Predictions,
     compare,
-    paired_difference,
     ratio_of_medians,
     read_predictions,
     verdict_on,
+    write_predictions,
 )
 from benchmarks.report.result import write_result
 from efficientface_deploy.command import run_command
@@ -64,12 +63,6 @@ def test_the_ratio_has_the_interval_of_both_runs() -> None:
     ratio = ratio_of_medians(old, new)
     assert ratio["low"] < 1 < ratio["high"] and ratio["value"] == pytest.approx(1.05)
     assert verdict_on(ratio, 0.0) == ""
-
-
-def test_without_rounds_the_extremes_are_the_interval() -> None:
-    old = {"p50_ms": 2.0, "min_ms": 1.0, "p99_ms": 4.0}
-    new = {"p50_ms": 6.0, "min_ms": 5.0, "p99_ms": 9.0}
-    assert ratio_of_medians(old, new) == {"value": 3.0, "low": 1.25, "high": 9.0}
 
 
 @pytest.mark.parametrize(
@@ -158,8 +151,8 @@ def accuracy_run(folder: Path, accuracy: dict[str, Any], classes: list[int], dig
     result["rows"][0]["accuracy"] = share
     probabilities = np.eye(2, dtype=np.float32)[classes]
     names = [f"validation/{number}.png" for number in range(len(classes))]
-    kept = Predictions.of(digest, names, labels, {"a.onnx on onnx:cpu": probabilities})
-    kept.write(folder / PREDICTIONS)
+    own = {"a.onnx on onnx:cpu": probabilities}
+    write_predictions(folder / PREDICTIONS, digest, names, labels, own)
     write_result(result, folder / "accuracy.json")
     return folder / "accuracy.json"
 
@@ -178,7 +171,7 @@ def test_accuracies_are_compared_image_by_image(accuracy: dict[str, Any], tmp_pa
     assert found.warnings == []
 
 
-def test_without_predictions_or_with_other_images_it_is_said(
+def test_without_predictions_or_with_other_images_nothing_is_judged(
     accuracy: dict[str, Any], tmp_path: Path
 ) -> None:
     right = [number % 2 for number in range(40)]
@@ -188,11 +181,38 @@ def test_without_predictions_or_with_other_images_it_is_said(
     (tmp_path / "old" / PREDICTIONS).unlink()
     same = accuracy_run(tmp_path / "same", accuracy, [1 - label for label in right], "x")
     found = compare(old, same)
-    assert found.warnings == ["predictions of both runs are not here: the difference is not paired"]
-    assert found.table.rows[0][-1] == "worse"
+    assert found.warnings == [
+        "predictions of both runs are not here: the accuracies are not judged"
+    ]
+    assert found.table.rows == [["a.onnx", "onnx:cpu", "100.00", "0.00"]]
+    assert (found.judged, found.regressions) == (False, [])
+    with pytest.raises(ConfigError, match=r"--fail-on-regression.*of the same images beside both"):
+        compare(old, same, strict=True)
     # Predictions that lie beside a result but are of other images are not taken.
-    Predictions.of("z", ["a.png"], np.array([0]), {}).write(tmp_path / "old" / PREDICTIONS)
+    write_predictions(tmp_path / "old" / PREDICTIONS, "z", ["a.png"], np.array([0]), {})
     assert compare(old, same).warnings == found.warnings
+
+
+def test_a_model_that_one_run_alone_predicted_has_no_verdict(
+    accuracy: dict[str, Any], tmp_path: Path
+) -> None:
+    right = [number % 2 for number in range(40)]
+    old = accuracy_run(tmp_path / "old", accuracy, right, "x")
+    new = accuracy_run(tmp_path / "new", accuracy, [1 - label for label in right], "x")
+    write_predictions(tmp_path / "old" / PREDICTIONS, "x", ["a.png"] * 40, np.zeros(40, int), {})
+    found = compare(old, new)
+    assert found.table.rows == [["a.onnx", "onnx:cpu", "100.00", "0.00"]]
+    assert found.regressions == []
+
+
+@pytest.mark.parametrize("damage", [{"cases": None}, {"cases": [3]}, {"machine": {"gpus": 3}}])
+def test_a_damaged_result_is_one_line(
+    damage: dict[str, Any], pair: Callable[..., tuple[Path, Path]], latency: dict[str, Any]
+) -> None:
+    old, new = pair(1.0)
+    write_result({**latency, **damage}, old)
+    with pytest.raises(ArtifactError, match=r"old\.json, .*new\.json: expected a result of bench"):
+        compare(old, new)
 
 
 IMAGES = ["a/1.png", "a/2.png", "b/ü.png"]
@@ -203,37 +223,29 @@ PROBABILITIES = np.array([[0.50001, 0.49999], [0.2, 0.8], [0.9, 0.1]], dtype=np.
 
 def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / PREDICTIONS
-    Predictions.of("hash", IMAGES, LABELS, {"a.onnx on onnx:cpu": PROBABILITIES}).write(path)
+    write_predictions(path, "hash", IMAGES, LABELS, {"a.onnx on onnx:cpu": PROBABILITIES})
     found = read_predictions(path)
-    assert (found.images_sha256, found.images) == ("hash", IMAGES)
-    assert found.labels.tolist() == [0, 1, 1]
-    assert found.classes["a.onnx on onnx:cpu"].tolist() == [0, 1, 0]
-    np.testing.assert_allclose(found.probabilities["a.onnx on onnx:cpu"], PROBABILITIES, atol=1e-3)
+    assert (found["images_sha256"], found["images"].tolist()) == ("hash", IMAGES)
+    assert found["labels"].tolist() == [0, 1, 1]
+    assert found["classes: a.onnx on onnx:cpu"].tolist() == [0, 1, 0]
+    kept = found["probabilities: a.onnx on onnx:cpu"]
+    assert kept.dtype == np.float16
+    np.testing.assert_allclose(kept, PROBABILITIES, atol=1e-3)
     assert [child.name for child in tmp_path.iterdir()] == [PREDICTIONS]
 
 
-def test_the_class_survives_rounding() -> None:
+def test_the_class_survives_rounding(tmp_path: Path) -> None:
     close = np.array([[0.49999, 0.50001]], dtype=np.float32)
-    kept = Predictions.of("hash", ["x"], np.array([1]), {"a": close})
-    assert kept.probabilities["a"].argmax(axis=1).tolist() == [0]
-    assert kept.classes["a"].tolist() == [1]
-
-
-def test_difference_counts_what_changed() -> None:
-    old = Predictions.of("hash", IMAGES, LABELS, {"a": PROBABILITIES})
-    both = {"a": PROBABILITIES[[0, 1, 1]], "b": PROBABILITIES}
-    new = Predictions.of("hash", IMAGES, LABELS, both)
-    found = paired_difference(old, new, "a")
-    assert found is not None and found[0] == pytest.approx(1 / 3) and found[2] == 1
-    assert paired_difference(old, new, "b") is None
-    assert paired_difference(old, Predictions.of("other", IMAGES, LABELS, both), "a") is None
-    assert paired_difference(old, None, "a") is None
+    write_predictions(tmp_path / PREDICTIONS, "hash", ["x"], np.array([1]), {"a": close})
+    kept = read_predictions(tmp_path / PREDICTIONS)
+    assert kept["probabilities: a"].argmax(axis=1).tolist() == [0]
+    assert kept["classes: a"].tolist() == [1]
 
 
 @pytest.mark.parametrize("damage", ["nonsense", "truncated", "pickled", "short", "empty"])
 def test_a_damaged_file_is_one_line(damage: str, tmp_path: Path) -> None:
     path = tmp_path / PREDICTIONS
-    Predictions.of("hash", IMAGES, LABELS, {"a": PROBABILITIES}).write(path)
+    write_predictions(path, "hash", IMAGES, LABELS, {"a": PROBABILITIES})
     if damage == "nonsense":
         path.write_bytes(b"not an archive")
     elif damage == "truncated":
@@ -241,7 +253,7 @@ def test_a_damaged_file_is_one_line(damage: str, tmp_path: Path) -> None:
     elif damage == "pickled":
         np.savez(path, images_sha256=np.array([{"x": 1}], dtype=object))
     elif damage == "short":
-        Predictions.of("hash", IMAGES[:2], LABELS, {"a": PROBABILITIES}).write(path)
+        write_predictions(path, "hash", IMAGES[:2], LABELS, {"a": PROBABILITIES})
     else:
         path.write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"expected predictions of benchmarks/accuracy\.py"):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -9,13 +13,18 @@ from PIL import Image
 
 from benchmarks import ROOT
 from benchmarks.report.__main__ import main
+from benchmarks.report.kinds import TABLES, tables_of
+from benchmarks.report.plots import latency_plot
 from benchmarks.report.publish import METHOD, console, require_libraries, show
-from benchmarks.report.result import write_result
+from benchmarks.report.result import TIMED, damage_named, headline, read_result, write_result
 from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.workbench import requirements
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+RESULTS_OF = {
+    kind: [path for path in RESULTS if path.parent.name.startswith(kind)] for kind in TABLES
+}
 
 
 def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -34,7 +43,7 @@ def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixtu
         "2.00 (1.90 to 2.10)",
         "1234",
         "pip install 'efficientface-deploy[trt]'",
-        "a.onnx, b.onnx",
+        "no provider",
         "warning: the machine was noisy: [3 of 4]",
     ):
         assert part in text
@@ -73,26 +82,21 @@ def test_command_writes_one_report_of_several_results(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    full_latency["cases"][3]["threads"] = 1  # two models to compare on the same threads
-    accuracy["rows"].append({**accuracy["rows"][0], "model": "b[1].engine"})
-    full_latency["models"] = []  # matched by name
     paths = [tmp_path / "latency.json", tmp_path / "accuracy.json"]
     for path, result in zip(paths, (full_latency, accuracy), strict=True):
         write_result(result, path)
     out = tmp_path / "report"
     assert main([*map(str, paths), "--out", str(out)]) == 0
     assert "wrote report.md and its plots" in capsys.readouterr().out
-    plots = {"1-accuracy-by-latency.png", "2-latency.png"}
-    assert {path.name for path in out.iterdir()} == {"report.md", *plots}
+    assert {path.name for path in out.iterdir()} == {"report.md", "latency-1.png"}
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "## Latency, 2026-11-23" in text and "## Accuracy, 2026-11-23" in text
     assert 0 < text.index("x roofline at most") < text.index("| a.onnx |")  # goals first
-    assert text.index("1-accuracy-by-latency.png") < text.index("](2-latency.png)")
+    assert "](latency-1.png)" in text
     for part in ("AMD EPYC", "Cold start", "87.65", "> Warning: the machine was noisy", METHOD):
         assert part in text
-    for name in plots:
-        with Image.open(out / name) as image:
-            assert image.format == "PNG"
+    with Image.open(out / "latency-1.png") as image:
+        assert image.format == "PNG"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
@@ -132,9 +136,22 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
+def refuse(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that exits 2 prints."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main(argv))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("kind", "something else"),
+        ("cases", None),
+        ("cases", [{"model": "a"}]),
         ("cold", [{"model": "a"}]),
         ("ceilings", 3),
         ("profiles", {"kinds": 1}),
@@ -142,9 +159,32 @@ def test_bad_input_is_one_line_and_exit_2(
         ("goals", 7),
         ("machine", "fast"),
         ("absent", ["trt"]),
+        ("warnings", 3),
     ],
 )
 def test_a_damaged_part_is_one_line_and_nothing_is_written(
+    key: str,
+    value: object,
+    full_latency: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = tmp_path / "latency.json"
+    write_result({**full_latency, key: value}, stored)
+    printed = refuse([str(stored), "--out", str(tmp_path / "out")], capsys)
+    assert "latency.json: expected a result of benchmarks/" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("p50_ms", value) for value in (None, "fast", float("nan"), -1.0, [1], {})),
+        *((key, None) for key in ("min_ms", "p90_ms", "p99_ms", "batch")),
+        ("batch", [1]),
+    ],
+)
+def test_a_row_that_cannot_be_shown_is_one_line(
     key: str,
     value: object,
     latency: dict[str, Any],
@@ -152,13 +192,37 @@ def test_a_damaged_part_is_one_line_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stored = tmp_path / "latency.json"
-    write_result({**latency, key: value}, stored)
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main([str(stored), "--out", str(tmp_path / "out")]))
-    assert stop.value.code == 2
-    printed = capsys.readouterr().err
-    assert "latency.json: expected a result of benchmarks/" in printed and printed.count("\n") == 1
+    latency["cases"][1][key] = value
+    stored.write_text(json.dumps(latency))
+    printed = refuse([str(stored), "--out", str(tmp_path / "out")], capsys)
+    assert "latency.json: expected a result of benchmarks/" in printed
     assert not (tmp_path / "out").exists()
+
+
+def places(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a JSON value, with each of its keys or indices."""
+    if isinstance(part, (dict, list)):
+        for key in list(part) if isinstance(part, dict) else range(len(part)):
+            yield part, key
+            yield from places(part[key])
+
+
+@pytest.mark.parametrize("kind", sorted(TABLES))
+def test_no_damage_ends_in_a_traceback(kind: str, tmp_path: Path) -> None:
+    (path, *_) = RESULTS_OF[kind]
+    whole = json.loads(path.read_text())
+    stored, random = tmp_path / path.name, Random(0)
+    for number in range(200):
+        result = copy.deepcopy(whole)
+        part, key = random.choice(list(places(result)))
+        part[key] = random.choice([None, True, 3, -1.5, "x", [], {}, [None], [{}], {"x": []}])
+        stored.write_text(json.dumps(result))
+        with contextlib.suppress(ArtifactError):
+            found = read_result(stored)
+            with damage_named(stored):
+                headline(found), tables_of(found)
+                if kind in TIMED and number % 20 == 0:
+                    latency_plot(found)
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,11 @@ from benchmarks import ROOT
 from benchmarks.report.result import (
     SCHEMA_VERSION,
     default_folder,
-    digits,
     headline,
     host_kind,
     new_result,
     panels,
     read_result,
-    rows_of,
     write_result,
 )
 from efficientface_deploy.errors import ArtifactError
@@ -66,7 +64,6 @@ def test_every_committed_result_can_be_read() -> None:
     assert paths
     for path in paths:
         result = read_result(path)
-        assert rows_of(result) or result["goals"]
         assert headline(result) or result["kind"] == "export"
 
 
@@ -93,7 +90,9 @@ def test_a_truncated_file_is_named(latency: dict[str, Any], tmp_path: Path) -> N
         '{"schema": 2}',
         '{"schema": true, "kind": "x"}',
         '{"schema": 1, "kind": "latency"}',
-        '{"schema": 1, "kind": [], "cases": []}',
+        '{"schema": 1, "kind": [], "machine": {}}',
+        '{"schema": 1, "kind": "latency", "machine": "fast"}',
+        '{"schema": 1, "kind": "latency", "machine": {}, "cases": NaN}',
     ],
 )
 def test_something_else_is_refused(text: str, tmp_path: Path) -> None:
@@ -110,65 +109,11 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_result(path)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("p50_ms", None),
-        ("p50_ms", "fast"),
-        ("p50_ms", float("nan")),
-        ("p50_ms", -1.0),
-        ("p50_ms", True),
-        ("batch", [1]),
-        ("model", 3),
-    ],
-)
-def test_a_row_that_cannot_be_shown_is_named(
-    key: str, value: object, latency: dict[str, Any], tmp_path: Path
-) -> None:
-    latency["cases"][1][key] = value
-    with pytest.raises(ArtifactError, match=f"a row whose {key} is"):
-        read_result(stored(latency, tmp_path))
-
-
-def test_a_row_without_a_figure_is_named(latency: dict[str, Any], tmp_path: Path) -> None:
-    del latency["cases"][0]["p99_ms"]
-    with pytest.raises(ArtifactError, match="a row whose p99_ms is None"):
-        read_result(stored(latency, tmp_path))
-
-
-def test_an_unknown_kind_may_have_its_own_form(latency: dict[str, Any], tmp_path: Path) -> None:
-    other = {**latency, "kind": "runtime", "start": {"ours": {"ms": 3.5}}}
-    assert rows_of(read_result(stored(other, tmp_path))) == []
-    del other["machine"]
-    with pytest.raises(ArtifactError, match="kind 'runtime' without a machine"):
-        read_result(stored(other, tmp_path))
-    del latency["cases"]
-    with pytest.raises(ArtifactError, match="kind 'latency' without cases"):
-        read_result(stored(latency, tmp_path))
-
-
 def test_an_older_result_gets_empty_lists(latency: dict[str, Any], tmp_path: Path) -> None:
     before = copy.deepcopy(latency)
-    del before["absent"], before["warnings"]
+    del before["absent"], before["warnings"], before["goals"]
     result = read_result(stored(before, tmp_path))
-    assert (result["absent"], result["warnings"]) == ([], [])
-    with pytest.raises(ArtifactError, match="warnings that is no list"):
-        read_result(stored({**latency, "warnings": "none"}, tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, ""),
-        (0.01234, "0.0123"),
-        (1.0, "1.00"),
-        (116.4, "116"),
-        (999.7, "1000"),
-        (1234.5, "1234"),
-    ],
-)
-def test_digits(value: float | None, text: str) -> None:
-    assert digits(value) == text
+    assert (result["absent"], result["warnings"], result["goals"]) == ([], [], [])
 
 
 def test_a_result_says_how_where_when_and_with_what() -> None:
@@ -210,7 +155,10 @@ def test_the_folder_is_named_after_kind_date_and_machine(
 
 
 def test_panels_hold_the_same_work_compute_first(latency: dict[str, Any]) -> None:
-    found = [(title, [row["model"] for row in cases]) for title, cases in panels(latency["cases"])]
+    found = [
+        (title, [row["model"] for row in cases])
+        for title, cases in panels(latency["cases"]).items()
+    ]
     assert found == [
         ("compute, batch 1", ["a.onnx", "b[1].engine"]),
         ("compute, batch 32", ["a.onnx"]),

@@ -1,97 +1,63 @@
-"""Tables of every kind of result."""
+"""How a table is made, and how its figures are written."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from benchmarks import ROOT
-from benchmarks.report.result import read_result
-from benchmarks.report.tables import profile_table, tables_of
-from efficientface_deploy.workbench.tables import Table
-
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.report.tables import NOISY, TableForm, digits, every_key, interval, of
 
 
-def table(result: dict[str, Any], title: str) -> Table:
-    (found,) = [one for one in tables_of(result) if one.title.startswith(title)]
-    return found
+def test_columns_that_no_row_fills_go_with_their_notes() -> None:
+    notes = {">ms": "of {what}", ">old": "not shown", "anything": "shown"}
+    columns = {"Name": of("name"), ">ms": of("ms", digits), ">old": of("old")}
+    form = TableForm("Of {what}", lambda result: result["rows"], columns, notes)
+    table = form.fill({"what": "calls", "rows": [{"name": "a", "ms": 1.0}, {"name": "b"}]})
+    assert (table.title, table.columns) == ("Of calls", ["Name", ">ms"])
+    assert table.rows == [["a", "1.00"], ["b", ""]]
+    assert table.notes == ["ms: of calls", "anything: shown"]
 
 
-def cells(found: Table) -> list[str]:
-    return [str(cell) for row in found.rows if len(row) == len(found.columns) for cell in row]
+def test_rows_stand_under_the_heading_of_their_group() -> None:
+    rows = [{"of": "a", "n": 1}, {"of": "a", "n": 2}, {"of": "b", "n": 3}]
+    form = TableForm("", lambda result: rows, {"n": of("n"), "m": of("n")}, group=lambda r: r["of"])
+    assert form.fill({}).rows == [["a"], ["1", "1"], ["2", "2"], ["b"], ["3", "3"]]
 
 
-def test_a_full_result_has_every_table_and_the_goals_first(full_latency: dict[str, Any]) -> None:
-    titles = [found.title for found in tables_of(full_latency)]
-    assert titles == [
-        "Goals",
-        "Latency, milliseconds a call",
-        "Cold start, milliseconds",
-        "Files",
-        "The machine's peak, measured in the same run",
-        "Profile by kind of operator",
-        "Profile: the 12 layers that take longest",
-        "Engines' layers, by TensorRT's inspector",
-        "Not measured here",
+def test_every_key_but_lists_becomes_a_column() -> None:
+    rows = [
+        {"step": "import", "ms": 1.25, "runs": [1, 2], "ratio": {"value": 1, "low": 0, "high": 2}},
+        {"step": "load", "ms": None, "large": 123456.0, "calls": {"p50_ms": 3.0}, "met": True},
     ]
-    assert cells(table(full_latency, "Goals")) == ["x roofline at most", "1.5", "1.4", "yes"]
-    assert "2.00" in cells(table(full_latency, "Latency"))  # x roofline
-    assert cells(table(full_latency, "Cold"))[-1] == "88"  # MiB
-    assert cells(table(full_latency, "Engines")) == ["Convolution", "3"]
-    assert "12.3" in cells(table(full_latency, "Latency"))  # mJ an image
-    peak = cells(table(full_latency, "The machine"))
-    assert peak[:6] == ["1", "fp32", "80.0", "torch", "numpy 60.0, torch 80.0", "20.0"]
-    assert "12.0 M, 20.0" in cells(profile_table(full_latency))[1]  # in brackets: M, and a ns
+    table = TableForm("", lambda result: rows, every_key()).fill({})
+    assert table.columns == ["step", ">ms", ">ratio", ">large", ">calls", "met"]
+    assert table.rows[0] == ["import", "1.25", "1.00 (0.00 to 2.00)", "", "", ""]
+    assert table.rows[1] == ["load", "", "", "123456", "3", "yes"]
 
 
-def test_what_an_older_result_lacks_makes_no_empty_column(latency: dict[str, Any]) -> None:
-    shown = table(latency, "Latency").columns
-    assert ">p95" not in shown and ">x roofline" not in shown and ">p99" in shown
-    latency["cases"][0]["p95_ms"] = 1.5
-    assert ">p95" in table(latency, "Latency").columns
+@pytest.mark.parametrize("row", [{"busy": True}, {"calls": {"busy": True}}])
+def test_a_noisy_run_says_so_beside_its_figures(row: dict[str, object]) -> None:
+    form = TableForm("", lambda result: [{"name": "a", **row}], {"name": of("name")})
+    assert form.fill({}).notes == [NOISY]
 
 
-def test_kinds_of_several_models_stand_side_by_side(full_latency: dict[str, Any]) -> None:
-    first = full_latency["profiles"][0]
-    rest = {"kind": "the rest", "us": 50, "share": 1.0, "nodes": 1, "multiply_adds": 0}
-    full_latency["profiles"].insert(
-        0, {**first, "model": "b.onnx", "kinds": [rest], "total_us": 50}
-    )
-    found = profile_table(full_latency)
-    assert len(found.columns) == 3
-    rows = {str(row[0]): list(row[1:]) for row in found.rows}
-    assert list(rows) == ["pointwise convolutions", "the rest", "all"]
-    assert rows["pointwise convolutions"][0] == "" and rows["all"] == ["50", "1,000"]
-
-
-def test_goals_may_have_intervals(latency: dict[str, Any]) -> None:
-    reached = {"value": 1.25, "low": 1.2, "high": 1.3}
-    latency["goals"] = [{"goal": "faster", "wanted": 1.2, "reached": reached, "met": None}]
-    shown = table(latency, "Goals")
-    assert shown.columns == ["goal", ">wanted", "reached"]
-    assert cells(shown) == ["faster", "1.2", "1.25 (1.2 to 1.3)"]
-
-
-def test_an_unknown_kind_shows_its_single_values(latency: dict[str, Any]) -> None:
-    result = {key: latency[key] for key in ("schema", "machine", "software", "git", "config")}
-    result |= {"kind": "something else", "absent": [], "warnings": [], "nothing": [], "text": "x"}
-    result["calls"] = [{"step": "import", "ms": 1.25, "runs": [1, 2]}, {"step": "load", "ms": None}]
-    result["start"] = {"ours": {"ms": 3, "deep": {"a": 1}}, "bare": {"ms": 2}, "ratio": 1.5}
-    found = tables_of(result)
-    assert [one.title for one in found] == ["calls", "start"]
-    assert found[0].columns == ["step", ">ms"]
-    assert cells(found[0]) == ["import", "1.25", "load", ""]
-    assert found[1].columns == ["part", ">ms", ">ratio"]
-    assert cells(found[1]) == ["ours", "3", "", "bare", "2", "", "all", "", "1.5"]
+def test_an_interval_may_have_no_ends() -> None:
+    assert interval({"value": 1.5}) == "1.50"
 
 
 @pytest.mark.parametrize(
-    "path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: path.parent.name
+    ("value", "text"),
+    [
+        (0.01234, "0.0123"),
+        (1.0, "1.00"),
+        (116.4, "116"),
+        (999.7, "1000"),
+        (1234.5, "1234"),
+    ],
 )
-def test_every_committed_result_has_tables(path: Any) -> None:
-    found = tables_of(read_result(path))
-    assert found
-    for one in found:
-        assert one.to_markdown().count("\n") > 2
+def test_digits(value: float, text: str) -> None:
+    assert digits(value) == text
+
+
+def test_a_negative_figure_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than 0"):
+        digits(-1.0)
