@@ -22,14 +22,7 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure.gpu_counters import energy_per_call, open_energy_meter
-from benchmarks.measure.inputs import (
-    JPEG_QUALITY,
-    PHOTO_SIDE,
-    in_turn,
-    input_bytes,
-    make_batches,
-    make_jpegs,
-)
+from benchmarks.measure.inputs import in_turn, input_bytes, make_batches, make_jpegs
 from benchmarks.measure.models import (
     CANNOT_RUN,
     Candidate,
@@ -185,8 +178,8 @@ def run(config: LatencyConfig) -> Result:
         **result,
         "inputs": {
             COMPUTE: f"uint8 noise, at least four batches in turn, {input_bytes()} bytes or more",
-            END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, {PHOTO_SIDE}x{PHOTO_SIDE}, "
-            f"quality {JPEG_QUALITY}, {sum(map(len, jpegs)) // len(jpegs)} bytes on average",
+            END_TO_END: f"{len(jpegs)} JPEG files in memory in turn, "
+            f"{sum(map(len, jpegs)) // len(jpegs)} bytes on average",
         },
         "baseline": baseline,
         "models": [{**model, "multiply_adds": counts[name]} for name, model in models.items()],

@@ -79,11 +79,19 @@ def compare(
         raise ConfigError("--compare", expected, found, "give results of the same command")
     with damage_named(old_path, new_path):
         if kind == "accuracy":
-            kept = [
-                _predictions_beside(path, own) for path, own in ((old_path, old), (new_path, new))
-            ]
-            return _compare_accuracy(old, new, kept, strict=strict)
-        return _compare_times(old, new, tolerance, strict=strict)
+            pair = (old_path, old), (new_path, new)
+            comparison = _compare_accuracy(old, new, [_predictions_beside(*one) for one in pair])
+        else:
+            comparison = _compare_times(old, new, tolerance)
+        comparison.warnings.extend(_differences_of_software_and_files(old, new))
+    if strict and not comparison.judged:
+        raise ConfigError(
+            "--fail-on-regression",
+            f"two results of one machine, or {PREDICTIONS} of the same images beside both",
+            comparison.warnings[0],
+            "compare without it, or measure both alike",
+        )
+    return comparison
 
 
 # ---- times
@@ -112,19 +120,11 @@ def verdict_on(ratio: Mapping[str, float], tolerance: float) -> str:
     return "faster" if ratio["high"] < 1 / (1 + tolerance) else ""
 
 
-def _compare_times(old: Result, new: Result, tolerance: float, *, strict: bool) -> Comparison:
+def _compare_times(old: Result, new: Result, tolerance: float) -> Comparison:
     other_machine = _machine_differences(old, new)
-    if strict and other_machine:
-        raise ConfigError(
-            "--fail-on-regression",
-            "two results of one machine",
-            f"different ones ({other_machine})",
-            "compare without it, or measure both on one machine",
-        )
-    hashes = [{own["name"]: own.get("sha256") for own in r.get("models") or []} for r in (old, new)]
-    warnings = [*_package_warnings(old, new), *_file_warnings(*hashes)]
+    warnings = []
     if other_machine:
-        warnings.insert(0, f"different machines ({other_machine}): nothing is called a regression")
+        warnings.append(f"different machines ({other_machine}): nothing is called a regression")
     for name, one in (("old", old), ("new", new)):
         if any(row.get("busy") for row in one["cases"]):
             warnings.append(f"the machine was noisy in the {name} run")
@@ -223,17 +223,10 @@ def _predictions_beside(result_path: Path, result: Result) -> Arrays:
     return found if found.get("images_sha256") == result["data"].get("images_sha256") else {}
 
 
-def _compare_accuracy(
-    old: Result, new: Result, kept: Sequence[Arrays], *, strict: bool
-) -> Comparison:
+def _compare_accuracy(old: Result, new: Result, kept: Sequence[Arrays]) -> Comparison:
     same_images = old["data"].get("images_sha256") == new["data"].get("images_sha256")
     paired = same_images and all(kept)
-    if strict and not paired:
-        expected = f"{PREDICTIONS} of the same images beside both results"
-        fix = "compare without it, or measure both on the same images"
-        raise ConfigError("--fail-on-regression", expected, "none to pair", fix)
-    hashes = [{row["model"]: row.get("sha256") for row in result["rows"]} for result in (old, new)]
-    warnings = [*_package_warnings(old, new), *_file_warnings(*hashes)]
+    warnings = []
     if not same_images:
         warnings.append("other images: the accuracies are of different data and are not judged")
     elif not paired:
@@ -294,15 +287,16 @@ def _machine_differences(old: Result, new: Result) -> str:
     return "; ".join(f"{name} {before[name]} and {after[name]}" for name in different)
 
 
-def _package_warnings(old: Result, new: Result) -> list[str]:
+def _differences_of_software_and_files(old: Result, new: Result) -> list[str]:
+    """Packages of other versions, and names of model files that have another hash."""
     before, after = ((one.get("software") or {}).get("packages") or {} for one in (old, new))
-    return [
+    found = [
         f"{name} {before.get(name, 'none')} before, {after.get(name, 'none')} now"
         for name in _PACKAGES
         if before.get(name) != after.get(name)
     ]
-
-
-def _file_warnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of files whose hashes are not the same in both."""
-    return [f"{n} is another file now" for n, sha in new.items() if old.get(n, sha) != sha]
+    was, now = (
+        {model.get("name") or model["model"]: model.get("sha256") for model in models}
+        for models in (one.get("models") or one.get("rows") or [] for one in (old, new))
+    )
+    return found + [f"{n} is another file now" for n, sha in now.items() if was.get(n, sha) != sha]
