@@ -1,6 +1,6 @@
 """The tables of each kind of result, as data: see ``TABLES`` and ``BLOCKS`` at the end.
 
-A function that begins with ``_`` gives the rows, or the columns, of the table below it.
+A function above a table gives its rows, or what one of its columns says.
 """
 
 from __future__ import annotations
@@ -197,12 +197,9 @@ def _summary_rows(result: Result) -> list[Row]:
     rows = []
     for (own, stage, batch), row in works.items():
         if (stage, batch) == (COMPUTE, 1):
-            many, label = (
-                works.get((own, COMPUTE, largest), {}),
-                works.get((own, END_TO_END, 1), {}),
-            )
-            others = {"rate": many.get("images_per_second"), "label_ms": label.get("p50_ms")}
-            rows.append({**row, **others, "start_ms": cold.get(own)})
+            many = works.get((own, COMPUTE, largest), {}).get("images_per_second")
+            label = works.get((own, END_TO_END, 1), {}).get("p50_ms")
+            rows.append({**row, "rate": many, "label_ms": label, "start_ms": cold.get(own)})
     return sorted(rows, key=lambda row: row.get("threads") or 0)
 
 

@@ -122,7 +122,7 @@ def damage_named(*paths: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"a part that cannot be used ({type(error).__name__}: {error})"
         raise _unreadable(", ".join(map(str, paths)), reason) from error
 
