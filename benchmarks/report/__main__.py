@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarks.report.compare import TOLERANCE, compare
 from benchmarks.report.docs import update_docs
-from benchmarks.report.plots import latency_plot, save_plot
 from benchmarks.report.publish import (
     console,
     require_libraries,
@@ -21,7 +20,7 @@ from benchmarks.report.publish import (
     show_comparison,
     write_report,
 )
-from benchmarks.report.result import TIMED, Result, damage_named, read_result
+from benchmarks.report.result import Result, damage_named, read_result
 from efficientface_deploy.command import option, parse_config, run_command
 from efficientface_deploy.errors import ConfigError
 
@@ -40,7 +39,6 @@ class ReportConfig:
     )
     fail_on_regression: bool = option(False, help="with --compare: exit 1 where one is found")
     docs: bool = option(False, help="write the tables of README.md and docs/ from their results")
-    plot: Path | None = option(None, help="draw the latencies again, as PNG", metavar="FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         strict = config.fail_on_regression
         comparison = compare(config.compare, config.results[0], config.tolerance, strict=strict)
     with damage_named(*config.results):
-        if config.plot is not None:
-            save_plot(latency_plot(results[0]), config.plot)
         if config.out is not None and results:
             write_report(results, comparison, config.out)
             output.print(f"wrote report.md and its plots to {config.out}", markup=False)
@@ -92,9 +88,6 @@ def _check(config: ReportConfig, results: Sequence[Result]) -> None:
     if config.fail_on_regression and config.compare is None:
         fix = "give the older result with --compare"
         raise ConfigError("--fail-on-regression", "--compare OLD", "nothing to compare with", fix)
-    if config.plot is not None and (not results or results[0]["kind"] not in TIMED):
-        found = f"{results[0]['kind']} in {config.results[0]}" if results else "none"
-        raise ConfigError("--plot", "a latency result", found, "leave --plot out")
 
 
 if __name__ == "__main__":

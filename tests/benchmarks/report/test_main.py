@@ -55,25 +55,13 @@ def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFix
         assert part in text
 
 
-def test_command_shows_and_draws_a_stored_result(
+def test_command_shows_a_stored_result(
     latency: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = tmp_path / "latency.json"
     write_result(latency, stored)
-    assert main([str(stored), "--plot", str(tmp_path / "again.png")]) == 0
+    assert main([str(stored)]) == 0
     assert "compute, batch 1" in capsys.readouterr().out
-    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_refuses_to_plot_accuracy(
-    accuracy: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stored = tmp_path / "accuracy.json"
-    stored.write_text(json.dumps(accuracy))
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main([str(stored), "--plot", str(tmp_path / "x.png")]))
-    assert stop.value.code == 2
-    assert "--plot: expected a latency result, found accuracy" in capsys.readouterr().err
 
 
 def test_command_writes_one_report_of_several_results(
