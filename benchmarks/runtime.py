@@ -8,8 +8,7 @@ numpy, Pillow and ONNX Runtime alone, and the two take turns in one run, in rand
   both are given the same pixels; what resizing any other array costs is a row of its own;
 * *pictures*: from the bytes of a JPEG file to a label, with its parts;
 * *batches*: 32 faces in one call beside 32 calls;
-* *memory*: a process that predicts 100,000 times;
-* *settings*: how ONNX Runtime is best set up, each setting in processes of its own.
+* *memory*: a process that predicts 100,000 times.
 
 Processes find the code's bytecode compiled, as an installed package's is, and every file in memory.
 """
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +30,7 @@ import numpy as np
 
 from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
 from benchmarks.measure.networks import DEPLOY, Network, random_network
-from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job, run_with_setting
+from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job
 from benchmarks.measure.sessions import open_session
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
@@ -44,19 +42,12 @@ from efficientface_deploy.vision.preprocess import UInt8Array, load_image, resiz
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
 
-START_GOAL = 1.15  # times the bare script's
-PEAK_GOAL_MB = 110.0
-OVERHEAD_GOAL = 1.08  # times session.run's
-GROWTH_GOAL_KB = 1.0  # a thousand predictions
-
 HEAVY = ("torch", "torchvision", "cv2", "onnx", "matplotlib", "scipy")
 BATCH = 32
 
 _SETTLING = 0.2  # of the memory's samples: the library still fills its pools
 _SAMPLES = 200
 _PICTURES = 16
-_SETTING_CALLS = 120
-_PAUSE_S = 0.01  # between calls, as a camera has them; spinning threads have stopped by then
 
 _OURS = """
 import efficientface_deploy as ef
@@ -86,9 +77,6 @@ class RuntimeConfig:
     input_size: int = option(
         224, minimum=32, help="side of the network with random weights, beside the bundled one"
     )
-    settings: int = option(
-        5, metavar="N", minimum=0, help="processes for each setting of ONNX Runtime; 0: none"
-    )
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
     out: Path | None = option(
         None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
@@ -112,9 +100,6 @@ def run(config: RuntimeConfig) -> dict[str, Any]:
         result |= measure_calls(config, photo, folder)
         announce(f"memory over {config.predictions} predictions")
         result["memory"] = measure_memory(config, photo, folder)
-        if config.settings:
-            announce("settings")
-            result["settings"] = measure_settings(config, folder)
     return {**result, "goals": goals(result)}
 
 
@@ -127,15 +112,11 @@ def announce(what: str) -> None:
 # ---- start
 
 
-def bundled_side() -> int:
-    """Side of the bundled model's input."""
-    with load(BUNDLED_ONNX) as predictor:
-        return predictor.spec.input_size
-
-
 def measure_starts(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str, Any]:
     """From starting Python to a label, by the runtime and by a bare script."""
-    names = {"photo": str(photo), "model": str(BUNDLED_ONNX), "side": bundled_side()}
+    with load(BUNDLED_ONNX) as predictor:
+        side = predictor.spec.input_size
+    names = {"photo": str(photo), "model": str(BUNDLED_ONNX), "side": side}
     scripts = {"runtime": _OURS.format(**names), "bare": _BARE.format(**names)}
     bytecode = folder / "bytecode"
     for script in scripts.values():
@@ -166,48 +147,66 @@ def describe_start(samples: Samples, runs: Sequence[Run]) -> dict[str, Any]:
 
 def measure_calls(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str, Any]:
     """Everything that is timed within this process, in one interleaved measurement."""
-    threads = sorted({1, usable_cpus()})
     spec = preset("rafdb").replace(input_size=config.input_size, name="random weights")
     network = Network(spec.name, random_network(spec, config.seed), spec, folder)
-    calls: dict[str, Call] = {}
-
-    def add(kind: str, parts: Mapping[str, Call]) -> None:
-        calls.update({f"{kind}, {part}": call for part, call in parts.items()})
-
+    calls, batches = {}, {}  # by side and threads; by threads
     with contextlib.ExitStack() as stack:
-        cases = []
-        for path, count in itertools.product((network.onnx(DEPLOY), BUNDLED_ONNX), threads):
-            predictor = stack.enter_context(load(path, threads=count))
-            side = predictor.spec.input_size
-            cases.append((side, count))
-            add(f"{side}, {count} threads", call_parts(predictor, count, config.seed))
-            if path == BUNDLED_ONNX:
-                add(f"{count} threads", batch_parts(predictor, config.seed))
-                if count == 1:
-                    add("picture", picture_parts(predictor, photo.read_bytes()))
-        announce(f"{len(calls)} rows, {len(calls) * config.seconds:.0f} s or more")
-        samples = measure(calls, seconds=config.seconds, rounds=config.rounds, seed=config.seed)
-
-    def found(kind: str) -> dict[str, Samples]:
-        names = [name for name in samples if name.rpartition(", ")[0] == kind]
-        return {name.rpartition(", ")[2]: samples[name] for name in names}
-
-    rows = []
-    for side, count in cases:
-        own = found(f"{side}, {count} threads")
-        row = {"input_size": side, "threads": count, **_figures(own)}
-        rows.append({**row, "ratio": speedup(own["predictor"], own["session"])})
-    batches = []
-    for count in threads:
-        own = found(f"{count} threads")
-        row = {"threads": count, "gain": speedup(own["singles"], own["batch"])}
-        for part, figures in _figures(own).items():
-            row[part] = {**figures, "images_per_second": 1000 * BATCH / figures["p50_ms"]}
-        batches.append(row)
-    return {"calls": rows, "batches": batches, "pictures": _figures(found("picture"))}
+        for path in (network.onnx(DEPLOY), BUNDLED_ONNX):
+            for threads in sorted({1, usable_cpus()}):
+                predictor = stack.enter_context(load(path, threads=threads))
+                side = predictor.spec.input_size
+                calls[side, threads] = call_parts(predictor, threads, config.seed)
+                if path == BUNDLED_ONNX:
+                    batches[threads] = batch_parts(predictor, config.seed)
+        single = stack.enter_context(load(BUNDLED_ONNX, threads=1))
+        pictures = picture_parts(single, photo.read_bytes())
+        groups = {
+            **{f"calls {key}": parts for key, parts in calls.items()},
+            **{f"batches {key}": parts for key, parts in batches.items()},
+            "pictures": pictures,
+        }
+        found = measure_groups(groups, config)
+    return {
+        "calls": [describe_calls(*key, found[f"calls {key}"]) for key in calls],
+        "batches": [describe_batches(key, found[f"batches {key}"]) for key in batches],
+        "pictures": figures(found["pictures"]),
+    }
 
 
-def _figures(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
+def measure_groups(
+    groups: Mapping[str, Mapping[str, Call]], config: RuntimeConfig
+) -> dict[str, dict[str, Samples]]:
+    """The samples of each part of each group; all parts take turns."""
+    parts = {(group, part): call for group in groups for part, call in groups[group].items()}
+    announce(f"{len(parts)} rows, {len(parts) * config.seconds:.0f} s or more")
+    samples = measure(
+        {", ".join(key): call for key, call in parts.items()},
+        seconds=config.seconds,
+        rounds=config.rounds,
+        seed=config.seed,
+    )
+    return {
+        group: {part: samples[f"{group}, {part}"] for part in own} for group, own in groups.items()
+    }
+
+
+def describe_calls(side: int, threads: int, found: Mapping[str, Samples]) -> dict[str, Any]:
+    """A row for the predictor beside a session."""
+    ratio = speedup(found["predictor"], found["session"])
+    return {"input_size": side, "threads": threads, **figures(found), "ratio": ratio}
+
+
+def describe_batches(threads: int, found: Mapping[str, Samples]) -> dict[str, Any]:
+    """A row for a batch beside single faces."""
+    rates = {
+        part: {**row, "images_per_second": 1000 * BATCH / row["p50_ms"]}
+        for part, row in figures(found).items()
+    }
+    return {"threads": threads, "gain": speedup(found["singles"], found["batch"]), **rates}
+
+
+def figures(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
+    """What a result says of each part."""
     return {name: own.figures() for name, own in samples.items()}
 
 
@@ -283,80 +282,21 @@ def growth(predictions: Sequence[int], rss_kb: Sequence[int]) -> dict[str, float
     }
 
 
-# ---- settings
-
-
-def plan_settings() -> dict[str, dict[str, Any]]:
-    """Options of :func:`benchmarks.measure.sessions.open_session`.
-
-    The library's defaults, each change of them alone, and the changes that go together.
-    """
-    cores = usable_cpus()
-    levels = ("none", "basic", "extended")
-    return {
-        "the library's defaults": {},
-        "1 threads": {"threads": 1},
-        f"{cores} threads": {"threads": cores},
-        "no arena": {"arena": False},
-        **{f"optimisation {level}": {"level": level} for level in levels},
-        "no spinning": {"spinning": False},
-        "1 threads, no arena": {"threads": 1, "arena": False},
-        f"{cores} threads, no spinning": {"threads": cores, "spinning": False},
-        "1 threads, optimisation extended": {"threads": 1, "level": "extended"},
-        "1 threads, optimisation basic": {"threads": 1, "level": "basic"},
-    }
-
-
-def measure_settings(config: RuntimeConfig, folder: Path) -> list[dict[str, Any]]:
-    """Each setting in processes of its own, which take turns."""
-    settings = plan_settings()
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
-    job = {"model": str(BUNDLED_ONNX), "side": bundled_side()}
-    job |= {"calls": _SETTING_CALLS, "pause_s": _PAUSE_S}
-    for _, name in interleave(settings, config.settings, config.seed):
-        options = {**job, "setting": settings[name]}
-        found[name].append(run_job(run_with_setting, options, bytecode=folder / "bytecode"))
-    calls = {
-        name: Samples((1e6 * np.array([row["calls_ms"] for row in rows])).astype(np.int64))
-        for name, rows in found.items()
-    }
-    default = next(iter(calls.values()))
-    return [
-        {
-            "name": name,
-            **{"threads": None, "arena": True, "level": "all", "spinning": True, **settings[name]},
-            **medians(rows),
-            "ratio": speedup(calls[name], default),
-        }
-        for name, rows in found.items()
-    ]
-
-
-def medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What one setting costs: medians over its processes."""
-    found = {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
-    found |= {"p50_ms": found.pop("calls_ms"), "paced_p50_ms": found.pop("paced_ms")}
-    found["rss_mb"] = found.pop("rss_kb") * 1024 / 1e6
-    found["batch_peak_mb"] = found.pop("batch_peak_kb") * 1024 / 1e6
-    return found
-
-
 # ---- goals
 
 
 def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal with what was found."""
-    start = result["start"]
+    start, memory = result["start"], result["memory"]
     found = [
-        ("start by the bare script's", start["ratio"]["value"], START_GOAL),
-        ("peak memory of a start, MB", start["runtime"]["peak_mb"], PEAK_GOAL_MB),
+        ("start by the bare script's", start["ratio"]["value"], 1.15),
+        ("peak memory of a start, MB", start["runtime"]["peak_mb"], 110.0),
         ("large libraries imported", len(start["runtime"]["heavy"]), 0),
     ]
     for row in result["calls"]:
         kind = f"{row['input_size']}x{row['input_size']}, {row['threads']} threads"
-        found.append((f"call by session.run, {kind}", row["ratio"]["value"], OVERHEAD_GOAL))
-    memory = result["memory"]["kb_per_thousand"]
-    found.append(("memory, kB a thousand predictions", memory, GROWTH_GOAL_KB))
+        found.append((f"call by session.run, {kind}", row["ratio"]["value"], 1.08))
+    found.append(("memory, kB a thousand predictions", memory["kb_per_thousand"], 1.0))
     return [
         {"name": name, "found": value, "at_most": limit, "met": value <= limit}
         for name, value, limit in found

@@ -84,6 +84,11 @@ class Candidate:
         family, _, device = self.backend.partition(":")
         return family.startswith("trt") or device.startswith(("cuda", "tensorrt"))
 
+    def key(self) -> dict[str, Any]:
+        """What tells its rows in a result from others'."""
+        names = ("model", "backend", "precision", "threads")
+        return {name: getattr(self, name) for name in names}
+
     def prepare(self) -> None:
         """Set what is global to the process; to be called before each turn."""
         if self.backend == "torch:cpu" and self.threads is not None:

@@ -105,13 +105,9 @@ def run_fresh(
         variables["PYTHONPYCACHEPREFIX"] = str(bytecode)
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter_ns()
+        command = [sys.executable, "-c", given + code + _EPILOGUE]
         process = subprocess.Popen(
-            [sys.executable, "-c", given + code + _EPILOGUE],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=ROOT,
-            env=variables,
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=variables
         )
         alarm = threading.Timer(_TIMEOUT, process.kill)
         alarm.start()
@@ -190,20 +186,19 @@ def measure_cold_starts(
         if not entry.model.endswith(NO_GRAPHS):
             chosen.setdefault(f"{entry.model} on {entry.backend}", entry)
     found: dict[str, list[Run]] = {name: [] for name in chosen}
-    failed: list[Skipped] = []
+    failed: dict[str, Skipped] = {}
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "face.jpg")
         image.write_bytes(jpeg)
         for _, name in interleave(chosen, runs, seed):
-            if name not in found:
-                continue
+            entry = chosen[name]
             try:
-                found[name].append(start_cold(chosen[name], image))
+                if name not in failed:
+                    found[name].append(start_cold(entry, image))
             except ProcessError as error:
-                entry = chosen[name]
-                failed.append(Skipped(entry.backend, entry.model, f"cold start: {error}"))
-                del found[name]
-    return [describe_cold(chosen[name], own) for name, own in found.items() if own], failed
+                failed[name] = Skipped(entry.backend, entry.model, f"cold start: {error}")
+    kept = [name for name, own in found.items() if own and name not in failed]
+    return [describe_cold(chosen[name], found[name]) for name in kept], list(failed.values())
 
 
 def start_cold(candidate: Candidate, image: Path) -> Run:
@@ -223,10 +218,7 @@ def describe_cold(candidate: Candidate, runs: Sequence[Run]) -> dict[str, Any]:
     totals = [(load + label) / 1e6 for load, label in zip(load_ns, label_ns, strict=True)]
     peaks = [1024 * run.peak_kb for run in runs if run.peak_kb is not None]
     return {
-        "model": candidate.model,
-        "backend": candidate.backend,
-        "precision": candidate.precision,
-        "threads": candidate.threads,
+        **candidate.key(),
         "runs": len(runs),
         "p50_ms": statistics.median(totals),
         "min_ms": min(totals),
@@ -264,58 +256,3 @@ def predict_often(job: dict[str, Any]) -> dict[str, Any]:
                 counts.append(number)
                 memory.append(memory_kb("VmRSS"))
     return {"predictions": counts, "rss_kb": memory}
-
-
-def run_with_setting(job: dict[str, Any]) -> dict[str, Any]:
-    """What one way to set up ONNX Runtime costs: start, calls, processor time, memory.
-
-    Args:
-        job: ``model`` (a path), ``side`` of its input, ``calls``, ``pause_s`` and ``setting``, the
-            options of :func:`benchmarks.measure.sessions.open_session`.
-
-    Returns:
-        Milliseconds to open and run once, of each call one after the other and of each call after a
-        pause; processor milliseconds of a call, of both kinds; memory after these, and the peak
-        after a batch of 32 as well, kB.
-    """
-    import numpy as np
-
-    from benchmarks.measure.sessions import open_session
-
-    side = job["side"]
-    images = np.random.default_rng(0).integers(0, 256, (32, side, side, 3), dtype=np.uint8)
-
-    began = time.perf_counter()
-    session = open_session(Path(job["model"]), **job["setting"])
-
-    def call() -> None:
-        session.run(None, {"image": images[:1]})
-
-    call()
-    start_ms = 1e3 * (time.perf_counter() - began)
-    calls_ms, cpu_ms = _time_calls(call, job["calls"], 0)
-    paced_ms, paced_cpu_ms = _time_calls(call, max(job["calls"] // 4, 1), job["pause_s"])
-    single_kb = memory_kb("VmRSS")
-    session.run(None, {"image": images})
-    return {
-        "start_ms": start_ms,
-        "calls_ms": calls_ms,
-        "paced_ms": paced_ms,
-        "cpu_ms": cpu_ms,
-        "paced_cpu_ms": paced_cpu_ms,
-        "rss_kb": single_kb,
-        "batch_peak_kb": memory_kb("VmHWM"),
-    }
-
-
-def _time_calls(call: Callable[[], None], count: int, pause_s: float) -> tuple[list[float], float]:
-    """Milliseconds of each call; processor milliseconds of a call with what its threads burn."""
-    durations = []
-    spent = time.process_time()
-    for _ in range(count):
-        if pause_s:
-            time.sleep(pause_s)
-        began = time.perf_counter()
-        call()
-        durations.append(1e3 * (time.perf_counter() - began))
-    return durations, 1e3 * (time.process_time() - spent) / count

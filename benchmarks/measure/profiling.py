@@ -77,7 +77,7 @@ def profile_onnx(candidate: Candidate, images: Sequence[UInt8Array], runs: int) 
         trace = json.loads(Path(backend._session.end_profiling()).read_text("utf-8"))
     layers = summarise(trace, _WARM_UP, stored_weights(predictor.path))
     return {
-        **_head(candidate),
+        **candidate.key(),
         "batch": len(images[0]),
         "runs": runs,
         "total_us": sum(layer["us"] for layer in layers),
@@ -207,12 +207,7 @@ def inspect_engine(candidate: Candidate) -> dict[str, Any]:
         raise BackendError(path.name, expected, found, "leave --profile out")
     inspector = plan.create_engine_inspector()
     text = inspector.get_engine_information(module.LayerInformationFormat.JSON)
-    return {**_head(candidate), "engine_layers": engine_layers(text)}
-
-
-def _head(candidate: Candidate) -> dict[str, Any]:
-    names = ("model", "backend", "precision", "threads")
-    return {name: getattr(candidate, name) for name in names}
+    return {**candidate.key(), "engine_layers": engine_layers(text)}
 
 
 def engine_layers(text: str) -> list[dict[str, str]]:

@@ -14,37 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnxruntime
 
-LEVELS = {
-    "none": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
 
-
-def open_session(
-    model: Path | bytes,
-    threads: int | None = None,
-    *,
-    arena: bool = True,
-    level: str = "all",
-    spinning: bool = True,
-) -> onnxruntime.InferenceSession:
-    """A session on the CPU; the defaults are the library's.
+def open_session(model: Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A session on the CPU with all the library's optimisations.
 
     Args:
         model: A file, or what is in it.
         threads: Of one inference; None leaves the choice to the library.
-        arena: Whether the CPU's memory is kept in an arena.
-        level: Of graph optimisation, among :data:`LEVELS`.
-        spinning: Whether threads wait for work by spinning.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
-    options.enable_cpu_mem_arena = arena
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3  # errors alone
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -7,20 +7,14 @@ import pytest
 
 from benchmarks import runtime as bench
 from benchmarks.measure.processes import Run
+from efficientface_deploy.predictor import BUNDLED_ONNX, load
 from efficientface_deploy.workbench.timing import Samples, speedup
 
 SMALL = ["--starts", "3", "--seconds", "0.02", "--rounds", "3", "--input-size", "32"]
-SMALL += ["--predictions", "40", "--settings", "1"]
+SMALL += ["--predictions", "40"]
 
 
-@pytest.fixture
-def few_settings(monkeypatch):
-    chosen = ("the library's defaults", "1 threads, no arena")
-    settings = {name: bench.plan_settings()[name] for name in chosen}
-    monkeypatch.setattr(bench, "plan_settings", lambda: settings)
-
-
-def test_one_command_measures_everything(few_settings, tmp_path, capsys):
+def test_one_command_measures_everything(tmp_path, capsys):
     assert bench.main([*SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "runtime.json").read_text())
     start = result["start"]
@@ -30,7 +24,8 @@ def test_one_command_measures_everything(few_settings, tmp_path, capsys):
     assert start["ratio"]["value"] == pytest.approx(
         start["runtime"]["p50_ms"] / start["bare"]["p50_ms"]
     )
-    assert {row["input_size"] for row in result["calls"]} == {32, bench.bundled_side()}
+    with load(BUNDLED_ONNX) as bundled:
+        assert {row["input_size"] for row in result["calls"]} == {32, bundled.spec.input_size}
     for row in result["calls"]:
         assert row["ratio"]["value"] == pytest.approx(
             row["predictor"]["p50_ms"] / row["session"]["p50_ms"]
@@ -40,13 +35,6 @@ def test_one_command_measures_everything(few_settings, tmp_path, capsys):
         assert row["batch"]["images_per_second"] == pytest.approx(32_000 / row["batch"]["p50_ms"])
     memory = result["memory"]
     assert memory["predictions"] == list(range(1, 41)) and len(memory["rss_kb"]) == 40
-    assert [row["name"] for row in result["settings"]] == [
-        "the library's defaults",
-        "1 threads, no arena",
-    ]
-    row = result["settings"][1]
-    assert (row["threads"], row["arena"], row["level"]) == (1, False, "all")
-    assert 0 < row["rss_mb"] <= row["batch_peak_mb"] and row["ratio"]["low"] > 0
     table = (tmp_path / "runtime.md").read_text()
     assert all(goal["name"] in table for goal in result["goals"])
     assert "wrote runtime.json and runtime.md" in capsys.readouterr().out

@@ -22,11 +22,9 @@ from benchmarks.measure.processes import (
     predict_often,
     run_fresh,
     run_job,
-    run_with_setting,
     start_cold,
 )
-from benchmarks.runtime import bundled_side, growth
-from efficientface_deploy.predictor import BUNDLED_ONNX
+from benchmarks.runtime import growth
 
 MS = 1_000_000
 JPEG = make_jpegs(0)[0]
@@ -176,16 +174,6 @@ def test_a_job_has_no_more_in_memory_than_an_application(photo: Path) -> None:
     code = "from benchmarks.measure.processes import predict_often\nprint(predict_often(argument))"
     run = run_fresh(code, {"predictions": 2, "samples": 2, "photo": str(photo), "threads": 1})
     assert not run.modules & {"torch", "onnx", "benchmarks.measure.models"}
-
-
-def test_settings_reach_the_library() -> None:
-    job = {"model": str(BUNDLED_ONNX), "side": bundled_side(), "calls": 4, "pause_s": 0.001}
-    setting = {"threads": 1, "arena": False, "level": "basic", "spinning": False}
-    found = run_with_setting({**job, "setting": setting})
-    assert len(found["calls_ms"]) == 4 and len(found["paced_ms"]) == 1
-    assert 0 < found["rss_kb"] <= found["batch_peak_kb"]
-    with pytest.raises(KeyError):
-        run_with_setting({**job, "setting": {**setting, "level": "most"}})
 
 
 def test_a_job_fails_in_its_own_process(tmp_path: Path) -> None:
