@@ -1,24 +1,21 @@
 """The roofline: the time that a network's multiply-adds take at the machine's measured peak.
 
-It is arithmetic alone. A network of a few megabytes stays in the caches between two calls, so that
-the time to read it from memory is no lower bound; it is recorded beside it (``memory_ms``) for
-machines where it matters. What counts is the network's work, not a file's: the fewest multiply-adds
-of all files of the same network in the run. Padding and identity weights in a graph are part of the
-distance, not of the roofline.
+It is arithmetic alone: a network of a few megabytes stays in the caches between two calls, so that
+the time to read it from memory is no lower bound. What counts is the network's work, not a file's:
+the fewest multiply-adds of all files of the same network in the run. Padding and identity weights
+in a graph are part of the distance, not of the roofline.
 
-The peak of arithmetic is measured by a matrix product, for each number of threads and each number
-format, with every library that is here, since none reaches the machine's peak everywhere: numpy's
-BLAS may have been built or told to leave instructions out, and ONNX Runtime's kernels are those
-that the models run on. The best of them counts. Each library gets a process of its own, in which
-its threads can be set and no other library's threads spin. Bandwidth is a copy between arrays that
-do not fit into the last-level cache, by as many threads.
+The peak is that of a matrix product, for each number of threads and each number format, with every
+library that is here, since none reaches the machine's peak everywhere: numpy's BLAS may have been
+built or told to leave instructions out, and ONNX Runtime's kernels are those that the models run
+on. The best of them counts. Each library gets a process of its own, in which its threads can be set
+and no other library's threads spin.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.measure.processes import ProcessError, run_job
-from efficientface_deploy.workbench.environment import last_level_cache_bytes, memory_bytes
 from efficientface_deploy.workbench.requirements import is_installed
 
 if TYPE_CHECKING:  # a process that measures one library imports no other
@@ -41,13 +37,10 @@ FORMATS = ("fp32", "fp16", "int8")
 _SIZES = {"cpu": (384, 768, 1536), "cuda": (4096,)}
 _SECONDS = 0.15  # for each size
 _SLOW = 0.2  # seconds of one product; a library without kernels for a format is not asked for more
-_COPIES = 5
-_LARGEST_COPY = 1 << 30  # bytes
 # Where a library reads how many threads it may start.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Product = Callable[[], object]
-Peaks = dict[str, Any]
 Network = tuple[str, int, int]  # what must be equal for two files to hold the same network
 
 
@@ -58,22 +51,21 @@ def count_multiply_adds(candidates: Sequence[Candidate]) -> dict[str, int | None
     """Multiply-adds of one image, by model: as its graph is laid out, zero weights included.
 
     Returns:
-        None for an engine, and for an ONNX file where the package onnx is not installed.
+        None for an engine, for an ONNX file where the package onnx is not installed, and for a
+        graph whose shapes nobody can know.
     """
     counts: dict[str, int | None] = {}
     for candidate in {entry.model: entry for entry in candidates}.values():
-        path = candidate.predictor.path
+        path, counts[candidate.model] = candidate.predictor.path, None
         if candidate.backend.startswith("torch"):
             counts[candidate.model] = count_torch(path, candidate.preset)
-        else:
-            counts[candidate.model] = count_onnx(path) if path.suffix == ".onnx" else None
+        elif path.suffix == ".onnx" and is_installed("onnx"):
+            counts[candidate.model] = count_onnx(path)
     return counts
 
 
 def count_onnx(path: Path) -> int | None:
-    """Multiply-adds of an ONNX file; None without the package onnx, or for a foreign graph."""
-    if not is_installed("onnx"):
-        return None
+    """Multiply-adds of an ONNX file; None for a foreign graph that does not tell."""
     import onnx
 
     from efficientface_export.graph.io import multiply_adds
@@ -137,31 +129,22 @@ def roofline_of(
 
     Returns:
         ``multiply_adds`` of an image, ``ms`` of the whole batch at the peak, ``distance`` (the
-        median by it, above 1 unless the peak was measured too low), ``memory_ms`` (weights and
-        pictures once from memory); None where the peak or the count is not known.
+        median by it, above 1 unless the peak was measured too low); None where the peak or the
+        count is not known.
     """
     multiply_adds = fewest.get(network_of(candidate))
-    threads, precision = candidate.threads, candidate.precision
-    gpu: Mapping[str, float] = peaks.get("gpu") or {}
-    rate = gpu.get(precision) if candidate.on_gpu else peak_rate(peaks, threads, precision)
+    if candidate.on_gpu:
+        rate = peaks.get("gpu", {}).get(candidate.precision)
+    else:
+        rate = peak_rate(peaks, candidate.threads, candidate.precision)
     if multiply_adds is None or rate is None:
         return None
     milliseconds = 1e3 * multiply_adds * batch / rate
-    found = {"multiply_adds": multiply_adds, "ms": milliseconds, "distance": p50_ms / milliseconds}
-    rows = peaks["bandwidth"] if threads is not None else []
-    bandwidth = [row["bytes_per_second"] for row in rows if row["threads"] <= threads]
-    if bandwidth:
-        side = candidate.predictor.spec.input_size
-        moved = candidate.predictor.path.stat().st_size + batch * side * side * 3
-        found["memory_ms"] = 1e3 * moved / max(bandwidth)
-    return found
+    return {"multiply_adds": multiply_adds, "ms": milliseconds, "distance": p50_ms / milliseconds}
 
 
 def peak_rate(peaks: Mapping[str, Any], threads: int | None, precision: str) -> float | None:
-    """Multiply-adds a second that nothing of this precision can exceed, as far as was measured.
-
-    A CPU that has nothing for FP16 or INT8 computes them in a wider format, and more threads can do
-    what fewer can: the best of all formats that hold the numbers, and of all fewer threads, counts.
+    """Multiply-adds a second: the best of as many threads or fewer, in this format or a wider one.
 
     Args:
         peaks: From :func:`measure_peaks`.
@@ -182,29 +165,30 @@ def peak_rate(peaks: Mapping[str, Any], threads: int | None, precision: str) -> 
 # ---- the machine's peak
 
 
-def measure_peaks(threads: Sequence[int], *, gpu: bool = False) -> Peaks:
-    """Peak arithmetic and bandwidth for each number of threads.
-
-    Args:
-        threads: CPU threads.
-        gpu: Whether to measure the GPU's arithmetic too.
+def measure_peaks(threads: Sequence[int], *, gpu: bool = False) -> dict[str, Any]:
+    """Peak arithmetic for each number of threads, and of the GPU where it is asked for.
 
     Returns:
-        A JSON object: ``arithmetic`` has a row for each number of threads and format, ``bandwidth``
-        one for each number of threads, ``gpu`` multiply-adds a second by format.
+        A JSON object: ``arithmetic`` has a row for each number of threads and format, ``gpu``
+        multiply-adds a second by format, empty without PyTorch for CUDA.
     """
-    peaks: Peaks = {
-        "arithmetic": [row for count in threads for row in measure_arithmetic(count)],
-        "bandwidth": [copy_bandwidth(count) for count in threads],
+    peaks: dict[str, Any] = {
+        "arithmetic": [row for count in threads for row in measure_arithmetic(count)]
     }
     if gpu:
-        peaks["gpu"] = peak_of_gpu()
+        peaks["gpu"] = {}
+        with contextlib.suppress(ProcessError):
+            peaks["gpu"] = run_job(measure_library, "torch", 1, "cuda")
     return peaks
 
 
 def measure_arithmetic(threads: int) -> list[dict[str, Any]]:
     """Peak arithmetic: a row for each format, with the best of the libraries that are here."""
-    found = ask_libraries(threads)
+    environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    found: dict[str, dict[str, float]] = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(ProcessError):  # the others say what the machine can do
+            found[library] = run_job(measure_library, library, threads, environment=environment)
     rows = []
     for name in FORMATS:
         tried = {library: rates[name] for library, rates in found.items() if name in rates}
@@ -213,24 +197,6 @@ def measure_arithmetic(threads: int) -> list[dict[str, Any]]:
             row = {"threads": threads, "format": name, "multiply_adds_per_second": tried[best]}
             rows.append({**row, "by": best, "tried": tried})
     return rows
-
-
-def ask_libraries(threads: int) -> dict[str, dict[str, float]]:
-    """Each library's multiply-adds a second for each format; without those that are not here."""
-    environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
-    found = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(ProcessError):  # the others say what the machine can do
-            found[library] = run_job(measure_library, library, threads, environment=environment)
-    return found
-
-
-def peak_of_gpu() -> dict[str, float]:
-    """Multiply-adds a second of the GPU, by format; empty without PyTorch for CUDA."""
-    try:
-        return run_job(measure_library, "torch", 1, "cuda")
-    except ProcessError:
-        return {}
 
 
 def measure_library(library: str, threads: int, device: str = "cpu") -> dict[str, float]:
@@ -264,8 +230,7 @@ def _shortest(product: Product) -> float:
 def _numpy_product(number_format: str, size: int, threads: int, device: str) -> Product | None:
     if number_format != "fp32":
         return None  # numpy multiplies the others without BLAS
-    left, right = np.random.default_rng(0).random((2, size, size), dtype=np.float32)
-    out = np.empty_like(left)
+    left, right, out = np.random.default_rng(0).random((3, size, size), dtype=np.float32)
     return lambda: np.matmul(left, right, out=out)
 
 
@@ -304,10 +269,8 @@ def _onnx_product(number_format: str, size: int, threads: int, device: str) -> P
     }[number_format]
     # FP16 would overflow with numbers up to 100: its sums stay far below 65504.
     largest = 1 if number_format == "fp16" else 100
-    generator = np.random.default_rng(0)
-    left, weight = (
-        (largest * generator.random((size, size))).astype(kind) for kind in (left_type, weight_type)
-    )
+    values = largest * np.random.default_rng(0).random((2, size, size))
+    left, weight = values[0].astype(left_type), values[1].astype(weight_type)
     left_kind = helper.np_dtype_to_tensor_dtype(left.dtype)
     graph = helper.make_graph(
         [helper.make_node(operator, ["left", "right"], ["out"])],
@@ -319,42 +282,3 @@ def _onnx_product(number_format: str, size: int, threads: int, device: str) -> P
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     session = open_session(model.SerializeToString(), threads)
     return lambda: session.run(None, {"left": left})
-
-
-# ---- bandwidth
-
-
-def copy_bandwidth(threads: int) -> dict[str, Any]:
-    """Bytes read and written a second by a copy that does not fit into the last-level cache.
-
-    Args:
-        threads: How many copy, each its share; numpy releases the interpreter's lock for it.
-    """
-    source = np.ones(_copy_bytes() // 8)  # float64
-    target = np.zeros_like(source)
-    parts = np.array_split(target, threads), np.array_split(source, threads)
-    best = min(_time_copy(list(zip(*parts, strict=True))) for _ in range(_COPIES))
-    return {
-        "threads": threads,
-        "bytes_per_second": 2 * source.nbytes / best,  # each byte is read once and written once
-        "array_bytes": source.nbytes,
-        "larger_than_cache": 2 * source.nbytes > last_level_cache_bytes(),
-    }
-
-
-def _copy_bytes() -> int:
-    """An array as large as the last-level cache: source and target are then twice its size."""
-    wanted = max(last_level_cache_bytes(), 64 << 20)
-    affordable = (memory_bytes() or 8 * wanted) // 8
-    return min(wanted, affordable, _LARGEST_COPY)
-
-
-def _time_copy(shares: Sequence[tuple[Any, Any]]) -> float:
-    workers = [threading.Thread(target=np.copyto, args=share) for share in shares[1:]]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    np.copyto(*shares[0])
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - start

@@ -98,8 +98,8 @@ FILES = TableForm(
 
 
 def _peaks(result: Result) -> list[Row]:
-    peaks = result.get("ceilings") or {"arithmetic": [], "bandwidth": []}
-    copies = {row["threads"]: row["bytes_per_second"] for row in peaks["bandwidth"]}
+    peaks = result.get("ceilings") or {"arithmetic": []}
+    copies = {row["threads"]: row["bytes_per_second"] for row in peaks.get("bandwidth", [])}
     rows = [{**row, "copy": copies.get(row["threads"])} for row in peaks["arithmetic"]]
     for name, rate in (peaks.get("gpu") or {}).items():
         own = {"threads": "GPU", "format": name, "by": "torch"}

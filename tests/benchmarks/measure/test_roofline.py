@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks.measure import roofline as module
 from benchmarks.measure.models import Candidate, open_candidates
 from benchmarks.measure.processes import ProcessError, run_fresh, run_job
 from benchmarks.measure.roofline import (
-    copy_bandwidth,
     count_multiply_adds,
     count_onnx,
     fewest_multiply_adds,
@@ -24,7 +22,6 @@ from benchmarks.measure.roofline import (
 
 KNOWN: dict[str, Any] = {
     "arithmetic": [{"threads": 1, "format": "fp32", "multiply_adds_per_second": 1e9}],
-    "bandwidth": [{"threads": 1, "bytes_per_second": 1e9}],
 }
 
 
@@ -63,15 +60,13 @@ def test_distance_is_the_median_by_the_time_at_the_peak(candidates: list[Candida
     assert row is not None
     assert row["ms"] == pytest.approx(16.0)  # 8 x 2 M at 1 G a second
     assert row["distance"] == pytest.approx(1.5)
-    size = first.predictor.path.stat().st_size + 8 * 32 * 32 * 3
-    assert row["memory_ms"] == pytest.approx(1e3 * size / 1e9)
 
 
 def test_without_count_or_peak_there_is_no_floor(candidates: list[Candidate]) -> None:
     first = candidates[0]
     assert roofline_of(first, 1, 1.0, {}, KNOWN) is None
     fewest = fewest_multiply_adds(candidates, {"a.onnx": 10})
-    assert roofline_of(first, 1, 1.0, fewest, {"arithmetic": [], "bandwidth": []}) is None
+    assert roofline_of(first, 1, 1.0, fewest, {"arithmetic": []}) is None
 
 
 def test_a_gpu_has_its_own_peak(
@@ -86,10 +81,10 @@ def test_a_gpu_has_its_own_peak(
 
 
 def test_without_the_package_onnx_a_file_has_no_count(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "is_installed", lambda name: False)
-    assert count_onnx(tmp_path / "any.onnx") is None
+    assert count_multiply_adds(candidates[:1]) == {"a.onnx": None}
 
 
 # ---- the machine's peak: which of the libraries and formats counts
@@ -134,16 +129,24 @@ def test_fewer_threads_than_were_measured_have_no_peak_rate() -> None:
     assert peak_rate(only_two, 1, "fp32") is None
 
 
-def test_a_row_names_the_library_that_gave_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"numpy": {"fp32": 5.0}, "torch": {"fp32": 7.0, "fp16": 3.0}}
-    monkeypatch.setattr(module, "ask_libraries", lambda threads: found)
-    rows = module.measure_arithmetic(2)
-    assert [(row["format"], row["by"], row["multiply_adds_per_second"]) for row in rows] == [
-        ("fp32", "torch", 7.0),
-        ("fp16", "torch", 3.0),
-    ]
-    assert rows[0]["tried"] == {"numpy": 5.0, "torch": 7.0}
-    assert rows[0]["threads"] == 2
+def test_a_row_names_the_best_of_the_libraries_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = {"numpy": {"fp32": 5.0}, "onnxruntime": {"fp32": 7.0, "fp16": 3.0}}
+
+    def run_job(job: Any, library: str, threads: int, *, environment: dict[str, str]) -> Any:
+        assert (threads, environment["OPENBLAS_NUM_THREADS"]) == (2, "2")
+        if library == "torch":
+            raise ProcessError("ModuleNotFoundError: No module named 'torch'")
+        return rates[library]
+
+    monkeypatch.setattr(module, "run_job", run_job)
+    first, second = module.measure_arithmetic(2)
+    assert first == {
+        **{"threads": 2, "format": "fp32", "multiply_adds_per_second": 7.0, "by": "onnxruntime"},
+        "tried": {"numpy": 5.0, "onnxruntime": 7.0},
+    }
+    assert (second["format"], second["tried"]) == ("fp16", {"onnxruntime": 3.0})
 
 
 @pytest.mark.parametrize(
@@ -172,21 +175,6 @@ def test_rate_is_the_products_multiply_adds_by_its_time(
     assert slow == dict.fromkeys(("fp32", "fp16", "int8"), pytest.approx(100**3))
 
 
-def test_a_library_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def run_job(job: Any, library: str, threads: int, *, environment: dict[str, str]) -> Any:
-        seen.append(library)
-        assert environment["OPENBLAS_NUM_THREADS"] == "3"
-        if library == "torch":
-            raise ProcessError("ModuleNotFoundError: No module named 'torch'")
-        return {"fp32": 1.0}
-
-    monkeypatch.setattr(module, "run_job", run_job)
-    assert module.ask_libraries(3) == {"numpy": {"fp32": 1.0}, "onnxruntime": {"fp32": 1.0}}
-    assert seen == list(module.LIBRARIES)
-
-
 def test_a_process_measures_one_library_and_imports_no_other() -> None:
     # Matrices of the real sizes, but only numpy's: half a second.
     assert set(run_job(measure_library, "numpy", 1)) == {"fp32"}
@@ -194,31 +182,7 @@ def test_a_process_measures_one_library_and_imports_no_other() -> None:
     assert not run.modules & {"torch", "onnx", "onnxruntime"}
 
 
-def test_a_machine_without_a_gpu_has_no_peak_of_one() -> None:
-    assert module.peak_of_gpu() == {}
-
-
-def test_a_copy_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_copy_bytes", lambda: 8000)
-    monkeypatch.setattr(module, "_time_copy", lambda shares: 0.001)
-    found = copy_bandwidth(3)
-    assert found["bytes_per_second"] == pytest.approx(2 * 8000 / 0.001)
-    assert (found["threads"], found["array_bytes"]) == (3, 8000)
-    assert found["larger_than_cache"] is False
-    monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 1000)
-    assert copy_bandwidth(1)["larger_than_cache"] is True
-
-
-def test_all_of_an_array_is_copied_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = np.arange(10.0), np.zeros(10)
-    halves = zip(np.array_split(target, 3), np.array_split(source, 3), strict=True)
-    assert module._time_copy(list(halves)) > 0
-    np.testing.assert_array_equal(target, source)
-
-
-def test_little_memory_bounds_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 300 << 20)
-    monkeypatch.setattr(module, "memory_bytes", lambda: 800 << 20)
-    assert module._copy_bytes() == 100 << 20
-    monkeypatch.setattr(module, "memory_bytes", lambda: None)
-    assert module._copy_bytes() == 300 << 20
+def test_a_machine_without_a_gpu_has_no_peak_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measure_arithmetic", lambda threads: [{"threads": threads}])
+    assert module.measure_peaks((1, 2)) == {"arithmetic": [{"threads": 1}, {"threads": 2}]}
+    assert module.measure_peaks((), gpu=True) == {"arithmetic": [], "gpu": {}}
