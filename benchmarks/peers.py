@@ -10,7 +10,6 @@ see :mod:`efficientface_deploy.workbench.timing`. How each is opened is in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import math
@@ -70,6 +69,7 @@ RANDOM_WEIGHTS = "random weights: speed alone can be compared"
 
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx", "MNN")
 _PICTURES = 8  # inputs in turn for single pictures; batches are fewer, and larger than a cache
+_NOT_MEASURED = {"reached": None, "met": None, "against": "not measured"}
 _PAUSE = 0.05  # seconds before a turn, for threads that spin after the turn before
 
 Row = dict[str, Any]
@@ -215,29 +215,24 @@ def measure_work(
     work: Work, plan: Sequence[tuple[Network, Toolchain]], config: PeersConfig
 ) -> tuple[list[Row], list[Skipped]]:
     """Open everything, check what it computes, and let all take turns."""
+    gc.collect()  # the sessions that were opened before, and their threads
     torch.set_num_threads(work.threads)
     count = max(2, _PICTURES // work.batch)
     pictures = make_batches(config.input_size, work.batch, config.seed, count)
-    with contextlib.ExitStack() as stack:
-        cases, skipped = open_all(plan, work, pictures[0], stack)
-        print(f"{work.name}: measuring {len(cases)} rows", file=sys.stderr)
-        samples = measure(
-            {case.name: in_turn(case.infer, pictures) for case in cases},
-            seconds=config.seconds,
-            rounds=config.rounds if work.batch == 1 else math.ceil(config.rounds / 2),
-            seed=config.seed,
-            before_turn=lambda name: time.sleep(_PAUSE),
-        )
-        rows = [describe(case, cases, work, samples) for case in cases]
-    gc.collect()  # sessions and their threads, before the next ones are opened
-    return rows, skipped
+    cases, skipped = open_all(plan, work, pictures[0])
+    print(f"{work.name}: measuring {len(cases)} rows", file=sys.stderr)
+    samples = measure(
+        {case.name: in_turn(case.infer, pictures) for case in cases},
+        seconds=config.seconds,
+        rounds=config.rounds if work.batch == 1 else math.ceil(config.rounds / 2),
+        seed=config.seed,
+        before_turn=lambda name: time.sleep(_PAUSE),
+    )
+    return [describe(case, cases, work, samples) for case in cases], skipped
 
 
 def open_all(
-    plan: Sequence[tuple[Network, Toolchain]],
-    work: Work,
-    pictures: UInt8Array,
-    stack: contextlib.ExitStack,
+    plan: Sequence[tuple[Network, Toolchain]], work: Work, pictures: UInt8Array
 ) -> tuple[list[Case], list[Skipped]]:
     """Open each and run it once; one that fails does not end the others."""
     cases, skipped = [], []
@@ -247,7 +242,7 @@ def open_all(
             expected[network.name] = reference_logits(network, pictures)
         try:
             with native_output_to_stderr():
-                infer = toolchain.open(network, work, stack)
+                infer = toolchain.open(network, work)
                 found = infer(pictures)
         except UnavailableError as error:
             skipped.append(Skipped(toolchain.name, network.name, str(error)))
@@ -333,30 +328,26 @@ def goals(cases: Sequence[Row], arithmetic: int, peak: float | None) -> list[Row
             most,
         ),
     ]
-    name, wanted = "at most this many times the arithmetic floor", 1.5
+    goal = {"goal": "at most this many times the arithmetic floor", "wanted": 1.5}
     own = next((row for row in single if row["is_ours"]), None)
     if own is None or not peak:
-        return [*found, _goal(name, wanted, None, None, "not measured")]
+        return [*found, {**goal, **_NOT_MEASURED}]
     least_ms = 1e3 * arithmetic / peak
     distance = own["p50_ms"] / least_ms
     against = f"{arithmetic / 1e6:.1f} M multiply-adds at {peak / 1e9:.1f} G/s: {least_ms:.2f} ms"
-    return [*found, _goal(name, wanted, {"value": distance}, distance <= wanted, against)]
+    goal |= {"reached": {"value": distance}, "met": distance <= 1.5, "against": against}
+    return [*found, goal]
 
 
 def _against(name: str, wanted: float, rows: Sequence[Row]) -> Row:
     """A goal: to be this many times faster than the hardest of these rows."""
     rivals = [row for row in rows if row["ranked"] and not row["is_ours"] and row["ours_faster"]]
     hardest = min(rivals, key=lambda row: row["ours_faster"]["value"], default=None)
+    goal = {"goal": name, "wanted": wanted}
     if hardest is None:
-        return _goal(name, wanted, None, None, "not measured")
+        return {**goal, **_NOT_MEASURED}
     ratio, rival = hardest["ours_faster"], f"{hardest['model']} on {hardest['backend']}"
-    return _goal(name, wanted, ratio, ratio["value"] >= wanted, rival)
-
-
-def _goal(
-    name: str, wanted: float, reached: dict[str, float] | None, met: bool | None, against: str
-) -> Row:
-    return {"goal": name, "wanted": wanted, "reached": reached, "met": met, "against": against}
+    return {**goal, "reached": ratio, "met": ratio["value"] >= wanted, "against": rival}
 
 
 if __name__ == "__main__":

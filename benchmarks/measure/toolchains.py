@@ -14,9 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ class Work:
         return f"batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-# Opens a network for a kind of work, by torch's export or ours where a file is needed; what must be
-# closed goes on the stack. The first call may compile.
-Open = Callable[[Network, str, Work, ExitStack], Infer]
+# Opens a network for a kind of work, by torch's export or ours where a file is needed. The first
+# call may compile.
+Open = Callable[[Network, str, Work], Infer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Toolchain:
         """Whether it is meant for this work."""
         return work.batch > 1 or not self.batches_only
 
-    def open(self, network: Network, work: Work, stack: ExitStack) -> Infer:
+    def open(self, network: Network, work: Work) -> Infer:
         """A function from pictures to logits.
 
         Raises:
@@ -100,13 +100,13 @@ class Toolchain:
         if reason := missing_reason(*self.needs):
             raise UnavailableError(reason)
         if not self.one_by_one or work.batch == 1:
-            return self.opener(network, self.graph, work, stack)
-        return one_by_one(self.opener(network, self.graph, Work(1, 1), stack), work.threads, stack)
+            return self.opener(network, self.graph, work)
+        return one_by_one(self.opener(network, self.graph, Work(1, 1)), work.threads)
 
 
-def one_by_one(infer: Infer, threads: int, stack: ExitStack) -> Infer:
+def one_by_one(infer: Infer, threads: int) -> Infer:
     """Run a batch as single pictures, one on each thread; ``infer`` must be thread-safe."""
-    pool = stack.enter_context(ThreadPoolExecutor(threads))
+    pool = ThreadPoolExecutor(threads)  # its threads end with it
 
     def infer_all(pictures: UInt8Array) -> Float32Array:
         return np.concatenate(list(pool.map(infer, pictures[:, None])))  # N x (1, S, S, 3)
@@ -114,16 +114,14 @@ def one_by_one(infer: Infer, threads: int, stack: ExitStack) -> Infer:
     return infer_all
 
 
-def open_ours(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+def open_ours(network: Network, graph: str, work: Work) -> Infer:
     """This toolkit, as one embeds it: its export, through its runtime, all checks included."""
     path = network.onnx(graph)
-    predictor = stack.enter_context(load(path, backend="onnx:cpu", threads=work.threads))
+    predictor = load(path, backend="onnx:cpu", threads=work.threads)
     return lambda pictures: predictor.infer(pictures)[0]
 
 
-def open_eager(
-    network: Network, graph: str, work: Work, stack: ExitStack, channels_last: bool = False
-) -> Infer:
+def open_eager(network: Network, graph: str, work: Work, channels_last: bool = False) -> Infer:
     """PyTorch as the published test script has it: evaluation mode, no gradients, NCHW floats.
 
     With ``channels_last`` the channels of a pixel lie side by side, as they do in the picture.
@@ -143,7 +141,7 @@ def open_eager(
     return infer
 
 
-def open_compiled(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+def open_compiled(network: Network, graph: str, work: Work) -> Infer:
     """PyTorch compiled by inductor for this very shape, normalisation included."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -160,17 +158,17 @@ def open_compiled(network: Network, graph: str, work: Work, stack: ExitStack) ->
     return infer
 
 
-def open_onnxruntime(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+def open_onnxruntime(network: Network, graph: str, work: Work) -> Infer:
     """ONNX Runtime with all its optimisations."""
     session = open_session(network.onnx(graph), work.threads)
     return lambda pictures: np.asarray(session.run([_LOGITS], {UINT8_INPUT: pictures})[0])
 
 
-def open_openvino(
-    network: Network, graph: str, work: Work, stack: ExitStack, precision: str | None = "f32"
-) -> Infer:
-    """OpenVINO for one request at a time."""
-    request = _compile_openvino(network, graph, work, "LATENCY", precision).create_infer_request()
+def open_openvino(network: Network, graph: str, work: Work, precision: str | None = "f32") -> Infer:
+    """OpenVINO for one request at a time; precision None leaves that to the library."""
+    hints = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    compiled = _compile_openvino(network, graph, work, PERFORMANCE_HINT="LATENCY", **hints)
+    request = compiled.create_infer_request()
 
     def infer(pictures: UInt8Array) -> Float32Array:
         # The output's memory belongs to the request: copied, as one would before the next call.
@@ -180,12 +178,12 @@ def open_openvino(
     return infer
 
 
-def open_openvino_queue(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+def open_openvino_queue(network: Network, graph: str, work: Work) -> Infer:
     """OpenVINO for throughput: a request for each picture, as many at once as it finds best."""
     import openvino
 
-    compiled = _compile_openvino(network, graph, work, "THROUGHPUT", "f32")
-    queue = openvino.AsyncInferQueue(compiled)
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
+    queue = openvino.AsyncInferQueue(_compile_openvino(network, graph, work, **hints))
     logits = np.empty((work.batch, network.spec.num_classes), np.float32)  # (N, C)
 
     def keep(request: Any, index: int) -> None:
@@ -202,24 +200,26 @@ def open_openvino_queue(network: Network, graph: str, work: Work, stack: ExitSta
     return infer
 
 
-def _compile_openvino(
-    network: Network, graph: str, work: Work, hint: str, precision: str | None
-) -> Any:
+def _compile_openvino(network: Network, graph: str, work: Work, **hints: str) -> Any:
     import openvino
 
-    config: dict[str, Any] = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": work.threads}
-    if precision is not None:
-        config["INFERENCE_PRECISION_HINT"] = precision
+    config = {"INFERENCE_NUM_THREADS": work.threads, **hints}
     return openvino.Core().compile_model(str(network.onnx(graph)), "CPU", config)
 
 
-def open_ncnn(
-    network: Network, graph: str, work: Work, stack: ExitStack, rounded: bool = False
-) -> Infer:
-    """Ncnn, which has no batches."""
+def open_ncnn(network: Network, graph: str, work: Work, rounded: bool = False) -> Infer:
+    """Ncnn, which has no batches; ``rounded`` leaves pnnx and ncnn their FP16."""
     import ncnn
+    import pnnx
 
-    param, weights = _convert_to_ncnn(network, graph, rounded)
+    spec, side = network.spec, network.spec.input_size
+    folder = network.folder / f"ncnn-{graph}-{'fp16' if rounded else 'fp32'}"
+    param, weights = folder / "model.ncnn.param", folder / "model.ncnn.bin"
+    if not weights.exists():
+        folder.mkdir(parents=True)
+        shutil.copy(network.onnx(graph, float_input=True), folder / "model.onnx")
+        options = [f"inputshape=[1,3,{side},{side}]f32", f"fp16={int(rounded)}"]
+        _run_converter([pnnx.EXEC_PATH, "model.onnx", *options], folder, weights)
     net = ncnn.Net()
     net.opt.num_threads = work.threads
     if not rounded:
@@ -227,7 +227,6 @@ def open_ncnn(
             setattr(net.opt, f"use_{name}", False)
     if net.load_param(str(param)) or net.load_model(str(weights)):
         raise UnavailableError("ncnn could not load what pnnx wrote")
-    side, spec = network.spec.input_size, network.spec
     mean, scale = [255 * value for value in spec.mean], [1 / (255 * value) for value in spec.std]
 
     def infer(pictures: UInt8Array) -> Float32Array:
@@ -240,14 +239,21 @@ def open_ncnn(
     return infer
 
 
-def open_mnn(network: Network, graph: str, work: Work, stack: ExitStack) -> Infer:
+def open_mnn(network: Network, graph: str, work: Work) -> Infer:
     """MNN by its module interface, normalisation in the graph."""
     import MNN
 
+    path = network.folder / f"{graph}.mnn"
+    if not path.exists():
+        # By the converter's own function: the package's command installs another one by pip.
+        code = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+        options = ["-f", "ONNX", "--modelFile", network.onnx(graph), "--MNNModel", path]
+        command = [sys.executable, "-c", code, *map(str, options), "--bizCode", "MNN"]
+        _run_converter(command, network.folder, path)
     config = {"backend": "CPU", "numThread": work.threads, "precision": "high"}
     runtime = MNN.nn.create_runtime_manager((config,))
     module = MNN.nn.load_module_from_file(
-        str(_convert_to_mnn(network, graph)), [UINT8_INPUT], [_LOGITS], runtime_manager=runtime
+        str(path), [UINT8_INPUT], [_LOGITS], runtime_manager=runtime
     )
     plain, uint8 = MNN.expr.NCHW, MNN.expr.uint8  # dimensions in the order of the ONNX file
 
@@ -256,31 +262,6 @@ def open_mnn(network: Network, graph: str, work: Work, stack: ExitStack) -> Infe
         return np.array(module.forward([image])[0].read())
 
     return infer
-
-
-def _convert_to_ncnn(network: Network, graph: str, rounded: bool) -> tuple[Path, Path]:
-    import pnnx
-
-    folder = network.folder / f"ncnn-{graph}-{'fp16' if rounded else 'fp32'}"
-    param, weights = folder / "model.ncnn.param", folder / "model.ncnn.bin"
-    if not weights.exists():
-        folder.mkdir(parents=True)
-        shutil.copy(network.onnx(graph, float_input=True), folder / "model.onnx")
-        side = network.spec.input_size
-        options = [f"inputshape=[1,3,{side},{side}]f32", f"fp16={int(rounded)}"]
-        _run_converter([pnnx.EXEC_PATH, "model.onnx", *options], folder, weights)
-    return param, weights
-
-
-def _convert_to_mnn(network: Network, graph: str) -> Path:
-    """By the converter's own function: the package's command installs another one by pip."""
-    path = network.folder / f"{graph}.mnn"
-    if not path.exists():
-        source = network.onnx(graph)
-        code = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
-        options = ["-f", "ONNX", "--modelFile", source, "--MNNModel", path, "--bizCode", "MNN"]
-        _run_converter([sys.executable, "-c", code, *map(str, options)], network.folder, path)
-    return path
 
 
 def _run_converter(command: list[str], folder: Path, result: Path) -> None:
@@ -377,7 +358,7 @@ _GIVEN_BOTH = (
         open_openvino_queue,
         "PERFORMANCE_HINT=THROUGHPUT and an AsyncInferQueue of the size that it chooses, a request "
         f"for each picture ({_HINTS}); f32",
-        needs=("openvino",),
+        ("openvino",),
         batches_only=True,
     ),
     Toolchain(
@@ -420,13 +401,10 @@ _GIVEN_BOTH = (
 )
 
 
-def _with_our_graph(toolchains: Sequence[Toolchain]) -> list[Toolchain]:
-    return [
-        dataclasses.replace(one, name=f"{one.name}, our graph", graph=DEPLOY) for one in toolchains
-    ]
-
-
-TOOLCHAINS = (*OURS, *_GIVEN_ONE, *_GIVEN_BOTH, *_with_our_graph(_GIVEN_BOTH))
+_GIVEN_OURS = [
+    dataclasses.replace(one, name=f"{one.name}, our graph", graph=DEPLOY) for one in _GIVEN_BOTH
+]
+TOOLCHAINS = (*OURS, *_GIVEN_ONE, *_GIVEN_BOTH, *_GIVEN_OURS)
 
 
 @contextmanager

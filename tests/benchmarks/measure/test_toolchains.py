@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import time
@@ -34,27 +33,25 @@ def test_real_toolchains_compute_what_pytorch_computes(toolchain, work, network)
     if not toolchain.takes(work):
         pytest.skip("is for batches alone")
     first, second = make_batches(32, work.batch, 0, 2)
-    with contextlib.ExitStack() as stack:
-        infer = toolchain.open(network, work, stack)
-        kept = infer(first)
-        found = infer(second)  # the first answer must not change
-        limit = 1e-4 if toolchain.precision == "fp32" else 0.2
-        assert relative_difference(kept, reference_logits(network, first)) < limit
-        assert relative_difference(found, reference_logits(network, second)) < limit
+    infer = toolchain.open(network, work)
+    kept = infer(first)
+    found = infer(second)  # the first answer must not change
+    limit = 1e-4 if toolchain.precision == "fp32" else 0.2
+    assert relative_difference(kept, reference_logits(network, first)) < limit
+    assert relative_difference(found, reference_logits(network, second)) < limit
 
 
 @pytest.mark.slow
 def test_compiled_pytorch_computes_the_same(network):
     (pictures,) = make_batches(32, 1, 0, 1)
-    with contextlib.ExitStack() as stack:
-        found = toolchains.open_compiled(network, STRAIGHT, Work(1, 1), stack)(pictures)
+    found = toolchains.open_compiled(network, STRAIGHT, Work(1, 1))(pictures)
     assert relative_difference(found, reference_logits(network, pictures)) < 1e-4
 
 
 def test_no_compiler_is_said(network, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with contextlib.ExitStack() as stack, pytest.raises(UnavailableError, match="install g"):
-        toolchains.open_compiled(network, STRAIGHT, Work(1, 1), stack)
+    with pytest.raises(UnavailableError, match="install g"):
+        toolchains.open_compiled(network, STRAIGHT, Work(1, 1))
 
 
 def test_a_picture_to_each_thread_keeps_the_order():
@@ -63,8 +60,7 @@ def test_a_picture_to_each_thread_keeps_the_order():
         return pictures.astype(np.float32)
 
     pictures = np.arange(6, dtype=np.uint8)[:, None]
-    with contextlib.ExitStack() as stack:
-        found = toolchains.one_by_one(infer, 2, stack)(pictures)
+    found = toolchains.one_by_one(infer, 2)(pictures)
     assert found.tolist() == pictures.tolist()
 
 
