@@ -211,7 +211,7 @@ EXPORTED = ("efficientface-fp16-cpu.onnx", "efficientface-int8-cpu.onnx")
 EXPORTED_NOTE = (
     "the INT8 file was calibrated on synthetic faces, for its time alone: its answers mean nothing"
 )
-_EXPORT_NEEDS = ("torch", "onnx", "onnxruntime", "onnxconverter_common", "onnxscript", "rich")
+_EXPORT_NEEDS = ("torch", "onnx", "onnxruntime", "onnxscript", "rich")
 
 
 @contextlib.contextmanager
@@ -279,29 +279,28 @@ def open_candidates(
     """
     names = _display_names(paths)
     opened: list[Candidate] = []
-    missing = {name: reason for name in backends if (reason := _missing(name))}
-    skipped = [Skipped(name, "", reason) for name, reason in missing.items()]
-    present = [name for name in backends if name not in missing]
+    skipped = [Skipped(name, "", reason) for name in backends if (reason := _missing(name))]
+    present = [name for name in backends if name not in {entry.backend for entry in skipped}]
     with contextlib.ExitStack() as stack:
         for path in paths:
             try:
                 family = resolve_backend(path)[0]
-                meaning = None if carries_spec(path) else preset
+                published = None if carries_spec(path) else preset
             except EfficientFaceError as error:
                 skipped.append(Skipped("", names[path], one_line(error)))
                 continue
-            for backend in present:
-                if backend.partition(":")[0] != family:
-                    continue
+            for backend in (name for name in present if name.partition(":")[0] == family):
+                counts = threads if backend in _CPU_BACKENDS else (None,)
+                variants: list[tuple[str, dict[str, Any]]] = [
+                    (names[path], {"threads": count, "preset": published}) for count in counts
+                ]
+                if without_graphs and backend.startswith("trt"):
+                    variants.append((names[path] + NO_GRAPHS, {"cuda_graphs": False}))
                 try:
-                    for count in threads if backend in _CPU_BACKENDS else (None,):
-                        predictor = load(path, backend=backend, threads=count, preset=meaning)
-                        stack.enter_context(predictor)
-                        opened.append(Candidate(names[path], predictor, count, meaning))
-                    if without_graphs and backend.startswith("trt"):
-                        predictor = load(path, backend=backend, cuda_graphs=False)
-                        stack.enter_context(predictor)
-                        opened.append(Candidate(names[path] + NO_GRAPHS, predictor, None))
+                    for name, options in variants:
+                        predictor = stack.enter_context(load(path, backend=backend, **options))
+                        count = options.get("threads")
+                        opened.append(Candidate(name, predictor, count, published))
                 except CANNOT_RUN as error:
                     skipped.append(Skipped(backend, names[path], one_line(error)))
         seen = {candidate.backend for candidate in opened} | {entry.backend for entry in skipped}
@@ -344,15 +343,11 @@ def _missing(backend: str) -> str | None:
 def _display_names(paths: Sequence[Path]) -> dict[Path, str]:
     """File names; where two files have the same, with as many folders as tell them apart."""
     parts = {path: path.resolve().parts for path in paths}
-
-    def name(path: Path, length: int) -> str:
-        return "/".join(parts[path][-length:])
-
     names = {}
     for path in paths:
+        others = [own for own in parts.values() if own != parts[path]]
         length = 1
-        others = [other for other in paths if parts[other] != parts[path]]
-        while any(name(other, length) == name(path, length) for other in others):
+        while any(own[-length:] == parts[path][-length:] for own in others):
             length += 1
-        names[path] = name(path, length)
+        names[path] = "/".join(parts[path][-length:])
     return names
