@@ -32,8 +32,11 @@ ALL_DONE, SOME_FAILED, BAD_OPTIONS, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "int8")
-SUFFIXES = {"trt": "engine", "trt-rtx": "rtx.engine"}
-LIBRARIES = {"trt": "TensorRT", "trt-rtx": "TensorRT for RTX"}
+ENGINES = {  # what the export makes: its name in the summary, its files' suffix
+    "onnx": ("ONNX file", "onnx"),
+    "trt": ("TensorRT engine", "engine"),
+    "trt-rtx": ("TensorRT for RTX engine", "rtx.engine"),
+}
 WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card to ask
 
 _BUILD = ROOT / "build"  # ignored by git
@@ -106,20 +109,17 @@ class Check:
         status, said = (SKIPPED, skip) if skip else (FAILED, "interrupted")
         try:
             if not skip:
-                said = self.run(*command, seconds=seconds)
-                status, said = DONE, remark or _remark(said)
+                printed = self.run(*command, seconds=seconds)
+                status, said = DONE, remark or _last_line(printed, "[").strip("= ") or "done"
         except StepError as error:
             said = str(error)
         finally:
-            self.note(name, status, said, started)
+            self.note(name, status, said, time.monotonic() - started)
         return status == DONE
 
-    def note(self, name: str, status: str, remark: str, started: float | None = None) -> None:
+    def note(self, name: str, status: str, remark: str, seconds: float = 0.0) -> None:
         """Write down a step, and all that is known: the next one may take the machine with it."""
-        if started is None:
-            print(f"{name} ...", end=" ")
-        seconds = 0.0 if started is None else round(time.monotonic() - started, 1)
-        row: dict[str, Any] = {"step": name, "status": status, "seconds": seconds}
+        row: dict[str, Any] = {"step": name, "status": status, "seconds": round(seconds, 1)}
         row["remark"] = remark.replace(str(ROOT), ".")[:_MAX_REASON]
         self.steps.append(row)
         print(f"{status} ({row['seconds']:g} s): {row['remark']}", flush=True)
@@ -151,10 +151,9 @@ class Check:
                 raise StepError(str(error)) from None
             log.seek(begin)
             printed = log.read().decode(errors="replace")
-        if code is None:
-            raise StepError(f"stopped: not done within {limit:.0f} s; {_reason(printed)}")
-        if code:
-            raise StepError(f"exit code {code}: {_reason(printed)}")
+        if code != 0:
+            what = f"exit code {code}:" if code else f"stopped: not done within {limit:.0f} s;"
+            raise StepError(f"{what} {_last_line(printed, 'error') or 'it printed nothing'}")
         return printed
 
     def lacks(self, module: str) -> str:
@@ -193,8 +192,7 @@ class Check:
 def check_everything(check: Check) -> None:
     """All steps."""
     options = check.options
-    look_for_gpu(check)
-    no_gpu = "" if check.gpu else f"needs a GPU: {check.no_gpu}"
+    no_gpu = look_for_gpu(check)
     if options.python is None:
         make_environment(check)
         install_everything(check, no_gpu)
@@ -202,40 +200,30 @@ def check_everything(check: Check) -> None:
         check.step("environment", 60, "-c", _SAY_VERSION)
     record_versions(check)
     data, artifacts, weights = prepare_data(check), check.out / "artifacts", choose_weights(check)
-
-    def export(
-        name: str, seconds: float, engine: str, precision: str, *more: str, skip: str = ""
-    ) -> None:
-        command: list[str | Path] = ["-m", _EXPORT, "--engine", engine, "--precision", precision]
-        command += [*more, "--weights", weights, "--out", artifacts]
-        if precision == "int8":
-            command += ["--calib", data or ""]
-            skip = skip or ("" if data else "needs images to calibrate with")
-        if options.data is not None:
-            command += ["--val", options.data]
-        check.step(name, seconds, *command, skip=skip)
-
-    for precision in PRECISIONS:
-        export(f"ONNX file, {precision}", 150, "onnx", precision, "--target", "gpu")
-    for kind, library in LIBRARIES.items():
-        more, reason = engine_options(check, kind, no_gpu)
+    for engine, (title, _) in ENGINES.items():
+        more, reason = engine_options(check, engine, no_gpu)
         for precision in PRECISIONS:
-            export(f"{library} engine, {precision}", 120, kind, precision, *more, skip=reason)
-    for suffix in ("onnx", *SUFFIXES.values()):
+            given = ["-m", _EXPORT, "--engine", engine, "--precision", precision, *more]
+            given += ["--weights", str(weights), "--out", str(artifacts)]
+            given += ["--val", str(options.data)] if options.data else []
+            skip = reason
+            if precision == "int8":
+                given += ["--calib", str(data)]
+                skip = reason or ("" if data else "needs images to calibrate with")
+            check.step(f"{title}, {precision}", 150, *given, skip=skip)
+    for engine, (_, suffix) in ENGINES.items():
         for precision in PRECISIONS:
-            file = f"efficientface-{precision}-gpu.{suffix}"
-            reason = "" if (artifacts / file).exists() else "was not made"
-            reason = reason or ("" if suffix == "onnx" else no_gpu)
-            verify = ("-m", _EXPORT, "--verify", artifacts / file)
-            check.step(f"verify {file}", 40, *verify, skip=reason)
+            path = artifacts / f"efficientface-{precision}-gpu.{suffix}"
+            skip = "" if engine == "onnx" else no_gpu
+            skip = skip if path.exists() else "was not made"
+            check.step(f"verify {path.name}", 40, "-m", _EXPORT, "--verify", path, skip=skip)
     # The tests that a machine without a GPU skips are the runtime's and the export's. A test file
     # that needs what is not here must not keep the others from running.
-    tests = (
-        "-m pytest -m gpu --continue-on-collection-errors tests/efficientface_deploy tests/export"
-    )
-    cache = f"cache_dir={check.out / 'pytest-cache'}"
+    tests = ("-m", "pytest", "-m", "gpu", "--continue-on-collection-errors")
+    folders = ("tests/efficientface_deploy", "tests/export")
+    cache = ("-o", f"cache_dir={check.out / 'pytest-cache'}")
     reason = no_gpu or check.lacks("pytest")
-    check.step("pytest -m gpu", 120, *tests.split(), "-o", cache, skip=reason)
+    check.step("pytest -m gpu", 120, *tests, *folders, *cache, skip=reason)
     reason = no_gpu or ("" if artifacts.is_dir() else "nothing was exported")
     models = (weights, artifacts, "--backends", _BACKENDS, "--out")
     latency = ("benchmarks/latency.py", *models, check.out / "latency", "--batch", "1,8,32")
@@ -245,16 +233,21 @@ def check_everything(check: Check) -> None:
         check.step("accuracy", 100, *accuracy, "--data", options.data, skip=reason)
 
 
-def look_for_gpu(check: Check) -> None:
-    """Ask the driver itself: a device with TensorRT need not have PyTorch or nvidia-smi."""
+def look_for_gpu(check: Check) -> str:
+    """Ask the driver itself: a device with TensorRT need not have PyTorch or nvidia-smi.
+
+    Returns:
+        Why a step that needs a GPU is skipped; empty where there is one.
+    """
+    print("GPU ...", end=" ")
     found = ask_driver()
     if isinstance(found, Gpu):
         check.gpu = found
-        remark = f"{found.name}, {found.capability}, driver for CUDA {found.cuda}"
-        check.note("GPU", DONE, remark)
-    else:
-        check.no_gpu = found
-        check.note("GPU", SKIPPED, found)
+        check.note("GPU", DONE, f"{found.name}, {found.capability}, driver for CUDA {found.cuda}")
+        return ""
+    check.no_gpu = found
+    check.note("GPU", SKIPPED, found)
+    return f"needs a GPU: {found}"
 
 
 def make_environment(check: Check) -> None:
@@ -290,11 +283,12 @@ def install_everything(check: Check, no_gpu: str) -> None:
 
 def record_versions(check: Check) -> None:
     """What the steps run on and with."""
+    print("versions ...", end=" ")
     before = "import json; from efficientface_deploy.workbench import environment as it"
+    described = "machine=it.describe_machine(), software=it.describe_software()"
     try:
-        for key in ("machine", "software", "commit"):
-            found = json.loads(check.tell(f"json.dumps(it.describe_{key}())", before))
-            check.result["git" if key == "commit" else key] = found
+        answer = check.tell(f"json.dumps(dict({described}, git=it.describe_commit()))", before)
+        check.result |= json.loads(answer)
         check.note("versions", DONE, _versions(check))
     except StepError as error:
         check.note("versions", FAILED, str(error))
@@ -304,6 +298,7 @@ def prepare_data(check: Check) -> Path | None:
     """The data set that was given, or synthetic faces: enough to choose ranges by."""
     data: Path | None = check.options.data
     if data is not None:
+        print("data ...", end=" ")
         check.note("data", DONE, str(data))
         return data
     faces, sizes = check.out / "faces", ("--train", "840", "--test", "70")
@@ -319,16 +314,18 @@ def choose_weights(check: Check) -> Path:
     return check.options.weights or next(bundled)
 
 
-def engine_options(check: Check, kind: str, no_gpu: str) -> tuple[list[str], str]:
+def engine_options(check: Check, engine: str, no_gpu: str) -> tuple[list[str], str]:
     """How to build engines for the card at hand by this library; or why that cannot be."""
-    if kind == "trt" and no_gpu:
+    if engine == "onnx":
+        return ["--target", "gpu"], ""
+    if engine == "trt" and no_gpu:
         return [], no_gpu
-    target = check.gpu.capability if check.gpu else WITHOUT_GPU
+    options, answer = [], f"available('{engine}') or ''"
+    if engine == "trt-rtx":
+        target = check.gpu.capability if check.gpu else WITHOUT_GPU
+        options = ["--compute-capability", target]
+        answer = f"available('{engine}') or check_targets('{engine}', ['{target}']) or ''"
     before = "from efficientface_export.tensorrt.builder import available, check_targets"
-    answer = f"available('{kind}') or ''"
-    if kind == "trt-rtx":
-        answer = f"available('{kind}') or check_targets('{kind}', ['{target}']) or ''"
-    options = ["--compute-capability", target] if kind == "trt-rtx" else []
     try:
         return options, check.tell(answer, before)
     except StepError as error:  # the library does not build for this card
@@ -478,18 +475,11 @@ def _run_within(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _remark(printed: str) -> str:
-    """What a command found: its last line that begins as a row of a report, else its last line."""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    rows = [line for line in printed.splitlines() if line.startswith("[")]
-    return (rows or lines or ["done"])[-1].strip("= ")
-
-
-def _reason(printed: str) -> str:
-    """The line that says why: the last that begins with "error", else the last one."""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or ["it printed nothing"])[-1]
+def _last_line(printed: str, start: str) -> str:
+    """The last line that begins so, in any case; else the last one; empty where there is none."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    marked = [line for line in lines if line.lower().startswith(start)]
+    return (marked or lines or [""])[-1].strip()
 
 
 if __name__ == "__main__":

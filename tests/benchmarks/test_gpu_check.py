@@ -35,7 +35,7 @@ for part, (code, printed) in rules.items():
     if part in line:
         print(printed)
         sys.exit(code)
-if arguments[0] == "-c" and "json.dumps(it.describe_" in line:
+if arguments[0] == "-c" and "it.describe_" in line:
     sys.exit(subprocess.run([sys.executable, *arguments]).returncode)
 if "'Python'" in line:
     print("Python 3.12.1 in /venv")
