@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +37,9 @@ from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
-from efficientface_deploy.spec import preset
+from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.workbench.timing import Samples, measure, speedup
+from efficientface_deploy.workbench.timing import measure, speedup
 from efficientface_export.graph.channel_layout import PROFILES, Profile
 from efficientface_export.graph.io import multiply_adds, write_onnx
 from efficientface_export.graph.precision import to_fp16
@@ -47,6 +47,8 @@ from efficientface_export.tensorrt.builder import available, build_engine
 from efficientface_export.tensorrt.options import EngineOptions
 
 _PICTURES = 8
+
+Infer = Callable[[UInt8Array], Float32Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,37 +80,29 @@ def _variant(target: str, expected: str, **changes: Any) -> Variant:
     return Variant(dataclasses.replace(PROFILES[target], **changes), expected)
 
 
+_cpu, _gpu = functools.partial(_variant, "cpu"), functools.partial(_variant, "gpu")
+
 VARIANTS = {
     STRAIGHT: Variant(None, "the baseline: shuffles as Reshape and Transpose"),
-    "cpu": _variant("cpu", "least time on a CPU"),
-    "cpu, grouped patches": _variant(
-        "cpu",
-        "slower: 29 to 116 channels in groups fit no blocked layout",
-        split_multiplier=False,
+    "cpu": _cpu("least time on a CPU"),
+    "cpu, grouped patches": _cpu(
+        "slower: 29 to 116 channels in groups fit no blocked layout", split_multiplier=False
     ),
-    "cpu, one convolution for each source": _variant(
-        "cpu", "slower: each slice changes the layout twice", slices=True
+    "cpu, one convolution for each source": _cpu(
+        "slower: each slice changes the layout twice", slices=True
     ),
-    "cpu, blocks of 4": _variant("cpu", "less arithmetic, but half-filled blocks", align=4),
-    "cpu, blocks of 16": _variant(
-        "cpu", "more arithmetic; for wider vectors than AVX2's", align=16
+    "cpu, blocks of 4": _cpu("less arithmetic, but half-filled blocks", align=4),
+    "cpu, blocks of 16": _cpu("more arithmetic; for wider vectors than AVX2's", align=16),
+    "cpu, merged branches": _cpu(
+        "slower: fewer nodes, but identities are arithmetic", merge_branches=True
     ),
-    "cpu, merged branches": _variant(
-        "cpu", "slower: fewer nodes, but identities are arithmetic", merge_branches=True
+    "gpu": _gpu("fewest kernels within 1.3 times the multiply-adds"),
+    "gpu, branches apart": _gpu(
+        "three kernels more in each stage, less arithmetic", merge_branches=False
     ),
-    "gpu": _variant("gpu", "fewest kernels within 1.3 times the multiply-adds"),
-    "gpu, stage 4 read whole too": _variant(
-        "gpu", "a slice kernel less", first_read_whole=("stage2", "stage3", "stage4")
-    ),
-    "gpu, nothing read whole": _variant("gpu", "two slice kernels more", first_read_whole=()),
-    "gpu, branches apart": _variant(
-        "gpu", "three kernels more in each stage, less arithmetic", merge_branches=False
-    ),
-    "gpu, patches apart": _variant("gpu", "six convolutions more", merge_patches=False),
-    "gpu, blocks of 8": _variant("gpu", "as many kernels, more arithmetic", align=8),
-    "gpu, a convolution for each read": _variant(
-        "gpu", "no slices, but many convolutions", slices=False
-    ),
+    "gpu, patches apart": _gpu("six convolutions more", merge_patches=False),
+    "gpu, blocks of 8": _gpu("as many kernels, more arithmetic", align=8),
+    "gpu, a convolution for each read": _gpu("no slices, but many convolutions", slices=False),
 }
 
 
@@ -123,85 +117,71 @@ def run(config: GraphsConfig) -> dict[str, Any]:
     Raises:
         RuntimeError: A layout computes something else than the straight export.
     """
+    spec = preset("rafdb").replace(input_size=config.input_size)
     pictures = make_batches(config.input_size, 1, config.seed, _PICTURES)
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = write_graphs(make_network(config, Path(folder)), VARIANTS)
-        sessions = {
-            name: open_session(graph.SerializeToString(), config.threads)
-            for name, graph in graphs.items()
-        }
-        kernels = {
-            name: count_kernels(graph, config, Path(folder)) if config.kernels else None
-            for name, graph in graphs.items()
-        }
-
-    def infer(name: str, batch: UInt8Array) -> Float32Array:
-        logits: Float32Array = sessions[name].run(OUTPUTS, {UINT8_INPUT: batch})[0]
-        return logits
-
-    expected = np.concatenate([infer(STRAIGHT, batch) for batch in pictures])
-    for name in sessions:
-        found = np.concatenate([infer(name, batch) for batch in pictures])
-        difference = relative_difference(found, expected)
-        if not difference < MAX_DIFFERENCE:
-            raise RuntimeError(f"{name} differs from {STRAIGHT} by {difference:.2g}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        network = Network("EfficientFace", random_network(spec, config.seed), spec, folder)
+        graphs = write_graphs(network, VARIANTS)
+        calls = {name: open_graph(graph, config.threads) for name, graph in graphs.items()}
+        check_outputs(calls, pictures)
+        counts: dict[str, int | None] = dict.fromkeys(graphs)
+        if config.kernels and not available("trt-rtx"):
+            counts |= {name: count_kernels(graph, spec, folder) for name, graph in graphs.items()}
     samples = measure(
-        {name: in_turn(functools.partial(infer, name), pictures) for name in sessions},
+        {name: in_turn(call, pictures) for name, call in calls.items()},
         seconds=config.seconds,
         rounds=config.rounds,
         seed=config.seed,
     )
+    straight, base = multiply_adds(graphs[STRAIGHT]), samples[STRAIGHT]
     rows = [
         {
             "name": name,
             "expected": VARIANTS[name].expected,
-            "kernels": kernels[name],
-            **describe(graph, graphs[STRAIGHT], samples[name], samples[STRAIGHT]),
+            "kernels": counts[name],
+            "nodes": len(graph.graph.node),
+            "multiply_adds": multiply_adds(graph),
+            "multiply_adds_ratio": multiply_adds(graph) / straight,
+            **samples[name].figures(),
+            # Time by the baseline's: below 1 is faster.
+            "time_ratio": speedup(samples[name], base),
+            "min_ratio": samples[name].min_ms / base.min_ms,
         }
         for name, graph in graphs.items()
     ]
     return {**new_result("graphs", config), "baseline": STRAIGHT, "graphs": rows}
 
 
-def make_network(config: GraphsConfig, folder: Path) -> Network:
-    """EfficientFace with random weights."""
-    spec = preset("rafdb").replace(input_size=config.input_size)
-    return Network("EfficientFace", random_network(spec, config.seed), spec, folder)
-
-
 def write_graphs(network: Network, variants: Mapping[str, Variant]) -> dict[str, onnx.ModelProto]:
     """The graph of each variant."""
     return {
-        name: onnx.load(network.onnx(STRAIGHT))
-        if variant.profile is None
-        else network.lay_out(variant.profile)
-        for name, variant in variants.items()
+        name: network.lay_out(profile) if profile else onnx.load(network.onnx(STRAIGHT))
+        for name, (profile, _) in variants.items()
     }
 
 
-def count_kernels(graph: onnx.ModelProto, config: GraphsConfig, folder: Path) -> int | None:
-    """Kernels of the FP16 engine for SM89; None where TensorRT for RTX is not installed."""
-    if available("trt-rtx"):
-        return None
-    path, spec = folder / "fp16.onnx", preset("rafdb").replace(input_size=config.input_size)
+def open_graph(graph: onnx.ModelProto, threads: int) -> Infer:
+    """A function from a batch uint8 (N, S, S, 3) to logits (N, C), by ONNX Runtime."""
+    session = open_session(graph.SerializeToString(), threads)
+    return lambda batch: np.asarray(session.run(OUTPUTS, {UINT8_INPUT: batch})[0])
+
+
+def check_outputs(calls: Mapping[str, Infer], pictures: Sequence[UInt8Array]) -> None:
+    """Refuse a layout that computes something else than the straight export."""
+    expected = np.concatenate([calls[STRAIGHT](batch) for batch in pictures])
+    for name, call in calls.items():
+        found = np.concatenate([call(batch) for batch in pictures])
+        difference = relative_difference(found, expected)
+        if not difference < MAX_DIFFERENCE:
+            raise RuntimeError(f"{name} differs from {STRAIGHT} by {difference:.2g}")
+
+
+def count_kernels(graph: onnx.ModelProto, spec: ModelSpec, folder: Path) -> int | None:
+    """Kernels of the FP16 engine that TensorRT for RTX builds for SM89."""
+    path = folder / "fp16.onnx"
     write_onnx(to_fp16(graph), path, spec, {"precision": "fp16", "target": "gpu"})
     return build_engine(path, "trt-rtx", EngineOptions(compute_capabilities=("sm89",))).kernels
-
-
-def describe(
-    graph: onnx.ModelProto, straight: onnx.ModelProto, own: Samples, base: Samples
-) -> dict[str, Any]:
-    """What was measured of one graph."""
-    arithmetic = multiply_adds(graph)
-    return {
-        "nodes": len(graph.graph.node),
-        "multiply_adds": arithmetic,
-        "multiply_adds_ratio": arithmetic / multiply_adds(straight),
-        **own.figures(),
-        # Time by the baseline's: below 1 is faster.
-        "time_ratio": speedup(own, base),
-        "min_ratio": own.min_ms / base.min_ms,
-    }
 
 
 if __name__ == "__main__":

@@ -73,31 +73,29 @@ class Case:
 
 def plan_cases() -> list[Case]:
     """The three sources of targets, and the settings of a CPU that one may choose."""
-    cores = usable_cpus()
-    cases = [
+    cores, ldg = usable_cpus(), "the LDG's own training"
+    several = [
+        Case(f"{cores} threads", threads=cores),
+        Case(f"{cores} threads, one loading worker", threads=cores, workers=1),
+    ]
+    no_products = Case(f"{ldg}, bf16, no matrix products", "ldg", amp="bf16", matrix_products=False)
+    return [
         Case(BASELINE),
         Case("stored distributions", targets="stored"),
         Case("teacher in every step", targets="online"),
         Case("contiguous memory", channels_last=False),
         Case("one loading worker", workers=1),
         Case("bf16", amp="bf16"),
+        *(several if cores > 1 else []),
+        Case(ldg, "ldg"),
+        Case(f"{ldg}, bf16", "ldg", amp="bf16"),
+        *([no_products] if has_amx() else []),  # elsewhere there are none
     ]
-    if cores > 1:
-        cases.append(Case(f"{cores} threads", threads=cores))
-        cases.append(Case(f"{cores} threads, one loading worker", threads=cores, workers=1))
-    ldg = Case("the LDG's own training", network="ldg")
-    cases.append(ldg)
-    cases.append(dataclasses.replace(ldg, name=f"{ldg.name}, bf16", amp="bf16"))
-    if has_amx():  # elsewhere there are none
-        name = f"{ldg.name}, bf16, no matrix products"
-        cases.append(dataclasses.replace(ldg, name=name, amp="bf16", matrix_products=False))
-    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/training_step.py``."""
-    config = TrainingBenchConfig
-    return run_benchmark("training_step", config, run, argv, __doc__)
+    return run_benchmark("training_step", TrainingBenchConfig, run, argv, __doc__)
 
 
 def run(config: TrainingBenchConfig) -> dict[str, Any]:
@@ -145,17 +143,8 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     dist = Distributed(torch.device("cpu"))
     samples = choose_samples(job, dist)[0][:: len(dataset.split("train")) // config.images + 1]
     images = TrainingImages(samples, spec, recipe.augmentation, config.seed)
-    target_function: TargetFunction = loaded_targets
-    if case.targets != "own":
-        teacher = Teacher(config.teacher, None, spec, dist.device)
-        blend = Blend()
-        if case.targets == "online":
-            target_function = lambda batch, own: blend(teacher(batch), own)  # noqa: E731
-        else:
-            data_hash = images.content_hash(dataset.root)
-            path = folder / "store.safetensors"
-            images.targets = stored_distributions(path, images, teacher, 1, data_hash, dist, 0)
-    trainer = Trainer(job, model, images, target_function, dist)
+    targets = target_function(case, config, images, job, folder)
+    trainer = Trainer(job, model, images, targets, dist)
     if not case.matrix_products:
         use_library_convolutions(model)
     trainer.forward.train()
@@ -165,6 +154,22 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
         trainer.train_step(*next(batches), TrainerState())
 
     return step
+
+
+def target_function(
+    case: Case, config: TrainingBenchConfig, images: TrainingImages, job: Job, folder: Path
+) -> TargetFunction:
+    """The source of a step's targets; stored distributions are computed now."""
+    if case.targets == "own":
+        return loaded_targets
+    dist = Distributed(torch.device("cpu"))
+    teacher, blend = Teacher(config.teacher, None, job.spec, dist.device), Blend()
+    if case.targets == "online":
+        return lambda batch, own: blend(teacher(batch), own)
+    data_hash = images.content_hash(job.dataset.root)
+    path = folder / "store.safetensors"
+    images.targets = stored_distributions(path, images, teacher, 1, data_hash, dist, 0)
+    return loaded_targets
 
 
 def use_library_convolutions(model: nn.Module) -> None:
