@@ -15,8 +15,9 @@ Processes find the code's bytecode compiled, as an installed package's is, and e
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,9 +37,9 @@ from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
-from efficientface_deploy.predictor import BUNDLED_ONNX, Predictor, load
+from efficientface_deploy.predictor import BUNDLED_ONNX, load
 from efficientface_deploy.spec import preset
-from efficientface_deploy.vision.preprocess import UInt8Array, load_image, resize
+from efficientface_deploy.vision.preprocess import load_image, resize
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
 
@@ -48,6 +49,9 @@ BATCH = 32
 _SETTLING = 0.2  # of the memory's samples: the library still fills its pools
 _SAMPLES = 200
 _PICTURES = 16
+_THREADS = sorted({1, usable_cpus()})
+
+Row = dict[str, Any]
 
 _OURS = """
 import efficientface_deploy as ef
@@ -95,18 +99,15 @@ def run(config: RuntimeConfig) -> dict[str, Any]:
         folder = Path(name)
         photo = folder / "photo.jpg"
         photo.write_bytes(make_jpegs(config.seed)[0])
-        announce("cold starts")
+        print("measuring cold starts", file=sys.stderr)
         result["start"] = measure_starts(config, photo, folder)
-        result |= measure_calls(config, photo, folder)
-        announce(f"memory over {config.predictions} predictions")
+        print("measuring calls", file=sys.stderr)
+        result["calls"] = measure_calls(config, folder)
+        result["batches"] = measure_batches(config)
+        result["pictures"] = measure_pictures(config, photo.read_bytes())
+        print(f"measuring memory over {config.predictions} predictions", file=sys.stderr)
         result["memory"] = measure_memory(config, photo, folder)
     return {**result, "goals": goals(result)}
-
-
-def announce(what: str) -> None:
-    """Say on a terminal what is being measured."""
-    if sys.stderr.isatty():
-        print(f"measuring {what}", file=sys.stderr)
 
 
 # ---- start
@@ -131,7 +132,7 @@ def measure_starts(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str
     return {**rows, "ratio": speedup(samples["runtime"], samples["bare"])}
 
 
-def describe_start(samples: Samples, runs: Sequence[Run]) -> dict[str, Any]:
+def describe_start(samples: Samples, runs: Sequence[Run]) -> Row:
     """Time, memory and imports of a start."""
     modules = set().union(*(run.modules for run in runs))
     return {
@@ -142,112 +143,71 @@ def describe_start(samples: Samples, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-# ---- calls, batches, pictures
+# ---- calls, batches, pictures: what is compared takes turns
 
 
-def measure_calls(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str, Any]:
-    """Everything that is timed within this process, in one interleaved measurement."""
-    spec = preset("rafdb").replace(input_size=config.input_size, name="random weights")
-    network = Network(spec.name, random_network(spec, config.seed), spec, folder)
-    calls, batches = {}, {}  # by side and threads; by threads
-    with contextlib.ExitStack() as stack:
-        for path in (network.onnx(DEPLOY), BUNDLED_ONNX):
-            for threads in sorted({1, usable_cpus()}):
-                predictor = stack.enter_context(load(path, threads=threads))
-                side = predictor.spec.input_size
-                calls[side, threads] = call_parts(predictor, threads, config.seed)
-                if path == BUNDLED_ONNX:
-                    batches[threads] = batch_parts(predictor, config.seed)
-        single = stack.enter_context(load(BUNDLED_ONNX, threads=1))
-        pictures = picture_parts(single, photo.read_bytes())
-        groups = {
-            **{f"calls {key}": parts for key, parts in calls.items()},
-            **{f"batches {key}": parts for key, parts in batches.items()},
-            "pictures": pictures,
-        }
-        found = measure_groups(groups, config)
-    return {
-        "calls": [describe_calls(*key, found[f"calls {key}"]) for key in calls],
-        "batches": [describe_batches(key, found[f"batches {key}"]) for key in batches],
-        "pictures": figures(found["pictures"]),
-    }
+def time_parts(parts: Mapping[str, Call], config: RuntimeConfig) -> dict[str, Samples]:
+    """Samples of calls that take turns."""
+    return measure(parts, seconds=config.seconds, rounds=config.rounds, seed=config.seed)
 
 
-def measure_groups(
-    groups: Mapping[str, Mapping[str, Call]], config: RuntimeConfig
-) -> dict[str, dict[str, Samples]]:
-    """The samples of each part of each group; all parts take turns."""
-    parts = {(group, part): call for group in groups for part, call in groups[group].items()}
-    announce(f"{len(parts)} rows, {len(parts) * config.seconds:.0f} s or more")
-    samples = measure(
-        {", ".join(key): call for key, call in parts.items()},
-        seconds=config.seconds,
-        rounds=config.rounds,
-        seed=config.seed,
-    )
-    return {
-        group: {part: samples[f"{group}, {part}"] for part in own} for group, own in groups.items()
-    }
-
-
-def describe_calls(side: int, threads: int, found: Mapping[str, Samples]) -> dict[str, Any]:
-    """A row for the predictor beside a session."""
-    ratio = speedup(found["predictor"], found["session"])
-    return {"input_size": side, "threads": threads, **figures(found), "ratio": ratio}
-
-
-def describe_batches(threads: int, found: Mapping[str, Samples]) -> dict[str, Any]:
-    """A row for a batch beside single faces."""
-    rates = {
-        part: {**row, "images_per_second": 1000 * BATCH / row["p50_ms"]}
-        for part, row in figures(found).items()
-    }
-    return {"threads": threads, "gain": speedup(found["singles"], found["batch"]), **rates}
-
-
-def figures(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
+def figures(samples: Mapping[str, Samples]) -> dict[str, Row]:
     """What a result says of each part."""
     return {name: own.figures() for name, own in samples.items()}
 
 
-def call_parts(predictor: Predictor, threads: int, seed: int) -> dict[str, Call]:
+def measure_calls(config: RuntimeConfig, folder: Path) -> list[Row]:
     """The predictor beside a session of the same file, threads and pixels."""
-    side = predictor.spec.input_size
-    batches = make_batches(side, 1, seed, _PICTURES)
-    pictures = [batch[0] for batch in batches]
-    larger = [batch[0] for batch in make_batches(side + side // 4, 1, seed, _PICTURES)]
-    session = open_session(predictor.path, threads)
+    spec = preset("rafdb").replace(input_size=config.input_size, name="random weights")
+    network = Network(spec.name, random_network(spec, config.seed), spec, folder)
+    rows = []
+    for path, threads in itertools.product((network.onnx(DEPLOY), BUNDLED_ONNX), _THREADS):
+        session = open_session(path, threads)
+        with load(path, threads=threads) as predictor:
+            side = predictor.spec.input_size
+            batches = make_batches(side, 1, config.seed, _PICTURES)
+            larger = make_batches(side + side // 4, 1, config.seed, _PICTURES)
+            run_session = functools.partial(session.run, OUTPUTS)
+            parts = {
+                "session": in_turn(run_session, [{UINT8_INPUT: batch} for batch in batches]),
+                "predictor": in_turn(predictor, [batch[0] for batch in batches]),
+                "preprocess": in_turn(predictor.preprocess, [batch[0] for batch in batches]),
+                "preprocess_larger": in_turn(predictor.preprocess, [batch[0] for batch in larger]),
+            }
+            found = time_parts(parts, config)
+        ratio = speedup(found["predictor"], found["session"])
+        rows.append({"input_size": side, "threads": threads, **figures(found), "ratio": ratio})
+    return rows
 
-    def run_session(batch: UInt8Array) -> None:
-        session.run(OUTPUTS, {UINT8_INPUT: batch})
 
-    return {
-        "session": in_turn(run_session, batches),
-        "predictor": in_turn(predictor, pictures),
-        "preprocess": in_turn(predictor.preprocess, pictures),
-        "preprocess_larger": in_turn(predictor.preprocess, larger),
-    }
-
-
-def batch_parts(predictor: Predictor, seed: int) -> dict[str, Call]:
+def measure_batches(config: RuntimeConfig) -> list[Row]:
     """32 faces at once, and one after the other."""
-    faces = list(make_batches(predictor.spec.input_size, BATCH, seed, 1)[0])
+    rows = []
+    for threads in _THREADS:
+        with load(BUNDLED_ONNX, threads=threads) as predictor:
+            faces = list(make_batches(predictor.spec.input_size, BATCH, config.seed, 1)[0])
+            parts = {
+                "batch": in_turn(predictor.predict_batch, [faces]),
+                "singles": in_turn(lambda faces: [predictor(face) for face in faces], [faces]),
+            }
+            found = time_parts(parts, config)
+        row = {"threads": threads, "gain": speedup(found["singles"], found["batch"])}
+        for part, timed in figures(found).items():
+            row[part] = {**timed, "images_per_second": 1000 * BATCH / timed["p50_ms"]}
+        rows.append(row)
+    return rows
 
-    def singles() -> None:
-        for face in faces:
-            predictor(face)
 
-    return {"batch": in_turn(predictor.predict_batch, [faces]), "singles": singles}
-
-
-def picture_parts(predictor: Predictor, jpeg: bytes) -> dict[str, Call]:
+def measure_pictures(config: RuntimeConfig, jpeg: bytes) -> dict[str, Row]:
     """The parts of a prediction from the bytes of a file, and the whole."""
-    return {
-        "decode": in_turn(load_image, [jpeg]),
-        "resize": in_turn(lambda image: resize(image, predictor.spec), [load_image(jpeg)]),
-        "infer": in_turn(predictor.infer, [predictor.preprocess(jpeg)[None]]),
-        "whole": in_turn(predictor, [jpeg]),
-    }
+    with load(BUNDLED_ONNX, threads=1) as predictor:
+        parts = {
+            "decode": in_turn(load_image, [jpeg]),
+            "resize": in_turn(lambda image: resize(image, predictor.spec), [load_image(jpeg)]),
+            "infer": in_turn(predictor.infer, [predictor.preprocess(jpeg)[None]]),
+            "whole": in_turn(predictor, [jpeg]),
+        }
+        return figures(time_parts(parts, config))
 
 
 # ---- memory
