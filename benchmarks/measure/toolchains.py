@@ -6,7 +6,6 @@ normalisation is part of that function, done the way that the toolchain offers.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,21 +119,15 @@ def open_ours(network: Network, graph: str, work: Work) -> Infer:
     return lambda pictures: predictor.infer(pictures)[0]
 
 
-def open_eager(network: Network, graph: str, work: Work, channels_last: bool = False) -> Infer:
-    """PyTorch as the published test script has it: evaluation mode, no gradients, NCHW floats.
-
-    With ``channels_last`` the channels of a pixel lie side by side, as they do in the picture.
-    """
-    kept = torch.channels_last if channels_last else torch.contiguous_format
-    # A copy: the network's own layout is what the others are given.
-    module: Any = copy.deepcopy(network.module).to(memory_format=kept)
+def open_eager(network: Network, graph: str, work: Work) -> Infer:
+    """PyTorch as the published test script has it: evaluation mode, no gradients, NCHW floats."""
     mean = torch.tensor(network.spec.mean).view(1, 3, 1, 1)
     std = torch.tensor(network.spec.std).view(1, 3, 1, 1)
 
     def infer(pictures: UInt8Array) -> Float32Array:
         with torch.no_grad():
-            planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=kept)
-            logits: Tensor = module(planes.float().div_(255).sub_(mean).div_(std))  # (N, 3, S, S)
+            planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
+            logits: Tensor = network.module(planes.float().div_(255).sub_(mean).div_(std))
         return np.asarray(logits.numpy())
 
     return infer
@@ -166,8 +158,12 @@ def open_onnxruntime(network: Network, graph: str, work: Work) -> Infer:
 
 def open_openvino(network: Network, graph: str, work: Work, precision: str | None = "f32") -> Infer:
     """OpenVINO for one request at a time; precision None leaves that to the library."""
-    hints = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
-    compiled = _compile_openvino(network, graph, work, PERFORMANCE_HINT="LATENCY", **hints)
+    import openvino
+
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads}
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = precision
+    compiled = openvino.Core().compile_model(str(network.onnx(graph)), "CPU", config)
     request = compiled.create_infer_request()
 
     def infer(pictures: UInt8Array) -> Float32Array:
@@ -176,35 +172,6 @@ def open_openvino(network: Network, graph: str, work: Work, precision: str | Non
         return np.array(found[0])
 
     return infer
-
-
-def open_openvino_queue(network: Network, graph: str, work: Work) -> Infer:
-    """OpenVINO for throughput: a request for each picture, as many at once as it finds best."""
-    import openvino
-
-    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
-    queue = openvino.AsyncInferQueue(_compile_openvino(network, graph, work, **hints))
-    logits = np.empty((work.batch, network.spec.num_classes), np.float32)  # (N, C)
-
-    def keep(request: Any, index: int) -> None:
-        logits[index] = request.get_output_tensor(0).data[0]
-
-    queue.set_callback(keep)
-
-    def infer(pictures: UInt8Array) -> Float32Array:
-        for index in range(len(pictures)):
-            queue.start_async([pictures[index : index + 1]], index, share_inputs=True)
-        queue.wait_all()
-        return logits.copy()
-
-    return infer
-
-
-def _compile_openvino(network: Network, graph: str, work: Work, **hints: str) -> Any:
-    import openvino
-
-    config = {"INFERENCE_NUM_THREADS": work.threads, **hints}
-    return openvino.Core().compile_model(str(network.onnx(graph)), "CPU", config)
 
 
 def open_ncnn(network: Network, graph: str, work: Work, rounded: bool = False) -> Infer:
@@ -320,13 +287,6 @@ ONNXRUNTIME = Toolchain(
 _GIVEN_ONE = (
     EAGER,
     Toolchain(
-        "PyTorch eager, channels last",
-        "pytorch",
-        functools.partial(open_eager, channels_last=True),
-        "model.to(memory_format=torch.channels_last) "
-        "(https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)",
-    ),
-    Toolchain(
         "torch.compile",
         "pytorch",
         open_compiled,
@@ -351,15 +311,6 @@ _GIVEN_BOTH = (
         "PERFORMANCE_HINT=LATENCY, INFERENCE_NUM_THREADS=N, inputs and outputs shared "
         f"({_HINTS}); INFERENCE_PRECISION_HINT=f32, so that it computes what the others do",
         needs=("openvino",),
-    ),
-    Toolchain(
-        "OpenVINO, throughput hint",
-        "openvino",
-        open_openvino_queue,
-        "PERFORMANCE_HINT=THROUGHPUT and an AsyncInferQueue of the size that it chooses, a request "
-        f"for each picture ({_HINTS}); f32",
-        ("openvino",),
-        batches_only=True,
     ),
     Toolchain(
         "OpenVINO, its default precision",
@@ -399,8 +350,6 @@ _GIVEN_BOTH = (
         needs=("MNN",),
     ),
 )
-
-
 _GIVEN_OURS = [
     dataclasses.replace(one, name=f"{one.name}, our graph", graph=DEPLOY) for one in _GIVEN_BOTH
 ]
