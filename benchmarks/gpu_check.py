@@ -37,6 +37,12 @@ ENGINES = {  # what the export makes: its name in the summary, its files' suffix
     "trt": ("TensorRT engine", "engine"),
     "trt-rtx": ("TensorRT for RTX engine", "rtx.engine"),
 }
+PATHS = {  # options: what must be there, and what it is
+    "wheels": ("folder", "folder of wheels to install from, instead of the package index"),
+    "data": ("folder", "prepared data set to calibrate and verify with (default: synthetic)"),
+    "weights": ("file", "checkpoint to export (default: the bundled model)"),
+    "python": ("file", "a Python that has everything; nothing is installed then"),
+}
 WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card to ask
 
 _BUILD = ROOT / "build"  # ignored by git
@@ -76,15 +82,15 @@ class Check:
         self.python: Path = options.python or Path(sys.executable)
         self.gpu: Gpu | None = None
         self.no_gpu = "the driver was not asked"
+        self.steps: list[dict[str, Any]] = []
         now = datetime.datetime.now(datetime.timezone.utc)
         self.result: dict[str, Any] = {
             "schema": 2,
             "kind": "gpu-check",
             "date": now.isoformat(timespec="seconds"),
             "config": {name: value for name, value in vars(options).items() if name != "out"},
-            **{"machine": {}, "software": {}, "git": {}, "gpu": None},
+            **{"machine": {}, "software": {}, "git": {}, "gpu": None, "steps": self.steps},
         }
-        self.steps: list[dict[str, Any]] = []
         self._end = time.monotonic() + 60 * options.minutes
 
     def step(
@@ -123,9 +129,7 @@ class Check:
         row["remark"] = remark.replace(str(ROOT), ".")[:_MAX_REASON]
         self.steps.append(row)
         print(f"{status} ({row['seconds']:g} s): {row['remark']}", flush=True)
-        gpu = dataclasses.asdict(self.gpu) if self.gpu else None
-        result = {**self.result, "gpu": gpu, "steps": self.steps}
-        text = json.dumps(result, indent=1, default=str) + "\n"
+        text = json.dumps(self.result, indent=1, default=str) + "\n"
         for file, content in (("gpu-check.json", text), ("gpu-check.md", as_markdown(self))):
             temporary = self.out / f".{file}"
             temporary.write_text(content, encoding="utf-8")
@@ -242,7 +246,7 @@ def look_for_gpu(check: Check) -> str:
     print("GPU ...", end=" ")
     found = ask_driver()
     if isinstance(found, Gpu):
-        check.gpu = found
+        check.gpu, check.result["gpu"] = found, dataclasses.asdict(found)
         check.note("GPU", DONE, f"{found.name}, {found.capability}, driver for CUDA {found.cuda}")
         return ""
     check.no_gpu = found
@@ -389,37 +393,31 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def path(text: str) -> Path:
-        """Steps run in the clone's folder. Links stay: a venv's Python is one."""
-        return Path(text).absolute()
-
-    for name, kind, default, text in (
-        ("wheels", path, None, "folder of wheels to install from, instead of the package index"),
-        ("data", path, None, "prepared data set to calibrate and verify with (default: synthetic)"),
-        ("weights", path, None, "checkpoint to export (default: the bundled model)"),
-        ("python", _executable, None, "a Python that has everything; nothing is installed then"),
-        ("minutes", float, 10.0, "time for all steps together (default: 10)"),
-        ("out", path, None, "folder of the result, new or empty (default: a new one in build/)"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    for name, (_, text) in PATHS.items():
+        kind = _program if name == "python" else _absolute
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    out = "folder of the result, new or empty (default: a new one in build/)"
+    parser.add_argument("--out", type=_absolute, help=out)
+    minutes = "time for all steps together (default: 10)"
+    parser.add_argument("--minutes", type=float, default=10.0, help=minutes)
     return parser.parse_args(argv)
 
 
-def _executable(text: str) -> Path:
+def _absolute(text: str) -> Path:
+    """Steps run in the clone's folder. Links stay: a venv's Python is one."""
+    return Path(text).absolute()
+
+
+def _program(text: str) -> Path:
     """A path, or a name to be found as a shell would."""
-    return Path(shutil.which(text) or text).absolute()
+    return _absolute(shutil.which(text) or text)
 
 
 def find_problem(options: argparse.Namespace, out: Path) -> str | None:
     """What is wrong with the options, in one line."""
-    for name, kind, there in (
-        ("wheels", "folder", Path.is_dir),
-        ("data", "folder", Path.is_dir),
-        ("weights", "file", Path.is_file),
-        ("python", "file", Path.is_file),
-    ):
-        path = getattr(options, name)
+    for name, (kind, _) in PATHS.items():
+        path: Path | None = getattr(options, name)
+        there = Path.is_dir if kind == "folder" else Path.is_file
         if path is not None and not there(path):
             return f"--{name}: expected a {kind}, found none at {path}; give one that is there"
     if not 0 < options.minutes < float("inf"):

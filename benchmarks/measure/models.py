@@ -21,7 +21,6 @@ from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_back
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS, Predictor, bundled_model, load
-from efficientface_deploy.workbench import requirements
 
 ARTIFACTS = ROOT / "artifacts"
 
@@ -211,7 +210,6 @@ EXPORTED = ("efficientface-fp16-cpu.onnx", "efficientface-int8-cpu.onnx")
 EXPORTED_NOTE = (
     "the INT8 file was calibrated on synthetic faces, for its time alone: its answers mean nothing"
 )
-_EXPORT_NEEDS = ("torch", "onnx", "onnxruntime", "onnxscript", "rich")
 
 
 @contextlib.contextmanager
@@ -229,12 +227,10 @@ def default_models() -> Iterator[tuple[list[Path], list[Skipped], list[str]]]:
     found = find_models(())
     if _files_of(ARTIFACTS):
         yield found, [], []
-    elif reason := requirements.missing_reason(*_EXPORT_NEEDS):
-        yield found, [Skipped("", name, reason) for name in EXPORTED], []
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            made, skipped = export(Path(folder))
-            yield [*found, *made], skipped, [EXPORTED_NOTE] if made else []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made, skipped = export(Path(folder))
+        yield [*found, *made], skipped, [EXPORTED_NOTE] if made else []
 
 
 def export(folder: Path) -> tuple[list[Path], list[Skipped]]:
