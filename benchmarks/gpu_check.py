@@ -278,7 +278,7 @@ def install_everything(check: Check, no_gpu: str) -> None:
     check.step("install ONNX Runtime", 120, *pip, f"{ROOT}[{'gpu' if check.gpu else 'cpu'}]")
     # TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own.
     major = int(check.gpu.cuda.partition(".")[0]) if check.gpu else 0
-    tensorrt = [f"cuda-python>=12.4,<{major + 1}"]  # a driver refuses those of a newer CUDA
+    tensorrt = [f"cuda-bindings>=12.8,<{major + 1}"]  # a driver refuses those of a newer CUDA
     if not no_gpu and check.lacks("tensorrt"):
         tensorrt.insert(0, f"tensorrt-cu{major}>=10.3")
     check.step("install TensorRT", 180, *pip, *tensorrt, skip=no_gpu)

@@ -256,7 +256,7 @@ def test_installs_from_wheels_alone(fake, tmp_path, machine, monkeypatch):
     source = ["--no-index", "--find-links", str(wheels)]
     assert all(call[: len(source)] == source for call in installs)
     bare, jetson = installs[:4], installs[4:]
-    bindings = "cuda-python>=12.4,<13"
+    bindings = "cuda-bindings>=12.8,<13"
     assert bare[1] == [*source, f"{ROOT}[gpu]"]
     assert bare[2] == [*source, "tensorrt-cu12>=10.3", bindings]
     assert jetson[2] == [*source, "--no-build-isolation", bindings]

@@ -206,9 +206,9 @@ def test_cold_start_roofline_and_profile_stand_in_the_result(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rates = {"onnxruntime": {"fp32": 2.1e9}}
-    monkeypatch.setattr("benchmarks.measure.roofline.ask_libraries", lambda threads: rates)
-    monkeypatch.setattr("benchmarks.measure.roofline._copy_bytes", lambda: 1 << 20)
+    peak = {"threads": 1, "format": "fp32", "multiply_adds_per_second": 2.1e9}
+    peak |= {"by": "onnxruntime", "tried": {"onnxruntime": 2.1e9}}
+    monkeypatch.setattr("benchmarks.measure.roofline.measure_arithmetic", lambda threads: [peak])
     argv = [str(make_onnx("a.onnx", precision="fp32")), "--backends", "onnx:cpu", "--seconds", "0"]
     argv += ["--rounds", "3", "--threads", "1", "--batch", "1,4", "--cold", "2", "--profile"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
