@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +29,15 @@ from benchmarks.measure.networks import (
     MAX_DIFFERENCE,
     STRAIGHT,
     Network,
-    random_network,
+    efficientface,
     relative_difference,
 )
-from benchmarks.measure.sessions import open_session
+from benchmarks.measure.sessions import Infer, open_infer
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
-from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import UInt8Array
 from efficientface_deploy.workbench.timing import measure, speedup
 from efficientface_export.graph.channel_layout import PROFILES, Profile
 from efficientface_export.graph.io import multiply_adds, write_onnx
@@ -47,8 +46,6 @@ from efficientface_export.tensorrt.builder import available, build_engine
 from efficientface_export.tensorrt.options import EngineOptions
 
 _PICTURES = 8
-
-Infer = Callable[[UInt8Array], Float32Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +114,21 @@ def run(config: GraphsConfig) -> dict[str, Any]:
     Raises:
         RuntimeError: A layout computes something else than the straight export.
     """
-    spec = preset("rafdb").replace(input_size=config.input_size)
     pictures = make_batches(config.input_size, 1, config.seed, _PICTURES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        network = Network("EfficientFace", random_network(spec, config.seed), spec, folder)
+        network = efficientface(config.input_size, config.seed, folder)
         graphs = write_graphs(network, VARIANTS)
-        calls = {name: open_graph(graph, config.threads) for name, graph in graphs.items()}
+        calls = {
+            name: open_infer(graph.SerializeToString(), config.threads)
+            for name, graph in graphs.items()
+        }
         check_outputs(calls, pictures)
         counts: dict[str, int | None] = dict.fromkeys(graphs)
         if config.kernels and not available("trt-rtx"):
-            counts |= {name: count_kernels(graph, spec, folder) for name, graph in graphs.items()}
+            counts |= {
+                name: count_kernels(graph, network.spec, folder) for name, graph in graphs.items()
+            }
     samples = measure(
         {name: in_turn(call, pictures) for name, call in calls.items()},
         seconds=config.seconds,
@@ -159,12 +160,6 @@ def write_graphs(network: Network, variants: Mapping[str, Variant]) -> dict[str,
         name: network.lay_out(profile) if profile else onnx.load(network.onnx(STRAIGHT))
         for name, (profile, _) in variants.items()
     }
-
-
-def open_graph(graph: onnx.ModelProto, threads: int) -> Infer:
-    """A function from a batch uint8 (N, S, S, 3) to logits (N, C), by ONNX Runtime."""
-    session = open_session(graph.SerializeToString(), threads)
-    return lambda batch: np.asarray(session.run(OUTPUTS, {UINT8_INPUT: batch})[0])
 
 
 def check_outputs(calls: Mapping[str, Infer], pictures: Sequence[UInt8Array]) -> None:

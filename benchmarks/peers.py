@@ -33,16 +33,16 @@ from benchmarks.measure.networks import (
     MAX_DIFFERENCE,
     STRAIGHT,
     Network,
-    random_network,
+    efficientface,
     relative_difference,
 )
 from benchmarks.measure.roofline import measure_arithmetic, peak_rate
+from benchmarks.measure.sessions import Infer
 from benchmarks.measure.toolchains import (
     EAGER,
     ONNXRUNTIME,
     OURS,
     TOOLCHAINS,
-    Infer,
     Toolchain,
     UnavailableError,
     Work,
@@ -51,7 +51,6 @@ from benchmarks.measure.toolchains import (
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, new_result
 from efficientface_deploy.command import option, run_command
-from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.environment import package_versions, usable_cpus
 from efficientface_deploy.workbench.timing import Samples, measure, speedup
@@ -181,8 +180,8 @@ def describe_settings(toolchains: Sequence[Toolchain]) -> dict[str, str]:
 
 def make_networks(config: PeersConfig, folder: Path) -> list[Network]:
     """EfficientFace first, then those that one might take in its place; all with random weights."""
-    spec = preset("rafdb").replace(input_size=config.input_size)
-    networks = [Network(EFFICIENTFACE, random_network(spec, config.seed), spec, folder / "0")]
+    networks = [efficientface(config.input_size, config.seed, folder / "0")]
+    spec = networks[0].spec
     for number, (name, build) in enumerate(OTHER_NETWORKS.items() if config.networks else (), 1):
         torch.manual_seed(config.seed)
         module = build(num_classes=spec.num_classes).eval()

@@ -30,7 +30,7 @@ if not __package__:  # run as a script: Python then looks for modules in benchma
 import numpy as np
 
 from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
-from benchmarks.measure.networks import DEPLOY, Network, random_network
+from benchmarks.measure.networks import DEPLOY, efficientface
 from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job
 from benchmarks.measure.sessions import open_session
 from benchmarks.report.publish import run_benchmark
@@ -38,7 +38,6 @@ from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option, run_command
 from efficientface_deploy.predictor import BUNDLED_ONNX, load
-from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.preprocess import load_image, resize
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
@@ -158,8 +157,7 @@ def figures(samples: Mapping[str, Samples]) -> dict[str, Row]:
 
 def measure_calls(config: RuntimeConfig, folder: Path) -> list[Row]:
     """The predictor beside a session of the same file, threads and pixels."""
-    spec = preset("rafdb").replace(input_size=config.input_size, name="random weights")
-    network = Network(spec.name, random_network(spec, config.seed), spec, folder)
+    network = efficientface(config.input_size, config.seed, folder)
     rows = []
     for path, threads in itertools.product((network.onnx(DEPLOY), BUNDLED_ONNX), _THREADS):
         session = open_session(path, threads)

@@ -11,7 +11,7 @@ from onnx import ModelProto, load_model
 from torch import nn
 
 from efficientface_deploy.models import EfficientFace
-from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_export.graph.channel_layout import PROFILES, Profile
 from efficientface_export.graph.efficientface import deploy_graph
@@ -43,6 +43,12 @@ def relative_difference(found: Float32Array, expected: Float32Array) -> float:
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def efficientface(input_size: int, seed: int, folder: Path) -> Network:
+    """EfficientFace with random weights: no arithmetic depends on what it has learnt."""
+    spec = preset("rafdb").replace(input_size=input_size)
+    return Network("EfficientFace", random_network(spec, seed), spec, folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,19 @@ nothing else here asks for it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+
 if TYPE_CHECKING:
     import onnxruntime
+
+Infer = Callable[[UInt8Array], Float32Array]  # pictures (N, S, S, 3) -> logits (N, C)
 
 
 def open_session(model: Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -31,6 +38,12 @@ def open_session(model: Path | bytes, threads: int | None = None) -> onnxruntime
         options.intra_op_num_threads = threads
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def open_infer(model: Path | bytes, threads: int | None = None) -> Infer:
+    """A function from pictures to logits, by a session of a file of ours."""
+    session = open_session(model, threads)
+    return lambda pictures: np.asarray(session.run(OUTPUTS[:1], {UINT8_INPUT: pictures})[0])
 
 
 @contextlib.contextmanager

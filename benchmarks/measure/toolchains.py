@@ -23,17 +23,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure.networks import DEPLOY, STRAIGHT, Network
-from benchmarks.measure.sessions import open_session
+from benchmarks.measure.sessions import Infer, open_infer
 from efficientface_deploy import load
-from efficientface_deploy.artifact import UINT8_INPUT
+from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench.requirements import missing_reason
 from efficientface_export.graph.trace import UInt8Model
 
-Infer = Callable[[UInt8Array], Float32Array]  # pictures (N, S, S, 3) -> logits (N, C)
-
 _CONVERSION_SECONDS = 120
-_LOGITS = "logits"
 
 
 class UnavailableError(Exception):
@@ -152,8 +149,7 @@ def open_compiled(network: Network, graph: str, work: Work) -> Infer:
 
 def open_onnxruntime(network: Network, graph: str, work: Work) -> Infer:
     """ONNX Runtime with all its optimisations."""
-    session = open_session(network.onnx(graph), work.threads)
-    return lambda pictures: np.asarray(session.run([_LOGITS], {UINT8_INPUT: pictures})[0])
+    return open_infer(network.onnx(graph), work.threads)
 
 
 def open_openvino(network: Network, graph: str, work: Work, precision: str | None = "f32") -> Infer:
@@ -219,9 +215,8 @@ def open_mnn(network: Network, graph: str, work: Work) -> Infer:
         _run_converter(command, network.folder, path)
     config = {"backend": "CPU", "numThread": work.threads, "precision": "high"}
     runtime = MNN.nn.create_runtime_manager((config,))
-    module = MNN.nn.load_module_from_file(
-        str(path), [UINT8_INPUT], [_LOGITS], runtime_manager=runtime
-    )
+    names = [UINT8_INPUT], list(OUTPUTS[:1])
+    module = MNN.nn.load_module_from_file(str(path), *names, runtime_manager=runtime)
     plain, uint8 = MNN.expr.NCHW, MNN.expr.uint8  # dimensions in the order of the ONNX file
 
     def infer(pictures: UInt8Array) -> Float32Array:

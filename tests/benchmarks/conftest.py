@@ -224,7 +224,6 @@ def threads_as_before() -> Iterator[None]:
 @pytest.fixture
 def network(tmp_path: Path, quick_export: None) -> Any:
     """EfficientFace at 32x32, with random weights."""
-    from benchmarks.measure.networks import Network, random_network
+    from benchmarks.measure.networks import efficientface
 
-    spec = preset("rafdb").replace(input_size=32)
-    return Network("EfficientFace", random_network(spec, 0), spec, tmp_path)
+    return efficientface(32, 0, tmp_path)

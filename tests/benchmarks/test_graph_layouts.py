@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import graph_layouts as bench
 from benchmarks.graph_layouts import STRAIGHT, VARIANTS
-from benchmarks.measure.networks import Network, random_network
-from efficientface_deploy.spec import preset
+from benchmarks.measure.networks import efficientface
 from efficientface_export.graph.efficientface import deploy_graph
 
 SMALL = ["--input-size", "32", "--seconds", "0.05", "--rounds", "3"]
@@ -56,8 +55,7 @@ def test_a_graph_that_computes_something_else_is_not_timed(few, monkeypatch):
 
 def test_the_goals_of_arithmetic_are_kept(tmp_path):
     """At most 1.15 times the straight graph's multiply-adds for a CPU, 1.3 times for a GPU."""
-    spec = preset("rafdb").replace(input_size=224)
-    network = Network("EfficientFace", random_network(spec, 0), spec, tmp_path)
+    network = efficientface(224, 0, tmp_path)
     written = bench.write_graphs(network, {name: VARIANTS[name] for name in ("cpu", "gpu")})
     straight = 149.73e6  # of the published network at 224x224, 7 classes
     assert bench.multiply_adds(written["cpu"]) <= 1.15 * straight
