@@ -222,6 +222,18 @@ def test_there_is_no_circle():
     assert not graph, "these import each other"
 
 
+def test_every_module_has_its_tests():
+    untested = {
+        path.relative_to(ROOT).as_posix()
+        for path in MODULES.values()
+        if path.name != "__init__.py"
+        and not (
+            ROOT / "tests" / path.relative_to(ROOT).parent / f"test_{path.stem.strip('_')}.py"
+        ).is_file()
+    }
+    assert not untested
+
+
 def test_private_names_stay_in_their_module():
     shared = {
         f"{source} imports {name}"

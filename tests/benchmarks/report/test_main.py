@@ -15,44 +15,15 @@ from benchmarks import ROOT
 from benchmarks.report.__main__ import main
 from benchmarks.report.kinds import TABLES, tables_of
 from benchmarks.report.plots import latency_plot
-from benchmarks.report.publish import METHOD, console, require_libraries, show
+from benchmarks.report.publish import METHOD
 from benchmarks.report.result import TIMED, damage_named, headline, read_result, write_result
 from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import ArtifactError, BackendError
-from efficientface_deploy.workbench import requirements
+from efficientface_deploy.errors import ArtifactError
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 RESULTS_OF = {
     kind: [path for path in RESULTS if path.parent.name.startswith(kind)] for kind in TABLES
 }
-
-
-def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
-    show(result, console())
-    return capsys.readouterr().out
-
-
-def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(latency, capsys)
-    for part in (
-        "AMD EPYC, 2 CPUs",
-        "onnxruntime 1.32.0",
-        "012345678+changes",
-        "compute, batch 32",
-        "b[1].engine",
-        "2.00 (1.90 to 2.10)",
-        "1234",
-        "pip install 'efficientface-deploy[trt]'",
-        "no provider",
-        "warning: the machine was noisy: [3 of 4]",
-    ):
-        assert part in text
-
-
-def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(accuracy, capsys)
-    for part in ("FER+, validation split, 3191 images", "87.65", "1.5e-07", "0.002", "5.00"):
-        assert part in text
 
 
 def test_command_shows_a_stored_result(
@@ -211,10 +182,3 @@ def test_no_damage_ends_in_a_traceback(kind: str, tmp_path: Path) -> None:
                 headline(found), tables_of(found)
                 if kind in TIMED and number % 20 == 0:
                     latency_plot(found)
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_libraries()
-    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
-    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*deploy\[bench\]"):
-        require_libraries()

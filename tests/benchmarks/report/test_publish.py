@@ -1,0 +1,69 @@
+"""A result shown, and written beside what it is shown as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.report.publish import console, publish, require_libraries, show
+from benchmarks.report.result import read_result
+from efficientface_deploy.errors import BackendError
+from efficientface_deploy.workbench import requirements
+
+
+def printed(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    show(result, console())
+    return capsys.readouterr().out
+
+
+def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(latency, capsys)
+    for part in (
+        "AMD EPYC, 2 CPUs",
+        "onnxruntime 1.32.0",
+        "012345678+changes",
+        "compute, batch 32",
+        "b[1].engine",
+        "2.00 (1.90 to 2.10)",
+        "1234",
+        "pip install 'efficientface-deploy[trt]'",
+        "no provider",
+        "warning: the machine was noisy: [3 of 4]",
+    ):
+        assert part in text
+
+
+def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(accuracy, capsys)
+    for part in ("FER+, validation split, 3191 images", "87.65", "1.5e-07", "0.002", "5.00"):
+        assert part in text
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_libraries()
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
+    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*deploy\[bench\]"):
+        require_libraries()
+
+
+def test_a_new_result_is_written_in_every_form(
+    latency: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = publish(latency, tmp_path / "new")
+    assert path == tmp_path / "new" / "latency.json" and read_result(path) == latency
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| 2.00 (1.90 to 2.10) |" in page
+    assert page.count("> Warning: ") == len(latency["warnings"])
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.format == "PNG"
+    text = capsys.readouterr().out
+    assert "compute, batch 1" in text
+    assert f"wrote latency.json and latency.md and latency.png to {path.parent}" in text
+
+
+def test_accuracy_has_no_plot(accuracy: dict[str, Any], tmp_path: Path) -> None:
+    publish(accuracy, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy.json", "accuracy.md"}
