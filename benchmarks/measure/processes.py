@@ -110,14 +110,20 @@ def run_fresh(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=variables
         )
         alarm = threading.Timer(_TIMEOUT, process.kill)
+        alarm.daemon = True
         alarm.start()
-        with process:
-            assert process.stdout is not None
-            answer = process.stdout.readline()
-            answered = time.perf_counter_ns()
-            rest = process.stdout.read()
+        try:
+            with process:
+                assert process.stdout is not None
+                answer = process.stdout.readline()
+                answered = time.perf_counter_ns()
+                rest = process.stdout.read()
+        except BaseException:  # an interrupt must not leave the process behind
+            process.kill()
+            raise
+        finally:
+            alarm.cancel()  # else it would keep the interpreter alive
         ended = time.perf_counter_ns()
-        alarm.cancel()
         if process.returncode or not rest:
             errors.seek(0)
             lines = errors.read().strip().splitlines() or ["ended without a word"]
