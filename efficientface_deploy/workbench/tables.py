@@ -81,9 +81,3 @@ def _is_number(column: str) -> bool:
 def _line(cells: Iterable[object]) -> str:
     """A row of cells; what is escaped in them already stays so."""
     return "| " + " | ".join(_UNESCAPED_BAR.sub(r"\|", str(cell)) for cell in cells) + " |"
-
-
-def table(head: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table whose first column is text and whose other columns are figures."""
-    first, *others = head
-    return Table([first, *(f">{name}" for name in others)], rows).to_markdown().rstrip("\n")

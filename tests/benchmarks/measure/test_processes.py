@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,3 +182,20 @@ def test_a_job_has_no_more_in_memory_than_an_application(photo: Path) -> None:
 def test_a_job_fails_in_its_own_process(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match="KeyError"):
         run_job(predict_often, {}, bytecode=tmp_path)
+
+
+def test_an_interrupt_ends_the_process_and_leaves_no_alarm() -> None:
+    """A thread that waits for the time limit would keep the interpreter alive as long."""
+    main = threading.main_thread().ident
+    assert main is not None
+    interrupt = threading.Timer(1.0, signal.pthread_kill, (main, signal.SIGINT))
+    before = set(threading.enumerate())
+    began = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_fresh("import time; time.sleep(60)")
+    interrupt.join()
+    assert time.monotonic() - began < 30
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) <= before
