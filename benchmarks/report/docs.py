@@ -1,6 +1,7 @@
 """The tables of measured figures in README.md and docs/, written from committed results.
 
-A block begins with a comment that names one of ``kinds.BLOCKS`` and its result:
+A block begins with a comment that names one of ``kinds.BLOCKS`` and its result, or the results
+that its table joins:
 
     <!-- latency: benchmarks/results/latency-.../latency.json -->
     ...
@@ -13,15 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.report.kinds import BLOCKS, TABLES
+from benchmarks.report.kinds import BLOCKS, JOINED
 from benchmarks.report.result import damage_named, read_result
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import write_text
 
-_HEAD = re.compile(r"^<!-- ([a-z]+): (\S+) -->\n", re.MULTILINE)
+_HEAD = re.compile(r"^<!-- ([a-z]+): (\S+(?: \S+)*) -->\n", re.MULTILINE)
 _END = "<!-- end -->"
 
 
@@ -67,18 +69,21 @@ def render(text: str, path: Path, root: Path = ROOT) -> str:
         if not end:
             expected = f"{_END} after each <!-- kind: result -->"
             raise ArtifactError(path, expected, "a block without its end", "add the line")
-        first += f"<!-- {name}: {result} -->\n\n{_table(name, root / result)}\n{_END}\n{rest}"
+        table = _table(name, [root / part for part in result.split()])
+        first += f"<!-- {name}: {result} -->\n\n{table}\n{_END}\n{rest}"
     return first
 
 
-def _table(name: str, path: Path) -> str:
-    result = read_result(path)
-    kind = result["kind"]
-    if name not in BLOCKS or (name in TABLES and name != kind):
-        expected = f"a result of kind {name}, as the comment says"
-        raise ArtifactError(path, expected, kind, "name a result of that kind")
-    with damage_named(path):
-        table = BLOCKS[name].fill(result)
+def _table(name: str, paths: Sequence[Path]) -> str:
+    results = [read_result(path) for path in paths]
+    found = {result["kind"]: result for result in results}
+    # Goals and a profile are parts of results of several kinds.
+    kinds = JOINED.get(name) or (tuple(found)[:1] if name in ("goals", "profile") else (name,))
+    if sorted(kinds) != sorted(result["kind"] for result in results):
+        expected = f"a result of kind {' and of '.join(kinds)}, as the comment says"
+        raise ArtifactError(paths[0], expected, " and ".join(found), "name a result of each kind")
+    with damage_named(*paths):
+        table = BLOCKS[name].fill(found if name in JOINED else results[0])
     if not table.rows:
-        raise ArtifactError(path, f"a result with {name}", "none", "name another result")
+        raise ArtifactError(paths[0], f"a result with {name}", "none", "name another result")
     return dataclasses.replace(table, title="", notes=()).to_markdown()

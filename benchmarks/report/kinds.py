@@ -313,6 +313,38 @@ EXPORT = TableForm(
     },
 )
 
+# ---- the models, joined from three results
+
+
+def _models(results: Result) -> list[Row]:
+    """PyTorch and the files that users are advised to take: FP16 is no faster on a CPU."""
+    times = {
+        row["model"]: row
+        for row in results["latency"]["cases"]
+        if (row["stage"], row["batch"], row["threads"]) == (COMPUTE, 1, 1)
+        and row["backend"].endswith(":cpu")
+    }
+    reference = next(row for row in results["accuracy"]["rows"] if row["agreement"] == 1)
+    rows: list[Row] = [{**reference, "file": reference["model"]}]
+    for advised in ("fp32-cpu.onnx", "int8-cpu.onnx", "fp16-gpu.onnx", "int8-gpu.onnx"):
+        for entry in results["export"]["artifacts"]:
+            if entry["file"].endswith(advised):
+                rows.append({**entry, **entry["verification"]})
+    return [{**times.get(row["file"], {}), **row} for row in rows]
+
+
+MODELS = TableForm(
+    "",
+    _models,
+    {
+        "Model": of("file", lambda name: f"`{name}`"),
+        ">Accuracy %": of("accuracy", scaled(100, 2)),
+        ">Same label as PyTorch %": of("agreement", scaled(100, 2)),
+        ">MB": of("bytes", scaled(1e-6, 2)),
+        ">ms": lambda row: _time_with_speedup(row) if "p50_ms" in row else "needs a GPU",
+    },
+)
+
 # ---- graph layouts, training steps
 
 GRAPHS = TableForm(
@@ -398,7 +430,11 @@ BLOCKS = {
     "training": TRAINING,
     "goals": GOALS,
     "profile": PROFILE,
+    "models": MODELS,
 }
+
+# The blocks whose table joins several results, one of each of these kinds.
+JOINED = {"models": ("accuracy", "export", "latency")}
 
 
 def tables_of(result: Result) -> list[Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_accuracy_can_be_a_block_too(accuracy: dict[str, Any], tmp_path: Path) -
     write_result(accuracy, tmp_path / "accuracy.json")
     text = render(BLOCK.replace("latency", "accuracy"), README, tmp_path)
     assert "| 87.65 (86.00 to 89.00) | 70.00 | 5.00 | 100.00 |" in text
+
+
+def test_a_block_can_join_results(
+    accuracy: dict[str, Any], latency: dict[str, Any], tmp_path: Path
+) -> None:
+    latency["cases"][0] |= {"model": "m-fp32-cpu.onnx", "backend": "onnx:cpu", "p50_ms": 1.5}
+    write_result(latency, tmp_path / "latency.json")
+    write_result(accuracy, tmp_path / "accuracy.json")
+    found = {"accuracy": 0.8, "agreement": 0.9}
+    names = ("m-int8-gpu.onnx", "m-fp16-cpu.onnx", "m-fp32-cpu.onnx")
+    files = [{"file": name, "bytes": 2_000_000, "verification": found} for name in names]
+    (tmp_path / "report.json").write_text(json.dumps({"artifacts": files}), encoding="utf-8")
+    block = "<!-- models: accuracy.json report.json latency.json -->\n<!-- end -->\n"
+    lines = render(block, README, tmp_path).splitlines()
+    assert lines[5] == "| `m-fp32-cpu.onnx` | 80.00 | 90.00 | 2.00 | 1.50 (2.0x) |"
+    assert lines[6:8] == ["| `m-int8-gpu.onnx` | 80.00 | 90.00 | 2.00 | needs a GPU |", ""]
+    for other in ("accuracy.json latency.json", "accuracy.json report.json accuracy.json"):
+        with pytest.raises(ArtifactError, match="of kind accuracy and of export and of latency"):
+            render(block.replace("accuracy.json report.json latency.json", other), README, tmp_path)
 
 
 def test_a_part_of_a_result_can_be_a_block(full_latency: dict[str, Any], tmp_path: Path) -> None:
