@@ -1,8 +1,8 @@
 """The documentation's site: `make docs`. Pages link to each other as they do in the repository.
 
-The source folder is therefore the repository itself: a link to a Markdown file leads to its page, one
-to any other file to a copy of it. Warnings are errors (`-W`): a link or an anchor that leads nowhere,
-a reference that is not resolved, a public name or a field without a docstring.
+The source folder is therefore the repository itself: a link to a Markdown file leads to its page,
+one to any other file to a copy of it. Warnings are errors (`-W`): a link or an anchor that leads
+nowhere, a reference that is not resolved, a public name or a field without a docstring.
 """
 
 from __future__ import annotations
