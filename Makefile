@@ -61,8 +61,10 @@ format: setup
 	$(BIN)/ruff format .
 
 docs: setup
-	$(BIN)/python -m pip install --quiet 'sphinx>=8.1' 'myst-parser>=4.0' 'furo>=2024.8.6'
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	$(BIN)/python -c 'import furo, myst_parser' 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[docs]'
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "built build/docs/index.html"
 
 # READY names a Python that has everything: nothing is installed then. Exit codes: see gpu_check.py.

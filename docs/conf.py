@@ -44,6 +44,7 @@ exclude_patterns += ["README.md"]  # the repository's front page; docs/index.md 
 
 _aliases = ("DeviceArray", "Float32Array", "ImageSource", "UInt8Array")
 
+highlight_language = "bash"
 myst_heading_anchors = 3  # as GitHub makes them
 suppress_warnings = ["toc.not_included", "myst.header"]  # results, which pages link to
 nitpicky = True
@@ -60,7 +61,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_extra"]  # index.html, which leads to docs/index.html
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 
 logger = logging.getLogger(__name__)
 
