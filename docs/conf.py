@@ -46,7 +46,6 @@ _aliases = ("DeviceArray", "Float32Array", "ImageSource", "UInt8Array")
 
 highlight_language = "bash"
 myst_heading_anchors = 3  # as GitHub makes them
-suppress_warnings = ["toc.not_included", "myst.header"]  # results, which pages link to
 nitpicky = True
 # No network is asked for the names of other libraries.
 nitpick_ignore_regex = [("py:.*", r"(PIL|collections|numpy|os|pathlib|typing)\..*")]
@@ -84,6 +83,13 @@ class CommandHelp(Directive):
         block = nodes.literal_block(text, text)
         block["language"] = "text"
         return [block]
+
+
+def head_result(app: Sphinx, name: str, source: list[str]) -> None:
+    """Give a result's page a title, where its command wrote none; pages link to it, no menu."""
+    if name.startswith("benchmarks/results/"):
+        title = "" if source[0].startswith("# ") else f"# {name.split('/')[2]}\n\n"
+        source[0] = f"---\norphan: true\n---\n\n{title}{source[0]}"
 
 
 def report_missing(
@@ -126,6 +132,7 @@ def setup(app: Sphinx) -> None:
     """Register what this site adds to Sphinx."""
     app.add_directive("command-help", CommandHelp)
     app.add_lexer("mermaid", TextLexer)  # GitHub draws ARCHITECTURE.md's; its script is not ours
+    app.connect("source-read", head_result)
     app.connect("autodoc-skip-member", report_missing)
     app.connect("autodoc-process-docstring", report_fields, priority=400)
     app.connect("autodoc-process-signature", name_aliases)
