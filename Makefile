@@ -9,7 +9,7 @@ SOURCES := $(shell find efficientface_deploy export -name '*.py' | LC_ALL=C sort
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup demo test test-fast fuzz lint format gpu-check clean
+.PHONY: help setup demo test test-fast fuzz lint format docs gpu-check clean
 
 help:
 	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-fast  the tests without those marked slow"
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, in build/docs"
 	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
 
 setup: $(STAMP)
@@ -58,6 +59,13 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -c 'import furo, myst_parser' 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[docs]'
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "built build/docs/index.html"
 
 # READY names a Python that has everything: nothing is installed then. Exit codes: see gpu_check.py.
 gpu-check:

@@ -29,6 +29,8 @@ TRT_RTX = [
 ]
 # We call a function of MNN's converter; its command mnnconvert would install a telemetry package.
 PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
+# The newest of each that run on Python 3.10.
+DOCS = ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"]
 VIDEO = ["opencv-python-headless>=4.8"]
 
 setup(
@@ -75,6 +77,8 @@ setup(
         "bench": ["matplotlib>=3.8", "rich>=13.7"],
         # For benchmarks/peers.py, beside [cpu,export,bench].
         "peers": PEERS,
+        # `make docs`, beside [dev]: the site shows every command's --help.
+        "docs": DOCS,
         "dev": [
             *CPU,
             *TRAIN,

@@ -5,8 +5,8 @@ preprocessed batch through the backend (for a GPU: to the device, through the ne
 *end to end*, one JPEG in memory to a label. All candidates take turns in rounds of random order;
 see :mod:`efficientface_deploy.workbench.timing`. Beside them the start of a fresh process
 (:mod:`benchmarks.measure.processes`) and the machine's peak, from which every row's distance is
-given (:mod:`benchmarks.measure.roofline`). docs/benchmarks.md has the method and the form of the
-result.
+given (:mod:`benchmarks.measure.roofline`). docs/benchmarks.md has the method,
+docs/result-files.md the form of the result.
 """
 
 from __future__ import annotations

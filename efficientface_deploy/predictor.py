@@ -129,7 +129,7 @@ class Predictor:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """How the artifact was made: precision, parent's hash, verification, versions."""
+        """How the artifact was made, with precision, parent's hash, verification, versions."""
         return self._backend.provenance
 
     def __call__(self, image: ImageSource) -> Prediction:
@@ -194,7 +194,7 @@ class Predictor:
             queue_size: Frames that may wait at each of two places, under ``every``.
 
         Returns:
-            The results, in the order of the frames. Its threads end when it does: with the last
+            The results, in the order of the frames. Its threads end when it does, with the last
             frame, with its ``close()``, with a ``break``, or with an exception. A source that
             blocks for more than five seconds is left behind, in a daemon thread.
 

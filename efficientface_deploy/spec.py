@@ -38,6 +38,7 @@ class ModelSpec:
             (whole image), ``box`` (a detector's box), ``aligned`` (warped by landmarks).
         name: Data set and network, for people to read.
         preliminary: True for weights that are meant to be replaced by better ones.
+        schema: Version of this form; a file with another one is refused.
     """
 
     architecture: str
@@ -202,6 +203,7 @@ def _student(
     return ModelSpec("efficientface", labels, 224, mean, std, face_crop=face_crop, name=name)
 
 
+#: What was published with each data set, by its name; see :func:`preset`.
 PRESETS: dict[str, ModelSpec] = {
     "rafdb": _student("RAF-DB", _SEVEN, _RAFDB, "aligned"),
     "affectnet7": _student("AffectNet-7", _SEVEN, _AFFECTNET, "box"),

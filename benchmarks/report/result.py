@@ -1,4 +1,4 @@
-"""Results as JSON files: written, and read back. docs/benchmarks.md describes their form.
+"""Results as JSON files: written, and read back. docs/result-files.md describes their form.
 
 A reader takes what it knows and ignores other keys; what an older result lacks is not shown.
 """

@@ -7,9 +7,9 @@ The crop policy is the ModelSpec's ``face_crop``, and :func:`cut_face` is the on
 it:
 
 ===========  ======================================================================================
-``box``      A square around the middle of the box, its side :data:`BOX_SCALE` times the box's
+``box``      A square around the middle of the box, its side ``BOX_SCALE`` times the box's
              longer side (AffectNet, FER+).
-``aligned``  The five points are brought to :data:`TEMPLATE` by the similarity that fits them best:
+``aligned``  The five points are brought to ``TEMPLATE`` by the similarity that fits them best:
              turned, scaled and moved, never sheared (RAF-DB).
 ``as-is``    As ``box``, which is a guess: training pictures were used whole (CAER-S, your own).
 ===========  ======================================================================================

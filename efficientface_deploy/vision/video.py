@@ -23,7 +23,7 @@ _DEFAULT_RATE = 25.0  # frames per second, where a camera does not say
 
 
 class Video:
-    """The frames of a video file or a camera, uint8 (H, W, 3) RGB each; made by :func:`open_video`.
+    """The frames of a video file or a camera, uint8 (H, W, 3) RGB each, made by ``open_video``.
 
     Attributes:
         rate: Frames per second, as the file or the camera says; 25 where it does not.
