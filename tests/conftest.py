@@ -8,6 +8,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,12 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from efficientface_deploy import Predictor, load
 from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.tensorrt import cuda
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.detectors import CenterFace
+from efficientface_deploy.workbench.environment import usable_cpus
 
 if TYPE_CHECKING:
     from fake_cuda import FakeCuda
@@ -43,8 +47,28 @@ with contextlib.suppress(ImportError):
     hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("suite")
 
+# A shell starts what runs behind "&" with Ctrl-C ignored, and tests send it to their processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+MAX_WORKERS = (
+    8  # more gain nothing: importing PyTorch and the longest tests take as long as the rest
+)
+WORKER_BYTES = 2 << 30  # a worker grows to 1.3 GB, and the processes of its tests come on top
+
 # What runs everywhere, so that a backend that cannot run is a failure rather than a skip.
 CPU_BACKENDS = ("onnx", "onnx-float", "torch")
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist it means nothing
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a worker for each core that we may use, as far as the free memory goes."""
+    workers = min(usable_cpus(), MAX_WORKERS)
+    with contextlib.suppress(OSError, StopIteration):  # not Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        workers = min(workers, free // WORKER_BYTES)
+    return max(workers, 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,14 +147,35 @@ def make_network() -> Callable[..., EfficientFace]:
     return make
 
 
+def fill_once(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Let the first of the parallel workers fill a folder; the others wait until it has."""
+    done = folder.with_name(f"{folder.name}.done")
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left half-filled by one that was stopped
+            folder.mkdir()
+            fill(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fill a folder of this name once for all parallel workers, which may only read it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    return lambda name, fill: fill_once(root / name, fill)
+
+
 @pytest.fixture(scope="session")
 def model_files(
     request: pytest.FixtureRequest, make_network: Callable[..., EfficientFace]
 ) -> dict[str, Path]:
     """One network as every file of ours: backend's name to path.
 
-    Tracing takes half a minute, so the files are kept in pytest's cache until any code that they
-    come from changes.
+    Tracing takes ten seconds each, so the files are kept in pytest's cache until any code that
+    they come from changes.
     """
     import torch
 
@@ -144,21 +189,20 @@ def model_files(
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = request.config.cache.mkdir(f"models-{digest.hexdigest()[:16]}")
-
+    cache = request.config.cache.mkdir("models")
     spec = preset("rafdb").replace(input_size=64, name="test")
-    made = {"epoch": 3}
-    files = {
-        "torch": folder / "model.safetensors",
-        "onnx": folder / "model.onnx",
-        "onnx-float": folder / "float.onnx",
-    }
-    if not all(path.is_file() for path in files.values()):
-        model = make_network()
-        save_checkpoint(files["torch"], model, spec, json.dumps(made))
-        export_onnx(model, spec, files["onnx"], provenance=made)
-        export_onnx(model, spec, files["onnx-float"], float_input=True, provenance=made)
-    return files
+    names = {"torch": "model.safetensors", "onnx": "model.onnx", "onnx-float": "float.onnx"}
+
+    def fill(folder: Path) -> None:
+        model, made = make_network(), {"epoch": 3}
+        save_checkpoint(folder / names["torch"], model, spec, json.dumps(made))
+        for name in ("onnx", "onnx-float"):
+            float_input = name == "onnx-float"
+            path = folder / names[name]
+            export_onnx(model, spec, path, float_input=float_input, provenance=made)
+
+    folder = fill_once(cache / digest.hexdigest()[:16], fill)
+    return {backend: folder / name for backend, name in names.items()}
 
 
 @pytest.fixture(params=CPU_BACKENDS)
