@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from efficientface_deploy import Predictor, load
 from efficientface_deploy.backends import missing_reason
@@ -51,10 +50,8 @@ with contextlib.suppress(ImportError):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-MAX_WORKERS = (
-    8  # more gain nothing: importing PyTorch and the longest tests take as long as the rest
-)
-WORKER_BYTES = 2 << 30  # a worker grows to 1.3 GB, and the processes of its tests come on top
+MAX_WORKERS = 8  # beyond, each only imports PyTorch once more
+WORKER_BYTES = 5 << 29  # a worker grows to 1.8 GB, and the processes of its tests come on top
 
 # What runs everywhere, so that a backend that cannot run is a failure rather than a skip.
 CPU_BACKENDS = ("onnx", "onnx-float", "torch")
@@ -149,6 +146,8 @@ def make_network() -> Callable[..., EfficientFace]:
 
 def fill_once(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Let the first of the parallel workers fill a folder; the others wait until it has."""
+    from filelock import FileLock  # comes with PyTorch, which a device need not have
+
     done = folder.with_name(f"{folder.name}.done")
     with FileLock(f"{folder}.lock"):
         if not done.exists():

@@ -91,6 +91,7 @@ def test_every_image_of_the_selection_is_evaluated_once(runs):
         torch.testing.assert_close(ours.sum(dim=0), alone.sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(face_set, folder, runs):
     out = folder / "died"
     died = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(out), "7")
@@ -112,6 +113,7 @@ def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(face_set, fol
     assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.slow
 def test_command_under_torchrun(face_set, tmp_path):
     """The student from a stored teacher, on two ranks; the files are those of one process."""
     common = ["--data", str(face_set), "--input-size", "32", "--epochs", "1", "--workers", "0"]
