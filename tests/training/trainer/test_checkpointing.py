@@ -342,7 +342,12 @@ def test_sigkill_at_any_moment(face_set, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "number"), [("0", signal.SIGINT), ("1", signal.SIGINT), ("1", signal.SIGTERM)]
+    ("workers", "number"),
+    [
+        pytest.param("0", signal.SIGINT, marks=pytest.mark.slow),
+        ("1", signal.SIGINT),
+        ("1", signal.SIGTERM),
+    ],
 )
 def test_signal_to_all_processes(workers, number, face_set, tmp_path):
     """As a terminal, ``timeout``, a batch system or torchrun sends it: workers get it too."""
