@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -144,63 +143,51 @@ def make_network() -> Callable[..., EfficientFace]:
     return make
 
 
-def fill_once(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """Let the first of the parallel workers fill a folder; the others wait until it has."""
-    from filelock import FileLock  # comes with PyTorch, which a device need not have
-
-    done = folder.with_name(f"{folder.name}.done")
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # left half-filled by one that was stopped
-            folder.mkdir()
-            fill(folder)
-            done.touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Fill a folder of this name once for all parallel workers, which may only read it."""
+    """Make a folder once for all parallel workers: its name, and what fills it; only read it."""
+    from filelock import FileLock  # comes with PyTorch, which a device need not have
+
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    return lambda name, fill: fill_once(root / name, fill)
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed or was stopped
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def model_files(
-    request: pytest.FixtureRequest, make_network: Callable[..., EfficientFace]
+    once: Callable[..., Path], make_network: Callable[..., EfficientFace]
 ) -> dict[str, Path]:
-    """One network as every file of ours: backend's name to path.
-
-    Tracing takes ten seconds each, so the files are kept in pytest's cache until any code that
-    they come from changes.
-    """
-    import torch
-
+    """One network as every file of ours: backend's name to path."""
     from efficientface_deploy.models import save_checkpoint
-    from efficientface_export.graph.trace import export_onnx
+    from efficientface_export.graph.channel_layout import PROFILES
+    from efficientface_export.graph.efficientface import deploy_graph
+    from efficientface_export.graph.io import write_onnx
 
-    sources = [ROOT / "export" / "graph" / "trace.py", Path(__file__)]
-    runtime = ROOT / "efficientface_deploy"
-    sources += [runtime / "spec.py", runtime / "vision" / "preprocess.py"]
-    sources += sorted((runtime / "models").glob("*.py"))
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    cache = request.config.cache.mkdir("models")
     spec = preset("rafdb").replace(input_size=64, name="test")
     names = {"torch": "model.safetensors", "onnx": "model.onnx", "onnx-float": "float.onnx"}
 
     def fill(folder: Path) -> None:
         model, made = make_network(), {"epoch": 3}
         save_checkpoint(folder / names["torch"], model, spec, json.dumps(made))
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
         for name in ("onnx", "onnx-float"):
             float_input = name == "onnx-float"
-            path = folder / names[name]
-            export_onnx(model, spec, path, float_input=float_input, provenance=made)
+            graph = deploy_graph(weights, spec, PROFILES["cpu"], float_input=float_input)
+            write_onnx(graph, folder / names[name], spec, made)
 
-    folder = fill_once(cache / digest.hexdigest()[:16], fill)
+    folder = once("model-files", fill)
     return {backend: folder / name for backend, name in names.items()}
 
 

@@ -103,7 +103,7 @@ def whole(make_run, fit, finished) -> Job:
 # ---- Going on ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signalled", [ctrl_c, terminate])
+@pytest.mark.parametrize("signalled", [ctrl_c, pytest.param(terminate, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [1, STEPS, 2 * STEPS + 2])
 def test_interrupt_saves_the_step_and_resume_gives_the_same_bits(
     step, signalled, make_run, fit, whole
