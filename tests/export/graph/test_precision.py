@@ -171,6 +171,7 @@ class TestNoSilentFP32:
             require_precision(broken, "int8", 100, "x")
 
 
+@pytest.mark.slow
 def test_fp16_with_pairs_gives_the_same_as_fp32_with_pairs(
     prototype: Path,
     ferplus: Path,

@@ -86,6 +86,7 @@ def test_float_input(
         np.testing.assert_allclose(infer(float_graph, pixels)[1], reference, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_published_weights_at_224(shared: Path, infer: Any) -> None:
     """The reference network's own checkpoint, and the logits that its own code gave."""
     model, spec = load_checkpoint(shared / "reference" / "efficientface_reference.pth.tar", "rafdb")

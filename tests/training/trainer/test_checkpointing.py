@@ -103,7 +103,7 @@ def whole(make_run, fit, finished) -> Job:
 # ---- Going on ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signalled", [ctrl_c, terminate])
+@pytest.mark.parametrize("signalled", [ctrl_c, pytest.param(terminate, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [1, STEPS, 2 * STEPS + 2])
 def test_interrupt_saves_the_step_and_resume_gives_the_same_bits(
     step, signalled, make_run, fit, whole
@@ -342,7 +342,12 @@ def test_sigkill_at_any_moment(face_set, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "number"), [("0", signal.SIGINT), ("1", signal.SIGINT), ("1", signal.SIGTERM)]
+    ("workers", "number"),
+    [
+        pytest.param("0", signal.SIGINT, marks=pytest.mark.slow),
+        ("1", signal.SIGINT),
+        ("1", signal.SIGTERM),
+    ],
 )
 def test_signal_to_all_processes(workers, number, face_set, tmp_path):
     """As a terminal, ``timeout``, a batch system or torchrun sends it: workers get it too."""

@@ -34,19 +34,22 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where the runs of this module are."""
-    return tmp_path_factory.mktemp("ranks")
+def folder(face_set, once) -> Path:
+    """Where one process alone and two ranks have trained."""
+
+    def fill(folder: Path) -> None:
+        alone = run(sys.executable, str(SCRIPT), str(face_set), str(folder / "alone"), "0")
+        assert alone.returncode == 0, alone.stderr
+        both = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(folder / "two"), "0")
+        assert both.returncode == 0, both.stderr
+        assert both.stdout.count("epoch 1/2:") == 1  # one rank prints
+
+    return once("ranks", fill)
 
 
 @pytest.fixture(scope="module")
-def runs(face_set, folder) -> dict[str, dict]:
+def runs(folder) -> dict[str, dict]:
     """What one process alone and each of two ranks wrote down."""
-    alone = run(sys.executable, str(SCRIPT), str(face_set), str(folder / "alone"), "0")
-    assert alone.returncode == 0, alone.stderr
-    both = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(folder / "two"), "0")
-    assert both.returncode == 0, both.stderr
-    assert both.stdout.count("epoch 1/2:") == 1  # one rank prints
     load_checkpoint(folder / "two/student.safetensors")
     files = {"alone": "alone-rank0.pt", "first": "two-rank0.pt", "second": "two-rank1.pt"}
     return {name: torch.load(folder / file, weights_only=True) for name, file in files.items()}
@@ -91,8 +94,11 @@ def test_every_image_of_the_selection_is_evaluated_once(runs):
         torch.testing.assert_close(ours.sum(dim=0), alone.sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
-def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(face_set, folder, runs):
-    out = folder / "died"
+@pytest.mark.slow
+def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(
+    face_set, folder, runs, tmp_path
+):
+    out = tmp_path / "died"
     died = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(out), "7")
     assert died.returncode != 0
     state = torch.load(out / "last.pt", weights_only=True)
@@ -102,16 +108,17 @@ def test_death_of_a_rank_ends_the_job_which_goes_on_from_its_state(face_set, fol
     resumed = run(*TORCHRUN, "2", str(SCRIPT), str(face_set), str(out), "0")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("epoch 1/2:") == 0  # it did not begin anew
-    seen = torch.load(folder / "died-rank0.pt", weights_only=True)
+    seen = torch.load(tmp_path / "died-rank0.pt", weights_only=True)
     assert 0 < len(seen["weights"]) < STEPS // 2
     assert torch.equal(seen["weights"][-1], runs["first"]["weights"][-1])
     ours, unbroken = (
-        load_checkpoint(folder / name / "student.safetensors")[0].state_dict()
-        for name in ("died", "two")
+        load_checkpoint(path / "student.safetensors")[0].state_dict()
+        for path in (out, folder / "two")
     )
     assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.slow
 def test_command_under_torchrun(face_set, tmp_path):
     """The student from a stored teacher, on two ranks; the files are those of one process."""
     common = ["--data", str(face_set), "--input-size", "32", "--epochs", "1", "--workers", "0"]
