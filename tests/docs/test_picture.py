@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
 def test_the_committed_picture_is_what_the_script_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
