@@ -193,7 +193,7 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
         )
     note = (
         f"{engine.library} {engine.version} for {', '.join(engine.compute_capabilities)}, "
-        f"{engine.kernels} kernels, built in {engine.build_seconds:.1f} s"
+        f"{engine.kernels or 'an unknown number of'} kernels, built in {engine.build_seconds:.1f} s"
     )
 
     def write(path: Path, record: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ from efficientface_deploy.backends.tensorrt.library import is_echo
 _NO_KERNEL = frozenset({"shape_call", "signal", "wait", "NoOp", "Constant"})
 _LISTINGS = ("Layers:", "Engine Layer Information:")  # newer and older TensorRT 10
 _LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: \[(?P<inputs>.*)")
-_DATATYPE = re.compile(r"Datatype: [^}\]]*?\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b")
+_TYPE = r"\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b"
+_DATATYPE = re.compile(rf"Datatype: [^}}\]]*?{_TYPE}")
+_WEIGHTS = re.compile(rf'Weights: {{"Type": "{_TYPE}"')
+# The short form, where a release does not list the details that were asked for.
+_SHORT_LAYER = re.compile(
+    r"^Layer\((?P<type>\w+)\): (?P<name>.+?), Tactic: [^,]*, (?P<data>.*?) -> "
+)
+_SHORT_DATATYPE = re.compile(rf"{_TYPE}[\[(]")
 _PRECISIONS = {
     "Float": "fp32",
     "FP32": "fp32",
@@ -36,8 +43,9 @@ class Layer:
     Attributes:
         name: As the builder names it.
         type: As the builder names it, e.g. ``correlation`` for a convolution.
-        precision: Of its first input: ``fp32``, ``fp16``, ``int8``, ..., or empty for another
-            type, such as uint8.
+        precision: Of its first input: ``fp32``, ``fp16``, ``int8``, ...; of its weights where the
+            log leaves the inputs' types out, as TensorRT does for a dynamic batch; empty where
+            neither is said, or for another type, such as uint8.
     """
 
     name: str
@@ -70,15 +78,20 @@ def parse_layers(messages: Sequence[str]) -> tuple[Layer, ...]:
         The layers of the last listing; empty when there is none.
     """
     listings = [message for message in messages if message.lstrip().startswith(_LISTINGS)]
-    layers = []
-    for line in listings[-1].splitlines() if listings else []:
-        if match := _LAYER.match(line.strip()):
-            # The first input is the data; constants, scales and outputs follow.
-            data = match["inputs"].partition("}")[0]
-            datatype = _DATATYPE.search(data + "}")
-            precision = _PRECISIONS[datatype[1]] if datatype else ""
-            layers.append(Layer(match["name"], match["type"], precision))
-    return tuple(layers)
+    lines = listings[-1].splitlines() if listings else []
+    return tuple(layer for line in lines if (layer := _parse_layer(line.strip())))
+
+
+def _parse_layer(line: str) -> Layer | None:
+    if match := _LAYER.match(line):
+        # The first input is the data; constants, scales and outputs follow.
+        data = match["inputs"].partition("}")[0]
+        datatype = _DATATYPE.search(data) or _WEIGHTS.search(match["inputs"])
+    elif match := _SHORT_LAYER.match(line):
+        datatype = _SHORT_DATATYPE.search(match["data"])
+    else:
+        return None
+    return Layer(match["name"], match["type"], _PRECISIONS[datatype[1]] if datatype else "")
 
 
 def builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
@@ -90,11 +103,37 @@ def builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -
     reason = " ".join(causes[0].split())[:300]
     operators = {node.name: node.op_type for node in graph.graph.node if node.name}
     for text in causes:
-        named = [name for name in operators if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        named = [name for name in operators if _names(text, name)]
         if named:
             first = min(named, key=lambda name: (text.find(name), -len(name)))
             return f"{operators[first]} node {first}: {reason}"
     return reason
+
+
+def builder_fix(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:
+    """What to do about a build that failed.
+
+    Where the builder has no kernel for an INT8 layer, as for depthwise convolutions on Orin, it is
+    that layer which INT8 has to leave out; where it had no room to try one, it wants more.
+    """
+    makers = {output: node.op_type for node in graph.graph.node for output in node.output}
+    layers = [
+        node.name
+        for node in graph.graph.node
+        if [makers.get(name) for name in node.input[:2]] == ["DequantizeLinear"] * 2
+    ]
+    texts = [text for _, text in records]
+    if any("insufficient memory" in text for text in texts):
+        return "give the builder more memory with --workspace, or keep to --engine onnx"
+    without = "\n".join(t for t in texts if "could not find any implementation" in t.lower())
+    if named := [name for name in layers if name and _names(without, name)]:
+        source = "from the checkpoint or the FP32 file"
+        return f"make the INT8 file again, {source}, with --exclude {' '.join(named)}"
+    return "try another --precision or --workspace, or keep to --engine onnx"
+
+
+def _names(text: str, node: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(node)}(?!\w)", text) is not None
 
 
 def parser_reason(error: Any) -> str:

@@ -1,7 +1,8 @@
 """ONNX file to TensorRT engine; needs neither torch nor onnxruntime.
 
 The network is strongly typed: the graph's types are the engine's, and the builder decides nothing
-about precision. What it built is read back from its own log and compared with the graph.
+about precision. So the network is compared with the graph before the build; what the builder's log
+then says of the finished engine may be less, but not something else.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import re
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,12 @@ from efficientface_deploy.artifact import write_sidecar
 from efficientface_deploy.backends.tensorrt.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt.library import (
     LIBRARIES,
+    check_gpu,
+    compute_capabilities,
     load_library,
     make_logger,
     rebuild_command,
+    sm_number,
     version_of,
 )
 from efficientface_deploy.command import interrupts_wait
@@ -34,13 +41,15 @@ from efficientface_deploy.spec import ModelSpec
 from efficientface_export.graph.io import read_onnx
 from efficientface_export.tensorrt.build_log import (
     Layer,
+    builder_fix,
     builder_reason,
     parse_layers,
     parser_reason,
 )
 from efficientface_export.tensorrt.checks import (
     check_batch,
-    check_precisions,
+    check_log,
+    check_network,
     check_scheme,
     check_turing,
 )
@@ -55,8 +64,8 @@ from efficientface_export.tensorrt.options import (
 # Takes the phase that the builder is in, and the share of the whole build that is done, 0 to 1.
 OnProgress = Callable[[str, float], None]
 
-# What TensorRT for RTX targets when nothing is asked of it: Ampere and everything newer.
-_RTX_DEFAULT = ("sm80+",)
+# The oldest GPU that TensorRT for RTX targets when nothing is asked of it: Ampere.
+_OLDEST_BY_DEFAULT = "sm80"
 
 # A Jetson's GPU has no memory of its own: what the builder takes, the system lacks.
 _JETSON_WORKSPACE_MIB = 1024
@@ -115,8 +124,9 @@ class BuiltEngine:
         layers: All layers of the finished engine, in order.
         library: ``tensorrt`` or ``tensorrt_rtx``.
         version: That library's version.
-        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
-        precisions: Number of convolutions per precision.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm121+`` for that and newer.
+        precisions: Number of convolutions per precision in the strongly typed network.
+        seen_precisions: The same in the builder's log, which may say nothing of them.
         build_seconds: Time from parsing to the serialised engine.
         options: What it was built with.
         parent_sha256: Of the ONNX file.
@@ -130,14 +140,15 @@ class BuiltEngine:
     version: str
     compute_capabilities: tuple[str, ...]
     precisions: dict[str, int]
+    seen_precisions: dict[str, int]
     build_seconds: float
     options: EngineOptions
     parent_sha256: str
 
     @property
-    def kernels(self) -> int:
-        """Number of kernels that one inference launches."""
-        return sum(layer.is_kernel for layer in self.layers)
+    def kernels(self) -> int | None:
+        """Number of kernels that one inference launches; None where the log does not say."""
+        return sum(layer.is_kernel for layer in self.layers) if self.layers else None
 
     @property
     def size(self) -> int:
@@ -169,6 +180,7 @@ class BuiltEngine:
             "compute_capabilities": list(self.compute_capabilities),
             "kernels": self.kernels,
             "precisions": self.precisions,
+            "seen_precisions": self.seen_precisions,
             "max_batch": options.max_batch,
             "opt_batch": options.opt_batch,
             "workspace_mib": options.workspace_mib,
@@ -195,7 +207,7 @@ def build_engine(
     folder: Path | None = None,
     progress: OnProgress | None = None,
 ) -> BuiltEngine:
-    """Build an engine from one of our ONNX files, and check that it has the graph's precision.
+    """Build an engine from one of our ONNX files, in the graph's precision.
 
     Ctrl-C and SIGTERM end the build at its next step.
 
@@ -227,7 +239,7 @@ def build_engine(
         graph = read_onnx(onnx_path).graph
     module = load_library(kind)
     targets = _targets(module, kind, options.compute_capabilities)
-    built_for = _built_for(kind, options.compute_capabilities)
+    built_for = _built_for(module, kind, options.compute_capabilities)
     check_batch(graph, onnx_path)
     check_scheme(graph, onnx_path)
     check_turing(graph, kind, built_for, onnx_path)
@@ -240,6 +252,8 @@ def build_engine(
     # exception that passes through the library ends the process.
     with build.log_kept(log), interrupts_wait() as interrupts:
         build.parse(onnx_path)
+        precisions = build.count_precisions()
+        check_network(graph, precisions, onnx_path)
         build.configure(options, targets, _make_monitor(module, progress, interrupts))
         if timings:
             build.read_timings(timings)
@@ -248,7 +262,7 @@ def build_engine(
             build.write_timings(timings)
         seconds = time.perf_counter() - start
         layers = parse_layers([text for _, text in build.logger.records])
-        precisions = check_precisions(graph, layers, kind, onnx_path)
+        seen = check_log(graph, layers, onnx_path)
     return BuiltEngine(
         kind=kind,
         parent=onnx_path,
@@ -258,6 +272,7 @@ def build_engine(
         version=version_of(module),
         compute_capabilities=built_for,
         precisions=precisions,
+        seen_precisions=seen,
         build_seconds=round(seconds, 2),
         options=options,
         parent_sha256=file_hash(onnx_path),
@@ -304,6 +319,28 @@ class _Build:
             fix = "export the ONNX file again with this version, or keep to --engine onnx"
             raise ExportError(path, expected, reason or "no reason given", fix)
 
+    def count_precisions(self) -> dict[str, int]:
+        """Number of convolutions in the network per precision.
+
+        A convolution is INT8 where DEQUANTIZE layers give its data and its weights: the parser
+        keeps the pairs of the graph, and the builder fuses them. Constant weights are no tensor.
+        """
+        kinds, types = self.module.LayerType, self.module.DataType
+        names = {types.FLOAT: "fp32", types.HALF: "fp16", types.BF16: "bf16"}
+        network = [self._network.get_layer(index) for index in range(self._network.num_layers)]
+        dequantised = {
+            layer.get_output(0).name for layer in network if layer.type == kinds.DEQUANTIZE
+        }
+        counts: Counter[str] = Counter()
+        for layer in network:
+            if layer.type == kinds.CONVOLUTION:
+                tensors = [layer.get_input(index) for index in range(layer.num_inputs)][:2]
+                data = tensors[0].dtype
+                quantised = [tensor and tensor.name in dequantised for tensor in tensors]
+                precision = "int8" if quantised == [True, True] else names.get(data, data.name)
+                counts[precision] += 1
+        return dict(sorted(counts.items()))
+
     def configure(self, options: EngineOptions, targets: Sequence[Any], monitor: Any) -> None:
         """Set monitor, verbosity, workspace, targets and the dynamic batch's profile."""
         config, module = self._config, self.module
@@ -317,7 +354,11 @@ class _Build:
         if targets:
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
-                config.set_compute_capability(target, index)
+                if not config.set_compute_capability(target, index):
+                    expected = f"{LIBRARIES[self.kind].label} to build for {target.name.lower()}"
+                    fix = "leave it out of --compute-capability"
+                    found = self.logger.first_error() or "a refusal"
+                    raise BackendError("--compute-capability", expected, found, fix)
 
         image = self._network.get_input(0)
         item = tuple(image.shape)[1:]  # (S, S, 3)
@@ -356,8 +397,8 @@ class _Build:
         if plan is None:
             self._flush_failure()
             expected = f"a graph that {self.module.__name__} {version_of(self.module)} builds"
-            fix = "try another --precision or --workspace, or keep to --engine onnx"
-            found = builder_reason(self.logger.records[before:], graph)
+            records = self.logger.records[before:]
+            found, fix = builder_reason(records, graph), builder_fix(records, graph)
             raise ExportError(path, expected, found, fix)
         return bytes(plan)
 
@@ -397,26 +438,33 @@ class _Build:
 
 
 def _make_monitor(module: Any, progress: OnProgress | None, interrupts: Sequence[int]) -> Any:
-    """An ``IProgressMonitor`` that tells ``progress``, and ends the build at an interrupt."""
+    """An ``IProgressMonitor`` that tells ``progress``, and ends the build at an interrupt.
+
+    TensorRT calls it from several threads, and its header asks that the calls be safe to make.
+    """
     base: Any = module.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
             self._phases: dict[str, tuple[int, int]] = {}  # those that run: done, of how many
+            self._lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._phases[phase_name] = (0, num_steps)
+            with self._lock:
+                self._phases[phase_name] = (0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            _, steps = self._phases.get(phase_name, (0, step + 1))
-            self._phases[phase_name] = (step + 1, steps)
-            if progress is not None:
-                progress(phase_name, self._share())
+            with self._lock:
+                _, steps = self._phases.get(phase_name, (0, step + 1))
+                self._phases[phase_name] = (step + 1, steps)
+                if progress is not None:
+                    progress(phase_name, self._share())
             return not interrupts
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
+            with self._lock:
+                self._phases.pop(phase_name, None)
 
         def _share(self) -> float:
             share = 0.0
@@ -435,18 +483,32 @@ def _targets(module: Any, kind: str, names: Sequence[str]) -> list[Any]:
         expected = "none with --engine trt, which builds for the GPU that is here"
         fix = "leave it out, or build with --engine trt-rtx"
         raise ConfigError("--compute-capability", expected, ",".join(names), fix)
-    members = module.ComputeCapability.__members__
-    known = {name.lower(): value for name, value in members.items() if name != "NONE"}
-    if unknown := [name for name in names if name not in known]:
-        raise bad_option("--compute-capability", ", ".join(known), ", ".join(unknown))
-    return [known[name] for name in dict.fromkeys(names)]
+    known = [CURRENT, *compute_capabilities(module)]
+    for name in names:
+        if name not in known:
+            if re.fullmatch(r"sm\d+", name):
+                check_gpu(module, kind, name)
+            raise bad_option("--compute-capability", ", ".join(known), name)
+    return [getattr(module.ComputeCapability, name.upper()) for name in dict.fromkeys(names)]
 
 
-def _built_for(kind: str, names: Sequence[str]) -> tuple[str, ...]:
-    """What an engine of these options will run on."""
+def _built_for(module: Any, kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """What an engine of these options will run on.
+
+    Raises:
+        BackendError: It is to run on the GPU that is here, and there is none that would do.
+    """
     if kind == "trt" or CURRENT in names:
-        return (open_cuda().compute_capability(),)
-    return tuple(dict.fromkeys(names)) or _RTX_DEFAULT
+        gpu = open_cuda().compute_capability()
+        check_gpu(module, kind, gpu)
+        return (gpu,)
+    if names:
+        return tuple(dict.fromkeys(names))
+    # What the header of such an engine says (seen with 1.7.1): Ampere and newer of those that the
+    # library names, and what is newer than all of them. 8.7, 9.0, 10.x and 11.0 are not among them.
+    *older, newest = compute_capabilities(module)
+    oldest = sm_number(_OLDEST_BY_DEFAULT)
+    return (*(name for name in older if sm_number(name) >= oldest), f"{newest}+")
 
 
 _ERASE = "\r\x1b[K"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -64,28 +64,63 @@ def check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], pa
         raise ExportError(path, expected, str(summary), fix)
 
 
-def check_precisions(
-    graph: onnx.ModelProto, layers: Sequence[Layer], kind: str, path: Path
-) -> dict[str, int]:
-    """Hold what was built against the graph: convolutions per precision.
+def check_network(graph: onnx.ModelProto, network: Mapping[str, int], path: Path) -> None:
+    """Hold what the parser made of a graph against the graph: convolutions per precision.
 
-    Fusions change the number of convolutions a little, so that half of them is enough for the
-    precision that most have; one that the graph has nowhere is too many, but for convolutions of
-    the preprocessing, which the summary leaves out.
+    The network is strongly typed, so that its types are those of the engine.
+
+    Args:
+        graph: The graph.
+        network: Number of convolutions per precision in the network.
+        path: The graph's file, for errors.
 
     Raises:
-        ExportError: Another precision was built, or TensorRT for RTX lists no convolution.
+        ExportError: The two differ.
     """
-    asked = Counter(summarise_precision(graph).convolutions)
-    built = Counter(layer.precision for layer in layers if layer.is_convolution)
-    if not built and kind == "trt":
-        return {}  # older TensorRT 10 lists nothing; there the strongly typed graph is the check
-    preprocessing = sum(node.op_type == "Conv" for node in graph.graph.node) - asked.total()
-    unasked = sum(count for name, count in built.items() if not asked[name])
+    asked, found = _asked(graph), Counter(network)
+    if asked - found or (found - asked).total() != _preprocessing(graph):
+        expected = f"a network with {counted(asked)} convolutions, as in the graph"
+        fix = "export the ONNX file again with this version, or keep to --engine onnx"
+        raise ExportError(path, expected, f"{counted(found)} after parsing", fix)
+
+
+def check_log(graph: onnx.ModelProto, layers: Sequence[Layer], path: Path) -> dict[str, int]:
+    """Let the builder's log contradict the network; it may be silent.
+
+    It is a witness and no more: a release need not list its layers, TensorRT leaves out the types
+    of what depends on a dynamic batch, and a convolution may hide in a layer of another name. What
+    contradicts is a convolution in a precision that the graph has nowhere (but for those of the
+    preprocessing, which the summary leaves out), or so many in others that fewer than half are left
+    for the one that most have: fusions change the numbers a little.
+
+    Args:
+        graph: The graph.
+        layers: Those of the finished engine.
+        path: The graph's file, for errors.
+
+    Returns:
+        Number of convolutions per precision that the log gives; empty where it gives none.
+
+    Raises:
+        ExportError: Another precision was built.
+    """
+    asked, preprocessing = _asked(graph), _preprocessing(graph)
+    seen = Counter(layer.precision for layer in layers if layer.is_convolution and layer.precision)
     most, count = asked.most_common(1)[0] if asked else ("", 0)
-    if unasked > preprocessing or built[most] < count / 2:
+    unasked = sum(number for name, number in seen.items() if not asked[name])
+    others = seen.total() - seen[most]
+    if unasked > preprocessing or others > asked.total() + preprocessing - count / 2:
         expected = f"an engine with {counted(asked)} convolutions, as in the graph"
-        found = f"{counted(built)} in the builder's log"
         fix = "build for other GPUs (--compute-capability) or in another --precision"
-        raise ExportError(path, expected, found, fix)
-    return dict(sorted(built.items()))
+        raise ExportError(path, expected, f"{counted(seen)} in the builder's log", fix)
+    return dict(sorted(seen.items()))
+
+
+def _asked(graph: onnx.ModelProto) -> Counter[str]:
+    return Counter(summarise_precision(graph).convolutions)
+
+
+def _preprocessing(graph: onnx.ModelProto) -> int:
+    """Number of convolutions that the summary leaves out."""
+    operators = Counter(node.op_type for node in graph.graph.node)
+    return operators["Conv"] - _asked(graph).total()

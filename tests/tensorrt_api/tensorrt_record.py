@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 # What neither a builder from ONNX nor a runner comes near: plugins, and the layers of a network.
-_LEFT_OUT = re.compile(r"Plugin|Layer$|Loop|Condition|Attention|MoE")
+_LEFT_OUT = re.compile(r"Plugin|(?<!\bI)Layer$|Loop|Condition|Attention|MoE")
 
 
 def main(requirement: str, out: str) -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ MEMORY_BYTES = 1000  # what a context needs for its intermediate results
 
 _MAGIC = b"stand-in "
 _NUMPY_TYPES = {"FLOAT": np.float32, "UINT8": np.uint8}
+
+# What refers to something of the library's that it does not keep alive in every release.
+_RELEASED = ("IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "ICudaEngine", "Runtime")
 
 # What a scripted call does with the library, the object, and the call's arguments.
 _SCRIPT: dict[str, Callable[..., Any]] = {}
@@ -56,30 +60,40 @@ class Library:
         module: The stand-in; it has the names of the list alone.
         failing: Calls that fail as the library's do, e.g. ``Builder.build_serialized_network``,
             and the errors that they log.
+        listing: What the builder's log says of the engine's layers, where a test wants another.
+        timing_threads: How many threads of the builder tell its monitor at once.
         parser_errors: What the parser finds: (description, operator, name of the node).
+        said: All that was logged.
         batches: The batch of every inference.
         limits: Workspaces that were set, in bytes.
         caches: What timing caches were made from.
         capturable: Whether what engines do can be recorded on a captured stream.
         compiled: How many times TensorRT for RTX had to compile an engine's kernels.
+        invalid: Why TensorRT for RTX calls an engine invalid: an ``EngineInvalidityDiagnostics``.
+        released: Classes of the objects of a runtime, in the order in which they went.
         recorded: Shapes and addresses that contexts of TensorRT for RTX made CUDA graphs of.
     """
 
     def __init__(self, record: dict[str, Any], cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.failing: dict[str, Sequence[str]] = {}
+        self.listing = ""
+        self.timing_threads = 0
         self.parser_errors: list[tuple[str, str, str]] = []
+        self.said: list[str] = []
         self.batches: list[int] = []
         self.limits: list[int] = []
         self.caches: list[bytes] = []
         self.capturable = True
         self.compiled = 0
+        self.invalid = ""
+        self.released: list[str] = []
         self.recorded: list[Any] = []
         self.module: Any = types.ModuleType(record["module"])
         self.module.__version__ = record["version"]
         self.module.__spec__ = importlib.machinery.ModuleSpec(record["module"], None)
         self._enums = {
-            name: enum.Enum(name.rpartition(".")[2], members, type=_Index)
+            name: _Enum(name.rpartition(".")[2], members)  # type: ignore[call-arg, arg-type]
             for name, members in record["enums"].items()
         }
         self._classes: dict[str, type] = {}
@@ -90,7 +104,7 @@ class Library:
                 setattr(self.module, name, value)
         for name, value in record["constants"].items():
             kind, _, member = value.rpartition(".")
-            setattr(self.module, name, self._enums[kind][member])
+            setattr(self.module, name, getattr(self._enums[kind], member))
 
     def new(self, name: str, /, **state: Any) -> Any:
         """An object as the library makes it, whether its class has a constructor or not."""
@@ -108,13 +122,15 @@ class Library:
         inner = {key.rpartition(".")[2]: k for key, k in self._enums.items() if f"{name}." in key}
         members |= inner
         for constant, member in content["constants"].items():
-            members[constant] = next(kind[member] for kind in inner.values())
+            members[constant] = next(getattr(kind, member) for kind in inner.values())
         for method, overloads in content["methods"].items():
             members[method] = self._make_method(name, method, overloads)
         for key, (annotation, writable) in content["properties"].items():
             members[key] = self._make_property(name, key, annotation, bool(writable))
         if "__init__" not in members:
             members["__init__"] = _no_constructor
+        if name in _RELEASED:
+            members["__del__"] = lambda this: self.released.append(name)
         if name == "IHostMemory":  # it has Python's buffer protocol, which no list shows
             members["__bytes__"] = lambda this: this._["data"]
         self._classes[name] = type(name, parents or (object,), members)
@@ -172,6 +188,7 @@ class Library:
 
     def say(self, this: Any, severity: str, message: str) -> None:
         """Log as an object of the library does."""
+        self.said.append(message)
         this._["logger"].log(getattr(self.module.ILogger, severity), message)
 
     def _accepts(self, annotation: str, value: Any) -> bool:
@@ -194,8 +211,19 @@ class Library:
         return True
 
 
-class _Index:
-    """An enum member as pybind11 makes it: no number, but one that converts to it."""
+class _EnumType(enum.EnumMeta):
+    def __getitem__(cls, name: str) -> Any:
+        raise TypeError(f"type {cls.__name__!r} is not subscriptable")
+
+    def __iter__(cls) -> Any:
+        raise TypeError("'pybind11_type' object is not iterable")
+
+
+class _Enum(enum.Enum, metaclass=_EnumType):
+    """An enum as pybind11 makes it: it can be asked for ``__members__`` and attributes alone.
+
+    Its members are no numbers, but convert to them.
+    """
 
     _value_: int
 
@@ -255,7 +283,8 @@ def _create_network(library: Library, this: Any, flags: int = 0) -> Any:
 
 @_does("Builder.create_builder_config")
 def _create_builder_config(library: Library, this: Any) -> Any:
-    return library.new("IBuilderConfig", flags={"TF32"}, profiles=[], progress_monitor=None)
+    state = {"flags": {"TF32"}, "profiles": [], "progress_monitor": None}
+    return library.new("IBuilderConfig", logger=this._["logger"], **state)
 
 
 @_does("Builder.create_optimization_profile")
@@ -285,6 +314,14 @@ def _set_memory_pool_limit(library: Library, this: Any, pool: Any, pool_size: in
 @_does("IBuilderConfig.clear_flag")
 def _clear_flag(library: Library, this: Any, flag: Any) -> None:
     this._["flags"].discard(flag.name)
+
+
+@_does("IBuilderConfig.set_compute_capability")
+def _set_compute_capability(
+    library: Library, this: Any, compute_capability: Any, index: int
+) -> bool:
+    assert index < this._["num_compute_capabilities"]
+    return True
 
 
 @_does("IBuilderConfig.create_timing_cache")
@@ -342,25 +379,97 @@ def _get_input(library: Library, this: Any, index: int) -> Any:
     return library.new("ITensor", name=image.name, shape=_dims(library, _shape(image)))
 
 
+# What the parser makes of a node, as seen with that of TensorRT for RTX 1.7.
+_LAYER_TYPES = {
+    "Conv": "CONVOLUTION",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+    "Cast": "CAST",
+    "Relu": "ACTIVATION",
+    "Softmax": "SOFTMAX",
+    "ReduceMean": "REDUCE",
+    "GlobalAveragePool": "REDUCE",
+    "Mul": "ELEMENTWISE",
+    "Add": "ELEMENTWISE",
+}
+
+
+@_does("INetworkDefinition.num_layers")
+def _num_layers(library: Library, this: Any) -> int:
+    return len(this._["model"].graph.node)
+
+
+@_does("INetworkDefinition.get_layer")
+def _get_layer(library: Library, this: Any, index: int) -> Any:
+    node = this._["model"].graph.node[index]
+    kind = getattr(library.module.LayerType, _LAYER_TYPES.get(node.op_type, "SHUFFLE"))
+    return library.new("ILayer", type=kind, node=node, types=_types(this._["model"]))
+
+
+@_does("ILayer.num_inputs")
+def _num_inputs(library: Library, this: Any) -> int:
+    # Constants of a convolution are the layer's own weights, and no tensor.
+    node, types_of = this._["node"], this._["types"]
+    return sum(name in types_of for name in node.input) if node.op_type == "Conv" else 1
+
+
+@_does("ILayer.get_input")
+def _get_layer_input(library: Library, this: Any, index: int) -> Any:
+    return _tensor(library, this._["node"].input[index], this._["types"])
+
+
+@_does("ILayer.get_output")
+def _get_layer_output(library: Library, this: Any, index: int) -> Any:
+    return _tensor(library, this._["node"].output[index], this._["types"])
+
+
+def _tensor(library: Library, name: str, types_of: dict[str, str]) -> Any:
+    return library.new("ITensor", name=name, dtype=getattr(library.module.DataType, types_of[name]))
+
+
+def _types(model: onnx.ModelProto) -> dict[str, str]:
+    """TensorRT's name of the type of every tensor that is no constant."""
+    names = {"FLOAT16": "HALF", "BFLOAT16": "BF16"}
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    kinds = onnx.TensorProto.DataType
+    return {
+        value.name: names.get(found := kinds.Name(value.type.tensor_type.elem_type), found)
+        for value in [*graph.input, *graph.value_info, *graph.output]
+    }
+
+
 @_does("Builder.build_serialized_network")
 def _build_serialized_network(library: Library, this: Any, network: Any, config: Any) -> Any:
     model = network._["model"]
     (shapes,) = config._["profiles"]
     monitor = config._["progress_monitor"]
-    if monitor is not None and not _report_progress(monitor):
+    if monitor is not None and not _report_progress(library, monitor):
         library.say(this, "ERROR", "IBuilder::buildSerializedNetwork: BuildCanceled")
         return None
     if config._["profiling_verbosity"] is library.module.ProfilingVerbosity.DETAILED:
-        library.say(this, "VERBOSE", _listing(model))
+        library.say(this, "VERBOSE", library.listing or _listing(model))
     if cache := config._.get("timing_cache"):
         cache._["data"] = _timing_cache(library)
     return library.new("IHostMemory", data=make_plan(model, shapes[model.graph.input[0].name]))
 
 
-def _report_progress(monitor: Any) -> bool:
+def _report_progress(library: Library, monitor: Any) -> bool:
+    """What a build tells its monitor; in TensorRT several threads may do so at once."""
     monitor.phase_start("Building engine", None, 2)
     monitor.phase_start("Timing tactics", "Building engine", 2)
     going_on = monitor.step_complete("Timing tactics", 0)
+
+    def time_tactics(name: str) -> bool:
+        for phase in range(500):
+            monitor.phase_start(f"{name} {phase}", "Timing tactics", 1)
+            if not monitor.step_complete(f"{name} {phase}", 0):
+                return False
+            monitor.phase_finish(f"{name} {phase}")
+        return True
+
+    with ThreadPoolExecutor(max(library.timing_threads, 1)) as pool:
+        names = [f"Tactics of thread {number}" for number in range(library.timing_threads)]
+        going_on = all(pool.map(time_tactics, names)) and going_on
     monitor.phase_finish("Timing tactics")
     going_on = going_on and monitor.step_complete("Building engine", 0)
     monitor.phase_finish("Building engine")
@@ -368,17 +477,28 @@ def _report_progress(monitor: Any) -> bool:
 
 
 def _listing(model: onnx.ModelProto) -> str:
-    """The layers of the engine in the library's words: here, the convolutions of the graph."""
-    types_of = {weight.name: weight.data_type for weight in model.graph.initializer}
+    """The layers of the engine in the words of TensorRT 10: here, the convolutions of the graph.
+
+    Taken from public logs of 10.x. The batch is dynamic, so that formats and types are left out;
+    those of the weights are there.
+    """
     words = {onnx.TensorProto.FLOAT: "Float", onnx.TensorProto.FLOAT16: "Half"}
+    weights = {weight.name: weight.data_type for weight in model.graph.initializer}
+    unknown = (
+        "Location: Device, Dimensions: [-1,16,32,32], Format/Datatype: N/A due to dynamic shapes"
+    )
     lines = [
         f"Name: {node.name}, LayerType: CaskConvolution, Inputs: [ {{ Name: {node.input[0]}, "
+        f"{unknown} }}], Outputs: [ {{ Name: {node.output[0]}, {unknown} }}], "
+        "ParameterType: Convolution, Kernel: [3,3], OutMaps: 16, Groups: 1, "
         # Weights that come out of another node are quantised.
-        f"Datatype: {words.get(types_of.get(node.input[1], 0), 'Int8')} }}], Outputs: []"
+        f'Weights: {{"Type": "{words.get(weights.get(node.input[1], 0), "Int8")}", "Count": 432}}, '
+        'Bias: {"Type": "Float", "Count": 16}, HasBias: 1, HasReLU: 0, StreamId: 0, '
+        f"Metadata: [ONNX Layer: {node.name}]"
         for node in model.graph.node
         if node.op_type == "Conv"
     ]
-    return "\n".join(["Engine Layer Information:", *lines])
+    return "\n".join(["Layers:", *lines, "Bindings:", model.graph.input[0].name])
 
 
 def make_plan(model: onnx.ModelProto, shapes: Sequence[Sequence[int]]) -> bytes:
@@ -387,6 +507,24 @@ def make_plan(model: onnx.ModelProto, shapes: Sequence[Sequence[int]]) -> bytes:
 
 
 # --- running -------------------------------------------------------------------------------------
+
+
+HEADER_BYTES = 64
+
+
+@_does("Runtime.engine_header_size")
+def _engine_header_size(library: Library, this: Any) -> int:
+    return HEADER_BYTES
+
+
+@_does("Runtime.get_engine_validity")
+def _get_engine_validity(library: Library, this: Any, buffer: Any) -> tuple[Any, int]:
+    library.cuda.require_active()
+    assert len(buffer) == HEADER_BYTES
+    validity, causes = library.module.EngineValidity, library.module.EngineInvalidityDiagnostics
+    if library.invalid:
+        return validity.INVALID, int(getattr(causes, library.invalid))
+    return validity.VALID, 0
 
 
 @_does("Runtime.deserialize_cuda_engine")
@@ -418,7 +556,7 @@ def _get_tensor_name(library: Library, this: Any, index: int) -> str:
 @_does("ICudaEngine.get_tensor_dtype")
 def _get_tensor_dtype(library: Library, this: Any, name: str) -> Any:
     kind = onnx.TensorProto.DataType.Name(this._["tensors"][name].type.tensor_type.elem_type)
-    return library.module.DataType[{"FLOAT16": "HALF"}.get(kind, kind)]
+    return getattr(library.module.DataType, {"FLOAT16": "HALF"}.get(kind, kind))
 
 
 @_does("ICudaEngine.get_tensor_shape")

@@ -68,6 +68,8 @@ REFUSED: dict[str, Callable[[Library, Any, Any], object]] = {
     "a logger whose base was not made": lambda lib, trt, config: trt.Builder(
         trt.ILogger.__new__(trt.ILogger)
     ),
+    "an enum by a name in brackets": lambda lib, trt, config: trt.DataType["HALF"],
+    "an enum in a loop": lambda lib, trt, config: list(trt.DataType),
     "a property of another type": lambda lib, trt, config: setattr(
         config, "profiling_verbosity", "detailed"
     ),

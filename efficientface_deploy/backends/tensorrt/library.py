@@ -76,6 +76,55 @@ def load_library(kind: str) -> Any:
     return module
 
 
+# Compute capabilities that TensorRT serves and TensorRT for RTX passes over, and whose they are.
+_TENSORRT_ALONE = {
+    "sm87": "Jetson Orin",
+    "sm90": "H100, H200",
+    "sm100": "B200",
+    "sm103": "B300",
+    "sm110": "Jetson Thor",
+}
+
+
+def check_gpu(module: Any, kind: str, gpu: str) -> None:
+    """Refuse a GPU that the library serves with no engine, however built.
+
+    TensorRT builds for whatever GPU it finds. TensorRT for RTX names those that it builds for; its
+    default engines also run on what is newer than all of these.
+
+    Args:
+        module: What :func:`load_library` returned.
+        kind: ``trt`` or ``trt-rtx``.
+        gpu: Its compute capability, e.g. ``sm86``.
+
+    Raises:
+        BackendError: The GPU is none of them.
+    """
+    served = compute_capabilities(module)
+    if not served or gpu in served or sm_number(gpu) > sm_number(served[-1]):
+        return
+    expected = f"a GPU that {LIBRARIES[kind].label} serves ({', '.join(served)})"
+    found = f"{gpu} ({_TENSORRT_ALONE[gpu]})" if gpu in _TENSORRT_ALONE else gpu
+    fix = (
+        f"use TensorRT there: {LIBRARIES['trt'].install}, and efficientface-export --engine trt; "
+        "or load the .onnx file"
+    )
+    raise BackendError(f"backend {kind}", expected, found, fix)
+
+
+def compute_capabilities(module: Any) -> list[str]:
+    """The GPUs that TensorRT for RTX names, oldest first; none for TensorRT."""
+    kinds = getattr(module, "ComputeCapability", None)
+    names = (name.lower() for name in (kinds.__members__ if kinds else ()))
+    return sorted((name for name in names if name.startswith("sm")), key=sm_number)
+
+
+def sm_number(gpu: str) -> int:
+    """``sm86`` and ``sm121+`` as numbers to compare; anything else is above every GPU."""
+    digits = gpu.removeprefix("sm").removesuffix("+")
+    return int(digits) if digits.isdecimal() else 1_000_000
+
+
 def version_of(module: Any) -> str:
     """The library's version as it states it, e.g. ``10.3.0``."""
     return str(getattr(module, "__version__", "unknown"))

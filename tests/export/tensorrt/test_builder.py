@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def test_engine_has_the_graphs_precision(
     rtx: types.ModuleType, onnx_file: Callable[..., Path], precision: str
 ) -> None:
     engine = build_engine(onnx_file(precision), "trt-rtx", SM89)
-    assert engine.precisions == {precision: 3}
+    assert engine.precisions == engine.seen_precisions == {precision: 3}
     assert 4 <= engine.kernels <= 20
     assert engine.kernels < len(engine.layers), "shape calls are no kernels"
     assert engine.size == len(engine.plan) > 1000
@@ -159,10 +159,35 @@ def test_engine_has_the_graphs_precision(
     assert len(repr(engine)) < 500, "megabytes of plan stay out of messages"
 
 
-def test_default_targets_are_ampere_and_newer(
-    rtx: types.ModuleType, onnx_file: Callable[..., Path]
+def gpus_in_header(plan: bytes) -> set[str]:
+    """What the header of an engine says, by its bits (seen with 1.7.1; NVIDIA does not say)."""
+    names = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "newer")
+    return {name for bit, name in enumerate(names) if plan[32] >> bit & 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded"),
+    [
+        ((), ("sm80", "sm86", "sm89", "sm120", "sm121+")),
+        (("sm121",), ("sm121",)),
+        (("sm75",), ("sm75",)),
+        (("sm86", "sm89", "sm86"), ("sm86", "sm89")),
+    ],
+)
+def test_record_of_the_gpus_is_what_the_engine_says(
+    rtx: types.ModuleType,
+    onnx_file: Callable[..., Path],
+    asked: tuple[str, ...],
+    recorded: tuple[str, ...],
 ) -> None:
-    assert build_engine(onnx_file("fp16"), "trt-rtx").compute_capabilities == ("sm80+",)
+    """There is no bit for 8.7, 9.0, 10.x and 11.0, which "8.0 and newer" would include."""
+    engine = build_engine(onnx_file("fp16"), "trt-rtx", EngineOptions(compute_capabilities=asked))
+    assert engine.compute_capabilities == recorded
+    if not rtx.__version__.startswith("1.7.1"):
+        pytest.skip("the header's layout is known for 1.7.1 alone")
+    said = {name.removesuffix("+") for name in recorded}
+    newer = {"newer"} if recorded[-1].endswith("+") else set()
+    assert gpus_in_header(engine.plan) == said | newer
 
 
 def test_several_targets_and_a_workspace(
@@ -301,7 +326,40 @@ def test_not_onnx_at_all(tmp_path: Path) -> None:
         build_engine(path, "trt-rtx", SM89)
 
 
-@pytest.mark.parametrize("name", ["sm12", "SM86", "none", ""])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("sm87", "Orin"), ("sm90", "H100"), ("sm110", "Thor"), ("sm12", "found sm12;")],
+)
+def test_gpu_that_rtx_does_not_serve(
+    rtx: types.ModuleType, onnx_file: Callable[..., Path], name: str, said: str
+) -> None:
+    both = EngineOptions(compute_capabilities=("sm86", name))
+    with pytest.raises(BackendError, match=rf"sm75, sm80, .*{said}.* use TensorRT there"):
+        build_engine(onnx_file(), "trt-rtx", both)
+
+
+@pytest.mark.parametrize("gpu", ["sm87", "sm90"])
+def test_current_gpu_that_rtx_does_not_serve(
+    rtx: types.ModuleType,
+    onnx_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str,
+) -> None:
+    here = types.SimpleNamespace(compute_capability=lambda: gpu)
+    monkeypatch.setattr(engine_module, "open_cuda", lambda: here)
+    with pytest.raises(BackendError, match=rf"found {gpu} .* use TensorRT there"):
+        build_engine(onnx_file(), "trt-rtx", EngineOptions(compute_capabilities=("current",)))
+
+
+def test_target_that_the_library_refuses(
+    rtx_library: Library, onnx_file: Callable[..., Path]
+) -> None:
+    rtx_library.failing["IBuilderConfig.set_compute_capability"] = ["no compiler for it"]
+    with pytest.raises(BackendError, match=r"build for sm89, found no compiler for it; leave it"):
+        build_engine(onnx_file(), "trt-rtx", SM89)
+
+
+@pytest.mark.parametrize("name", ["SM86", "none", "", "sm122"])
 def test_unknown_compute_capability(
     rtx: types.ModuleType, onnx_file: Callable[..., Path], name: str
 ) -> None:
@@ -332,6 +390,7 @@ def test_sidecar_is_complete(
         "version": rtx.__version__,
         "compute_capabilities": ["sm89"],
         "precisions": {"fp16": 3},
+        "seen_precisions": {"fp16": 3},
         "max_batch": 8,
         "opt_batch": 1,
         "workspace_mib": None,
@@ -397,6 +456,38 @@ def test_engine_is_built_and_run_from_start_to_end(
 
 
 @every_release
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_precision_is_that_of_the_strongly_typed_network(
+    library: Library, onnx_file: Callable[..., Path], precision: str
+) -> None:
+    library.listing = "Layers:\nBindings:\nimage"
+    engine = build_engine(onnx_file(precision), "trt")
+    assert (engine.precisions, engine.seen_precisions) == ({precision: 3}, {})
+
+
+@every_release
+def test_log_that_contradicts_the_network(
+    library: Library, onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    build_engine(onnx_file("fp16"), "trt", folder=tmp_path)
+    (said,) = (text for text in library.said if text.startswith("Layers:"))
+    assert "N/A due to dynamic shapes" in said
+    library.listing = said.replace('Weights: {"Type": "Half"', 'Weights: {"Type": "Float"')
+    with pytest.raises(ExportError, match=r"3 fp16 conv.* found 3 fp32 in the builder's log"):
+        build_engine(onnx_file("fp16"), "trt", folder=tmp_path)
+
+
+@every_release
+def test_network_of_another_precision_is_not_built(
+    library: Library, onnx_file: Callable[..., Path]
+) -> None:
+    graph = read_onnx(onnx_file("fp16")).graph
+    with pytest.raises(ExportError, match=r"3 fp16 conv.* found 3 fp32 after parsing"):
+        build_engine(onnx_file("fp32"), "trt", graph=graph)
+    assert not library.said, "it was not built"
+
+
+@every_release
 def test_timings_serve_the_next_build(
     library: Library, onnx_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -451,6 +542,26 @@ def test_progress_grows_with_the_phases(library: Library, onnx_file: Callable[..
     told: list[tuple[str, float]] = []
     build_engine(onnx_file(), "trt", progress=lambda phase, share: told.append((phase, share)))
     assert told == [("Timing tactics", 0.25), ("Building engine", 0.5)]
+
+
+@pytest.fixture
+def busy_interpreter() -> Iterator[None]:
+    """Threads take turns far more often than they usually do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_progress_told_by_several_threads(
+    library: Library, onnx_file: Callable[..., Path], busy_interpreter: None
+) -> None:
+    """An exception there would cancel the build, or worse."""
+    library.timing_threads = 4
+    shares: list[float] = []
+    build_engine(onnx_file(), "trt", progress=lambda phase, share: shares.append(share))
+    assert len(shares) == 2 + 4 * 500
+    assert all(0 < share <= 1 for share in shares)
 
 
 def interrupt(phase: str, share: float) -> None:
