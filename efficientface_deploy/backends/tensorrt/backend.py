@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ from efficientface_deploy.backends.tensorrt.cuda import open_cuda
 from efficientface_deploy.backends.tensorrt.engine import Engine
 from efficientface_deploy.backends.tensorrt.library import (
     LIBRARIES,
+    check_gpu,
+    compute_capabilities,
     first_line,
     load_library,
     rebuild_command,
+    sm_number,
     version_of,
 )
 from efficientface_deploy.backends.tensorrt.session import Session
@@ -43,7 +46,7 @@ class EngineRecord:
     Attributes:
         library: Module that built it.
         version: That module's version.
-        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm80+`` for that and newer.
+        compute_capabilities: GPUs it runs on: ``sm86``, or ``sm121+`` for that and newer.
         parent: Name of the ONNX file.
         max_batch: Largest batch.
     """
@@ -85,7 +88,7 @@ class EngineRecord:
         """Whether the engine was built for a GPU of this compute capability."""
         return any(
             built == compute_capability
-            or (built.endswith("+") and _number(compute_capability) >= _number(built))
+            or (built.endswith("+") and sm_number(compute_capability) >= sm_number(built))
             for built in self.compute_capabilities
         )
 
@@ -123,15 +126,22 @@ class TensorRTBackend(Backend):
         self._check_version(record, version_of(module))
         cuda = open_cuda()
         gpu = cuda.compute_capability()
-        self._check_device(record, gpu)
+        check_gpu(module, self.kind, gpu)
+        wrong_gpu = self._wrong_gpu(record, gpu, module)
+        if not record.covers(gpu):
+            raise wrong_gpu
         binding = {
             "engine": provenance["engine"]["sha256"],
             "library": f"{module.__name__} {version_of(module)}",
             "gpu": gpu,
         }
         with cuda.active():
-            engine = Engine(module, self.path, self._rebuild(record), binding)
-            self._session = Session(engine, spec, cuda, graphs=self.options.cuda_graphs)
+            engine = Engine(module, self.path, self._rebuild(record), wrong_gpu, binding)
+            try:
+                self._session = Session(engine, spec, cuda, graphs=self.options.cuda_graphs)
+            except BaseException:
+                engine.close()
+                raise
         self.spec, self.provenance = spec, provenance
         self.max_batch = self._session.max_batch
         self.name = self.kind
@@ -150,21 +160,26 @@ class TensorRTBackend(Backend):
             found = f"one built with {record.version}"
             raise ArtifactError(self.path, expected, found, self._rebuild(record))
 
-    def _check_device(self, record: EngineRecord, here: str) -> None:
-        if not record.covers(here):
-            expected = f"an engine built for {here}, the GPU that is here"
-            found = "one built for " + ", ".join(record.compute_capabilities)
-            raise ArtifactError(self.path, expected, found, self._rebuild(record, here))
+    def _wrong_gpu(self, record: EngineRecord, here: str, module: Any) -> ArtifactError:
+        expected = f"an engine built for {here}, the GPU that is here"
+        found = "one built for " + ", ".join(record.compute_capabilities)
+        # What is newer than all that the library names is served by its default alone.
+        targets = [here] if here in compute_capabilities(module) else []
+        return ArtifactError(self.path, expected, found, self._rebuild(record, targets))
 
-    def _rebuild(self, record: EngineRecord, here: str | None = None) -> str:
-        """The instruction that builds this engine again, for GPU ``here`` if one is given.
+    def _rebuild(self, record: EngineRecord, targets: Sequence[str] | None = None) -> str:
+        """The instruction that builds this engine again, for the GPUs that it was built for.
 
-        TensorRT always builds for the GPU it finds; its RTX sibling is told, or builds for all
-        that are supported by default.
+        TensorRT always builds for the GPU it finds; its RTX sibling is told, or builds for its
+        default, whose record ends with a "+".
+
+        Args:
+            record: The engine's.
+            targets: Other GPUs to build for; empty for the library's default.
         """
-        targets = [here] if here else [*record.compute_capabilities]
+        targets = record.compute_capabilities if targets is None else targets
         if self.kind == "trt" or any(target.endswith("+") for target in targets):
-            targets = []
+            targets = ()
         weights = self.path.parent / record.parent
         command = rebuild_command(
             self.kind,
@@ -212,9 +227,3 @@ def _damaged(path: Path, found: str) -> ArtifactError:
 def _release(version: str) -> str:
     """Major and minor of a version: ``10.3.0.26`` -> ``10.3``."""
     return ".".join(version.split(".")[:2])
-
-
-def _number(compute_capability: str) -> int:
-    """``sm86`` and ``sm80+`` as numbers to compare; anything else is above every GPU."""
-    digits = compute_capability.removeprefix("sm").removesuffix("+")
-    return int(digits) if digits.isdecimal() else 1_000_000

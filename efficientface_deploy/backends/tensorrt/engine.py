@@ -26,6 +26,7 @@ class Engine:
         module: TensorRT or TensorRT for RTX.
         path: The plan.
         rebuild: What to do when it cannot be loaded.
+        wrong_gpu: The error to raise when the library says that it was built for other GPUs.
         binding: What kernels that the library compiles for it belong to: engine, release, GPU.
 
     Attributes:
@@ -38,14 +39,23 @@ class Engine:
         BackendError: The library cannot start on this machine.
     """
 
-    def __init__(self, module: Any, path: Path, rebuild: str, binding: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        path: Path,
+        rebuild: str,
+        wrong_gpu: ArtifactError,
+        binding: Mapping[str, str],
+    ) -> None:
         self.path = path
         self._module = module
         self._rebuild = rebuild
         self.logger = make_logger(module)
         try:
-            self._runtime = module.Runtime(self.logger)
-            self.plan: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            self._runtime: Any = module.Runtime(self.logger)
+            content = path.read_bytes()
+            self._check_validity(content, wrong_gpu)
+            self.plan: Any = self._runtime.deserialize_cuda_engine(content)
         except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
             raise self.failure("start", first_line(error)) from None
         if self.plan is None:
@@ -67,10 +77,32 @@ class Engine:
                 self._cache = RuntimeCache(self._config, cache_path(path), binding)
         self.captures_itself = hasattr(self._config, "cuda_graph_strategy")
 
+    def _check_validity(self, content: bytes, wrong_gpu: ArtifactError) -> None:
+        """Ask TensorRT for RTX whether it can run this plan here; its header says enough."""
+        if not hasattr(self._runtime, "get_engine_validity"):  # TensorRT, and RTX before 1.1
+            return
+        header = content[: self._runtime.engine_header_size]
+        validity, causes = self._runtime.get_engine_validity(header)
+        if validity != self._module.EngineValidity.INVALID:
+            if validity == self._module.EngineValidity.SUBOPTIMAL:
+                _log.info("%s: built for another GPU, and slower here", self.path)
+            return
+        kinds = self._module.EngineInvalidityDiagnostics
+        if causes & int(kinds.UNSUPPORTED_CC):
+            raise wrong_gpu
+        names = [name for name, bit in kinds.__members__.items() if causes & int(bit)]
+        reason = ", ".join(name.lower().replace("_", " ") for name in names)
+        if causes & (int(kinds.VERSION_MISMATCH) | int(kinds.MALFORMED_ENGINE)):
+            raise self._refused(reason)
+        raise self.failure("load an engine", self.logger.first_error() or reason)
+
     def _not_loaded(self) -> EfficientFaceError:
         reason = self.logger.first_error() or "no reason given"
         if "cudaError" in reason or "Cuda Runtime" in reason:
             return self.failure("load an engine", reason)
+        return self._refused(reason)
+
+    def _refused(self, reason: str) -> ArtifactError:
         library = f"{self._module.__name__} {version_of(self._module)}"
         expected, found = f"a plan that {library} can load here", f"one that it refuses ({reason})"
         return ArtifactError(self.path, expected, found, self._rebuild)
@@ -97,8 +129,8 @@ class Engine:
             self._config.cuda_graph_strategy = (
                 strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
             )
-        how = self._user_managed if self._config is None else self._config
-        context = self.plan.create_execution_context(how)
+        # No name of its own for the configuration: an error's traceback would keep it from close().
+        context = self.plan.create_execution_context(self._config or self._user_managed)
         if context is None:
             raise self.failure("create an execution context")
         context.set_device_memory(memory, self.memory_bytes)
@@ -108,6 +140,16 @@ class Engine:
         """Keep what the library compiled until now, if it is one that compiles."""
         if self._cache is not None:
             self._cache.keep()
+
+    def close(self) -> None:
+        """Release the library's objects, each before the one that it came from.
+
+        Its contexts are to be released before.
+        """
+        self._config = None
+        self._cache = None
+        self.plan = None
+        self._runtime = None
 
     def input_shape(self) -> tuple[int, ...]:
         """The largest, by the optimisation profile: (max_batch, ...)."""

@@ -231,4 +231,4 @@ class Session:
                 self._forget(last=True)
             del self._context
             self._resources.close()
-            del self._engine
+            self._engine.close()

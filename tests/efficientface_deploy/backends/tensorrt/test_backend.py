@@ -207,24 +207,106 @@ def test_command_says_to_bring_the_onnx_file(engine: Path, library: Library) -> 
     assert "copy model.onnx beside it and rebuild it here: efficientface" in opening_error(engine)
 
 
-def test_rtx_is_told_the_gpu_that_is_here(
-    tmp_path: Path, spec: ModelSpec, fake_cuda: FakeCuda, rtx_library: Library
-) -> None:
+@pytest.fixture
+def rtx_file(tmp_path: Path, spec: ModelSpec, rtx_library: Library) -> Path:
+    """An engine of TensorRT for RTX, for what it builds for by default."""
     path = tmp_path / "model.rtx.engine"
     write_plan(path, spec, rtx_library)
-    facts = {"library": "tensorrt_rtx", "version": "1.7.0.4", "compute_capabilities": ["sm80+"]}
-    write_record(path, spec, **facts)
-    backend = TensorRTRTXBackend(path, BackendOptions())
-    for capability in ("sm80", "sm89", "sm120"):
-        fake_cuda.capability = capability
-        with TensorRTRTXBackend(path, BackendOptions()) as opened:
+    write_rtx_record(path, spec)
+    return path
+
+
+RTX_DEFAULT = ["sm80", "sm86", "sm89", "sm120", "sm121+"]
+
+
+def write_rtx_record(path: Path, spec: ModelSpec, *gpus: str, version: str = "1.7.0.4") -> None:
+    facts = {"compute_capabilities": list(gpus) or RTX_DEFAULT, "version": version}
+    write_record(path, spec, library="tensorrt_rtx", **facts)
+
+
+def rtx_error(path: Path, kind: type[Exception]) -> str:
+    with pytest.raises(kind) as caught:
+        TensorRTRTXBackend(path, BackendOptions()).open()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rtx_is_told_the_gpu_that_is_here(
+    rtx_file: Path, spec: ModelSpec, fake_cuda: FakeCuda, rtx_library: Library
+) -> None:
+    for fake_cuda.capability in ("sm80", "sm89", "sm120", "sm130"):
+        with TensorRTRTXBackend(rtx_file, BackendOptions()) as opened:
             assert opened.name == "trt-rtx"
     fake_cuda.capability = "sm75"
-    with pytest.raises(ArtifactError, match=r"--engine trt-rtx .*--compute-capability sm75"):
+    assert "--compute-capability sm75" in rtx_error(rtx_file, ArtifactError)
+    write_rtx_record(rtx_file, spec, "sm86", version="1.6.0")
+    message = rtx_error(rtx_file, ArtifactError)
+    assert "RTX 1.7, which is here, found one built with 1.6.0" in message
+    assert "--compute-capability sm86" in message
+    fake_cuda.capability = "sm130"  # newer than all that the library names
+    write_rtx_record(rtx_file, spec, "sm86")
+    assert "--compute-capability" not in rtx_error(rtx_file, ArtifactError)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [("sm87", "Jetson Orin"), ("sm90", "H100"), ("sm110", "Jetson Thor"), ("sm103", "B300")],
+)
+@pytest.mark.parametrize("record", [("sm80+",), tuple(RTX_DEFAULT), ("sm86",)])
+def test_gpu_that_rtx_serves_with_no_engine(
+    rtx_file: Path,
+    spec: ModelSpec,
+    fake_cuda: FakeCuda,
+    gpu: str,
+    said: str,
+    record: tuple[str, ...],
+) -> None:
+    write_rtx_record(rtx_file, spec, *record)
+    fake_cuda.capability = gpu
+    message = rtx_error(rtx_file, BackendError)
+    assert f"serves (sm75, sm80, sm86, sm89, sm120, sm121), found {gpu} ({said}" in message
+    assert "use TensorRT there" in message and "--engine trt;" in message
+    assert "rebuild it here" not in message
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        ("UNSUPPORTED_CC", ArtifactError, "built for sm86, the GPU that is here, found one built"),
+        ("VERSION_MISMATCH", ArtifactError, "refuses (version mismatch); copy model.onnx beside"),
+        ("MALFORMED_ENGINE", ArtifactError, "refuses (malformed engine); copy model.onnx beside"),
+        ("OLD_CUDA_DRIVER", BackendError, "found old cuda driver; check the GPU and its driver"),
+        ("INSUFFICIENT_GPU_MEMORY", BackendError, "found insufficient gpu memory"),
+    ],
+)
+def test_library_is_asked_before_it_is_given_the_plan(
+    rtx_file: Path,
+    spec: ModelSpec,
+    rtx_library: Library,
+    cause: str,
+    kind: type[Exception],
+    said: str,
+) -> None:
+    """Whatever the record says, as those of before do for cards that the library leaves out."""
+    write_rtx_record(rtx_file, spec, "sm80+")
+    rtx_library.invalid = cause
+    rtx_library.failing["Runtime.deserialize_cuda_engine"] = ["it was given the plan"]
+    assert said in rtx_error(rtx_file, kind)
+
+
+def test_release_order(rtx_file: Path, rtx_library: Library) -> None:
+    """What came from something goes before it."""
+    order = ["IRuntimeConfig", "IRuntimeCache", "ICudaEngine", "Runtime"]
+    backend = TensorRTRTXBackend(rtx_file, BackendOptions())
+    with backend:
+        for _ in range(3):
+            backend.infer(images(2))
+    assert rtx_library.released == ["IExecutionContext", "IExecutionContext", *order]
+    rtx_library.released.clear()
+    rtx_library.failing["ICudaEngine.create_execution_context"] = []
+    with pytest.raises(BackendError):
         backend.open()
-    write_record(path, spec, **{**facts, "version": "1.6.0", "compute_capabilities": ["sm86"]})
-    with pytest.raises(ArtifactError, match=r"RTX 1\.7,.* 1\.6\.0; .*--compute-capability sm86"):
-        backend.open()
+    assert rtx_library.released == order
 
 
 def test_engine_of_the_other_library(engine: Path, library: Library, spec: ModelSpec) -> None:
@@ -349,6 +431,6 @@ def test_real_rtx_refuses_garbage_in_one_line(
     write_record(path, spec, library="tensorrt_rtx", version=rtx.__version__)
     with pytest.raises((ArtifactError, BackendError)) as caught:
         TensorRTRTXBackend(path, BackendOptions()).open()
-    assert "magicTag" in str(caught.value)
+    assert "refuses (malformed engine)" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
