@@ -460,12 +460,13 @@ def _report_progress(library: Library, monitor: Any) -> bool:
     going_on = monitor.step_complete("Timing tactics", 0)
 
     def time_tactics(name: str) -> bool:
-        for phase in range(500):
-            monitor.phase_start(f"{name} {phase}", "Timing tactics", 1)
-            if not monitor.step_complete(f"{name} {phase}", 0):
-                return False
-            monitor.phase_finish(f"{name} {phase}")
-        return True
+        phases = [f"{name} {number}" for number in range(200)]
+        for phase in phases:
+            monitor.phase_start(phase, "Timing tactics", 1)
+        steps = [monitor.step_complete(phase, 0) for phase in phases]
+        for phase in phases:
+            monitor.phase_finish(phase)
+        return all(steps)
 
     with ThreadPoolExecutor(max(library.timing_threads, 1)) as pool:
         names = [f"Tactics of thread {number}" for number in range(library.timing_threads)]
