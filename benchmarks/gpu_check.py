@@ -45,6 +45,7 @@ PATHS = {  # options: what must be there, and what it is
 }
 WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card to ask
 
+_JETSON = Path("/etc/nv_tegra_release")
 _BUILD = ROOT / "build"  # ignored by git
 _TEST_PACKAGES = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
 _BACKENDS = "torch:cuda,onnx:cuda,trt,trt-rtx"
@@ -279,10 +280,16 @@ def install_everything(check: Check, no_gpu: str) -> None:
     # TensorRT for the driver's CUDA; a system that has one, such as a Jetson, keeps its own.
     major = int(check.gpu.cuda.partition(".")[0]) if check.gpu else 0
     tensorrt = [f"cuda-bindings>=12.8,<{major + 1}"]  # a driver refuses those of a newer CUDA
+    rtx = ""
+    if check.gpu and _JETSON.is_file():
+        # A Jetson's driver refuses those of a newer minor release too; before 12.8 the package
+        # has another name.
+        tensorrt = [f"cuda-python<{major}.{int(check.gpu.cuda.partition('.')[2]) + 1}"]
+        rtx = "TensorRT for RTX serves no Jetson"
     if not no_gpu and check.lacks("tensorrt"):
         tensorrt.insert(0, f"tensorrt-cu{major}>=10.3")
     check.step("install TensorRT", 180, *pip, *tensorrt, skip=no_gpu)
-    check.step("install TensorRT for RTX", 120, *pip, f"{ROOT}[trt-rtx]")
+    check.step("install TensorRT for RTX", 120, *pip, f"{ROOT}[trt-rtx]", skip=rtx)
 
 
 def record_versions(check: Check) -> None:

@@ -25,6 +25,8 @@ from efficientface_deploy.vision.preprocess import UInt8Array
 
 _log = logging.getLogger(__name__)
 
+_OLDEST_BINDINGS = 12_080  # cuda-bindings; before, all was cuda-python
+
 _OUT_OF_MEMORY, _OLD_DRIVER, _NO_DEVICE = 2, 35, 100  # CUDA's status codes
 
 _NO_GPU_FIX = (
@@ -297,7 +299,9 @@ class CudaPython(Cuda):
         try:
             status, *values = getattr(self._cudart, name)(*arguments)
         except Exception as error:  # noqa: BLE001 - a missing symbol or library shows up here
-            raise _failure(name, f"{type(error).__name__} ({error})", _OTHER_FIX) from None
+            # Those before 12.8 say a missing driver so: "Failed to dlopen libcuda.so.1".
+            fix = _NO_GPU_FIX if "libcuda" in str(error) else _OTHER_FIX
+            raise _failure(name, f"{type(error).__name__} ({error})", fix) from None
         if (code := int(status)) != 0:
             _, text = self._cudart.cudaGetErrorString(status)
             words = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
@@ -307,19 +311,24 @@ class CudaPython(Cuda):
         return values[0] if values else None
 
     def _driver_fix(self) -> str:
-        """Tell a missing driver from one that is older than the installed cuda-bindings.
+        """Tell a missing driver from one that is older than the installed bindings.
 
-        Pip takes the newest cuda-bindings, which a machine of the CUDA generation before refuses
-        with the same error that a machine without any driver gives.
+        Pip takes the newest bindings, and an older driver refuses them with the same error that a
+        machine without any driver gives. A minor release is enough for that: the CUDA runtime is
+        linked into the bindings, and JetPack 6, whose driver serves 12.6, refuses that of 12.9.
         """
-        _, version = self._cudart.cudaDriverGetVersion()  # 12040 for 12.4, 0 without a driver
-        if not version:
+        _, driver = self._cudart.cudaDriverGetVersion()  # 12040 for 12.4, 0 without a driver
+        if not driver:
             return _NO_GPU_FIX
-        major, minor = version // 1000, version % 1000 // 10
-        return (
-            f"the driver serves CUDA {major}.{minor}: update it, or "
-            f"pip install 'cuda-bindings<{major + 1}'"
-        )
+        _, bindings = self._cudart.cudaRuntimeGetVersion()
+        serves = f"the driver serves CUDA {_release(driver)}"
+        if bindings // 10 <= driver // 10:
+            return f"{serves}, which should do: look at nvidia-smi, and restart the machine"
+        below = f"{driver // 1000}.{driver % 1000 // 10 + 1}"
+        install = f"pip install 'cuda-bindings<{below}'"
+        if driver < _OLDEST_BINDINGS:
+            install = f"pip uninstall cuda-bindings, and pip install 'cuda-python<{below}'"
+        return f"{serves}, and these bindings want {_release(bindings)}: update it, or {install}"
 
 
 class PyCuda(Cuda):
@@ -424,8 +433,16 @@ def open_cuda() -> Cuda:
             reasons.append(f"{binding.name} is not installed")
         except ImportError as error:
             reasons.append(f"{binding.name} could not be loaded ({error})")
-    fix = "pip install cuda-bindings, of the major version that nvidia-smi shows"
+    fix = (
+        "pip install cuda-bindings, no newer than the CUDA version that nvidia-smi shows (on "
+        "JetPack 6: pip install 'cuda-python<12.7')"
+    )
     raise BackendError("CUDA", "cuda-bindings or pycuda", " and ".join(reasons), fix)
+
+
+def _release(version: int) -> str:
+    """``12040`` -> ``12.4``."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _address(host: UInt8Array) -> int:

@@ -54,6 +54,7 @@ class FakeCudart(types.ModuleType):
         self.streams: dict[int, list[Callable[[], object]]] = {}
         self.devices: list[int] = [0]
         self.driver = 12040
+        self.bindings = 13050
         self.captured: dict[int, list[Callable[[], object]]] = {}
         self.spoiled = False
         self.graphs: dict[int, list[Callable[[], object]]] = {}
@@ -83,6 +84,9 @@ class FakeCudart(types.ModuleType):
 
     def cudaDriverGetVersion(self) -> Any:  # noqa: N802
         return Status.cudaSuccess, self.driver
+
+    def cudaRuntimeGetVersion(self) -> Any:  # noqa: N802
+        return Status.cudaSuccess, self.bindings
 
     def cudaGetErrorString(self, status: Status) -> Any:  # noqa: N802
         return Status.cudaSuccess, status.name.removeprefix("cudaError").encode()
@@ -409,14 +413,37 @@ def test_a_failure_to_free_is_logged_and_hides_nothing(
     assert len(cudart.memory) == 1, "the host memory is freed all the same"
 
 
-def test_old_driver_is_told_from_no_driver(cudart: FakeCudart) -> None:
+@pytest.mark.parametrize(
+    ("driver", "bindings", "said"),
+    [
+        # JetPack 6 with what pip takes there (issue 209 of NVlabs/FoundationStereo).
+        (12060, 12090, "want 12.9: update it, or pip uninstall cuda-bindings, and pip install 'c"),
+        (12060, 13050, "and pip install 'cuda-python<12.7'"),
+        (12080, 13000, "want 13.0: update it, or pip install 'cuda-bindings<12.9'"),
+        (13000, 13050, "the driver serves CUDA 13.0, and these bindings want 13.5: update it, or "),
+        (12060, 12060, "the driver serves CUDA 12.6, which should do: look at nvidia-smi"),
+        (13000, 12090, "which should do: look at nvidia-smi"),
+        (0, 13050, "on a machine with an NVIDIA GPU"),
+    ],
+)
+def test_old_driver_is_told_from_no_driver(
+    cudart: FakeCudart, driver: int, bindings: int, said: str
+) -> None:
     cudart.fail["cudaGetDevice"] = Status.cudaErrorInsufficientDriver
-    with pytest.raises(
-        BackendError, match=r"CUDA 12\.4: update it, or pip install 'cuda-bindings<"
-    ):
+    cudart.driver, cudart.bindings = driver, bindings
+    with pytest.raises(BackendError) as caught:
         open_cuda()
-    cudart.driver = 0
-    with pytest.raises(BackendError, match="on a machine with an NVIDIA GPU"):
+    assert said in str(caught.value)
+
+
+def test_missing_driver_of_older_bindings(cudart: FakeCudart) -> None:
+    """cuda-python 12.6 raises instead of returning a status."""
+
+    def explode() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    cudart.cudaGetDevice = explode  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"libcuda\.so\.1.*on a machine with an NVIDIA GPU"):
         open_cuda()
 
 
