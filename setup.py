@@ -56,7 +56,8 @@ setup(
     install_requires=["numpy>=1.24", "pillow>=10.1"],
     extras_require={
         "cpu": CPU,
-        "gpu": ["onnxruntime-gpu>=1.18"],
+        # With CUDA and cuDNN: a machine with a driver alone has neither.
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.18"],
         "torch": TORCH,
         "trt": ["tensorrt>=10.3", "cuda-bindings>=12.8"],
         "pycuda": ["pycuda>=2024.1"],

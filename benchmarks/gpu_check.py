@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ PATHS = {  # options: what must be there, and what it is
     "weights": ("file", "checkpoint to export (default: the bundled model)"),
     "python": ("file", "a Python that has everything; nothing is installed then"),
 }
+PACKED = "gpu-check.tar.gz"
 WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card to ask
 
 _JETSON = Path("/etc/nv_tegra_release")
@@ -54,6 +56,8 @@ _SAY_VERSION = "import sys; print('Python', sys.version.split()[0], 'in', sys.pr
 _ANSWER = "answer:"
 _LEAST_SECONDS = 2.0  # of a step that is still begun
 _MAX_REASON = 300
+_NOT_PACKED = ("faces", "packages", "pytest-cache")
+_PACKED_SUFFIXES = (".json", ".md", ".log", ".png", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +216,8 @@ def check_everything(check: Check) -> None:
             given += ["--weights", str(weights), "--out", str(artifacts)]
             given += ["--val", str(options.data)] if options.data else []
             skip = reason
+            if (engine, precision, weights.suffix) == ("onnx", "fp32", ".onnx"):
+                skip = "the file to export from is that; another wants a checkpoint"
             if precision == "int8":
                 given += ["--calib", str(data)]
                 skip = reason or ("" if data else "needs images to calibrate with")
@@ -319,8 +325,8 @@ def prepare_data(check: Check) -> Path | None:
 
 
 def choose_weights(check: Check) -> Path:
-    """What was asked for, else the bundled model: as an ONNX file where there is no torch."""
-    suffix = "onnx" if check.lacks("torch") else "safetensors"
+    """What was asked for, else the bundled model: its ONNX file where none can be traced."""
+    suffix = "onnx" if check.lacks("torch, onnxscript") else "safetensors"
     bundled = (ROOT / "efficientface_deploy" / "weights").glob(f"*.{suffix}")
     return check.options.weights or next(bundled)
 
@@ -364,6 +370,15 @@ def ask_driver() -> Gpu | str:
     return Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}", served)
 
 
+def pack(out: Path) -> None:
+    """One file to take along from a machine that gives few: results, reports and logs."""
+    with tarfile.open(out / PACKED, "w:gz") as packed:
+        for path in sorted(out.rglob("*")):
+            parts = path.relative_to(out).parts
+            if path.is_file() and parts[0] not in _NOT_PACKED and path.suffix in _PACKED_SUFFIXES:
+                packed.add(path, Path(*parts))
+
+
 # ---- the command
 
 
@@ -386,7 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"\nwrote gpu-check.json and gpu-check.md to {out}")
+    pack(out)
+    print(f"\nwrote gpu-check.json, gpu-check.md and all of them in {PACKED} to {out}")
     statuses = {row["status"] for row in check.steps}
     if FAILED in statuses:
         return SOME_FAILED

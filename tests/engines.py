@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from efficientface_deploy.backends.tensorrt.cuda import open_cuda
+from efficientface_deploy.backends.tensorrt.library import check_gpu, load_library
+from efficientface_deploy.errors import BackendError
 from efficientface_export.graph.io import read_onnx
-from efficientface_export.tensorrt.builder import build_engine
+from efficientface_export.tensorrt.builder import available, build_engine
 from efficientface_export.tensorrt.options import EngineKind
 
 
@@ -19,3 +22,14 @@ def write_engine(
     engine = build_engine(onnx_path, kind, *options, graph=graph, folder=folder, **keywords)
     engine.write(out_path, spec, provenance)
     return out_path
+
+
+def unusable(kind: EngineKind) -> str | None:
+    """Why engines cannot be built here and run on the GPU that is here; None when they can."""
+    if reason := available(kind):
+        return reason
+    try:
+        check_gpu(load_library(kind), kind, open_cuda().compute_capability())
+    except BackendError as error:
+        return str(error)
+    return None

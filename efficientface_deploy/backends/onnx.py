@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -93,6 +95,8 @@ class OnnxBackend(Backend):
         self.provenance = provenance_from_metadata(metadata, self.path)
         device = self.options.device or "cpu"
         provider = PROVIDERS[device]
+        if device in ("cuda", "tensorrt"):
+            _preload_cuda()
         plugin_devices = _plugin_devices(device)
         if not plugin_devices and provider.name not in onnxruntime.get_available_providers():
             raise _missing_provider(device, "one which this onnxruntime was not built with")
@@ -217,6 +221,22 @@ class OnnxBackend(Backend):
 
 
 _registered: set[str] = set()
+
+
+def _preload_cuda() -> None:
+    """Load the CUDA and cuDNN that pip installed, which ONNX Runtime does not find by itself."""
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "preload_dlls"):  # it came with 1.21
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            onnxruntime.preload_dlls()
+    except Exception as error:  # noqa: BLE001 - the session that needs them says what is missing
+        said.write(_first_line(error))
+    if said.getvalue():
+        _log.debug("CUDA for ONNX Runtime: %s", said.getvalue().strip())
 
 
 def _plugin_devices(device: str) -> list[Any]:

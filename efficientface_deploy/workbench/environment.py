@@ -35,9 +35,17 @@ _MEASURED = (
     "onnxruntime-ep-nv-tensorrt-rtx",
     "onnxruntime-ep-nv-tensorrt-rtx-cu12",
     "torch",
+    "triton",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
     "tensorrt-rtx-cu12",
+    "tensorrt-rtx-cu13",
     "cuda-bindings",
+    "cuda-python",
+    "pycuda",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
     "onnx",
 )
 _EXPORTING = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")

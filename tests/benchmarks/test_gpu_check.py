@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -140,13 +141,28 @@ def test_with_a_gpu_everything_is_done(fake, tmp_path, machine):
     assert any(call[0] == "benchmarks/accuracy.py" for call in calls)
 
 
+def test_results_are_one_file_to_take_along(fake, tmp_path, machine):
+    """A machine lent for minutes gives back few files, none of them in a deep folder."""
+    machine(CARD)
+    out = tmp_path / "out"
+    check_all(fake, tmp_path)
+    for name in ("faces/train/0/a.json", "artifacts/model.onnx", "latency/latency.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    bench.pack(out)
+    with tarfile.open(out / bench.PACKED) as packed:
+        names = set(packed.getnames())
+    assert {"gpu-check.json", "gpu-check.md", "latency/latency.json", "logs/01.log"} <= names
+    assert not {"faces/train/0/a.json", "artifacts/model.onnx"} & names
+
+
 def test_a_step_that_fails_does_not_end_the_others(fake, tmp_path, machine):
     machine(CARD)
     rules = {
         "--engine trt --precision fp16": (1, "error: efficientface-fp16: outputs differ\nbye"),
         "check_targets('trt-rtx'": (1, "efficientface_deploy.errors.ConfigError: no sm86"),
         "training.prepare": (1, "Traceback\nModuleNotFoundError: No module named 'PIL'"),
-        "-c import torch": (1, "ModuleNotFoundError: No module named 'torch'"),
+        "-c import torch, onnxscript": (1, "ModuleNotFoundError: No module named 'onnxscript'"),
         "benchmarks/latency.py": (-9, ""),
     }
     (fake / "rules").write_text(json.dumps(rules))
@@ -157,7 +173,8 @@ def test_a_step_that_fails_does_not_end_the_others(fake, tmp_path, machine):
         return steps[name]["status"], steps[name]["remark"]
 
     assert outcome("data") == (FAILED, "exit code 1: ModuleNotFoundError: No module named 'PIL'")
-    assert outcome("ONNX file, fp32")[0] == DONE
+    assert outcome("ONNX file, fp32")[0] == SKIPPED  # the bundled ONNX file is that
+    assert outcome("ONNX file, fp16")[0] == DONE
     assert outcome("ONNX file, int8") == (SKIPPED, "needs images to calibrate with")
     failure = "exit code 1: error: efficientface-fp16: outputs differ"
     assert outcome("TensorRT engine, fp16") == (FAILED, failure)

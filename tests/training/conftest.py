@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ from training.trainer.loader import TrainingImages, choose_samples
 from training.trainer.loop import train
 from training.trainer.recipe import Recipe
 from training.trainer.targets import TargetFunction, loaded_targets
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cpu_alone() -> Iterator[None]:
+    """No GPU for training, though ``auto`` would take one: results are the same on CPUs alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes of their own
+        yield
+
 
 RECIPE = Recipe(
     epochs=3,

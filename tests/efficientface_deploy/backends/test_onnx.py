@@ -106,6 +106,38 @@ def test_options_of_cuda(model_files: dict[str, Path], recorded: Recorded) -> No
 
 
 @pytest.mark.parametrize(
+    ("device", "expected"), [("cuda", 1), ("tensorrt", 1), ("openvino", 0), ("cpu", 0)]
+)
+def test_cuda_of_pip_is_loaded_before_it_is_needed(
+    model_files: dict[str, Path],
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    device: str,
+    expected: int,
+) -> None:
+    calls = []
+
+    def preload() -> None:
+        if not hasattr(recorded, "options"):  # there is no session yet
+            calls.append(device)
+        print("Failed to load libcublas.so.13")
+        raise RuntimeError("no such directory")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    load(model_files["onnx"], backend=f"onnx:{device}").close()
+    assert len(calls) == expected
+    assert capsys.readouterr() == ("", "")
+
+
+def test_onnxruntime_before_it_loads_cuda(
+    model_files: dict[str, Path], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(onnxruntime, "preload_dlls", raising=False)
+    load(model_files["onnx"], backend="onnx:cuda").close()
+
+
+@pytest.mark.parametrize(
     ("file", "item"), [("onnx", "image:{}x64x64x3"), ("onnx-float", "input:{}x3x64x64")]
 )
 def test_options_of_tensorrt(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fake_cuda import FakeCuda
 from onnx import TensorProto, helper, numpy_helper
 from tensorrt_stand_in import VERSIONS, Library
 
@@ -43,7 +44,7 @@ from efficientface_export.tensorrt.builder import (
     default_workspace_mib,
 )
 from efficientface_export.tensorrt.options import EngineOptions
-from tests.engines import write_engine
+from tests.engines import unusable, write_engine
 
 SIDE = 64
 SM89 = EngineOptions(max_batch=8, compute_capabilities=("sm89",))
@@ -349,6 +350,13 @@ def test_current_gpu_that_rtx_does_not_serve(
     monkeypatch.setattr(engine_module, "open_cuda", lambda: here)
     with pytest.raises(BackendError, match=rf"found {gpu} .* use TensorRT there"):
         build_engine(onnx_file(), "trt-rtx", EngineOptions(compute_capabilities=("current",)))
+
+
+def test_tests_on_a_gpu_that_rtx_does_not_serve_are_skipped(
+    rtx_library: Library, fake_cuda: FakeCuda
+) -> None:
+    for fake_cuda.capability, reason in (("sm90", "use TensorRT there"), ("sm89", "None")):
+        assert reason in str(unusable("trt-rtx"))
 
 
 def test_target_that_the_library_refuses(
@@ -825,7 +833,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
 def test_engine_computes_what_onnxruntime_computes(
     onnx_file: Callable[..., Path], tmp_path: Path, kind: Any, precision: str
 ) -> None:
-    if reason := available(kind):
+    if reason := unusable(kind):
         pytest.skip(reason)
     parent = onnx_file(precision)
     path = tmp_path / ("model.engine" if kind == "trt" else "model.rtx.engine")

@@ -339,13 +339,12 @@ def test_dlpack_of_real_libraries_is_read(fake_cuda: FakeCuda) -> None:
 @pytest.mark.parametrize("kind", ["trt", "trt-rtx"])
 def test_pytorch_tensor_on_a_gpu(kind: str, model_files: dict[str, Path], tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from efficientface_export.tensorrt.builder import available
     from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
-    from tests.engines import write_engine
+    from tests.engines import unusable, write_engine
 
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
-    if reason := available(kind):
+    if reason := unusable(kind):
         pytest.skip(reason)
     path = tmp_path / f"model{SUFFIXES[kind]}"
     write_engine(model_files["onnx"], path, kind, EngineOptions(max_batch=8))

@@ -197,9 +197,10 @@ def test_names_are_those_of_the_installed_library() -> None:
 def test_cache_on_a_gpu(
     model_files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx", exc_type=ImportError)
-    from tests.engines import write_engine
+    from tests.engines import unusable, write_engine
 
+    if reason := unusable("trt-rtx"):
+        pytest.skip(reason)
     path = tmp_path / "model.rtx.engine"
     write_engine(model_files["onnx"], path, "trt-rtx")
     outputs = []

@@ -206,11 +206,10 @@ def test_rtx_switched_off(rtx_engine: Path, rtx_library: Library) -> None:
 def test_graphs_change_nothing_on_a_gpu(
     kind: str, model_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    from efficientface_export.tensorrt.builder import available
     from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
-    from tests.engines import write_engine
+    from tests.engines import unusable, write_engine
 
-    if reason := available(kind):
+    if reason := unusable(kind):
         pytest.skip(reason)
     path = tmp_path / f"model{SUFFIXES[kind]}"
     write_engine(model_files["onnx"], path, kind, EngineOptions(max_batch=8))
