@@ -15,6 +15,7 @@ import importlib.machinery
 import inspect
 import json
 import re
+import sys
 import threading
 import time
 import types
@@ -181,6 +182,8 @@ class Library:
             assert name in _SCRIPT, f"the stand-in has no script for {name}"
             return _SCRIPT[name](self, this, *call.args)
         if name.endswith("__init__"):
+            for line in self.failing[name]:
+                call.arguments["logger"].log(self.module.ILogger.ERROR, line)
             raise TypeError("pybind11::init(): factory function returned nullptr")
         for line in self.failing[name]:
             self.say(this, "ERROR", line)
@@ -447,14 +450,32 @@ def _build_serialized_network(library: Library, this: Any, network: Any, config:
         library.say(this, "ERROR", "IBuilder::buildSerializedNetwork: BuildCanceled")
         return None
     if config._["profiling_verbosity"] is library.module.ProfilingVerbosity.DETAILED:
-        library.say(this, "VERBOSE", library.listing or _listing(model))
+        library.say(this, "VERBOSE", library.listing or _listing(library, model))
     if cache := config._.get("timing_cache"):
         cache._["data"] = _timing_cache(library)
     return library.new("IHostMemory", data=make_plan(model, shapes[model.graph.input[0].name]))
 
 
+class _Trampoline:
+    """How the bindings call a monitor: what it raises is printed, and cancels the build."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        def call(*arguments: Any) -> bool:
+            try:
+                return bool(getattr(self._monitor, name)(*arguments))
+            except Exception as error:  # noqa: BLE001 - as the bindings do
+                print(f"[ERROR] Exception caught in {name}(): {error}", file=sys.stderr)
+                return False
+
+        return call
+
+
 def _report_progress(library: Library, monitor: Any) -> bool:
     """What a build tells its monitor; in TensorRT several threads may do so at once."""
+    monitor = _Trampoline(monitor)
     monitor.phase_start("Building engine", None, 2)
     monitor.phase_start("Timing tactics", "Building engine", 2)
     going_on = monitor.step_complete("Timing tactics", 0)
@@ -477,29 +498,36 @@ def _report_progress(library: Library, monitor: Any) -> bool:
     return bool(going_on)
 
 
-def _listing(model: onnx.ModelProto) -> str:
-    """The layers of the engine in the words of TensorRT 10: here, the convolutions of the graph.
+def _listing(library: Library, model: onnx.ModelProto) -> str:
+    """The layers of the engine in the library's words: here, the convolutions of the graph.
 
-    Taken from public logs of 10.x. The batch is dynamic, so that formats and types are left out;
-    those of the weights are there.
+    In the form of public logs of TensorRT 10, which leaves out formats and types where the batch is
+    dynamic, but for those of the weights; and in that of TensorRT for RTX 1.7, which has the fields
+    of TensorRT 11: the type beside the format, whatever the batch.
     """
-    words = {onnx.TensorProto.FLOAT: "Float", onnx.TensorProto.FLOAT16: "Half"}
+    kinds = onnx.TensorProto
+    words = {kinds.FLOAT: "Float", kinds.FLOAT16: "Half", kinds.BFLOAT16: "BFloat16"}
     weights = {weight.name: weight.data_type for weight in model.graph.initializer}
-    unknown = (
-        "Location: Device, Dimensions: [-1,16,32,32], Format/Datatype: N/A due to dynamic shapes"
-    )
-    lines = [
-        f"Name: {node.name}, LayerType: CaskConvolution, Inputs: [ {{ Name: {node.input[0]}, "
-        f"{unknown} }}], Outputs: [ {{ Name: {node.output[0]}, {unknown} }}], "
-        "ParameterType: Convolution, Kernel: [3,3], OutMaps: 16, Groups: 1, "
+    ten = library.module.__version__.startswith("10.")
+    lines = []
+    for node in model.graph.node:
+        if node.op_type != "Conv":
+            continue
         # Weights that come out of another node are quantised.
-        f'Weights: {{"Type": "{words.get(weights.get(node.input[1], 0), "Int8")}", "Count": 432}}, '
-        'Bias: {"Type": "Float", "Count": 16}, HasBias: 1, HasReLU: 0, StreamId: 0, '
-        f"Metadata: [ONNX Layer: {node.name}]"
-        for node in model.graph.node
-        if node.op_type == "Conv"
-    ]
-    return "\n".join(["Layers:", *lines, "Bindings:", model.graph.input[0].name])
+        kind = words.get(weights.get(node.input[1], 0), "Int8")
+        tensor = (
+            f"Dimensions: [-1,16,32,32], Strides: [16384,1,512,16], Datatype: {kind}, Format: x"
+        )
+        if ten:
+            tensor = "Dimensions: [-1,16,32,32], Format/Datatype: N/A due to dynamic shapes"
+        lines.append(
+            f"Name: {node.name}, LayerType: CaskConvolution, Inputs: [ {{ Name: {node.input[0]}, "
+            f"Location: Device, {tensor} }}], Outputs: [ {{ Name: {node.output[0]}, {tensor} }}], "
+            "ParameterType: Convolution, Kernel: [3,3], OutMaps: 16, Groups: 1, "
+            f'Weights: {{"Type": "{kind}", "Count": 432}}, Bias: {{"Type": "Float", "Count": 16}}, '
+            f"HasBias: 1, HasReLU: 0, StreamId: 0, Metadata: [ONNX Layer: {node.name}]"
+        )
+    return "\n".join(["Layers:", *lines, "Bindings:" if ten else "I/O Tensors:"])
 
 
 def make_plan(model: onnx.ModelProto, shapes: Sequence[Sequence[int]]) -> bytes:

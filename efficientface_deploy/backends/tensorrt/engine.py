@@ -57,7 +57,7 @@ class Engine:
             self._check_validity(content, wrong_gpu)
             self.plan: Any = self._runtime.deserialize_cuda_engine(content)
         except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
-            raise self.failure("start", first_line(error)) from None
+            raise self.failure("start", self.logger.first_error() or first_line(error)) from None
         if self.plan is None:
             raise self._not_loaded()
         if not hasattr(self.plan, "device_memory_size_v2"):  # it came with TensorRT 10.1

@@ -479,8 +479,8 @@ def test_log_that_contradicts_the_network(
 ) -> None:
     build_engine(onnx_file("fp16"), "trt", folder=tmp_path)
     (said,) = (text for text in library.said if text.startswith("Layers:"))
-    assert "N/A due to dynamic shapes" in said
-    library.listing = said.replace('Weights: {"Type": "Half"', 'Weights: {"Type": "Float"')
+    assert ("N/A due to dynamic shapes" in said) == library.module.__version__.startswith("10.")
+    library.listing = said.replace("Half", "Float")
     with pytest.raises(ExportError, match=r"3 fp16 conv.* found 3 fp32 in the builder's log"):
         build_engine(onnx_file("fp16"), "trt", folder=tmp_path)
 
@@ -564,7 +564,7 @@ def busy_interpreter() -> Iterator[None]:
 def test_progress_told_by_several_threads(
     library: Library, onnx_file: Callable[..., Path], busy_interpreter: None
 ) -> None:
-    """An exception there would cancel the build, or worse."""
+    """An exception there would cancel the build."""
     library.timing_threads = 4
     shares: list[float] = []
     build_engine(onnx_file(), "trt", progress=lambda phase, share: shares.append(share))

@@ -184,10 +184,12 @@ def test_another_patch_version_is_left_to_the_library(engine: Path, library: Lib
     library.module.__version__ = "10.3.1"
     make(engine).open()
     library.failing["Runtime.deserialize_cuda_engine"] = [
-        "The engine plan file is not compatible: expecting 10.3.1.4 got 10.3.0.26"
+        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine plan file is "
+        "not compatible with this version of TensorRT, expecting library version 10.3.1.4 got "
+        "10.3.0.26, please rebuild.)"
     ]
     message = opening_error(engine)
-    assert "expecting 10.3.1.4 got 10.3.0.26" in message
+    assert "expecting library version 10.3.1.4 got 10.3.0.26, please rebuild" in message
     assert "rebuild it here: efficientface-export" in message
 
 
@@ -395,13 +397,30 @@ def test_deserialiser_that_returns_none(engine: Path, library: Library) -> None:
     message = opening_error(engine)
     assert "header.magicTag failed." in message
     assert "second line" not in message
+    says[:] = [  # of the same compute capability by the record, as in onnxruntime's issue 15250
+        "The engine plan file is generated on an incompatible device, expecting compute 7.5 got "
+        "compute 6.1, please rebuild."
+    ]
+    assert "expecting compute 7.5 got compute 6.1" in opening_error(engine)
     says[:] = ["In ScopedCudaStream (cudaError 35: CUDA driver version is insufficient)"]
     assert "cudaError 35" in opening_error(engine, BackendError)
 
 
-def test_runtime_that_does_not_start(engine: Path, library: Library) -> None:
-    library.failing["Runtime.__init__"] = []
-    assert "returned nullptr" in opening_error(engine, BackendError)
+@pytest.mark.parametrize(
+    ("logged", "said"),
+    [
+        ([], "found pybind11::init(): factory function returned nullptr"),
+        (
+            ["CUDA initialization failure with error: 35. Please check your CUDA installation"],
+            "found CUDA initialization failure with error: 35",
+        ),
+    ],
+)
+def test_runtime_that_does_not_start(
+    engine: Path, library: Library, logged: list[str], said: str
+) -> None:
+    library.failing["Runtime.__init__"] = logged
+    assert said in opening_error(engine, BackendError)
 
 
 @pytest.mark.parametrize(
