@@ -125,7 +125,8 @@ class BuiltEngine:
         library: ``tensorrt`` or ``tensorrt_rtx``.
         version: That library's version.
         compute_capabilities: GPUs it runs on: ``sm86``, or ``sm121+`` for that and newer.
-        precisions: Number of convolutions per precision in the strongly typed network.
+        precisions: Number of convolutions per precision in the graph, which the strongly typed
+            network has too.
         seen_precisions: The same in the builder's log, which may say nothing of them.
         build_seconds: Time from parsing to the serialised engine.
         options: What it was built with.
@@ -252,8 +253,7 @@ def build_engine(
     # exception that passes through the library ends the process.
     with build.log_kept(log), interrupts_wait() as interrupts:
         build.parse(onnx_path)
-        precisions = build.count_precisions()
-        check_network(graph, precisions, onnx_path)
+        precisions = check_network(graph, build.count_precisions(), onnx_path)
         build.configure(options, targets, _make_monitor(module, progress, interrupts))
         if timings:
             build.read_timings(timings)

@@ -64,24 +64,33 @@ def check_turing(graph: onnx.ModelProto, kind: str, built_for: Sequence[str], pa
         raise ExportError(path, expected, str(summary), fix)
 
 
-def check_network(graph: onnx.ModelProto, network: Mapping[str, int], path: Path) -> None:
+def check_network(graph: onnx.ModelProto, network: Mapping[str, int], path: Path) -> dict[str, int]:
     """Hold what the parser made of a graph against the graph: convolutions per precision.
 
-    The network is strongly typed, so that its types are those of the engine.
+    The network is strongly typed, so that its types are those of the engine. FLOAT is not told from
+    FP16 where a network has no other type: it is also what a tensor says whose type was never
+    inferred, and which releases infer it before the build is known of TensorRT for RTX alone.
 
     Args:
         graph: The graph.
         network: Number of convolutions per precision in the network.
         path: The graph's file, for errors.
 
+    Returns:
+        Number of convolutions per precision in the graph, without those of the preprocessing.
+
     Raises:
         ExportError: The two differ.
     """
     asked, found = _asked(graph), Counter(network)
-    if asked - found or (found - asked).total() != _preprocessing(graph):
+    wanted = asked
+    if found.keys() <= {"fp32", "int8"}:
+        wanted = Counter(int8=asked["int8"], fp32=asked.total() - asked["int8"])
+    if wanted - found or (found - wanted).total() != _preprocessing(graph):
         expected = f"a network with {counted(asked)} convolutions, as in the graph"
         fix = "export the ONNX file again with this version, or keep to --engine onnx"
         raise ExportError(path, expected, f"{counted(found)} after parsing", fix)
+    return dict(sorted(asked.items()))
 
 
 def check_log(graph: onnx.ModelProto, layers: Sequence[Layer], path: Path) -> dict[str, int]:

@@ -489,9 +489,10 @@ def test_log_that_contradicts_the_network(
 def test_network_of_another_precision_is_not_built(
     library: Library, onnx_file: Callable[..., Path]
 ) -> None:
-    graph = read_onnx(onnx_file("fp16")).graph
-    with pytest.raises(ExportError, match=r"3 fp16 conv.* found 3 fp32 after parsing"):
-        build_engine(onnx_file("fp32"), "trt", graph=graph)
+    graph = read_onnx(onnx_file("fp32")).graph
+    for other in ("fp16", "int8"):
+        with pytest.raises(ExportError, match=rf"3 fp32 conv.* found 3 {other} after parsing"):
+            build_engine(onnx_file(other), "trt", graph=graph)
     assert not library.said, "it was not built"
 
 

@@ -25,8 +25,13 @@ def refused_unless(accepted: bool, precision: str) -> contextlib.AbstractContext
     [
         ("fp16", {"fp16": 3}, True),
         ("fp16", {"fp16": 2}, False),
-        ("fp16", {"fp32": 3}, False),
+        ("fp16", {"fp32": 3}, True),  # a library that infers no type before the build
+        ("fp16", {"fp32": 2}, False),
+        ("fp16", {"fp16": 2, "fp32": 1}, False),
         ("fp16", {"fp16": 3, "fp32": 1}, False),
+        ("fp32", {"fp16": 3}, False),
+        ("fp32", {"int8": 3}, False),
+        ("int8", {"int8": 3}, True),
         ("int8", {"int8": 2, "fp32": 1}, False),
         ("int8", {}, False),
     ],
@@ -35,7 +40,8 @@ def test_network_is_the_graphs(
     spec: ModelSpec, precision: str, parsed: dict[str, int], accepted: bool
 ) -> None:
     with refused_unless(accepted, precision):
-        check_network(make_graph(spec, precision), parsed, Path("m.onnx"))
+        found = check_network(make_graph(spec, precision), parsed, Path("m.onnx"))
+        assert found == {precision: 3}
 
 
 def layers_of(**counts: int) -> list[Layer]:
