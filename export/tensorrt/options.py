@@ -25,7 +25,7 @@ class EngineOptions:
             there, but no more than 1 GiB on a Jetson.
         compute_capabilities: GPUs to build for, e.g. ``("sm86", "sm89")``, or ``("current",)``
             for the one that is here; for TensorRT for RTX alone, whose default is Ampere and
-            newer.
+            newer of those that it serves: no Jetson, no H100.
 
     Raises:
         ConfigError: A value is out of its range.
