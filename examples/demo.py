@@ -160,7 +160,7 @@ def main() -> int:
 def _do(command: Command, done: list[str]) -> int:
     """Run a command that is not done yet and can be run here; its exit code."""
     if command.line in done:
-        print(f"(done before) {_folded(command.line)}", flush=True)
+        print(f"{_folded(command.line)}\ndone before", flush=True)
         return 0
     if command.needs is not None and importlib.util.find_spec(command.needs) is None:
         print(f"{_folded(command.line)}\nleft out: {command.without}", flush=True)

@@ -68,7 +68,7 @@ def test_goes_on_where_it_was_stopped(demo, capsys):
     demo.ran.clear()
     assert demo.main() == 0
     assert demo.ran == [f"{TRAIN} --resume", "export"]
-    assert "(done before) $ prepare" in capsys.readouterr().out
+    assert "$ prepare\ndone before\n" in capsys.readouterr().out
 
 
 def test_starts_a_command_without_a_state_anew(demo):
