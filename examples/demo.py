@@ -34,7 +34,7 @@ PORTRAIT = DEMO / "portrait.jpg"
 DRAWN = DEMO / "drawn"
 BENCHMARK = DEMO / "benchmark"
 PICTURE = DEMO / "demo.png"
-LOG = DEMO / "log.txt"  # what is not shown
+LOG = DEMO / "log.txt"  # what is shown in part
 DONE = DEMO / "done.txt"  # the commands that came to their end
 
 SCRIPTS = Path(sys.executable).parent
@@ -53,19 +53,22 @@ class Command:
 
     Attributes:
         line: As one types it.
-        shown: Whether its output is; else it goes to a log.
+        shown: Pattern of the lines of its output that are; the log has all. None shows everything.
         needs: A module without which it is left out.
         without: Why one may not have that.
     """
 
     line: str
-    shown: bool = True
+    shown: str | None = None
     needs: str | None = None
     without: str = ""
 
 
 # What the recipe has for long trainings would keep a short one from learning anything.
 SHORT = "--augmentation flip --ema 0 --no-tensorboard"
+
+# Of what an export says: each file's verdict and, where it has one, its accuracy.
+VERDICTS = r"^\[|\] accuracy:"
 
 # Title, and about how long it takes on two cores, seconds. Everything is smaller than in a real
 # training, and the faces vary less than they could, so that two minutes teach a network something.
@@ -74,7 +77,7 @@ STEPS: dict[tuple[str, int], list[Command]] = {
         Command(
             f"python -m training.prepare synthetic --train {TRAIN} --test {TEST} --size 64 "
             f"--variation 0.5 --out {FACES}",
-            shown=False,
+            shown="^prepared",
         ),
     ],
     ("Train a teacher (LDG: label distribution generator) and from it EfficientFace", 80): [
@@ -90,17 +93,19 @@ STEPS: dict[tuple[str, int], list[Command]] = {
         Command(
             f"python -m training.evaluate --weights {WEIGHTS} --data {FACES} --split test "
             f"--out {EVALUATION}",
-            shown=False,
+            shown=r"^\| (accuracy|macro-F1)",
         ),
     ],
     ("Export to ONNX in three precisions, and to a TensorRT engine", 25): [
         Command(
             f"efficientface-export --engine onnx --weights {WEIGHTS} --precision all "
-            f"--calib {FACES} --val {FACES} --out {ARTIFACTS}"
+            f"--calib {FACES} --val {FACES} --out {ARTIFACTS}",
+            shown=VERDICTS,
         ),
         Command(
             f"efficientface-export --engine trt-rtx --precision fp16 --weights {WEIGHTS} "
             f"--val {FACES} --out {ARTIFACTS}",
+            shown=VERDICTS,
             needs="tensorrt_rtx",
             without="TensorRT for RTX is not installed; it has wheels for Linux and Windows on "
             "x86-64 alone",
@@ -175,16 +180,23 @@ def _do(command: Command, done: list[str]) -> int:
     return 0
 
 
-def _run(line: str, shown: bool = True) -> int:
+def _run(line: str, shown: str | None = None) -> int:
     """The command's exit code; Ctrl-C reaches it too, and it has the last word."""
     columns = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
     environment = {**os.environ, "COLUMNS": str(columns)}
+    output = None if shown is None else subprocess.PIPE
     with (
-        LOG.open("ab") as log,
-        subprocess.Popen(_resolve(line), env=environment, stdout=None if shown else log) as process,
+        LOG.open("a", encoding="utf-8") as log,
+        subprocess.Popen(
+            _resolve(line), env=environment, stdout=output, encoding="utf-8", errors="replace"
+        ) as process,
     ):
         while True:
             try:
+                for said in process.stdout or ():
+                    log.write(said)
+                    if re.search(shown or "", said):
+                        print(said, end="", flush=True)
                 return process.wait()
             except KeyboardInterrupt:
                 continue

@@ -33,7 +33,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = load_demo()
     module.ran, module.codes = [], {}
 
-    def run(line: str, shown: bool = True) -> int:
+    def run(line: str, shown: str | None = None) -> int:
         module.ran.append(line)
         return module.codes.get(line, 0)
 
@@ -94,13 +94,17 @@ def test_what_cannot_be_run_here_is_left_out_with_its_reason(demo, monkeypatch, 
     assert "$ build\nleft out: it has no wheel for this\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("shown", "said"), [(True, "hello\n"), (False, "")])
-def test_what_is_not_shown_goes_to_the_log(shown, said, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("shown", "said", "logged"),
+    [(None, "one\ntwo\n", ""), ("^t", "two\n", "one\ntwo\n"), ("x", "", "one\ntwo\n")],
+)
+def test_what_is_shown_in_part_is_in_the_log(shown, said, logged, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
-    code = load_demo()._run("python -c \"print('hello'); raise SystemExit(3)\"", shown)
+    program = "print('one'); print('two'); raise SystemExit(3)"
+    code = load_demo()._run(f'python -c "{program}"', shown)
     assert code == 3 and capfd.readouterr().out == said
-    assert Path("demo/log.txt").read_text() == ("" if shown else "hello\n")
+    assert Path("demo/log.txt").read_text() == logged
 
 
 def test_commands_fit_a_terminal_and_can_be_pasted():
