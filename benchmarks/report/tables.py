@@ -15,7 +15,7 @@ from efficientface_deploy.workbench.tables import Table
 
 Columns = Mapping[str, Callable[[Row], str]]
 
-NOISY = "the machine was busy with something else: read the times with care"
+NOISY = "something else ran, or a median is uncertain by over 10 %: read the times with care"
 
 
 class TableForm(NamedTuple):

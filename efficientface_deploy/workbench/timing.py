@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,8 +25,8 @@ Clock = Callable[[], int]
 MAX_CALLS_PER_ROUND = 10_000
 SETTLE_CALLS = 2
 
-NOISY_SPREAD = 1.25
-NOISY_DRIFT = 1.25
+NOISY_INTERVAL = 0.1  # of the median
+NOISY_OTHERS = 0.2  # CPUs
 
 _FIGURES = ("min", "p50", "p90", "p95", "p99")
 
@@ -37,10 +39,13 @@ class Samples:
         durations_ns: int64 (R, K), nanoseconds: K calls in each of R rounds, in order of time.
         cpus: CPU time of the process by time, over all turns; a library that starts more threads
             than it was told to is so found out. None where it was not measured.
+        other_cpus: CPU time of everything else on the machine by time, what its host took from a
+            virtual machine included. None where the system does not say.
     """
 
     durations_ns: npt.NDArray[np.int64]
     cpus: float | None = None
+    other_cpus: float | None = None
 
     @property
     def count(self) -> int:
@@ -86,6 +91,14 @@ class Samples:
         """Median of each round, float64 (R,), milliseconds."""
         return np.asarray(np.median(self.durations_ns, axis=1) / 1e6)
 
+    @functools.cached_property
+    def p50_interval_ms(self) -> tuple[float, float]:
+        """95 % percentile bootstrap interval of the median over whole rounds, milliseconds."""
+        draws = _draw_rounds(len(self.durations_ns))
+        medians = [np.median(self.durations_ns[rows]) for rows in draws]
+        low, high = np.percentile(medians, (2.5, 97.5)) / 1e6
+        return float(low), float(high)
+
     @property
     def spread(self) -> float:
         """p90 / p50; near 1 on a quiet machine."""
@@ -99,8 +112,14 @@ class Samples:
 
     @property
     def noisy(self) -> bool:
-        """Whether the calls vary so much that something else must have used the machine."""
-        return self.spread > NOISY_SPREAD or self.drift > NOISY_DRIFT
+        """Whether something else used the machine, or the rounds leave the median uncertain.
+
+        Single slow calls or rounds, which ten rounds on an idle machine often have, do not count:
+        the median is the same without them.
+        """
+        low, high = self.p50_interval_ms
+        uncertain = high - low > NOISY_INTERVAL * self.p50_ms
+        return uncertain or (self.other_cpus or 0.0) > NOISY_OTHERS
 
     def figures(self) -> dict[str, Any]:
         """What a row of a result says of its calls."""
@@ -110,8 +129,21 @@ class Samples:
             "round_medians_ms": self.round_medians_ms.tolist(),
             "spread": self.spread,
             "drift": self.drift,
+            "p50_interval_ms": list(self.p50_interval_ms),
+            "other_cpus": self.other_cpus,
             "busy": self.noisy,
         }
+
+
+def machine_cpu_ns() -> int | None:
+    """CPU time that this machine has spent, nanoseconds: all but idle; None where not known."""
+    try:
+        with open("/proc/stat") as file:
+            fields = [int(field) for field in file.readline().split()[1:9]]
+    except (OSError, ValueError):  # not Linux
+        return None
+    idle, io_wait = fields[3:5]
+    return (sum(fields) - idle - io_wait) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
 
 
 def measure(
@@ -124,6 +156,7 @@ def measure(
     before_turn: Callable[[str], object] | None = None,
     clock: Clock = time.perf_counter_ns,
     cpu_clock: Clock = time.process_time_ns,
+    machine_clock: Callable[[], int | None] = machine_cpu_ns,
 ) -> dict[str, Samples]:
     """Time calls in interleaved rounds.
 
@@ -142,6 +175,7 @@ def measure(
             untimed: the place for what is global to a process, and for showing progress.
         clock: Nanoseconds from any point on.
         cpu_clock: CPU nanoseconds of the process.
+        machine_clock: CPU nanoseconds of the machine, this process among them, or None.
 
     Returns:
         Name -> samples, in the order of ``candidates``.
@@ -156,16 +190,22 @@ def measure(
         calls = _calls_per_round(seconds * 1e9 / rounds, call_ns)
         durations[name] = np.zeros((rounds, calls), dtype=np.int64)
 
-    spent = {name: np.zeros(2, dtype=np.int64) for name in candidates}  # CPU time, time
+    def clocks() -> tuple[int, int, int]:
+        return clock(), cpu_clock(), machine_clock() or 0
+
+    spent = {name: np.zeros(3, dtype=np.int64) for name in candidates}
     for row, name in interleave(candidates, rounds, seed):
         announce(name)
-        before = cpu_clock(), clock()
+        before = clocks()
         _take_turn(candidates[name], durations[name][row], clock)
-        spent[name] += np.subtract((cpu_clock(), clock()), before)
-    return {
-        name: Samples(values, float(spent[name][0] / max(spent[name][1], 1)))
-        for name, values in durations.items()
-    }
+        spent[name] += np.subtract(clocks(), before)
+    knows_machine = machine_clock() is not None
+    samples = {}
+    for name, values in durations.items():
+        elapsed, own, machine = spent[name].tolist()
+        others = max(machine - own, 0) / max(elapsed, 1) if knows_machine else None
+        samples[name] = Samples(values, own / max(elapsed, 1), others)
+    return samples
 
 
 def interleave(names: Iterable[str], rounds: int, seed: int) -> Iterator[tuple[int, str]]:
@@ -198,11 +238,16 @@ def speedup(
     rounds = len(slow)
     if rounds != len(fast):
         raise ValueError(f"expected the same rounds, found {rounds} and {len(fast)}")
-    draws = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    draws = _draw_rounds(rounds, resamples, seed)
     ratios = [np.median(slow[rows]) / np.median(fast[rows]) for rows in draws]
     low, high = np.percentile(ratios, (2.5, 97.5))
     value = np.median(slow) / np.median(fast)
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _draw_rounds(rounds: int, resamples: int = 1000, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Indices of rounds for a bootstrap, (resamples, rounds)."""
+    return np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
 
 
 def _warm_up(call: Call, seconds: float, clock: Clock) -> float:

@@ -147,7 +147,7 @@ def test_warnings_tell_of_a_noisy_machine_and_of_few_calls() -> None:
     noisy = Samples(np.full((4, 50), MS) * np.arange(1, 5)[:, None])
     assert warnings({"quiet": quiet}) == []
     (warning,) = warnings({"quiet": quiet, "noisy": noisy})
-    assert "1 of 2 rows" in warning and "4.0 x" in warning
+    assert "1 of 2 rows are noisy" in warning and "4.0 x" in warning
     (warning,) = warnings({"few": Samples(np.full((3, 3), MS))})
     assert "fewer than 100 calls" in warning
 

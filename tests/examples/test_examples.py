@@ -67,6 +67,30 @@ def test_photos(centerface, astronaut, tmp_path):
     assert output.splitlines()[-1] == f"happiest picture: {tmp_path / 'two.jpg'}"
 
 
+def test_portrait(tmp_path):
+    path = tmp_path / "new/portrait.jpg"
+    assert run("portrait", path) == f"saved {path}\n"
+    with Image.open(path) as photograph:
+        assert (photograph.format, photograph.size) == ("JPEG", (512, 512))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--help",), 0, ""),
+        (("--face",), 2, "python examples/portrait.py: error: unrecognized arguments: --face"),
+        ((".",), 2, "error: .: expected a file's name, found a folder"),
+        (("/dev/null/a.jpg",), 2, "error: /dev/null: expected a folder that can be written"),
+    ],
+)
+def test_portrait_writes_no_file_that_was_not_asked_for(arguments, code, said, tmp_path):
+    command = [sys.executable, str(ROOT / "examples/portrait.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1 if said else 0)
+    assert done.stderr.startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_video(centerface, astronaut, tmp_path):
     pytest.importorskip("cv2")
     face = Image.fromarray(astronaut).resize((256, 256))

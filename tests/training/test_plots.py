@@ -51,7 +51,9 @@ def test_curves_show_the_loss_and_the_scores_that_there_are(scores, tmp_path, dr
     assert left.get_title() == title
     np.testing.assert_array_equal(left.lines[0].get_xydata(), [(1, 2), (2, 1), (3, 2 / 3)])
     labels = [line.get_label() for axes in right for line in axes.lines]
-    assert labels == [f"{name} on holdout" for name in scores]
+    assert labels == [f"{name} on holdout" for name in ("accuracy", "macro-F1")[: len(scores)]]
+    (legend,) = (axes.get_legend() for axes in drawn[0].axes[-1:])
+    assert [text.get_text() for text in legend.get_texts()] == ["training loss", *labels]
     with Image.open(tmp_path / "c.png") as image:
         assert image.format == "PNG"
 

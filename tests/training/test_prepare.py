@@ -53,10 +53,10 @@ def test_interrupted_preparation_leaves_things_as_they_were(
         synthetic(tmp_path / "faces")
     before = content(tmp_path)
 
-    def fail_later(seed: int, index: int, size: int):
+    def fail_later(seed: int, index: int, size: int, variation: float):
         if index == 9:
             raise error
-        return render_face(seed, index, size)
+        return render_face(seed, index, size, variation)
 
     monkeypatch.setattr(synthetic_source, "render_face", fail_later)
     with pytest.raises((KeyboardInterrupt, OSError)):

@@ -86,7 +86,7 @@ class SyntheticFace:
     label: int
 
 
-def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
+def render_face(seed: int, index: int, size: int = 100, variation: float = 1.0) -> SyntheticFace:
     """Render face number ``index`` of the collection ``seed``.
 
     The same arguments give the same bits in any order and process (of the same NumPy and Pillow);
@@ -97,9 +97,11 @@ def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
         seed: Names the collection, 0 or more. Use different seeds for training and test.
         index: Number of the face in it, 0 or more.
         size: Height and width in pixels, 32 to 1024.
+        variation: How far light, pose and expression depart from the middle of their ranges, 0 to
+            1: with less of it a network learns sooner.
 
     Raises:
-        ValueError: An argument is not an integer or is out of range.
+        ValueError: An argument is out of range, or no integer where it must be one.
     """
     for name, value, low, high in (
         ("seed", seed, 0, math.inf),
@@ -110,24 +112,35 @@ def render_face(seed: int, index: int, size: int = 100) -> SyntheticFace:
         if not is_integer or not low <= value <= high:
             wanted = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{name}: expected an integer {wanted}, found {value!r}")
-    label, identity, scene, distribution, rng = _draw_face(seed, index)
+    if not 0 <= variation <= 1:
+        raise ValueError(f"variation: expected a number from 0 to 1, found {variation!r}")
+    label, identity, scene, distribution, rng = _draw_face(seed, index, variation)
     geometry = face_geometry(identity, action_unit_levels(distribution))
     # The noise is drawn last: its amount depends on the size, the face must not.
     image = _light(_paint(geometry, identity, scene, int(size)), scene, rng)
     return SyntheticFace(image, distribution.astype(np.float32), label)
 
 
-def face_target(seed: int, index: int) -> tuple[int, npt.NDArray[np.float32]]:
+def face_target(
+    seed: int, index: int, variation: float = 1.0
+) -> tuple[int, npt.NDArray[np.float32]]:
     """Label and distribution of a face, without rendering it."""
-    label, _, _, distribution, _ = _draw_face(seed, index)
+    label, _, _, distribution, _ = _draw_face(seed, index, variation)
     return label, distribution.astype(np.float32)
 
 
-def _draw_face(seed: int, index: int) -> tuple[int, Identity, Scene, FloatArray, Generator]:
+def _draw_face(
+    seed: int, index: int, variation: float
+) -> tuple[int, Identity, Scene, FloatArray, Generator]:
     label = int(index) % len(LABELS)
     rng = Generator(np.random.PCG64([int(seed), int(index)]))
     identity, scene = draw(Identity, rng), draw(Scene, rng)
-    return label, identity, scene, draw_distribution(rng, label), rng
+    distribution = draw_distribution(rng, label)
+    if variation < 1:
+        scene = scene.varied(variation)
+        clear = np.eye(len(LABELS))[label]  # (7,), this expression alone and at its full strength
+        distribution = clear + variation * (distribution - clear)
+    return label, identity, scene, distribution, rng
 
 
 # ---- Parameters: none of those that are fields ever sees the label
@@ -170,12 +183,14 @@ def draw(kind: type[T], rng: Generator) -> T:
     return kind(**{field.name: field.metadata["draw"](rng) for field in fields})
 
 
-def _drawn(draw: Callable[[Generator], Any]) -> Any:
-    return dataclasses.field(metadata={"draw": draw})
+def _drawn(draw: Callable[[Generator], Any], middle: float | None = None) -> Any:
+    """A field that is drawn so; ``middle`` of its range, where it has one."""
+    return dataclasses.field(metadata={"draw": draw, "middle": middle})
 
 
 def _between(low: float, high: float) -> Any:
-    return _drawn(lambda rng: rng.uniform(low, high))
+    middle = (low + high) / 2
+    return _drawn(lambda rng: rng.uniform(low, high), middle)
 
 
 def _from(palette: Sequence[Colour]) -> Any:
@@ -238,11 +253,10 @@ class Scene:
     warmth: float = _between(-0.07, 0.07)  # more red, less blue
     rotation: float = _between(-0.25, 0.25)
     scale: float = _between(0.84, 1.1)
-    shift: tuple[float, float] = _drawn(
-        lambda rng: (rng.uniform(-0.09, 0.09), rng.uniform(-0.09, 0.09))
-    )
+    right: float = _between(-0.09, 0.09)  # shares of the picture
+    down: float = _between(-0.09, 0.09)
     yaw: float = _between(-0.12, 0.12)
-    light_angle: float = _between(-np.pi, np.pi)
+    light_angle: float = _drawn(lambda rng: rng.uniform(-np.pi, np.pi))
     light_contrast: float = _between(0.05, 0.3)
     background: Colour = _any_colour()
     backdrop: Colour = _any_colour()
@@ -251,6 +265,18 @@ class Scene:
     )
     blur: float = _between(0.0, 0.005)
     noise: float = _between(1.0, 5.0)
+
+    def varied(self, share: float) -> Scene:
+        """The scene with only this share of its distance from the middle of every range."""
+        middles = {field.name: field.metadata["middle"] for field in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self,
+            **{
+                name: middle + share * (getattr(self, name) - middle)
+                for name, middle in middles.items()
+                if middle is not None
+            },
+        )
 
 
 # ---- Geometry
@@ -423,7 +449,7 @@ class _Canvas:
         self._unit = _FACE_UNIT * scene.scale * side
         cosine, sine = math.cos(scene.rotation), math.sin(scene.rotation)
         self._pose = self._unit * np.array([[cosine, sine], [-sine, cosine]])
-        self._centre = side * (np.array([0.5, 0.52]) + scene.shift)
+        self._centre = side * np.array([0.5 + scene.right, 0.52 + scene.down])
 
     def draw(
         self,

@@ -23,6 +23,15 @@ def published_augmentation(spec: ModelSpec) -> Augmentation:
     return augmentation
 
 
+def flip_augmentation(spec: ModelSpec) -> Augmentation:
+    """Flip alone, for more pictures than a short training sees often."""
+    flip = transforms.RandomHorizontalFlip()
+    augmentation: Augmentation = transforms.Compose(
+        [functools.partial(_at_model_size, spec=spec), flip]
+    )
+    return augmentation
+
+
 def mild_augmentation(spec: ModelSpec) -> Augmentation:
     """The whole face stays in the picture; small turns, shifts, sizes and light."""
     return _moved(spec, degrees=15, shift=0.08, scale=(0.85, 1.15), shear=None, light=0.3)
@@ -38,6 +47,7 @@ def strong_augmentation(spec: ModelSpec) -> Augmentation:
 
 AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
     "published": published_augmentation,
+    "flip": flip_augmentation,
     "mild": mild_augmentation,
     "strong": strong_augmentation,
 }

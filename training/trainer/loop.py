@@ -313,12 +313,12 @@ def _diverged(job: Job, expected: str, found: str, state: TrainerState) -> Confi
 def _announce(
     job: Job, images: TrainingImages, selection: Sequence[Sample], dist: Distributed
 ) -> None:
-    chosen = f"epoch chosen by {len(selection):,} images of {job.recipe.select}"
+    chosen = f"{len(selection):,} images of {job.recipe.select} choose the epoch"
     where = dist.device.type + (f", {dist.world_size} processes" if dist.world_size > 1 else "")
     print(
         f"{job.kind}: {job.spec.architecture} at {job.spec.input_size}x{job.spec.input_size} on "
-        f"{len(images):,} images of {job.dataset.name}, {where}; "
-        + (chosen if selection else "the last epoch is kept"),
+        f"{len(images):,} images of {job.dataset.name}, {where};\n"
+        f"  {chosen if selection else 'the last epoch is kept'}",
         flush=True,
     )
 

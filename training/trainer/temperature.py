@@ -109,7 +109,6 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
     }
     save_result(job, model, record)
     print(
-        f"calibration error on {len(selection):,} images of {job.recipe.select}: {before:.4f}, "
-        f"{after:.4f} at temperature {temperature:.3f}"
-        + (", which is now in the weights" if folded else ", which is left out of the weights")
+        f"calibration error on {job.recipe.select}: {before:.4f}, {after:.4f} at temperature "
+        f"{temperature:.3f}, which is {'now in' if folded else 'left out of'} the weights"
     )

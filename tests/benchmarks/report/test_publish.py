@@ -36,6 +36,30 @@ def test_latency_is_printed(latency: dict[str, Any], capsys: pytest.CaptureFixtu
         assert part in text
 
 
+@pytest.mark.parametrize("width", [80, 100, 130])
+def test_a_narrow_terminal_gets_fewer_columns_and_is_told_so(
+    width: int,
+    full_latency: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = printed(full_latency, capsys)
+    assert max(map(len, text.splitlines())) <= width
+    latencies = text[text.index("Latency, milliseconds") : text.index("Cold start")]
+    assert "a.onnx" in latencies and "2.00 (1.90 to 2.10)" in latencies  # on one line, not folded
+    (header,) = (line for line in latencies.splitlines() if "Model" in line)
+    assert "p50" in header and "Speed-up (95 %)" in header and "p95" not in header
+    assert "too narrow here for p95" in latencies
+
+
+def test_a_wide_terminal_gets_every_column(
+    full_latency: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(full_latency, capsys)
+    assert "p95" in text and "too narrow" not in text
+
+
 def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(accuracy, capsys)
     for part in ("FER+, validation split, 3191 images", "87.65", "1.5e-07", "0.002", "5.00"):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from efficientface_deploy.workbench.timing import (
     MAX_CALLS_PER_ROUND,
     SETTLE_CALLS,
     Samples,
+    machine_cpu_ns,
     measure,
     speedup,
 )
@@ -175,15 +178,59 @@ def test_percentiles_throughput_and_minimum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("durations", "noisy"),
+    ("round_ms", "other_cpus", "noisy"),
     [
-        ([[10, 10, 10, 10], [10, 10, 11, 10]], False),
-        ([[10, 10, 10, 30], [10, 10, 10, 30]], True),  # wide within every round
-        ([[10, 10, 10, 10], [14, 14, 14, 14]], True),  # from round to round
+        ([10] * 10, None, False),
+        ([10] * 9 + [30], None, False),  # one slow round changes no median
+        ([10, 10, 11, 10, 10, 10, 10, 9, 10, 10], 0.1, False),
+        ([10, 14, 10, 14, 10, 14, 10, 14, 10, 14], None, True),
+        (np.arange(10, 20), 0.0, True),  # slower and slower
+        ([10] * 10, 0.5, True),  # slowed alike, by what else runs
     ],
 )
-def test_a_busy_machine_is_noticed(durations: list[list[int]], noisy: bool) -> None:
-    assert Samples(np.array(durations, dtype=np.int64)).noisy is noisy
+def test_a_noisy_machine_is_noticed(round_ms, other_cpus, noisy) -> None:
+    durations = np.repeat(np.array(round_ms)[:, None] * MS, 20, axis=1)
+    samples = Samples(durations, other_cpus=other_cpus)
+    assert samples.noisy is noisy
+    low, high = samples.p50_interval_ms
+    assert low <= samples.p50_ms <= high
+
+
+def test_slow_calls_within_a_round_change_no_median() -> None:
+    durations = np.full((10, 20), 10 * MS)
+    durations[:, ::5] = 40 * MS
+    samples = Samples(durations)
+    assert samples.spread == 4 and not samples.noisy
+
+
+def test_what_others_use_is_the_machines_time_without_ours() -> None:
+    fake, used = FakeMachine(), {"own": 0, "machine": 0}
+
+    def call() -> None:
+        fake.now += 10 * MS
+        used["own"] += 15 * MS
+        used["machine"] += 19 * MS
+
+    def measured(machine_clock) -> Samples:
+        options = {"clock": fake.clock, "cpu_clock": lambda: used["own"]}
+        quick = {"seconds": 0.1, "rounds": 3, "warm_up": 0}
+        return measure({"x": call}, **quick, **options, machine_clock=machine_clock)["x"]
+
+    samples = measured(lambda: used["machine"])
+    assert samples.other_cpus == pytest.approx(0.4) and samples.noisy
+    assert samples.figures()["other_cpus"] == samples.other_cpus
+    unknown = measured(lambda: None)
+    assert unknown.other_cpus is None and not unknown.noisy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/stat")
+def test_the_machines_clock_counts_what_another_process_uses() -> None:
+    before = machine_cpu_ns()
+    program = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    after = machine_cpu_ns()
+    assert before is not None and after is not None
+    assert after - before > 0.28e9
 
 
 def test_speedup_and_its_interval() -> None:

@@ -144,6 +144,26 @@ def test_pictures_are_those_of_the_first_version():
     assert means == [pytest.approx(list(mean), abs=0.5) for mean in MEANS]
 
 
+def test_less_variation_is_nearer_to_the_middle_of_every_range():
+    for index in range(14):
+        _, identity, scene, distribution, _ = face_renderer._draw_face(0, index, 1.0)
+        label, same, half, clear, _ = face_renderer._draw_face(0, index, 0.5)
+        assert same == identity and half.background == scene.background
+        assert half.rotation == pytest.approx(scene.rotation / 2)
+        assert half.exposure - 0.89 == pytest.approx((scene.exposure - 0.89) / 2)
+        assert (half.right, half.down) == pytest.approx((scene.right / 2, scene.down / 2))
+        assert clear.sum() == pytest.approx(1) and clear.argmax() == label == index % 7
+        assert 1 - clear[label] == pytest.approx((1 - distribution[label]) / 2)
+        pure = render_face(0, index, 48, 0.0)
+        assert pure.distribution.tolist() == np.eye(7)[label].tolist()
+
+
+@pytest.mark.parametrize("variation", [-0.1, 1.1, float("nan")])
+def test_variation_outside_its_range_is_refused(variation):
+    with pytest.raises(ValueError, match="variation: expected a number from 0 to 1"):
+        render_face(0, 0, 48, variation)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

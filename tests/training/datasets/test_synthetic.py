@@ -4,8 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.dataset import label_distributions, read_dataset
 from training import prepare
@@ -52,3 +54,23 @@ def test_synthetic_faces_are_the_same_every_time(content, tmp_path):
     assert all(
         content(tmp_path / "a").get(name) != content(tmp_path / "c")[name] for name in changed
     )
+
+
+def test_variation_is_in_pictures_votes_and_description(tmp_path):
+    synthetic(tmp_path / "all")
+    synthetic(tmp_path / "less", "--variation", "0.5")
+    whole, less = (read_dataset(tmp_path / name).split("train") for name in ("all", "less"))
+    distributions = label_distributions(less, 7)
+    for sample, found in zip(less, distributions, strict=True):
+        index = int(sample.path.stem.removeprefix("face_"))
+        np.testing.assert_allclose(found, render_face(0, index, 32, 0.5).distribution, atol=1e-5)
+    assert (distributions.max(axis=1) >= label_distributions(whole, 7).max(axis=1)).all()
+    described = [(tmp_path / name / "dataset.json").read_text() for name in ("all", "less")]
+    assert [('"variation": 0.5' in text) for text in described] == [False, True]
+
+
+def test_variation_outside_its_range_is_refused(tmp_path):
+    for value in ("1.5", "-0.1", "nan"):
+        with pytest.raises(ConfigError, match="--variation"):
+            synthetic(tmp_path / "faces", f"--variation={value}")
+    assert not (tmp_path / "faces").exists()

@@ -20,6 +20,19 @@ def test_published_augmentation_is_torchvisions_default_crop_and_flip(spec):
     assert type(flip).__name__ == "RandomHorizontalFlip" and flip.p == 0.5
 
 
+def test_flip_changes_nothing_else(spec):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    augment = AUGMENTATIONS["flip"](spec)
+    flipped = []
+    for number in range(40):
+        torch.manual_seed(number)
+        found = np.asarray(augment(Image.fromarray(pixels)))
+        flipped.append(np.array_equal(found, pixels[:, ::-1]))
+        assert flipped[-1] or np.array_equal(found, pixels)
+    assert 10 < sum(flipped) < 30
+    assert augment(Image.new("RGB", (50, 70))).size == (32, 32)
+
+
 def test_covered_part(spec):
     """About half of the strong views have a rectangle of the mean colour; the rest is the face."""
     mean = tuple(round(255 * value) for value in spec.mean)
