@@ -17,6 +17,11 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.accuracy", "cpu,bench")
+
 import numpy as np
 
 from benchmarks.measure.models import (
@@ -32,7 +37,7 @@ from benchmarks.measure.models import (
 from benchmarks.report.compare import PREDICTIONS, compare, write_predictions
 from benchmarks.report.publish import console, publish, require_libraries, show_comparison
 from benchmarks.report.result import Result, Row, default_folder, new_result, read_result
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench import evaluation
@@ -45,12 +50,13 @@ from efficientface_deploy.workbench.metrics import IndexArray
 class AccuracyConfig:
     """Options of ``python benchmarks/accuracy.py``."""
 
-    data: Path = option(metavar="DIR", help="a prepared data set")
+    data: Path = option(metavar="DIR", help="a prepared data set", first=True)
     models: tuple[Path, ...] = option(
         (),
         positional=True,
         metavar="MODEL",
         help="model files or folders (default: the bundled models and those under artifacts/)",
+        first=True,
     )
     preset: str | None = option(
         None,
@@ -68,7 +74,10 @@ class AccuracyConfig:
         None, metavar="OLD", help="an older accuracy.json, with its predictions.npz beside it"
     )
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -77,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         AccuracyConfig,
         argv,
-        prog="benchmarks/accuracy.py",
-        description="Put the accuracy of every model and precision side by side.",
+        prog="python benchmarks/accuracy.py",
+        description=__doc__ or "",
+        example="artifacts --data data/ferplus",
     )
     require_libraries()
     if config.compare is not None:
@@ -222,7 +232,3 @@ def warnings(rows: Sequence[Row]) -> list[str]:
             "much they differ, not what a precision costs"
         )
     return list(dict.fromkeys(found))
-
-
-if __name__ == "__main__":
-    run_command(main)

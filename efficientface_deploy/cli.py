@@ -5,6 +5,11 @@ Without --detect a picture should show one face, cut as the model's training pic
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import predict
+
+    predict()
+
 import contextlib
 import dataclasses
 import json
@@ -14,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.files import atomic_path
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
@@ -37,13 +42,16 @@ class PredictConfig:
         "for one picture on standard input",
         metavar="IMAGE",
         positional=True,
+        first=True,
     )
-    model: Path | None = option(None, help="model file; default: the bundled model")
+    model: Path | None = option(None, help="model file; default: the bundled model", first=True)
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
     detect: str | None = option(
-        None, help="find the faces first: centerface, or yunet=FILE with OpenCV's model file"
+        None,
+        help="find the faces first: centerface, or yunet=FILE with OpenCV's model file",
+        first=True,
     )
     draw: Path | None = option(
         None, metavar="DIR", help="new or empty folder for copies with boxes and labels"
@@ -73,7 +81,11 @@ class Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``efficientface-predict``: exit code 2 when a picture could not be read."""
     config = parse_config(
-        PredictConfig, argv, prog="efficientface-predict", description=__doc__ or ""
+        PredictConfig,
+        argv,
+        prog="efficientface-predict",
+        description=__doc__ or "",
+        example="photo.jpg --detect centerface",
     )
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images))
@@ -97,11 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.tell_unreadable(error)
             report.done += 1
         return report.end()
-
-
-def entry_point() -> None:
-    """Console script: runs :func:`main` and turns errors into one line and an exit code."""
-    run_command(main)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +297,3 @@ class Gallery:
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
     texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
     return draw_faces(image, zip([one.face for one in faces], texts, strict=True))
-
-
-if __name__ == "__main__":
-    entry_point()

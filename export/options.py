@@ -19,13 +19,16 @@ CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 class ExportConfig:
     """Options of ``efficientface-export``."""
 
-    engine: str = option("auto", choices=ENGINES, help="what to make")
-    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours")
+    engine: str = option("auto", choices=ENGINES, help="what to make", first=True)
+    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours", first=True)
     preset: str | None = option(
         None, choices=tuple(PRESETS), help="what a published checkpoint was trained on"
     )
     precision: str | None = option(
-        None, choices=(*PRECISIONS, "all"), help="default: fp32 for onnx, fp16 for engines"
+        None,
+        choices=(*PRECISIONS, "all"),
+        help="default: fp32 for onnx, fp16 for engines",
+        first=True,
     )
     target: str | None = option(
         None,
@@ -44,7 +47,7 @@ class ExportConfig:
     float_input: bool = option(
         False, help="input float32 (N, 3, S, S), normalised, for toolchains without uint8"
     )
-    calib: Path | None = option(None, help="training images, required for int8")
+    calib: Path | None = option(None, help="training images, required for int8", first=True)
     calib_method: str = option(
         "percentile", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
     )

@@ -1,9 +1,11 @@
-"""Compare trainings: what differs in their options, how good each is, and what it took.
-
-``python -m training.compare runs/a runs/b runs/c --data data/ferplus --out runs/comparison``
-"""
+"""Compare trainings: what differs in their options, how good each is, and what it took."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.compare", "train,cpu")
 
 import csv
 import dataclasses
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.predictor import load
@@ -39,9 +41,12 @@ class CompareConfig:
     """Options of ``training.compare``."""
 
     runs: tuple[Path, ...] = option(
-        positional=True, help="folders of trainings; the others are compared with the first"
+        positional=True,
+        metavar="RUN",
+        help="folders of trainings; the others are compared with the first",
+        first=True,
     )
-    data: Path = option(help="the prepared data set")
+    data: Path = option(help="the prepared data set", first=True)
     preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
     split: str = option(
         HOLDOUT,
@@ -49,7 +54,7 @@ class CompareConfig:
         help="holdout is the tenth of train that chose the epochs",
     )
     out: Path | None = option(
-        None, metavar="DIR", help="write comparison.json and comparison.md there"
+        None, metavar="DIR", help="write comparison.json and comparison.md there", first=True
     )
 
 
@@ -97,7 +102,11 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.compare``."""
     config = parse_config(
-        CompareConfig, argv, prog="python -m training.compare", description=__doc__ or ""
+        CompareConfig,
+        argv,
+        prog="python -m training.compare",
+        description=__doc__ or "",
+        example="runs/a runs/b runs/c --data data/ferplus --out runs/comparison",
     )
     check_writable(config.out)
     runs = [read_run(folder) for folder in config.runs]
@@ -246,7 +255,3 @@ def _differing_options(runs: Sequence[Run]) -> list[str]:
         if name not in FREE_OPTIONS
         and any(run.settings.get(name) != first.get(name) for run in runs)
     ]
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -45,6 +45,7 @@ def run_benchmark(
     run: Callable[[Any], Result],
     argv: Sequence[str] | None,
     description: str | None,
+    example: str,
 ) -> int:
     """The command of a benchmark: read the options, measure, write the result and show it.
 
@@ -54,9 +55,15 @@ def run_benchmark(
         run: Measures.
         argv: Arguments; None reads ``sys.argv``.
         description: For ``--help``.
+        example: Arguments, for ``--help`` too.
     """
-    prog = f"benchmarks/{command}.py"
-    config = parse_config(config_class, argv, prog=prog, description=description or "")
+    config = parse_config(
+        config_class,
+        argv,
+        prog=f"python benchmarks/{command}.py",
+        description=description or "",
+        example=example,
+    )
     require_libraries()
     publish(run(config), config.out)
     return 0
