@@ -29,14 +29,21 @@ from benchmarks.measure.models import (
     Candidate,
     Skipped,
     choose_backends,
+    choose_reference,
     find_models,
     one_line,
     open_candidates,
     require_candidates,
 )
-from benchmarks.report.compare import PREDICTIONS, compare, write_predictions
-from benchmarks.report.publish import console, publish, require_libraries, show_comparison
-from benchmarks.report.result import Result, Row, default_folder, new_result, read_result
+from benchmarks.report.compare import PREDICTIONS, compare, read_older, write_predictions
+from benchmarks.report.publish import (
+    check_out,
+    console,
+    publish,
+    require_libraries,
+    show_comparison,
+)
+from benchmarks.report.result import Result, Row, default_folder, new_result
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
@@ -90,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__ or "",
         example="artifacts --data data/ferplus",
     )
+    # Before the work rather than after it.
     require_libraries()
+    check_out(config.out, "accuracy")
     if config.compare is not None:
-        read_result(config.compare)  # before the work rather than after it
+        read_older(config.compare, "accuracy")
     result, predictions = run(config)
     folder = config.out or default_folder(result)
     write_predictions(folder / PREDICTIONS, **predictions)
@@ -179,13 +188,6 @@ def predict(candidate: Candidate, dataset: Dataset, samples: Sequence[Sample]) -
 
     own = evaluation.predict(infer, samples, predictor.spec, candidate.model)
     return own[:, [labels.index(label) for label in dataset.labels]]
-
-
-def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
-    """The first PyTorch model, else the first in FP32, else the first."""
-    torch = [entry for entry in candidates if entry.backend.startswith("torch")]
-    fp32 = [entry for entry in candidates if entry.precision == "fp32"]
-    return [*torch, *fp32, *candidates][0]
 
 
 def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Array) -> Row:

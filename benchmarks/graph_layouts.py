@@ -59,7 +59,7 @@ class GraphsConfig:
 
     input_size: int = option(224, minimum=32, help="side of the input, pixels", first=True)
     threads: int = option(1, minimum=1, help="CPU threads of one inference", first=True)
-    seconds: float = option(6.0, metavar="S", minimum=0, help="timed calls for each graph")
+    seconds: float = option(6.0, metavar="S", minimum=0.001, help="timed calls for each graph")
     rounds: int = option(30, metavar="N", minimum=3, help="turns of each graph")
     kernels: bool = option(True, help="build engines and count their kernels")
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
@@ -114,7 +114,7 @@ VARIANTS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/graph_layouts.py``."""
     example = "--input-size 224 --threads 1"
-    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__, example)
+    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__, example, "graphs")
 
 
 def run(config: GraphsConfig) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from benchmarks.measure.models import (
     Candidate,
     Skipped,
     choose_backends,
+    choose_reference,
     default_models,
     find_models,
     one_line,
@@ -68,8 +69,8 @@ class LatencyConfig:
         (),
         positional=True,
         metavar="MODEL",
-        help="model files or folders (default: the bundled model in all precisions, and those "
-        "under artifacts/)",
+        help="model files or folders (default: the bundled model, and what lies in artifacts/ or "
+        "else its FP16 and INT8)",
         first=True,
     )
     backends: str = option(
@@ -80,9 +81,9 @@ class LatencyConfig:
         None, metavar="N,...", help="CPU threads of one inference (default: 1 and all cores)"
     )
     baseline: str | None = option(
-        None, metavar="MODEL", help="what speed-ups refer to (default: the first PyTorch model)"
+        None, metavar="MODEL", help="what speed-ups refer to (default: PyTorch's model, else FP32)"
     )
-    seconds: float = option(3.0, metavar="S", minimum=0, help="timed calls for each row")
+    seconds: float = option(3.0, metavar="S", minimum=0.001, help="timed calls for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     cold: int = option(
         5, metavar="N", minimum=0, help="fresh processes for each model and backend; 0: none"
@@ -232,15 +233,14 @@ def try_works(works: Sequence[Work]) -> tuple[list[Work], list[Skipped]]:
 
 
 def choose_baseline(candidates: Sequence[Candidate], wanted: str | None) -> str:
-    """The model that speed-ups refer to: the one asked for, else PyTorch's, else the first.
+    """The model that speed-ups refer to: what is asked for, else PyTorch's, else FP32's.
 
     Raises:
         ConfigError: None of the models has this name.
     """
     models = list(dict.fromkeys(candidate.model for candidate in candidates))
     if wanted is None:
-        torch = [entry.model for entry in candidates if entry.backend.startswith("torch")]
-        return (torch or models)[0]
+        return choose_reference(candidates).model
     if wanted not in models:
         expected, fix = "one of " + ", ".join(models), "choose among the models that run here"
         raise ConfigError("--baseline", expected, repr(wanted), fix)

@@ -92,7 +92,7 @@ class PeersConfig:
     networks: bool = option(True, help="compare with other networks too")
     input_size: int = option(224, minimum=32, help="side of the input, pixels")
     batch: int = option(32, minimum=2, help="pictures of a batch", first=True)
-    seconds: float = option(2.5, metavar="S", minimum=0, help="timed calls for each row")
+    seconds: float = option(2.5, metavar="S", minimum=0.001, help="timed calls for each row")
     rounds: int = option(
         12, metavar="N", minimum=3, help="turns of each row; half of it for batches"
     )

@@ -78,7 +78,7 @@ class RuntimeConfig:
 
     starts: int = option(40, metavar="N", minimum=3, help="new processes of each kind", first=True)
     seconds: float = option(
-        4.0, metavar="S", minimum=0, help="timed calls for each row", first=True
+        4.0, metavar="S", minimum=0.001, help="timed calls for each row", first=True
     )
     rounds: int = option(20, metavar="N", minimum=3, help="turns of each row")
     predictions: int = option(

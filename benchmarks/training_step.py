@@ -54,7 +54,7 @@ class TrainingBenchConfig:
     input_size: int = option(96, help="side of the student's input")
     batch_size: int = option(64, minimum=2, help="images of a step")
     images: int = option(640, minimum=64, help="training images that are used")
-    seconds: float = option(20.0, metavar="S", minimum=0, help="timed steps for each row")
+    seconds: float = option(20.0, metavar="S", minimum=0.001, help="timed steps for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     seed: int = option(0, minimum=0, help="of images and order")
     out: Path | None = option(
@@ -104,7 +104,9 @@ def plan_cases() -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/training_step.py``."""
     example = "--data data/ferplus --teacher runs/ldg/teacher.safetensors"
-    return run_benchmark("training_step", TrainingBenchConfig, run, argv, __doc__, example)
+    return run_benchmark(
+        "training_step", TrainingBenchConfig, run, argv, __doc__, example, "training"
+    )
 
 
 def run(config: TrainingBenchConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from benchmarks.report.publish import (
 from benchmarks.report.result import Result, damage_named, read_result
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.workbench.workspace import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="new/latency.json --compare old/latency.json",
     )
     require_libraries()
+    check_writable(config.out)
     output = console()
     if config.docs:
         for path, changed in update_docs().items():

@@ -13,6 +13,7 @@ from benchmarks.report.compare import Comparison
 from benchmarks.report.kinds import tables_of
 from benchmarks.report.plots import latency_plot, save_plot
 from benchmarks.report.result import (
+    RESULTS,
     TIMED,
     Result,
     default_folder,
@@ -21,8 +22,10 @@ from benchmarks.report.result import (
     write_result,
 )
 from efficientface_deploy.command import parse_config
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import write_text
 from efficientface_deploy.workbench.requirements import require_package
+from efficientface_deploy.workbench.workspace import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +49,7 @@ def run_benchmark(
     argv: Sequence[str] | None,
     description: str | None,
     example: str,
+    kind: str = "",
 ) -> int:
     """The command of a benchmark: read the options, measure, write the result and show it.
 
@@ -56,6 +60,7 @@ def run_benchmark(
         argv: Arguments; None reads ``sys.argv``.
         description: For ``--help``.
         example: Arguments, for ``--help`` too.
+        kind: The result's, where it is not called as the command is.
     """
     config = parse_config(
         config_class,
@@ -65,8 +70,25 @@ def run_benchmark(
         example=example,
     )
     require_libraries()
+    check_out(config.out, kind or command)
     publish(run(config), config.out)
     return 0
+
+
+def check_out(out: Path | None, kind: str) -> None:
+    """Refuse, before the work, a folder that a result cannot be written to.
+
+    Args:
+        out: The folder; None for a new one.
+        kind: The result's.
+
+    Raises:
+        ConfigError: It cannot be written, or holds an earlier result of this kind.
+    """
+    check_writable(RESULTS if out is None else out)
+    if out is not None and (path := out / f"{kind}.json").exists():
+        fix = "choose another --out, or remove it"
+        raise ConfigError(path, "no result yet", "that of an earlier run", fix)
 
 
 def require_libraries() -> None:
