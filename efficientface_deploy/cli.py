@@ -13,6 +13,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
-from efficientface_deploy.files import atomic_path
+from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
@@ -87,20 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__ or "",
         example="photo.jpg --detect centerface",
     )
+    # What OpenCV and FFmpeg cannot read is said by our own line.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
-        if not config.json:
-            print(predictor, file=sys.stderr)
         if detector and predictor.spec.face_crop == "as-is":
             print(
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
-        report = Report(None if config.json else PredictionTable(predictor.spec), len(names))
+        table = None if config.json else PredictionTable(predictor.spec)
+        report = Report(table, len(names), title=str(predictor))
         labeller = Labeller(predictor, detector, gallery, report.tell)
         for name in names:
             try:
@@ -165,10 +168,16 @@ class Labeller:
 
 
 def camera_number(name: str) -> int | None:
-    """0 for ``camera``, 2 for ``camera:2``, None for what is no camera."""
+    """0 for ``camera``, 2 for ``camera:2``, None for what is no camera.
+
+    Raises:
+        ImageError: It is ``camera:`` and no number.
+    """
     kind, _, number = name.partition(":")
-    if kind != "camera" or not (number or "0").isdecimal():
+    if kind != "camera":
         return None
+    if not (number or "0").isdecimal():
+        raise ImageError(name, "camera or camera:NUMBER", repr(number), "give e.g. camera:0")
     return int(number or "0")
 
 
@@ -186,21 +195,25 @@ class Report:
     Args:
         table: Lays the answers out; None for JSON.
         total: Pictures and videos in all.
+        title: What answers, said before the first answer of a table.
 
     Attributes:
         done: How many of them are done.
     """
 
-    def __init__(self, table: PredictionTable | None, total: int) -> None:
+    def __init__(self, table: PredictionTable | None, total: int, title: str) -> None:
         self.done = 0
         self._table = table
         self._total = total
         self._unreadable = 0
-        if table:
-            print(table.header())
+        self._title = title
 
     def tell(self, answer: Answer) -> None:
         """Print an answer."""
+        if self._table and self._title:
+            print(self._title, file=sys.stderr)
+            print(self._table.header())
+            self._title = ""
         print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
@@ -214,8 +227,9 @@ class Report:
     def end(self) -> int:
         """The command's exit code, after the count of unreadable files."""
         self._show_progress("")
-        if self._unreadable:
-            print(f"{self._unreadable} image(s) could not be read", file=sys.stderr)
+        if self._unreadable and self._total > 1:
+            counted = f"{self._unreadable} of {self._total}"
+            print(f"{counted} pictures, videos or cameras could not be read", file=sys.stderr)
         return 2 if self._unreadable else 0
 
     def _show_progress(self, text: str) -> None:
@@ -264,13 +278,14 @@ class Gallery:
         folder: New or empty, so that nothing of anybody's is replaced.
 
     Raises:
-        ConfigError: It holds something, or is no folder.
+        ConfigError: It holds something, is no folder, or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             found = f"{folder}, which is there and not empty"
             raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
+        check_writable(folder, "--draw")
         self._folder = folder
 
     def add_picture(self, name: str, image: Image.Image) -> None:

@@ -296,7 +296,7 @@ def _value(
     field: dataclasses.Field[Any], kind: Callable[[str], Any], text: str, usage: Usage
 ) -> Any:
     name, choices = _option_name(field), field.metadata["choices"]
-    if not text and kind is Path:
+    if not text and (kind is Path or field.metadata["positional"]):
         raise ConfigError(name, "a path", "an empty text", f"see {usage.prog} --help")
     try:
         value = kind(text)

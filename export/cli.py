@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="--engine onnx --precision int8 --calib data/ferplus",
     )
     if options.verify is not None:
+        options.check_verify()
         from efficientface_export.reverify import verify_command
 
         return verify_command(options.verify, options.val, options.preset)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from efficientface_deploy.command import option
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.spec import PRESETS
 from efficientface_export.verification.provenance import PRECISIONS
 
@@ -75,6 +76,19 @@ class ExportConfig:
     verify: Path | None = option(
         None, help="verify this artifact by the verify.npz beside it, and make nothing"
     )
+
+    def check_verify(self) -> None:
+        """Refuse options that ``--verify``, which makes nothing, would have to ignore.
+
+        Raises:
+            ConfigError: Names the first.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("verify", "val", "preset") and value != field.default:
+                name = "--" + field.name.replace("_", "-")
+                fix = f"leave {name} out, or leave --verify out"
+                raise ConfigError(name, "none with --verify, which makes nothing", str(value), fix)
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:

@@ -20,13 +20,12 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from efficientface_deploy.command import option, parse_config, run_command  # noqa: E402
-from efficientface_deploy.files import write_text  # noqa: E402
+from efficientface_deploy.files import check_writable, write_text  # noqa: E402
 from efficientface_deploy.workbench.environment import (  # noqa: E402
     describe_machine,
     describe_software,
 )
 from efficientface_deploy.workbench.tables import Table  # noqa: E402
-from efficientface_deploy.workbench.workspace import check_writable  # noqa: E402
 
 SUITE = ROOT / "tests" / "efficientface_deploy" / "backends" / "test_conformance.py"
 

@@ -16,15 +16,14 @@ from typing import Any
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import write_text
+from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
 from efficientface_deploy.workbench.evaluation import check_labels, labels_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import Table, escaped
-from efficientface_deploy.workbench.workspace import check_writable
 from training.evaluate import Figures, predict_samples, samples_of, score
-from training.trainer.config import CONFIG, FREE_OPTIONS
+from training.trainer.config import CONFIG, FREE_OPTIONS, TrainConfig
 from training.trainer.label_store import STORE, seconds_per_view
 from training.trainer.loader import HOLDOUT, split_samples
 from training.trainer.tracking import METRICS
@@ -34,6 +33,8 @@ SCORES = (
     *("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval"),
     *("expected_calibration_error", "mean_kl_from_votes"),
 )
+# Options that are on unless they are turned off, by --no-NAME.
+_ON = {field.name for field in dataclasses.fields(TrainConfig) if field.default is True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +220,14 @@ def as_markdown(rows: Sequence[Figures], dataset: Dataset, split: str) -> str:
 
 
 def _as_option(name: str, value: object) -> str:
-    """As typed: ``--learning-rate 0.05``, ``--no-votes``; ``no --teacher`` where there is none."""
+    """As typed: ``--ema 0.9``, ``--no-tensorboard``; ``no --teacher`` where there is none."""
     flag = name.replace("_", "-")
-    if value is None:
+    if value is False and name in _ON:
+        return f"--no-{flag}"
+    if value is None or value is False:
         return f"no --{flag}"
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
+    if value is True:
+        return f"--{flag}"
     return f"--{flag} {value}"
 
 

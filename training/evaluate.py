@@ -18,7 +18,7 @@ import torch
 from efficientface_deploy.artifact import require_preset
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.files import check_writable, file_hash, write_text
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.dataset import (
@@ -38,7 +38,6 @@ from efficientface_deploy.workbench.evaluation import (
 )
 from efficientface_deploy.workbench.metrics import expected_calibration_error, mean_kl
 from efficientface_deploy.workbench.tables import Table, escaped
-from efficientface_deploy.workbench.workspace import check_writable
 from training.plots import plot_confusion, plot_reliability
 from training.trainer.loader import HOLDOUT, hold_out
 from training.trainer.targets import Blend

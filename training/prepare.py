@@ -23,6 +23,7 @@ from PIL import Image
 
 from efficientface_deploy.command import Usage, choose_command, interrupts_wait, parse_config
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
+from efficientface_deploy.files import make_folder
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
@@ -32,7 +33,6 @@ from efficientface_deploy.workbench.dataset import (
     read_dataset,
 )
 from efficientface_deploy.workbench.progress import track
-from efficientface_deploy.workbench.workspace import make_folder
 from training.datasets.affectnet import AffectNetConfig, prepare_affectnet
 from training.datasets.caers import CaersConfig, prepare_caers
 from training.datasets.common import Face, Preparation, Published, check_every_class

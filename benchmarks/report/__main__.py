@@ -28,7 +28,7 @@ from benchmarks.report.publish import (
 from benchmarks.report.result import Result, damage_named, read_result
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.workbench.workspace import check_writable
+from efficientface_deploy.files import check_writable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,8 @@ from benchmarks.report.result import (
 )
 from efficientface_deploy.command import parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import write_text
+from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.workbench.requirements import require_package
-from efficientface_deploy.workbench.workspace import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
