@@ -109,8 +109,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "efficientface-predict=efficientface_deploy.cli:entry_point",
-            "efficientface-export=efficientface_export.cli:entry_point",
+            "efficientface-predict=efficientface_deploy.launch:predict",
+            "efficientface-export=efficientface_deploy.launch:export",
         ]
     },
 )

@@ -17,6 +17,11 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.accuracy", "cpu,bench")
+
 import numpy as np
 
 from benchmarks.measure.models import (
@@ -24,15 +29,22 @@ from benchmarks.measure.models import (
     Candidate,
     Skipped,
     choose_backends,
+    choose_reference,
     find_models,
     one_line,
     open_candidates,
     require_candidates,
 )
-from benchmarks.report.compare import PREDICTIONS, compare, write_predictions
-from benchmarks.report.publish import console, publish, require_libraries, show_comparison
-from benchmarks.report.result import Result, Row, default_folder, new_result, read_result
-from efficientface_deploy.command import option, parse_config, run_command
+from benchmarks.report.compare import PREDICTIONS, compare, read_older, write_predictions
+from benchmarks.report.publish import (
+    check_out,
+    console,
+    publish,
+    require_libraries,
+    show_comparison,
+)
+from benchmarks.report.result import Result, Row, default_folder, new_result
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench import evaluation
@@ -45,12 +57,13 @@ from efficientface_deploy.workbench.metrics import IndexArray
 class AccuracyConfig:
     """Options of ``python benchmarks/accuracy.py``."""
 
-    data: Path = option(metavar="DIR", help="a prepared data set")
+    data: Path = option(metavar="DIR", help="a prepared data set", first=True)
     models: tuple[Path, ...] = option(
         (),
         positional=True,
         metavar="MODEL",
         help="model files or folders (default: the bundled models and those under artifacts/)",
+        first=True,
     )
     preset: str | None = option(
         None,
@@ -68,7 +81,10 @@ class AccuracyConfig:
         None, metavar="OLD", help="an older accuracy.json, with its predictions.npz beside it"
     )
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -77,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         AccuracyConfig,
         argv,
-        prog="benchmarks/accuracy.py",
-        description="Put the accuracy of every model and precision side by side.",
+        prog="python benchmarks/accuracy.py",
+        description=__doc__ or "",
+        example="artifacts --data data/ferplus",
     )
+    # Before the work rather than after it.
     require_libraries()
+    check_out(config.out, "accuracy")
     if config.compare is not None:
-        read_result(config.compare)  # before the work rather than after it
+        read_older(config.compare, "accuracy")
     result, predictions = run(config)
     folder = config.out or default_folder(result)
     write_predictions(folder / PREDICTIONS, **predictions)
@@ -171,13 +190,6 @@ def predict(candidate: Candidate, dataset: Dataset, samples: Sequence[Sample]) -
     return own[:, [labels.index(label) for label in dataset.labels]]
 
 
-def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
-    """The first PyTorch model, else the first in FP32, else the first."""
-    torch = [entry for entry in candidates if entry.backend.startswith("torch")]
-    fp32 = [entry for entry in candidates if entry.precision == "fp32"]
-    return [*torch, *fp32, *candidates][0]
-
-
 def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Array) -> Row:
     """The metrics' part of a row.
 
@@ -222,7 +234,3 @@ def warnings(rows: Sequence[Row]) -> list[str]:
             "much they differ, not what a precision costs"
         )
     return list(dict.fromkeys(found))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,17 +1,17 @@
-"""Everything that needs a GPU, in one go of ten minutes: ``make gpu-check``.
+"""Everything that needs a GPU, in one go of ten minutes: make gpu-check.
 
 Installs, exports, builds engines with whichever TensorRT is there, verifies them, runs ``pytest -m
 gpu`` and measures. Each step has a time limit, and one that fails or cannot run does not end the
-others: it is listed with its reason. Needs the standard library alone, and imports nothing of ours:
-before the first steps nothing is installed.
+others: it is listed with its reason. Needs the standard library alone, and of ours only what reads
+a command line: before the first steps nothing is installed.
 
 Exit codes: 0 all steps done; 1 a step failed; 2 the options cannot be used; 3 none failed, but some
-could not run here (without a GPU this is the best that can come of it); 130 interrupted.
+could not run here or ran out of time (without a GPU this is the best that can come of it); 130
+interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -28,8 +28,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, FAILED, SKIPPED = "done", "failed", "skipped"
-ALL_DONE, SOME_FAILED, BAD_OPTIONS, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.gpu_check", "bench")
+
+from efficientface_deploy.command import option, parse_config
+from efficientface_deploy.errors import ConfigError
+
+DONE, FAILED, SKIPPED, OUT_OF_TIME = "done", "failed", "skipped", "out of time"
+ALL_DONE, SOME_FAILED, SOME_SKIPPED, INTERRUPTED = 0, 1, 3, 130
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -38,12 +49,7 @@ ENGINES = {  # what the export makes: its name in the summary, its files' suffix
     "trt": ("TensorRT engine", "engine"),
     "trt-rtx": ("TensorRT for RTX engine", "rtx.engine"),
 }
-PATHS = {  # options: what must be there, and what it is
-    "wheels": ("folder", "folder of wheels to install from, instead of the package index"),
-    "data": ("folder", "prepared data set to calibrate and verify with (default: synthetic)"),
-    "weights": ("file", "checkpoint to export (default: the bundled model)"),
-    "python": ("file", "a Python that has everything; nothing is installed then"),
-}
+PATHS = {"wheels": "folder", "data": "folder", "weights": "file", "python": "file"}  # must be there
 PACKED = "gpu-check.tar.gz"
 WITHOUT_GPU = "sm89"  # what TensorRT for RTX builds for where there is no card to ask
 
@@ -61,6 +67,36 @@ _PACKED_SUFFIXES = (".json", ".md", ".log", ".png", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuCheckConfig:
+    """Options of ``benchmarks/gpu_check.sh``."""
+
+    wheels: Path | None = option(
+        None,
+        metavar="DIR",
+        help="folder of wheels to install from, instead of the package index",
+        first=True,
+    )
+    data: Path | None = option(
+        None,
+        metavar="DIR",
+        help="prepared data set to calibrate and verify with (default: synthetic)",
+        first=True,
+    )
+    python: Path | None = option(
+        None, help="a Python that has everything; nothing is installed then", first=True
+    )
+    weights: Path | None = option(
+        None, metavar="FILE", help="checkpoint to export (default: the bundled model)"
+    )
+    out: Path | None = option(
+        None,
+        metavar="DIR",
+        help="folder of the result, new or empty (default: a new one in build/)",
+    )
+    minutes: float = option(10.0, metavar="N", minimum=0.001, help="time for all steps together")
+
+
+@dataclasses.dataclass(frozen=True)
 class Gpu:
     """The first NVIDIA GPU, as the driver describes it."""
 
@@ -70,7 +106,16 @@ class Gpu:
 
 
 class StepError(Exception):
-    """A command that failed, or was not done in time; says why."""
+    """A command that failed, or was not done in time; says why.
+
+    Args:
+        reason: Says it.
+        status: ``failed`` or ``out of time``.
+    """
+
+    def __init__(self, reason: str, status: str = FAILED) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class Check:
@@ -81,7 +126,7 @@ class Check:
         out: Folder of the result.
     """
 
-    def __init__(self, options: argparse.Namespace, out: Path) -> None:
+    def __init__(self, options: GpuCheckConfig, out: Path) -> None:
         self.options = options
         self.out = out
         self.python: Path = options.python or Path(sys.executable)
@@ -123,7 +168,7 @@ class Check:
                 printed = self.run(*command, seconds=seconds)
                 status, said = DONE, remark or _last_line(printed, "[").strip("= ") or "done"
         except StepError as error:
-            said = str(error)
+            status, said = error.status, str(error)
         finally:
             self.note(name, status, said, time.monotonic() - started)
         return status == DONE
@@ -162,7 +207,8 @@ class Check:
             printed = log.read().decode(errors="replace")
         if code != 0:
             what = f"exit code {code}:" if code else f"stopped: not done within {limit:.0f} s;"
-            raise StepError(f"{what} {_last_line(printed, 'error') or 'it printed nothing'}")
+            said = f"{what} {_last_line(printed, 'error') or 'it printed nothing'}"
+            raise StepError(said, FAILED if code else OUT_OF_TIME)
         return printed
 
     def lacks(self, module: str) -> str:
@@ -308,7 +354,7 @@ def record_versions(check: Check) -> None:
         check.result |= json.loads(answer)
         check.note("versions", DONE, _versions(check))
     except StepError as error:
-        check.note("versions", FAILED, str(error))
+        check.note("versions", error.status, str(error))
 
 
 def prepare_data(check: Check) -> Path | None:
@@ -387,9 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = options.out or _BUILD / f"gpu-check-{moment}"
-    if problem := find_problem(options, out):
-        print(f"error: {problem}", file=sys.stderr)
-        return BAD_OPTIONS
+    check_paths(options, out)
     out.mkdir(parents=True, exist_ok=True)
     check = Check(options, out)
     # SIGTERM is like Ctrl-C: the running step ends, and the summary is written.
@@ -406,48 +450,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     statuses = {row["status"] for row in check.steps}
     if FAILED in statuses:
         return SOME_FAILED
-    return SOME_SKIPPED if SKIPPED in statuses else ALL_DONE
+    return SOME_SKIPPED if statuses & {SKIPPED, OUT_OF_TIME} else ALL_DONE
 
 
-def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; without the package's own reader, which needs numpy."""
-    parser = argparse.ArgumentParser(
+def parse_options(argv: Sequence[str] | None) -> GpuCheckConfig:
+    """The command line, with paths that hold from any folder: steps run in the clone's."""
+    options = parse_config(
+        GpuCheckConfig,
+        argv,
         prog="benchmarks/gpu_check.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__ or "",
+        example="--data data/ferplus",
     )
-    for name, (_, text) in PATHS.items():
-        kind = _program if name == "python" else _absolute
-        parser.add_argument(f"--{name}", type=kind, help=text)
-    out = "folder of the result, new or empty (default: a new one in build/)"
-    parser.add_argument("--out", type=_absolute, help=out)
-    minutes = "time for all steps together (default: 10)"
-    parser.add_argument("--minutes", type=float, default=10.0, help=minutes)
-    return parser.parse_args(argv)
+    python = options.python and Path(shutil.which(options.python) or options.python)
+    given = {name: getattr(options, name) for name in (*PATHS, "out")} | {"python": python}
+    # Links stay: a virtual environment's Python is one.
+    absolute = {name: path and path.absolute() for name, path in given.items()}
+    return dataclasses.replace(options, **absolute)
 
 
-def _absolute(text: str) -> Path:
-    """Steps run in the clone's folder. Links stay: a venv's Python is one."""
-    return Path(text).absolute()
+def check_paths(options: GpuCheckConfig, out: Path) -> None:
+    """Refuse paths that cannot be used, before anything is done.
 
-
-def _program(text: str) -> Path:
-    """A path, or a name to be found as a shell would."""
-    return _absolute(shutil.which(text) or text)
-
-
-def find_problem(options: argparse.Namespace, out: Path) -> str | None:
-    """What is wrong with the options, in one line."""
-    for name, (kind, _) in PATHS.items():
+    Raises:
+        ConfigError: Says which.
+    """
+    for name, kind in PATHS.items():
         path: Path | None = getattr(options, name)
         there = Path.is_dir if kind == "folder" else Path.is_file
         if path is not None and not there(path):
-            return f"--{name}: expected a {kind}, found none at {path}; give one that is there"
-    if not 0 < options.minutes < float("inf"):
-        return f"--minutes: expected a time above 0, found {options.minutes}; give e.g. 10"
+            found = f"none at {path}"
+            raise ConfigError(f"--{name}", f"a {kind}", found, "give one that is there")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return f"--out: expected a new or empty folder, found {out} in use; give another"
-    return None
+        raise ConfigError("--out", "a new or empty folder", f"{out} in use", "give another")
 
 
 def as_markdown(check: Check) -> str:
@@ -455,7 +490,8 @@ def as_markdown(check: Check) -> str:
     gpu, result = check.gpu, check.result
     card = f"{gpu.name}, {gpu.capability}, CUDA {gpu.cuda}" if gpu else f"no GPU: {check.no_gpu}"
     statuses = [row["status"] for row in check.steps]
-    counts = ", ".join(f"{statuses.count(name)} {name}" for name in (DONE, FAILED, SKIPPED))
+    kinds = (DONE, FAILED, OUT_OF_TIME, SKIPPED)
+    counts = ", ".join(f"{statuses.count(kind)} {kind}" for kind in kinds if kind in statuses)
     lines = [
         f"{card} · {result['date']} · commit {result['git'].get('commit')}",
         _versions(check),
@@ -464,7 +500,8 @@ def as_markdown(check: Check) -> str:
     ]
     for row in check.steps:
         remark = row["remark"].replace("|", "\\|")
-        status = f"**{FAILED}**" if row["status"] == FAILED else row["status"]
+        status = row["status"]
+        status = f"**{status}**" if status in (FAILED, OUT_OF_TIME) else status
         lines[-1] += f"\n| {row['step']} | {status} | {row['seconds']:g} | {remark} |"
     return "\n\n".join(lines) + "\n"
 

@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.graph_layouts", "cpu,export,bench")
+
 import numpy as np
 import onnx
 
@@ -35,7 +40,7 @@ from benchmarks.measure.networks import (
 from benchmarks.measure.sessions import Infer, open_infer
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from efficientface_deploy.command import option, run_command
+from efficientface_deploy.command import option
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import UInt8Array
 from efficientface_deploy.workbench.timing import measure, speedup
@@ -52,14 +57,17 @@ _PICTURES = 8
 class GraphsConfig:
     """Options of ``python benchmarks/graph_layouts.py``."""
 
-    input_size: int = option(224, minimum=32, help="side of the input, pixels")
-    threads: int = option(1, minimum=1, help="CPU threads of one inference")
-    seconds: float = option(6.0, metavar="S", minimum=0, help="timed calls for each graph")
+    input_size: int = option(224, minimum=32, help="side of the input, pixels", first=True)
+    threads: int = option(1, minimum=1, help="CPU threads of one inference", first=True)
+    seconds: float = option(6.0, metavar="S", minimum=0.001, help="timed calls for each graph")
     rounds: int = option(30, metavar="N", minimum=3, help="turns of each graph")
     kernels: bool = option(True, help="build engines and count their kernels")
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -105,7 +113,8 @@ VARIANTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/graph_layouts.py``."""
-    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__)
+    example = "--input-size 224 --threads 1"
+    return run_benchmark("graph_layouts", GraphsConfig, run, argv, __doc__, example, "graphs")
 
 
 def run(config: GraphsConfig) -> dict[str, Any]:
@@ -177,7 +186,3 @@ def count_kernels(graph: onnx.ModelProto, spec: ModelSpec, folder: Path) -> int 
     path = folder / "fp16.onnx"
     write_onnx(to_fp16(graph), path, spec, {"precision": "fp16", "target": "gpu"})
     return build_engine(path, "trt-rtx", EngineOptions(compute_capabilities=("sm89",))).kernels
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -21,6 +21,11 @@ from pathlib import Path
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.latency", "cpu,bench")
+
 from benchmarks.measure.gpu_counters import energy_per_call, open_energy_meter
 from benchmarks.measure.inputs import in_turn, input_bytes, make_batches, make_jpegs
 from benchmarks.measure.models import (
@@ -28,6 +33,7 @@ from benchmarks.measure.models import (
     Candidate,
     Skipped,
     choose_backends,
+    choose_reference,
     default_models,
     find_models,
     one_line,
@@ -45,7 +51,7 @@ from benchmarks.measure.roofline import (
 )
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, new_result
-from efficientface_deploy.command import option, run_command
+from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
@@ -63,20 +69,21 @@ class LatencyConfig:
         (),
         positional=True,
         metavar="MODEL",
-        help="model files or folders (default: the bundled model in all precisions, and those "
-        "under artifacts/)",
+        help="model files or folders (default: the bundled model, and what lies in artifacts/ or "
+        "else its FP16 and INT8)",
+        first=True,
     )
     backends: str = option(
         "", metavar="NAME,...", help="e.g. onnx:cpu,torch (default: all that this machine has)"
     )
-    batch: str = option("1,8,32", metavar="N,...", help="batch sizes")
+    batch: str = option("1,8,32", metavar="N,...", help="batch sizes", first=True)
     threads: str | None = option(
         None, metavar="N,...", help="CPU threads of one inference (default: 1 and all cores)"
     )
     baseline: str | None = option(
-        None, metavar="MODEL", help="what speed-ups refer to (default: the first PyTorch model)"
+        None, metavar="MODEL", help="what speed-ups refer to (default: PyTorch's model, else FP32)"
     )
-    seconds: float = option(3.0, metavar="S", minimum=0, help="timed calls for each row")
+    seconds: float = option(3.0, metavar="S", minimum=0.001, help="timed calls for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     cold: int = option(
         5, metavar="N", minimum=0, help="fresh processes for each model and backend; 0: none"
@@ -85,7 +92,10 @@ class LatencyConfig:
     profile: bool = option(False, help="show where the time goes, by kind of operator and by layer")
     seed: int = option(0, minimum=0, help="seed of inputs and order")
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -115,8 +125,8 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/latency.py``."""
-    description = "Time every model on every backend of this machine."
-    return run_benchmark("latency", LatencyConfig, run, argv, description)
+    example = "artifacts --batch 1 --threads 1,2"
+    return run_benchmark("latency", LatencyConfig, run, argv, __doc__, example)
 
 
 def run(config: LatencyConfig) -> Result:
@@ -223,15 +233,14 @@ def try_works(works: Sequence[Work]) -> tuple[list[Work], list[Skipped]]:
 
 
 def choose_baseline(candidates: Sequence[Candidate], wanted: str | None) -> str:
-    """The model that speed-ups refer to: the one asked for, else PyTorch's, else the first.
+    """The model that speed-ups refer to: what is asked for, else PyTorch's, else FP32's.
 
     Raises:
         ConfigError: None of the models has this name.
     """
     models = list(dict.fromkeys(candidate.model for candidate in candidates))
     if wanted is None:
-        torch = [entry.model for entry in candidates if entry.backend.startswith("torch")]
-        return (torch or models)[0]
+        return choose_reference(candidates).model
     if wanted not in models:
         expected, fix = "one of " + ", ".join(models), "choose among the models that run here"
         raise ConfigError("--baseline", expected, repr(wanted), fix)
@@ -302,7 +311,3 @@ def warnings(samples: Mapping[str, Samples]) -> list[str]:
             "their p99 is near the maximum; give more --seconds"
         )
     return found
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -23,6 +23,11 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.peers", "cpu,export,bench")
+
 import numpy as np
 import torch
 import torchvision
@@ -50,7 +55,7 @@ from benchmarks.measure.toolchains import (
 )
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, new_result
-from efficientface_deploy.command import option, run_command
+from efficientface_deploy.command import option
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.environment import package_versions, usable_cpus
 from efficientface_deploy.workbench.timing import Samples, measure, speedup
@@ -79,18 +84,24 @@ class PeersConfig:
     """Options of ``python benchmarks/peers.py``."""
 
     libraries: str = option(
-        "pytorch,onnxruntime,openvino,ncnn,mnn", metavar="NAME,...", help="what to compare with"
+        "pytorch,onnxruntime,openvino,ncnn,mnn",
+        metavar="NAME,...",
+        help="what to compare with",
+        first=True,
     )
     networks: bool = option(True, help="compare with other networks too")
     input_size: int = option(224, minimum=32, help="side of the input, pixels")
-    batch: int = option(32, minimum=2, help="pictures of a batch")
-    seconds: float = option(2.5, metavar="S", minimum=0, help="timed calls for each row")
+    batch: int = option(32, minimum=2, help="pictures of a batch", first=True)
+    seconds: float = option(2.5, metavar="S", minimum=0.001, help="timed calls for each row")
     rounds: int = option(
         12, metavar="N", minimum=3, help="turns of each row; half of it for batches"
     )
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -119,7 +130,7 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/peers.py``."""
-    return run_benchmark("peers", PeersConfig, run, argv, __doc__)
+    return run_benchmark("peers", PeersConfig, run, argv, __doc__, "--libraries pytorch,openvino")
 
 
 def run(config: PeersConfig) -> dict[str, Any]:
@@ -344,7 +355,3 @@ def _against(name: str, wanted: float, rows: Sequence[Row]) -> Row:
         return {**goal, **_NOT_MEASURED}
     ratio, rival = hardest["ours_faster"], f"{hardest['model']} on {hardest['backend']}"
     return {**goal, "reached": ratio, "met": ratio["value"] >= wanted, "against": rival}
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -27,6 +27,11 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.runtime", "cpu,export,bench")
+
 import numpy as np
 
 from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
@@ -36,7 +41,7 @@ from benchmarks.measure.sessions import open_session
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
-from efficientface_deploy.command import option, run_command
+from efficientface_deploy.command import option
 from efficientface_deploy.predictor import BUNDLED_ONNX, load
 from efficientface_deploy.vision.preprocess import load_image, resize
 from efficientface_deploy.workbench.environment import usable_cpus
@@ -71,8 +76,10 @@ print(outputs[0].argmax(), flush=True)
 class RuntimeConfig:
     """Options of ``python benchmarks/runtime.py``."""
 
-    starts: int = option(40, metavar="N", minimum=3, help="new processes of each kind")
-    seconds: float = option(4.0, metavar="S", minimum=0, help="timed calls for each row")
+    starts: int = option(40, metavar="N", minimum=3, help="new processes of each kind", first=True)
+    seconds: float = option(
+        4.0, metavar="S", minimum=0.001, help="timed calls for each row", first=True
+    )
     rounds: int = option(20, metavar="N", minimum=3, help="turns of each row")
     predictions: int = option(
         100_000, metavar="N", minimum=10, help="predictions of the process whose memory is watched"
@@ -82,13 +89,16 @@ class RuntimeConfig:
     )
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/runtime.py``."""
-    return run_benchmark("runtime", RuntimeConfig, run, argv, __doc__)
+    return run_benchmark("runtime", RuntimeConfig, run, argv, __doc__, "--starts 10 --seconds 1")
 
 
 def run(config: RuntimeConfig) -> dict[str, Any]:
@@ -259,7 +269,3 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"name": name, "found": value, "at_most": limit, "met": value <= limit}
         for name, value, limit in found
     ]
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -18,12 +18,17 @@ from typing import Any
 if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.training_step", "train,bench")
+
 import torch
 from torch import nn
 
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
-from efficientface_deploy.command import option, run_command
+from efficientface_deploy.command import option
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
 from efficientface_deploy.workbench.environment import usable_cpus
@@ -44,16 +49,19 @@ BASELINE = "no teacher"
 class TrainingBenchConfig:
     """Options of ``python benchmarks/training_step.py``."""
 
-    data: Path = option(help="a prepared data set")
-    teacher: Path = option(help="the LDG's checkpoint")
+    data: Path = option(help="a prepared data set", first=True)
+    teacher: Path = option(help="the LDG's checkpoint", first=True)
     input_size: int = option(96, help="side of the student's input")
     batch_size: int = option(64, minimum=2, help="images of a step")
     images: int = option(640, minimum=64, help="training images that are used")
-    seconds: float = option(20.0, metavar="S", minimum=0, help="timed steps for each row")
+    seconds: float = option(20.0, metavar="S", minimum=0.001, help="timed steps for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     seed: int = option(0, minimum=0, help="of images and order")
     out: Path | None = option(
-        None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
     )
 
 
@@ -95,7 +103,10 @@ def plan_cases() -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/training_step.py``."""
-    return run_benchmark("training_step", TrainingBenchConfig, run, argv, __doc__)
+    example = "--data data/ferplus --teacher runs/ldg/teacher.safetensors"
+    return run_benchmark(
+        "training_step", TrainingBenchConfig, run, argv, __doc__, example, "training"
+    )
 
 
 def run(config: TrainingBenchConfig) -> dict[str, Any]:
@@ -196,7 +207,3 @@ def describe(case: Case, samples: dict[str, Samples], batch_size: int) -> dict[s
         "images_per_second": 1000 * batch_size / own.p50_ms,
         "cost": speedup(own, samples[BASELINE]),  # above 1: costs more than the baseline
     }
-
-
-if __name__ == "__main__":
-    run_command(main)

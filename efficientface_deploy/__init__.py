@@ -5,14 +5,23 @@
 >>> predictor("face.jpg").label
 """
 
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
-from efficientface_deploy.errors import BackendError, EfficientFaceError
-from efficientface_deploy.predictor import FacePrediction, FrameResult, Prediction, Predictor, load
-from efficientface_deploy.spec import PRESETS, ModelSpec
-from efficientface_deploy.vision.detectors import open_detector
-from efficientface_deploy.vision.faces import Face, FaceDetector
-from efficientface_deploy.vision.video import open_video
+if TYPE_CHECKING:
+    from efficientface_deploy.errors import BackendError, EfficientFaceError
+    from efficientface_deploy.predictor import (
+        FacePrediction,
+        FrameResult,
+        Prediction,
+        Predictor,
+        load,
+    )
+    from efficientface_deploy.spec import PRESETS, ModelSpec
+    from efficientface_deploy.vision.detectors import open_detector
+    from efficientface_deploy.vision.faces import Face, FaceDetector
+    from efficientface_deploy.vision.video import open_video
 
 __version__ = "0.1.0"
 
@@ -35,3 +44,25 @@ __all__ = [
 
 # A library stays silent until the application configures logging.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# Imported when they are asked for: a command begins here too, and must be able to say in one line
+# that it was interrupted, or that numpy is missing.
+_MODULES = {
+    "errors": ("BackendError", "EfficientFaceError"),
+    "predictor": ("FacePrediction", "FrameResult", "Prediction", "Predictor", "load"),
+    "spec": ("PRESETS", "ModelSpec"),
+    "vision.detectors": ("open_detector",),
+    "vision.faces": ("Face", "FaceDetector"),
+    "vision.video": ("open_video",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,18 +5,24 @@ Without --detect a picture should show one face, cut as the model's training pic
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import predict
+
+    predict()
+
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
-from efficientface_deploy.files import atomic_path
+from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
@@ -37,13 +43,16 @@ class PredictConfig:
         "for one picture on standard input",
         metavar="IMAGE",
         positional=True,
+        first=True,
     )
-    model: Path | None = option(None, help="model file; default: the bundled model")
+    model: Path | None = option(None, help="model file; default: the bundled model", first=True)
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
     detect: str | None = option(
-        None, help="find the faces first: centerface, or yunet=FILE with OpenCV's model file"
+        None,
+        help="find the faces first: centerface, or yunet=FILE with OpenCV's model file",
+        first=True,
     )
     draw: Path | None = option(
         None, metavar="DIR", help="new or empty folder for copies with boxes and labels"
@@ -73,22 +82,28 @@ class Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``efficientface-predict``: exit code 2 when a picture could not be read."""
     config = parse_config(
-        PredictConfig, argv, prog="efficientface-predict", description=__doc__ or ""
+        PredictConfig,
+        argv,
+        prog="efficientface-predict",
+        description=__doc__ or "",
+        example="photo.jpg --detect centerface",
     )
+    # What OpenCV and FFmpeg cannot read is said by our own line.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
-        if not config.json:
-            print(predictor, file=sys.stderr)
         if detector and predictor.spec.face_crop == "as-is":
             print(
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
-        report = Report(None if config.json else PredictionTable(predictor.spec), len(names))
+        table = None if config.json else PredictionTable(predictor.spec)
+        report = Report(table, len(names), title=str(predictor))
         labeller = Labeller(predictor, detector, gallery, report.tell)
         for name in names:
             try:
@@ -97,11 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.tell_unreadable(error)
             report.done += 1
         return report.end()
-
-
-def entry_point() -> None:
-    """Console script: runs :func:`main` and turns errors into one line and an exit code."""
-    run_command(main)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +168,16 @@ class Labeller:
 
 
 def camera_number(name: str) -> int | None:
-    """0 for ``camera``, 2 for ``camera:2``, None for what is no camera."""
+    """0 for ``camera``, 2 for ``camera:2``, None for what is no camera.
+
+    Raises:
+        ImageError: It is ``camera:`` and no number.
+    """
     kind, _, number = name.partition(":")
-    if kind != "camera" or not (number or "0").isdecimal():
+    if kind != "camera":
         return None
+    if not (number or "0").isdecimal():
+        raise ImageError(name, "camera or camera:NUMBER", repr(number), "give e.g. camera:0")
     return int(number or "0")
 
 
@@ -179,21 +195,25 @@ class Report:
     Args:
         table: Lays the answers out; None for JSON.
         total: Pictures and videos in all.
+        title: What answers, said before the first answer of a table.
 
     Attributes:
         done: How many of them are done.
     """
 
-    def __init__(self, table: PredictionTable | None, total: int) -> None:
+    def __init__(self, table: PredictionTable | None, total: int, title: str) -> None:
         self.done = 0
         self._table = table
         self._total = total
         self._unreadable = 0
-        if table:
-            print(table.header())
+        self._title = title
 
     def tell(self, answer: Answer) -> None:
         """Print an answer."""
+        if self._table and self._title:
+            print(self._title, file=sys.stderr)
+            print(self._table.header())
+            self._title = ""
         print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
@@ -207,8 +227,9 @@ class Report:
     def end(self) -> int:
         """The command's exit code, after the count of unreadable files."""
         self._show_progress("")
-        if self._unreadable:
-            print(f"{self._unreadable} image(s) could not be read", file=sys.stderr)
+        if self._unreadable and self._total > 1:
+            counted = f"{self._unreadable} of {self._total}"
+            print(f"{counted} pictures, videos or cameras could not be read", file=sys.stderr)
         return 2 if self._unreadable else 0
 
     def _show_progress(self, text: str) -> None:
@@ -257,13 +278,14 @@ class Gallery:
         folder: New or empty, so that nothing of anybody's is replaced.
 
     Raises:
-        ConfigError: It holds something, or is no folder.
+        ConfigError: It holds something, is no folder, or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             found = f"{folder}, which is there and not empty"
             raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
+        check_writable(folder, "--draw")
         self._folder = folder
 
     def add_picture(self, name: str, image: Image.Image) -> None:
@@ -290,7 +312,3 @@ class Gallery:
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
     texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
     return draw_faces(image, zip([one.face for one in faces], texts, strict=True))
-
-
-if __name__ == "__main__":
-    entry_point()

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import functools
 import math
 import os
 import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,15 +29,41 @@ Config = TypeVar("Config")
 _Handler = Callable[[int, FrameType | None], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """How a command is typed.
+
+    Attributes:
+        prog: The command itself, e.g. ``python -m training.student``.
+        description: A docstring; its first paragraph is shown.
+        example: Arguments that do something useful.
+    """
+
+    prog: str
+    description: str
+    example: str
+
+    @property
+    def typed(self) -> str:
+        """The whole example."""
+        return f"{self.prog} {self.example}".rstrip()
+
+    @property
+    def summary(self) -> str:
+        """The description's first paragraph, on one line."""
+        return " ".join(self.description.partition("\n\n")[0].split())
+
+
 def option(
     default: Any = dataclasses.MISSING,
     *,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     metavar: str | None = None,
     positional: bool = False,
     minimum: float | None = None,
     maximum: float | None = None,
+    first: bool = False,
 ) -> Any:
     """Declare a dataclass field as a command-line option.
 
@@ -46,104 +75,194 @@ def option(
         positional: True for an argument without dashes.
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
+        first: Whether it is one of the few that ``--help`` shows before the others.
     """
     metadata: dict[str, Any] = dict(help=help, choices=choices, metavar=metavar)
-    metadata.update(positional=positional, minimum=minimum, maximum=maximum)
+    metadata.update(positional=positional, minimum=minimum, maximum=maximum, first=first)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_config(
-    config_class: type[Config], argv: Sequence[str] | None, *, prog: str, description: str
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    example: str,
 ) -> Config:
-    """Parse a command line into a config dataclass.
+    """Parse a command line into a config dataclass; ``--help`` is shown, and ends the process.
 
     Args:
         config_class: A dataclass whose fields were made by :func:`option`.
         argv: Arguments without the program's name; None reads ``sys.argv``.
-        prog: Name in the usage line.
-        description: First paragraph of ``--help``.
+        prog: The command as it is typed.
+        description: What it does; the first paragraph is shown.
+        example: Arguments that do something useful, for ``--help`` and for who gave none.
 
     Returns:
         An instance of ``config_class``.
-    """
-    parser = OneLineParser(prog=prog, description=description)
-    add_options(parser, config_class)
-    return config_from(config_class, parser.parse_args(argv))
-
-
-def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """Add one option per field of ``config_class`` to ``parser`` (for sub-commands)."""
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        names, keywords = _argument(field, hints[field.name])
-        parser.add_argument(*names, **keywords)
-
-
-def config_from(config_class: type[Config], namespace: argparse.Namespace) -> Config:
-    """Make the config from parsed arguments; reports numbers that cannot be meant.
 
     Raises:
-        ConfigError: A number is outside the range that its option states, or not finite.
+        ConfigError: An option is unknown, missing, without a value, or has one that cannot be
+            meant.
     """
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        value = getattr(namespace, field.name)
-        values[field.name] = tuple(value) if isinstance(value, list) else value
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        for number in numbers:
-            _check_number(field, number)
+    usage = Usage(prog, description, example)
+    words = list(sys.argv[1:] if argv is None else argv)
+    hints = typing.get_type_hints(config_class)
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    if not words and any(map(_is_required, fields)):
+        raise ConfigError(prog, _required_names(fields), "no arguments", f"type e.g. {usage.typed}")
+    parser = _Parser(usage)
+    for field in sorted(fields, key=lambda field: not field.metadata["first"]):
+        parser.add_field(field, hints[field.name])
+    given = parser.read(words)
+    values = {
+        field.name: _convert(field, hints[field.name], given[field.name], usage)
+        for field in fields
+        if field.name in given
+    }
+    if missing := [field for field in fields if _is_required(field) and not values.get(field.name)]:
+        raise ConfigError(prog, _required_names(missing), "none", f"type e.g. {usage.typed}")
     return config_class(**values)
 
 
-def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
-    """Refuse a number outside its option's range; anything else passes."""
-    name = _option_name(field)
-    minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-    if isinstance(number, float) and not math.isfinite(number):
-        expected, fix = "a finite number", "a finite value"
-    elif minimum is not None and number is not None and number < minimum:
-        expected, fix = f"at least {minimum}", "a larger value"
-    elif maximum is not None and number is not None and number > maximum:
-        expected, fix = f"at most {maximum}", "a smaller value"
-    else:
-        return
-    raise ConfigError(name, expected, str(number), f"give {name} {fix}")
+def choose_command(
+    argv: Sequence[str] | None, commands: Mapping[str, str], usage: Usage
+) -> tuple[str, list[str]]:
+    """Split a command line at its first word, the name of a command; ``--help`` lists them.
+
+    Args:
+        argv: Arguments without the program's name; None reads ``sys.argv``.
+        commands: Names, and what each does.
+        usage: How they are typed.
+
+    Returns:
+        The name, and the arguments that follow it.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        width = max(map(len, commands))
+        print(f"{usage.summary}\n\nexample:\n  {usage.typed}\n\ncommands, each with --help:")
+        print("\n".join(f"  {name:{width}}  {text}" for name, text in commands.items()))
+        sys.exit(0)
+    expected = "one of " + ", ".join(commands)
+    if not words:
+        raise ConfigError(usage.prog, expected, "no arguments", f"type e.g. {usage.typed}")
+    if words[0] not in commands:
+        raise ConfigError(usage.prog, expected, repr(words[0]), _guess(words[0], commands, usage))
+    return words[0], words[1:]
+
+
+def _guess(word: str, known: Iterable[str], usage: Usage) -> str:
+    """What to do about a word that is not known: name the one that looks most like it."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"see {usage.prog} --help"
+
+
+# ---- from fields to arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Sorts words to options. Defaults and conversion are not its; it complains by ConfigError."""
+
+    def __init__(self, usage: Usage) -> None:
+        example = f"{usage.summary}\n\nexample:\n  {usage.typed}"
+        super().__init__(
+            prog=usage.prog,
+            usage=argparse.SUPPRESS,  # of twenty options nobody reads it; the example says more
+            description=example.replace("%", "%%"),
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, max_help_position=28
+            ),
+            argument_default=argparse.SUPPRESS,
+            add_help=False,
+            exit_on_error=False,
+        )
+        self._usage = usage
+        self._first = self.add_argument_group("what matters most")
+        self._others = self.add_argument_group("also")
+
+    def add_field(self, field: dataclasses.Field[Any], hint: Any) -> None:
+        """Add the option that a field declares."""
+        names, keywords = _argument(field, hint)
+        group = self._first if field.metadata["first"] else self._others
+        group.add_argument(*names, **keywords)
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """The text given for each field; fields that nothing was given for are left out.
+
+        Raises:
+            ConfigError: A word belongs to no option, or an option lacks its value.
+        """
+        self._others.add_argument("-h", "--help", action="help", help="show this, and exit")
+        see = f"see {self.prog} --help"
+        try:
+            namespace, rest = self.parse_known_intermixed_args(words)
+        except argparse.ArgumentError as error:
+            expected, name = "a use that --help shows", error.argument_name or self.prog
+            found = error.message
+            if found.startswith("expected "):  # one argument
+                expected, found = "a value", "none"
+            raise ConfigError(name, expected, found, see) from None
+        for name in (word.partition("=")[0] for word in rest if word.startswith("-")):
+            fix = _guess(name, self._option_string_actions, self._usage)
+            raise ConfigError(name, f"an option of {self.prog}", "none of this name", fix)
+        if rest:
+            raise ConfigError(rest[0], f"no more arguments for {self.prog}", "this one", see)
+        return vars(namespace)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Say what is wrong as every other error is said."""
+        raise ConfigError(
+            self.prog, "options as --help shows them", message, f"see {self.prog} --help"
+        )
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _required_names(fields: Iterable[dataclasses.Field[Any]]) -> str:
+    return ", ".join(_option_name(field) for field in fields if _is_required(field))
 
 
 def _option_name(field: dataclasses.Field[Any]) -> str:
-    if field.metadata.get("positional"):
-        return field.name
+    if field.metadata["positional"]:
+        return field.metadata["metavar"] or field.name.upper()
     return "--" + field.name.rstrip("_").replace("_", "-")
 
 
 def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict[str, Any]]:
     """Translate one dataclass field into the arguments of ``add_argument``."""
-    metadata = field.metadata
-    required = field.default is dataclasses.MISSING
-    keywords: dict[str, Any] = {"help": metadata["help"].replace("%", "%%")}
-    if not required:
-        keywords["default"] = field.default
-        if field.default not in (None, (), "") and not isinstance(field.default, bool):
-            keywords["help"] += " (default: %(default)s)"
-
+    metadata, default = field.metadata, field.default
     kind, several = _element_type(hint)
+    text = metadata["help"]
+    if _is_required(field):
+        text += " (required)"
+    elif default not in (None, (), "") and not isinstance(default, bool):
+        text += f" (default: {default})"
+    keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
     if kind is bool:
-        switch = field.default is False
+        switch = default is False
         keywords["action"] = "store_true" if switch else argparse.BooleanOptionalAction
     else:
-        keywords["type"] = kind
-        keywords |= {name: metadata[name] for name in ("choices", "metavar") if metadata[name]}
+        choices = metadata["choices"] and f"{{{','.join(map(str, metadata['choices']))}}}"
+        name = field.name.rstrip("_").upper()
+        name = name if metadata["positional"] else _METAVARS.get(kind, name)
+        keywords["metavar"] = metadata["metavar"] or choices or name
         if several:
-            keywords["nargs"] = "+" if required else "*"
-
-    if metadata["positional"]:
-        if not several and not required:
+            keywords["nargs"] = "*"
+        elif metadata["positional"]:
             keywords["nargs"] = "?"
+    if metadata["positional"]:
         return [field.name], keywords
-    if required:
-        keywords["required"] = True
-    keywords["dest"] = field.name
-    return [_option_name(field)], keywords
+    return [_option_name(field)], {**keywords, "dest": field.name}
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 
 
 def _element_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
@@ -155,12 +274,58 @@ def _element_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
     return hint, False
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line: what is wrong and where to look."""
+# ---- from words to values
 
-    def error(self, message: str) -> typing.NoReturn:
-        """Print one line and exit 2."""
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
+
+
+def _convert(field: dataclasses.Field[Any], hint: Any, given: Any, usage: Usage) -> Any:
+    """The value of a field from what was typed.
+
+    Raises:
+        ConfigError: It has none of that kind, or one that is outside the option's range.
+    """
+    kind, several = _element_type(hint)
+    if kind is bool:
+        return given
+    values = tuple(_value(field, kind, text, usage) for text in (given if several else [given]))
+    return values if several else values[0]
+
+
+def _value(
+    field: dataclasses.Field[Any], kind: Callable[[str], Any], text: str, usage: Usage
+) -> Any:
+    name, choices = _option_name(field), field.metadata["choices"]
+    if not text and (kind is Path or field.metadata["positional"]):
+        raise ConfigError(name, "a path", "an empty text", f"see {usage.prog} --help")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(name, _KINDS[kind], repr(text), f"see {usage.prog} --help") from None
+    if choices and value not in choices:
+        known = [str(choice) for choice in choices]
+        expected = "one of " + ", ".join(known)
+        raise ConfigError(name, expected, repr(text), _guess(text, known, usage))
+    _check_number(field, value)
+    return value
+
+
+def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
+    """Refuse a number outside its option's range; anything else passes."""
+    name = _option_name(field)
+    minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+    if isinstance(number, float) and not math.isfinite(number):
+        expected, fix = "a finite number", "a finite value"
+    elif minimum is not None and number < minimum:
+        expected, fix = f"at least {minimum}", "a larger value"
+    elif maximum is not None and number > maximum:
+        expected, fix = f"at most {maximum}", "a smaller value"
+    else:
+        return
+    raise ConfigError(name, expected, str(number), f"give {name} {fix}")
+
+
+# ---- the end of a command
 
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:

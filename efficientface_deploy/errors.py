@@ -47,6 +47,11 @@ def system_words(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra of ours."""
+    return f"pip install 'efficientface-deploy[{extra}]'"
+
+
 class ConfigError(EfficientFaceError):
     """An option or an argument has a value that cannot be used."""
 

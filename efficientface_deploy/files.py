@@ -1,13 +1,18 @@
-"""Files of every kind: written whole or not at all, hashed, required."""
+"""Files of every kind: written whole or not at all, hashed, required; folders to write to."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.command import interrupts_wait
+from efficientface_deploy.errors import ArtifactError, ConfigError, system_words
+
+# What the system says when a file cannot be written for want of space.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
 
@@ -73,3 +78,58 @@ def describe_absence(path: Path) -> str:
     if path.is_dir():
         return "a folder"
     return "a pipe or device" if path.exists() else "no such file"
+
+
+def make_folder(path: Path, option: str = "--out") -> None:
+    """Make a folder where it is missing, and see that files can be made in it.
+
+    Args:
+        path: The folder.
+        option: What names it, for messages.
+
+    Raises:
+        ConfigError: The system refuses.
+        OSError: The disk is full.
+    """
+    import tempfile  # here, as above
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(
+            path,
+            "a folder that can be written",
+            "a file" if path.is_file() else system_words(error),
+            f"choose another {option}",
+        ) from None
+
+
+def check_writable(path: Path | None, option: str = "--out") -> None:
+    """Refuse a folder now that could not be written after the work; nothing is left of the trial.
+
+    Args:
+        path: The folder, which may be missing; None for none.
+        option: What names it, for messages.
+
+    Raises:
+        ConfigError: It cannot be made or written.
+    """
+    if path is not None:
+        with empty_folders_removed(path):
+            make_folder(path, option)
+
+
+@contextlib.contextmanager
+def empty_folders_removed(path: Path) -> Iterator[None]:
+    """Remove, of a path's folders, those that the block makes and leaves empty."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        with interrupts_wait(), contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
 from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
-from efficientface_deploy.errors import BackendError, ImageError
+from efficientface_deploy.errors import ArtifactError, BackendError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
 from efficientface_deploy.vision.preprocess import (
@@ -334,6 +334,13 @@ def load(
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
         expected = f"a whole number, at least 1 and at most {MAX_THREADS}"
         raise BackendError("threads", expected, repr(threads)[:40], "leave it out for all cores")
+    if not isinstance(backend, str):
+        raise BackendError(
+            "backend", "a name, or auto", repr(backend)[:40], "leave it out for auto"
+        )
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        expected, fix = "a path, or None for the bundled model", "give the file's path"
+        raise ArtifactError("model", expected, repr(model)[:40], fix)
     path = Path(model) if model is not None else bundled_model(backend)
     name, device = resolve_backend(path, backend)
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))

@@ -1,6 +1,6 @@
 """A labelling service: one model, a few threads. POST a picture, get JSON.
 
-python examples/service.py [PORT], then: curl --data-binary @face.jpg localhost:8000
+python examples/service.py, then: curl --data-binary @face.jpg localhost:8000
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import efficientface_deploy as ef
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import ConfigError, system_words
 
 LARGEST = 20_000_000  # bytes of a picture
 
@@ -22,7 +23,11 @@ class Service(ThreadingHTTPServer):
     """Serves each connection in one of four threads, which share a predictor."""
 
     def __init__(self, port: int, predictor: ef.Predictor) -> None:
-        super().__init__(("127.0.0.1", port), Labels)
+        try:
+            super().__init__(("127.0.0.1", port), Labels)
+        except OSError as error:
+            found = f"{port}: {system_words(error)}"
+            raise ConfigError("PORT", "one that is free", found, "give another") from None
         self.predictor = predictor
         self.pool = ThreadPoolExecutor(max_workers=4)
 
@@ -51,13 +56,23 @@ class Labels(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
 
-def main(port: int = 8000) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be typed."""
+
+    port: int = option(8000, positional=True, minimum=0, maximum=65535, help="0 for any free one")
+
+
+def main() -> None:
     """Serve until Ctrl-C."""
-    with ef.load() as predictor, Service(port, predictor) as service:
+    options = parse_config(
+        Options, None, prog="python examples/service.py", description=__doc__ or "", example="8000"
+    )
+    with ef.load() as predictor, Service(options.port, predictor) as service:
         print(f"http://127.0.0.1:{service.server_port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             service.serve_forever()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    run_command(main)  # an error is one line, and exit code 2

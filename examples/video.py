@@ -6,15 +6,27 @@ pip install 'efficientface-deploy[cpu,detect]', then: python examples/video.py [
 from __future__ import annotations
 
 import contextlib
-import sys
+import dataclasses
+from pathlib import Path
 
 import efficientface_deploy as ef
+from efficientface_deploy.command import option, parse_config, run_command
 
 
-def main(file: str | None = None) -> None:
-    """Print a line for each frame; without a file, of the first camera."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be typed."""
+
+    file: Path | None = option(None, positional=True, help="a video; without it, the first camera")
+
+
+def main() -> None:
+    """Print a line for each frame."""
+    options = parse_config(
+        Options, None, prog="python examples/video.py", description=__doc__ or "", example="a.mp4"
+    )
     # A file is worked through; of a camera only what it shows now is of interest.
-    source, policy = (file, "every") if file else (0, "newest")
+    source, policy = (options.file, "every") if options.file else (0, "newest")
     detector = ef.open_detector("centerface")
     with ef.load() as predictor, ef.open_video(source) as video:
         results = predictor.predict_stream(video, detector=detector, policy=policy)
@@ -25,9 +37,4 @@ def main(file: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit("usage: python examples/video.py [FILE]")
-    try:
-        main(*sys.argv[1:])
-    except ef.EfficientFaceError as error:  # no such file, no camera
-        sys.exit(f"error: {error}")
+    run_command(main)  # an error is one line, and exit code 2

@@ -5,9 +5,14 @@ Without --weights the newest student under runs/ is taken, else the bundled mode
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import export
+
+    export()
+
 from collections.abc import Sequence
 
-from efficientface_deploy.command import parse_config, run_command
+from efficientface_deploy.command import parse_config
 from efficientface_deploy.workbench.requirements import require_package
 from efficientface_export.options import ExportConfig
 
@@ -24,9 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         EfficientFaceError: What was asked for could not be delivered.
     """
-    prog, description = "efficientface-export", __doc__ or ""
-    options = parse_config(ExportConfig, argv, prog=prog, description=description)
+    options = parse_config(
+        ExportConfig,
+        argv,
+        prog="efficientface-export",
+        description=__doc__ or "",
+        example="--engine onnx --precision int8 --calib data/ferplus",
+    )
     if options.verify is not None:
+        options.check_verify()
         from efficientface_export.reverify import verify_command
 
         return verify_command(options.verify, options.val, options.preset)
@@ -34,12 +45,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     from efficientface_export.pipeline import export_command
 
     return export_command(options)
-
-
-def entry_point() -> None:
-    """Console script: runs :func:`main` and turns errors into one line and an exit code."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    entry_point()

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from efficientface_deploy.command import option
+from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.spec import PRESETS
 from efficientface_export.verification.provenance import PRECISIONS
 
@@ -19,13 +20,16 @@ CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 class ExportConfig:
     """Options of ``efficientface-export``."""
 
-    engine: str = option("auto", choices=ENGINES, help="what to make")
-    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours")
+    engine: str = option("auto", choices=ENGINES, help="what to make", first=True)
+    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours", first=True)
     preset: str | None = option(
         None, choices=tuple(PRESETS), help="what a published checkpoint was trained on"
     )
     precision: str | None = option(
-        None, choices=(*PRECISIONS, "all"), help="default: fp32 for onnx, fp16 for engines"
+        None,
+        choices=(*PRECISIONS, "all"),
+        help="default: fp32 for onnx, fp16 for engines",
+        first=True,
     )
     target: str | None = option(
         None,
@@ -44,7 +48,7 @@ class ExportConfig:
     float_input: bool = option(
         False, help="input float32 (N, 3, S, S), normalised, for toolchains without uint8"
     )
-    calib: Path | None = option(None, help="training images, required for int8")
+    calib: Path | None = option(None, help="training images, required for int8", first=True)
     calib_method: str = option(
         "percentile", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"
     )
@@ -72,6 +76,19 @@ class ExportConfig:
     verify: Path | None = option(
         None, help="verify this artifact by the verify.npz beside it, and make nothing"
     )
+
+    def check_verify(self) -> None:
+        """Refuse options that ``--verify``, which makes nothing, would have to ignore.
+
+        Raises:
+            ConfigError: Names the first.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("verify", "val", "preset") and value != field.default:
+                name = "--" + field.name.replace("_", "-")
+                fix = f"leave {name} out, or leave --verify out"
+                raise ConfigError(name, "none with --verify, which makes nothing", str(value), fix)
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:

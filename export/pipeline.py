@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -68,6 +69,8 @@ def export_command(options: ExportConfig) -> int:
         rows = _make_all(plan, source, data, work)
     print(f"report: {plan.out / MARKDOWN_FILE}")
     _conclude(plan, rows)
+    if runnable := [step.path for step, row in rows if not row.verification.not_run]:
+        print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
     return 0
 
 
@@ -332,7 +335,7 @@ def _conclude(plan: Plan, rows: Sequence[tuple[Step, ReportRow]]) -> None:
             print(f"  on the device, with {step.path.name} and verify.npz beside it:")
             print("    " + _finish("trt", Path(step.path.name), plan, step.precision))
             print("  for RTX, on any machine:")
-            print("    " + _finish("trt-rtx", step.path, plan, step.precision))
+            print("    " + _finish("trt-rtx", step.path.absolute(), plan, step.precision))
         found = "the ONNX file only: " + ", ".join(str(step.path) for step, _ in rows)
         fix = "finish with one of the commands above"
         raise ExportError(f"--engine {plan.asked}", "an engine", found, fix)
@@ -342,6 +345,7 @@ def _finish(kind: str, weights: Path, plan: Plan, precision: str) -> str:
     """The command that makes the engine of an ONNX file that is there."""
     options = plan.engine_options
     targets = options.compute_capabilities if kind == "trt-rtx" else ()
-    return rebuild_command(
+    command = rebuild_command(
         kind, weights, options.max_batch, precision=precision, compute_capabilities=targets
     )
+    return f"{command} --out {shlex.quote(str(weights.parent))}"  # beside it

@@ -103,7 +103,7 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     graph = _choose_graph(options, source, target)
     if engine == "onnx" and not missing and source.is_onnx_in(precisions[-1]):
         raise _nothing_to_make(source)
-    calibration = _choose_calibration(options, precisions)
+    calibration = _choose_calibration(options, source, precisions)
     requests = {
         precision: _request(options, source, target, graph, calibration, precision)
         for precision in precisions
@@ -211,6 +211,13 @@ def _check_options(options: ExportConfig, source: Source, precisions: tuple[str,
     if quantises and options.calib is None:
         fix = "give the data set that the network was trained on, e.g. --calib RAF-DB"
         raise ConfigError("--calib", "a folder of training images for INT8", "none", fix)
+    if options.calib is not None and precisions == ("fp32",):
+        expected = "--precision int8, fp16 or all, whose ranges are measured on it"
+        raise ConfigError("--calib", expected, "fp32", "leave --calib out, or add --precision int8")
+    if "sm75" in options.compute_capabilities and {*precisions} - {"fp16"}:
+        expected = "--precision fp16 for sm75, all that TensorRT for RTX has there"
+        fix = "leave sm75 out, or use --precision fp16"
+        raise ConfigError("--compute-capability", expected, ", ".join(precisions), fix)
     if options.exclude and not quantises:
         expected = "--precision int8, and an FP32 source"
         raise ConfigError("--exclude", expected, ", ".join(precisions), "leave --exclude out")
@@ -246,11 +253,14 @@ def _nothing_to_make(source: Source) -> ConfigError:
     )
 
 
-def _choose_calibration(options: ExportConfig, precisions: tuple[str, ...]) -> Calibration | None:
+def _choose_calibration(
+    options: ExportConfig, source: Source, precisions: tuple[str, ...]
+) -> Calibration | None:
     if options.calib is None:
         return None
     held_out = SEARCH_IMAGES if options.int8_search and "int8" in precisions else 0
-    return choose_calibration(options.calib, options.calib_images, options.seed, held_out)
+    labels = source.spec.labels
+    return choose_calibration(options.calib, options.calib_images, options.seed, held_out, labels)
 
 
 def _request(

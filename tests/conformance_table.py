@@ -1,13 +1,12 @@
 """Run the conformance suite and write its table: backend by test, passed, or skipped and why.
 
-    python tests/conformance_table.py docs/conformance.md
-
 A backend that is skipped has not been run, whatever it may do elsewhere.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 import sys
 from datetime import datetime
@@ -20,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from efficientface_deploy.files import write_text  # noqa: E402
+from efficientface_deploy.command import option, parse_config, run_command  # noqa: E402
+from efficientface_deploy.files import check_writable, write_text  # noqa: E402
 from efficientface_deploy.workbench.environment import (  # noqa: E402
     describe_machine,
     describe_software,
@@ -116,14 +116,28 @@ A stand-in is an engine's real path through our code, over the recorded API of a
 allowed and in a right order, and nothing of what TensorRT computes or how fast."""
 
 
-def main(arguments: list[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class TableConfig:
+    """Options of ``python tests/conformance_table.py``."""
+
+    page: Path = option(positional=True, help="the Markdown file to write")
+
+
+def main() -> int:
     """Write the table to the path given; the suite's exit code."""
-    (path,) = arguments
+    config = parse_config(
+        TableConfig,
+        None,
+        prog="python tests/conformance_table.py",
+        description=__doc__ or "",
+        example="docs/conformance.md",
+    )
+    check_writable(config.page.parent, "PAGE")
     outcomes = Outcomes()
     code = pytest.main(["-q", "--no-header", "--tb=short", "-r", "fE", str(SUITE)], [outcomes])
-    write_text(path, outcomes.to_markdown(_head()))
+    write_text(config.page, outcomes.to_markdown(_head()))
     return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -160,7 +160,7 @@ def measure_and_report_are_strangers(source: str, target: str) -> bool:
 
 LAYERS = (  # of the runtime, from the ground
     ("errors",),
-    ("spec", "command"),
+    ("spec", "command", "launch"),
     ("files",),
     ("artifact",),
     ("vision", "backends"),

@@ -1,9 +1,11 @@
-"""Compare trainings: what differs in their options, how good each is, and what it took.
-
-``python -m training.compare runs/a runs/b runs/c --data data/ferplus --out runs/comparison``
-"""
+"""Compare trainings: what differs in their options, how good each is, and what it took."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.compare", "train,cpu")
 
 import csv
 import dataclasses
@@ -12,17 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import write_text
+from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset
 from efficientface_deploy.workbench.evaluation import check_labels, labels_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import Table, escaped
-from efficientface_deploy.workbench.workspace import check_writable
 from training.evaluate import Figures, predict_samples, samples_of, score
-from training.trainer.config import CONFIG, FREE_OPTIONS
+from training.trainer.config import CONFIG, FREE_OPTIONS, TrainConfig
 from training.trainer.label_store import STORE, seconds_per_view
 from training.trainer.loader import HOLDOUT, split_samples
 from training.trainer.tracking import METRICS
@@ -32,6 +33,8 @@ SCORES = (
     *("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval"),
     *("expected_calibration_error", "mean_kl_from_votes"),
 )
+# Options that are on unless they are turned off, by --no-NAME.
+_ON = {field.name for field in dataclasses.fields(TrainConfig) if field.default is True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,12 @@ class CompareConfig:
     """Options of ``training.compare``."""
 
     runs: tuple[Path, ...] = option(
-        positional=True, help="folders of trainings; the others are compared with the first"
+        positional=True,
+        metavar="RUN",
+        help="folders of trainings; the others are compared with the first",
+        first=True,
     )
-    data: Path = option(help="the prepared data set")
+    data: Path = option(help="the prepared data set", first=True)
     preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
     split: str = option(
         HOLDOUT,
@@ -49,7 +55,7 @@ class CompareConfig:
         help="holdout is the tenth of train that chose the epochs",
     )
     out: Path | None = option(
-        None, metavar="DIR", help="write comparison.json and comparison.md there"
+        None, metavar="DIR", help="write comparison.json and comparison.md there", first=True
     )
 
 
@@ -97,7 +103,11 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.compare``."""
     config = parse_config(
-        CompareConfig, argv, prog="python -m training.compare", description=__doc__ or ""
+        CompareConfig,
+        argv,
+        prog="python -m training.compare",
+        description=__doc__ or "",
+        example="runs/a runs/b runs/c --data data/ferplus --out runs/comparison",
     )
     check_writable(config.out)
     runs = [read_run(folder) for folder in config.runs]
@@ -210,12 +220,14 @@ def as_markdown(rows: Sequence[Figures], dataset: Dataset, split: str) -> str:
 
 
 def _as_option(name: str, value: object) -> str:
-    """As typed: ``--learning-rate 0.05``, ``--no-votes``; ``no --teacher`` where there is none."""
+    """As typed: ``--ema 0.9``, ``--no-tensorboard``; ``no --teacher`` where there is none."""
     flag = name.replace("_", "-")
-    if value is None:
+    if value is False and name in _ON:
+        return f"--no-{flag}"
+    if value is None or value is False:
         return f"no --{flag}"
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
+    if value is True:
+        return f"--{flag}"
     return f"--{flag} {value}"
 
 
@@ -246,7 +258,3 @@ def _differing_options(runs: Sequence[Run]) -> list[str]:
         if name not in FREE_OPTIONS
         and any(run.settings.get(name) != first.get(name) for run in runs)
     ]
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,10 +1,11 @@
-"""Score a model on a prepared data set: accuracy, macro-F1, calibration, and every class.
-
-``python -m training.evaluate --weights runs/student/student.safetensors --data data/ferplus
---out runs/evaluation``
-"""
+"""Score a model on a prepared data set: accuracy, macro-F1, calibration, and every class."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.evaluate", "train,cpu")
 
 import dataclasses
 import json
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 
 from efficientface_deploy.artifact import require_preset
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.files import check_writable, file_hash, write_text
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.dataset import (
@@ -37,7 +38,6 @@ from efficientface_deploy.workbench.evaluation import (
 )
 from efficientface_deploy.workbench.metrics import expected_calibration_error, mean_kl
 from efficientface_deploy.workbench.tables import Table, escaped
-from efficientface_deploy.workbench.workspace import check_writable
 from training.plots import plot_confusion, plot_reliability
 from training.trainer.loader import HOLDOUT, hold_out
 from training.trainer.targets import Blend
@@ -62,8 +62,8 @@ Figures = dict[str, Any]
 class EvaluateConfig:
     """Options of ``training.evaluate``."""
 
-    weights: Path = option(help="checkpoint or exported model")
-    data: Path = option(help="a prepared data set")
+    weights: Path = option(help="checkpoint or exported model", first=True)
+    data: Path = option(help="a prepared data set", first=True)
     split: str | None = option(
         None,
         choices=("train", "validation", "test", HOLDOUT),
@@ -82,13 +82,19 @@ class EvaluateConfig:
         None,
         metavar="DIR",
         help="write evaluation.json, evaluation.md, confusion.png and reliability.png there",
+        first=True,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.evaluate``."""
     config = parse_config(
-        EvaluateConfig, argv, prog="python -m training.evaluate", description=__doc__ or ""
+        EvaluateConfig,
+        argv,
+        prog="python -m training.evaluate",
+        description=__doc__ or "",
+        example="--weights runs/student/student.safetensors --data data/ferplus "
+        "--out runs/evaluation",
     )
     check_writable(config.out)
     require_preset(config.weights, config.preset)
@@ -246,7 +252,3 @@ def write_evaluation(folder: Path, figures: Figures) -> None:
     plots = "![Confusion matrix](confusion.png)\n\n![Reliability](reliability.png)\n"
     write_text(folder / "evaluation.md", f"{as_markdown(figures)}\n\n{plots}")
     write_text(folder / "evaluation.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,10 +1,11 @@
-"""Show which parts of a face speak for a class: Grad-CAM over the last stage, as PNG sheets.
-
-``python -m training.explain --weights runs/student/student.safetensors --images faces --out
-runs/explained``
-"""
+"""Show which parts of a face speak for a class: Grad-CAM over the last stage, as PNG sheets."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.explain", "train,cpu")
 
 import dataclasses
 import sys
@@ -17,7 +18,7 @@ from captum.attr import LayerAttribution, LayerGradCam
 from torch import nn
 
 from efficientface_deploy.artifact import require_preset
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.spec import ModelSpec
@@ -40,9 +41,11 @@ _LONGEST_NAME = 36
 class ExplainConfig:
     """Options of ``training.explain``."""
 
-    weights: Path = option(help="checkpoint of a student or an LDG")
-    images: tuple[str, ...] = option(help="image files, or folders", metavar="IMAGE|DIR")
-    out: Path = option(help="folder of the sheets", metavar="DIR")
+    weights: Path = option(help="checkpoint of a student or an LDG", first=True)
+    images: tuple[str, ...] = option(
+        help="image files, or folders", metavar="IMAGE|DIR", first=True
+    )
+    out: Path = option(help="folder of the sheets", metavar="DIR", first=True)
     class_: str | None = option(
         None, metavar="NAME", help="explain this class instead of the predicted one"
     )
@@ -77,7 +80,11 @@ class Explanation:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.explain``: exit code 2 when an image was unreadable."""
     config = parse_config(
-        ExplainConfig, argv, prog="python -m training.explain", description=__doc__ or ""
+        ExplainConfig,
+        argv,
+        prog="python -m training.explain",
+        description=__doc__ or "",
+        example="--weights runs/student/student.safetensors --images faces --out runs/explained",
     )
     if any(config.out.glob(SHEETS)):  # they would mix with those of this call
         fix = "choose another --out, or remove them"
@@ -205,7 +212,3 @@ def _sheets_of_faces(
             faces = []
     if faces:
         yield faces
-
-
-if __name__ == "__main__":
-    run_command(main)

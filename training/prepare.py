@@ -1,9 +1,11 @@
-"""Turn published data sets, or your own, into the one layout that every command reads.
-
-``python -m training.prepare ferplus --source ferplus.zip --out data/ferplus``
-"""
+"""Turn published data sets, or your own, into the one layout that every command reads."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.prepare", "train,cpu")
 
 import contextlib
 import csv
@@ -19,14 +21,9 @@ from typing import Any
 
 from PIL import Image
 
-from efficientface_deploy.command import (
-    OneLineParser,
-    add_options,
-    config_from,
-    interrupts_wait,
-    run_command,
-)
+from efficientface_deploy.command import Usage, choose_command, interrupts_wait, parse_config
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
+from efficientface_deploy.files import make_folder
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
@@ -36,7 +33,6 @@ from efficientface_deploy.workbench.dataset import (
     read_dataset,
 )
 from efficientface_deploy.workbench.progress import track
-from efficientface_deploy.workbench.workspace import make_folder
 from training.datasets.affectnet import AffectNetConfig, prepare_affectnet
 from training.datasets.caers import CaersConfig, prepare_caers
 from training.datasets.common import Face, Preparation, Published, check_every_class
@@ -241,22 +237,22 @@ def _compare_with_published(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.prepare``."""
-    parser = OneLineParser("python -m training.prepare", description=__doc__)
-    commands = parser.add_subparsers(
-        dest="dataset", required=True, metavar="{" + ",".join(COMMANDS) + "}"
+    prog = "python -m training.prepare"
+    usage = Usage(prog, __doc__ or "", "ferplus --source ferplus.zip --out data/ferplus")
+    described = {name: description for name, (_, _, description) in COMMANDS.items()}
+    name, words = choose_command(argv, described, usage)
+    config_class, prepare, description = COMMANDS[name]
+    source = f"--source {name}.zip " if "source" in config_class.__annotations__ else ""
+    config = parse_config(
+        config_class,
+        words,
+        prog=f"{prog} {name}",
+        description=description,
+        example=f"{source}--out data/{name}",
     )
-    for name, (config_class, _, description) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=description), config_class)
-    namespace = parser.parse_args(argv)
-    config_class, prepare, _ = COMMANDS[namespace.dataset]
-    config = config_from(config_class, namespace)
     if not config.out.name:
         raise ConfigError("--out", "a folder", str(config.out), "name one")
     preparation = prepare(config)
     counts = write_dataset(config.out, preparation, overwrite=config.overwrite)
     _compare_with_published(counts, preparation.description["labels"], preparation.published)
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

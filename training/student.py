@@ -1,10 +1,11 @@
-"""Train EfficientFace from the label distributions of an LDG, from votes, or from labels.
-
-``python -m training.student --data data/ferplus --teacher runs/ldg/teacher.safetensors --out
-runs/student``
-"""
+"""Train EfficientFace from the label distributions of an LDG, from votes, or from labels."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.student", "train,cpu")
 
 import dataclasses
 import logging
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import EfficientFace, load_backbone
@@ -36,7 +37,9 @@ class StudentConfig(TrainConfig):
     """Options of ``training.student``."""
 
     targets: str = option("ldg", choices=TARGETS, help="what the student learns from")
-    teacher: Path | None = option(None, help="the LDG's checkpoint, for --targets ldg...")
+    teacher: Path | None = option(
+        None, help="the LDG's checkpoint, for --targets ldg...", first=True
+    )
     recipe: str = option("default", choices=("default", "published"), help="how it is trained")
     views: int | None = option(
         None,
@@ -104,7 +107,11 @@ class StudentConfig(TrainConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.student``."""
     config = parse_config(
-        StudentConfig, argv, prog="python -m training.student", description=__doc__ or ""
+        StudentConfig,
+        argv,
+        prog="python -m training.student",
+        description=__doc__ or "",
+        example="--data data/ferplus --teacher runs/ldg/teacher.safetensors --out runs/student",
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # such as: the head starts anew
     dataset = read_dataset(config.data, config.preset)
@@ -162,7 +169,3 @@ def choose_targets(
     own = torch.from_numpy(images.targets)  # (1, N, C)
     images.targets = blend(torch.from_numpy(stored), own).numpy()  # (views, N, C)
     return images, loaded_targets
-
-
-if __name__ == "__main__":
-    run_command(main)

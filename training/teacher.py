@@ -1,9 +1,11 @@
-"""Train a label distribution generator: a ResNet by cross-entropy on labels or votes.
-
-``python -m training.teacher --data data/ferplus --arch resnet18 --out runs/ldg``
-"""
+"""Train a label distribution generator: a ResNet by cross-entropy on labels or votes."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("training.teacher", "train,cpu")
 
 import dataclasses
 import logging
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import checkpointing, distributed
@@ -26,14 +28,18 @@ from training.trainer.targets import loaded_targets
 class TeacherConfig(TrainConfig):
     """Options of ``training.teacher``."""
 
-    arch: str = option("resnet50", choices=("resnet18", "resnet50"), help="the network")
+    arch: str = option("resnet50", choices=("resnet18", "resnet50"), help="the network", first=True)
     votes: bool = option(False, help="train from the votes instead of the labels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m training.teacher``."""
     config = parse_config(
-        TeacherConfig, argv, prog="python -m training.teacher", description=__doc__ or ""
+        TeacherConfig,
+        argv,
+        prog="python -m training.teacher",
+        description=__doc__ or "",
+        example="--data data/ferplus --arch resnet18 --out runs/ldg",
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # such as: the head starts anew
     dataset = read_dataset(config.data, config.preset)
@@ -55,7 +61,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             if dist.is_main_process:
                 print(f"teacher: {job.result}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -179,6 +179,9 @@ def find_models(given: Sequence[Path]) -> list[Path]:
     """
     sources = given or [bundled_model("torch"), bundled_model("onnx"), ARTIFACTS]
     paths = [path for source in sources for path in _files_of(source)]
+    if not given and (count := len(_files_of(ARTIFACTS))):
+        where = shown_path(ARTIFACTS)
+        print(f"models: the bundled ones, and the {count} in {where}/", file=sys.stderr)
     return list({path.resolve(): path for path in paths}.values())
 
 
@@ -239,7 +242,7 @@ def export(folder: Path) -> tuple[list[Path], list[Skipped]]:
     prepare = ["-m", "training.prepare", "synthetic", "--train", "140", "--test", "7"]
     make = ["-m", "efficientface_export.cli", "--engine", "onnx", "--precision", "all"]
     make += ["--weights", str(BUNDLED_WEIGHTS), "--calib", str(faces), "--no-int8-search"]
-    print("exporting the bundled model in FP16 and INT8", file=sys.stderr)
+    print("models: the bundled ones, and their FP16 and INT8, exported now", file=sys.stderr)
     for arguments in ([*prepare, "--out", str(faces)], [*make, "--out", str(out)]):
         command = [sys.executable, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -307,19 +310,33 @@ def open_candidates(
         yield opened, skipped
 
 
+def choose_reference(candidates: Sequence[Candidate]) -> Candidate:
+    """The first PyTorch model, else the first in FP32, else the first."""
+    torch = [entry for entry in candidates if entry.backend.startswith("torch")]
+    fp32 = [entry for entry in candidates if entry.precision == "fp32"]
+    return [*torch, *fp32, *candidates][0]
+
+
 def require_candidates(candidates: Sequence[object], skipped: Sequence[Skipped]) -> None:
     """Stop where nothing is left to measure.
 
     Raises:
-        ConfigError: Names the first model that fell out, and why.
+        ConfigError: Names the model or the backend that fell out first, and why.
     """
     if candidates:
         return
-    # A file that is at fault says more than a backend that is missing.
-    reasons = [f"{entry.model}: {entry.reason}" for entry in skipped if entry.model]
+    reasons = [
+        f"{entry.model or entry.backend}: {entry.reason}"
+        for entry in sorted(skipped, key=_says_less)
+    ]
     found = f"none ({reasons[0]})" if reasons else "none"
     fix = "give model files, or make one with efficientface-export --engine onnx"
     raise ConfigError("models", "one that runs on this machine", found, fix)
+
+
+def _says_less(entry: Skipped) -> tuple[bool, bool]:
+    """Sorts what a file is at fault for before a device that is missing, and then a backend."""
+    return not entry.model, entry.backend not in ("", *_CPU_BACKENDS)
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,11 @@ noise. ``--docs`` writes the tables of README.md and docs/ from the results that
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.report.__main__", "bench")
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +26,9 @@ from benchmarks.report.publish import (
     write_report,
 )
 from benchmarks.report.result import Result, damage_named, read_result
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.files import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +36,18 @@ class ReportConfig:
     """Options of ``python -m benchmarks.report``."""
 
     results: tuple[Path, ...] = option(
-        (), positional=True, metavar="RESULT", help="results, the newest where --compare"
+        (),
+        positional=True,
+        metavar="RESULT",
+        help="results, the newest where --compare",
+        first=True,
     )
-    out: Path | None = option(None, help="write report.md and the plots there", metavar="DIR")
-    compare: Path | None = option(None, help="an older result of the same kind", metavar="OLD")
+    out: Path | None = option(
+        None, help="write report.md and the plots there", metavar="DIR", first=True
+    )
+    compare: Path | None = option(
+        None, help="an older result of the same kind", metavar="OLD", first=True
+    )
     tolerance: float = option(
         TOLERANCE, metavar="SHARE", minimum=0, help="what two runs may differ by as noise"
     )
@@ -47,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ReportConfig,
         argv,
         prog="python -m benchmarks.report",
-        description="Show results of the benchmarks, as tables and with plots; compare two.",
+        description=__doc__ or "",
+        example="new/latency.json --compare old/latency.json",
     )
     require_libraries()
+    check_writable(config.out)
     output = console()
     if config.docs:
         for path, changed in update_docs().items():
@@ -88,7 +104,3 @@ def _check(config: ReportConfig, results: Sequence[Result]) -> None:
     if config.fail_on_regression and config.compare is None:
         fix = "give the older result with --compare"
         raise ConfigError("--fail-on-regression", "--compare OLD", "nothing to compare with", fix)
-
-
-if __name__ == "__main__":
-    run_command(main)

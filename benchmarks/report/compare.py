@@ -71,12 +71,9 @@ def compare(
         ArtifactError: One of them cannot be read, or is damaged.
         ConfigError: Different kinds, nothing in common, or ``strict`` and no verdict.
     """
-    old, new = read_result(old_path), read_result(new_path)
-    kind, kinds = new["kind"], (*TIMED, "accuracy")
-    if old["kind"] != kind or kind not in kinds:
-        expected = f"two results of one kind ({', '.join(kinds)})"
-        found = f"{old['kind']} and {kind}"
-        raise ConfigError("--compare", expected, found, "give results of the same command")
+    new = read_result(new_path)
+    kind = new["kind"]
+    old = read_older(old_path, kind)
     with damage_named(old_path, new_path):
         if kind == "accuracy":
             pair = (old_path, old), (new_path, new)
@@ -92,6 +89,21 @@ def compare(
             "compare without it, or measure both alike",
         )
     return comparison
+
+
+def read_older(path: Path, kind: str) -> Result:
+    """Read what a result of this kind is to be compared with.
+
+    Raises:
+        ArtifactError: It cannot be read.
+        ConfigError: It is of another kind, or results of this kind are not compared.
+    """
+    old, kinds = read_result(path), (*TIMED, "accuracy")
+    if old["kind"] != kind or kind not in kinds:
+        expected = f"two results of one kind ({', '.join(kinds)})"
+        found = f"{old['kind']} and {kind}"
+        raise ConfigError("--compare", expected, found, "give results of the same command")
+    return old
 
 
 # ---- times

@@ -15,6 +15,7 @@ from benchmarks.report.compare import Comparison
 from benchmarks.report.kinds import tables_of
 from benchmarks.report.plots import latency_plot, save_plot
 from benchmarks.report.result import (
+    RESULTS,
     TIMED,
     Result,
     default_folder,
@@ -23,7 +24,8 @@ from benchmarks.report.result import (
     write_result,
 )
 from efficientface_deploy.command import parse_config
-from efficientface_deploy.files import write_text
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.workbench.requirements import require_package
 from efficientface_deploy.workbench.tables import Table
 
@@ -55,6 +57,8 @@ def run_benchmark(
     run: Callable[[Any], Result],
     argv: Sequence[str] | None,
     description: str | None,
+    example: str,
+    kind: str = "",
 ) -> int:
     """The command of a benchmark: read the options, measure, write the result and show it.
 
@@ -64,12 +68,36 @@ def run_benchmark(
         run: Measures.
         argv: Arguments; None reads ``sys.argv``.
         description: For ``--help``.
+        example: Arguments, for ``--help`` too.
+        kind: The result's, where it is not called as the command is.
     """
-    prog = f"benchmarks/{command}.py"
-    config = parse_config(config_class, argv, prog=prog, description=description or "")
+    config = parse_config(
+        config_class,
+        argv,
+        prog=f"python benchmarks/{command}.py",
+        description=description or "",
+        example=example,
+    )
     require_libraries()
+    check_out(config.out, kind or command)
     publish(run(config), config.out)
     return 0
+
+
+def check_out(out: Path | None, kind: str) -> None:
+    """Refuse, before the work, a folder that a result cannot be written to.
+
+    Args:
+        out: The folder; None for a new one.
+        kind: The result's.
+
+    Raises:
+        ConfigError: It cannot be written, or holds an earlier result of this kind.
+    """
+    check_writable(RESULTS if out is None else out)
+    if out is not None and (path := out / f"{kind}.json").exists():
+        fix = "choose another --out, or remove it"
+        raise ConfigError(path, "no result yet", "that of an earlier run", fix)
 
 
 def require_libraries() -> None:

@@ -12,13 +12,8 @@ from efficientface_deploy.artifact import (
     ONNX_SUFFIX,
     RTX_ENGINE_SUFFIX,
 )
-from efficientface_deploy.backends.base import (
-    Backend,
-    BackendOptions,
-    import_package,
-    install_command,
-)
-from efficientface_deploy.errors import ArtifactError, BackendError
+from efficientface_deploy.backends.base import Backend, BackendOptions, import_package
+from efficientface_deploy.errors import ArtifactError, BackendError, install_command
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.artifact import check_preset
-from efficientface_deploy.errors import BackendError, EfficientFaceError, ImageError, words_of
+from efficientface_deploy.errors import (
+    BackendError,
+    EfficientFaceError,
+    ImageError,
+    install_command,
+    words_of,
+)
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
@@ -247,11 +253,6 @@ class Backend(abc.ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def install_command(extra: str) -> str:
-    """The command that installs an extra of ours."""
-    return f"pip install 'efficientface-deploy[{extra}]'"
 
 
 def import_package(module: str, subject: str, expected: str, extra: str) -> Any:

@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from efficientface_deploy.backends.base import import_package, install_command
-from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, words_of
+from efficientface_deploy.backends.base import import_package
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    install_command,
+    words_of,
+)
 from efficientface_deploy.files import require_file
 from efficientface_deploy.vision.faces import Face, FaceDetector, Float64Array
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array

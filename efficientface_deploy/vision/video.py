@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,9 +60,12 @@ def open_video(source: str | Path | int) -> Video:
     """Open a video file, or a camera by its number.
 
     Raises:
-        ImageError: OpenCV cannot read it.
+        ImageError: It is neither, or OpenCV cannot read it.
         BackendError: OpenCV is not installed.
     """
+    if not isinstance(source, (str, os.PathLike, int)):
+        fix = "give e.g. 0, the first camera"
+        raise ImageError("video", "a path or a camera's number", repr(source)[:40], fix)
     cv2 = import_opencv()
     if isinstance(source, int):
         subject, expected = f"camera {source}", "a camera that OpenCV can open"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from efficientface_deploy.backends.base import install_command
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, install_command
 
 # Module: what it is for, and the extra that brings it.
 _EXTRAS = {

@@ -1,26 +1,22 @@
-"""Folders to write to: refused early, one command at a time, nothing left half-written."""
+"""Folders to write to: one command at a time, nothing left half-written."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ConfigError, system_words
+from efficientface_deploy.files import FULL, empty_folders_removed, make_folder
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-# What the system says when a file cannot be written for want of space.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _held: set[int] = set()
 
@@ -72,59 +68,6 @@ def lock_folder(path: Path, work: str) -> Iterator[None]:
         if handle in _held:  # not in a child, which has closed it
             _held.remove(handle)
             os.close(handle)
-
-
-def make_folder(path: Path, option: str = "--out") -> None:
-    """Make a folder where it is missing, and see that files can be made in it.
-
-    Args:
-        path: The folder.
-        option: What names it, for messages.
-
-    Raises:
-        ConfigError: The system refuses.
-        OSError: The disk is full.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise ConfigError(
-            path,
-            "a folder that can be written",
-            "a file" if path.is_file() else system_words(error),
-            f"choose another {option}",
-        ) from None
-
-
-def check_writable(path: Path | None, option: str = "--out") -> None:
-    """Refuse a folder now that could not be written after the work; nothing is left of the trial.
-
-    Args:
-        path: The folder, which may be missing; None for none.
-        option: What names it, for messages.
-
-    Raises:
-        ConfigError: It cannot be made or written.
-    """
-    if path is not None:
-        with empty_folders_removed(path):
-            make_folder(path, option)
-
-
-@contextlib.contextmanager
-def empty_folders_removed(path: Path) -> Iterator[None]:
-    """Remove, of a path's folders, those that the block makes and leaves empty."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        yield
-    finally:
-        with interrupts_wait(), contextlib.suppress(OSError):  # not empty
-            for folder in missing:
-                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -42,22 +42,24 @@ class Calibration:
     warnings: tuple[str, ...]
 
 
-def choose_calibration(root: Path, count: int, seed: int = 0, held_out: int = 0) -> Calibration:
+def choose_calibration(
+    root: Path, count: int, seed: int = 0, held_out: int = 0, labels: Sequence[str] = ()
+) -> Calibration:
     """A seeded choice of training images, as the classes come.
 
     As many of each class gave no better ranges: docs/int8.md.
 
     Args:
-        root: A prepared data set, a data set's folder with ``train/``, or any folder of images;
-            labels are not looked at.
+        root: A prepared data set, a data set's folder with ``train/``, or any folder of images.
         count: How many images, fewer when there are fewer.
         seed: Of the choice.
         held_out: How many more to hold out, at most a third of all.
+        labels: The model's classes: a data set of others is not what it was trained on.
 
     Raises:
         DatasetError: The folder is missing, or holds no images or too few to hold any out.
     """
-    samples, split = _find_images(root)
+    samples, split, classes = _find_images(root)
     if held_out and len(samples) < 3:
         fix = "give more images, or add --no-int8-search"
         expected = "images for calibration and others to judge by"
@@ -74,6 +76,8 @@ def choose_calibration(root: Path, count: int, seed: int = 0, held_out: int = 0)
         notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
     if split in _HELD_OUT:
         notes.append(f"calibrated on a {split} split ({root}); its accuracy is then not unseen")
+    if labels and classes and {*labels} != {*classes}:
+        notes.append(f"{root} has other classes than the model; give what it was trained on")
     record = {
         "dataset": root.resolve().name,
         "split": split,
@@ -96,10 +100,11 @@ def read_images(samples: Sequence[Sample], spec: ModelSpec) -> UInt8Array:
     return np.concatenate([none, *(batch for batch, _ in iterate_batches(samples, spec, 100))])
 
 
-def _find_images(root: Path) -> tuple[list[Sample], str]:
-    """All images that may be chosen, in a fixed order, and the split that they come from."""
+def _find_images(root: Path) -> tuple[list[Sample], str, tuple[str, ...]]:
+    """All images that may be chosen, in a fixed order, their split, and its classes if it says."""
     if (root / DESCRIPTION).is_file():
-        return list(read_dataset(root).split("train")), "train"
+        dataset = read_dataset(root)
+        return list(dataset.split("train")), "train", tuple(dataset.labels)
     folder = root / "train" if (root / "train").is_dir() else root
     paths = sorted(
         path
@@ -111,7 +116,7 @@ def _find_images(root: Path) -> tuple[list[Sample], str]:
         fix = "give the training images, e.g. --calib RAF-DB"
         raise DatasetError(root, "a folder of images for calibration", found, fix)
     split = "train" if folder != root else _split_of(root)
-    return [Sample(path, 0) for path in paths], split
+    return [Sample(path, 0) for path in paths], split, ()
 
 
 def _split_of(root: Path) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from benchmarks.accuracy import main
 from benchmarks.report.compare import read_predictions
 from benchmarks.report.result import read_result
 from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import ImageError
+from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import preset
 
@@ -198,3 +199,14 @@ def test_bad_input_is_one_line_and_exit_2(
     assert message in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["latency", "runtime"])
+def test_result_of_another_kind_is_refused_before_the_work(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"schema": 2, "kind": kind, "machine": {}}))
+    monkeypatch.setattr("benchmarks.accuracy.run", None)
+    with pytest.raises(ConfigError, match=f"--compare: .*found {kind} and accuracy"):
+        main(["--data", "anywhere", "--compare", str(old), "--out", str(tmp_path / "out")])

@@ -29,7 +29,7 @@ from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.timing import Samples
 
 MS = 1_000_000
-QUICK = ["--seconds", "0", "--rounds", "3", "--threads", "1", "--batch", "1,2"]
+QUICK = ["--seconds", "0.001", "--rounds", "3", "--threads", "1", "--batch", "1,2"]
 QUICK += ["--cold", "0", "--no-floor"]
 
 
@@ -104,6 +104,10 @@ def test_the_baseline_is_pytorch_unless_another_is_asked_for() -> None:
     both = [candidate("a.onnx"), candidate("b.safetensors", "torch:cpu")]
     assert choose_baseline(both, None) == "b.safetensors"
     assert choose_baseline(both[:1], None) == "a.onnx"
+    half = candidate("0.onnx")
+    half.predictor.provenance["precision"] = "fp16"
+    assert choose_baseline([half, both[0]], None) == "a.onnx"
+    assert choose_baseline([half], None) == "0.onnx"
     assert choose_baseline(both, "a.onnx") == "a.onnx"
     with pytest.raises(ConfigError, match=r"--baseline.*one of a\.onnx, b\.safetensors"):
         choose_baseline(both, "c")
@@ -209,7 +213,13 @@ def test_cold_start_roofline_and_profile_stand_in_the_result(
     peak = {"threads": 1, "format": "fp32", "multiply_adds_per_second": 2.1e9}
     peak |= {"by": "onnxruntime", "tried": {"onnxruntime": 2.1e9}}
     monkeypatch.setattr("benchmarks.measure.roofline.measure_arithmetic", lambda threads: [peak])
-    argv = [str(make_onnx("a.onnx", precision="fp32")), "--backends", "onnx:cpu", "--seconds", "0"]
+    argv = [
+        str(make_onnx("a.onnx", precision="fp32")),
+        "--backends",
+        "onnx:cpu",
+        "--seconds",
+        "0.001",
+    ]
     argv += ["--rounds", "3", "--threads", "1", "--batch", "1,4", "--cold", "2", "--profile"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     result = read_result(tmp_path / "latency.json")

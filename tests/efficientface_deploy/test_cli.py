@@ -133,7 +133,12 @@ def test_unreadable_image_does_not_stop_the_others(face, capsys):
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 2 and str(face) in captured.out
     assert str(bad) in captured.err and "missing.png" in captured.err
-    assert "2 image(s) could not be read" in captured.err
+    assert "2 of 3 pictures, videos or cameras could not be read" in captured.err
+
+
+def test_folder_to_draw_in_that_cannot_be_written(face):
+    with pytest.raises(ConfigError, match=r"/proc/x: expected a folder that can be .*--draw"):
+        main([str(face), "--draw", "/proc/x"])
 
 
 def test_empty_folder(tmp_path):
@@ -230,7 +235,7 @@ def test_video_that_is_none_is_counted_like_a_picture(face, capsys, tmp_path):
     assert main([str(tmp_path / "bad.mp4"), str(tmp_path / "missing.avi"), str(face)]) == 2
     captured = capsys.readouterr()
     assert "a video that OpenCV can read" in captured.err and "no such file" in captured.err
-    assert "2 image(s) could not be read" in captured.err
+    assert "2 of 3 pictures, videos or cameras could not be read" in captured.err
     assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
 
 
@@ -287,9 +292,17 @@ def test_camera_that_gives_nothing(camera, capsys):
     assert "at least one frame" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["camera.jpg", "camera:x", "cameras", "camera:-1", "./camera"])
+@pytest.mark.parametrize("name", ["camera.jpg", "cameras", "./camera", "./camera:x"])
 def test_file_that_is_no_camera(name):
     assert cli.camera_number(name) is None
+
+
+@pytest.mark.parametrize("name", ["camera:x", "camera:-1"])
+def test_camera_without_a_number(name, capsys):
+    assert main([name]) == 2
+    captured = capsys.readouterr()  # neither the model nor the table's head before the error
+    said = f"error: {name}: expected camera or camera:NUMBER, found '{name[7:]}'; "
+    assert captured.out == "" and captured.err.startswith(said) and captured.err.count("\n") == 1
 
 
 # ---- models

@@ -18,7 +18,12 @@ import efficientface_deploy as ef
 from efficientface_deploy import predictor as module
 from efficientface_deploy.backends import Backend, BackendOptions, create_backend
 from efficientface_deploy.backends.base import Output
-from efficientface_deploy.errors import ArtifactError, BackendError, ImageError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    EfficientFaceError,
+    ImageError,
+)
 
 LABELS = ("dark", "middle", "bright")
 SPEC = ef.PRESETS["rafdb"].replace(labels=LABELS, input_size=32, name="brightness")
@@ -417,3 +422,16 @@ def test_bundled_file_suits_the_backend(monkeypatch, requested, installed, expec
 def test_public_names():
     assert set(ef.__all__) <= set(dir(ef))
     assert ef.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": 3}, "model: expected a path, or None for the bundled model, found 3; "),
+        ({"backend": None}, "backend: expected a name, or auto, found None; "),
+        ({"backend": 3}, "backend: expected a name, or auto, found 3; "),
+    ],
+)
+def test_arguments_of_another_type(options, said):
+    with pytest.raises(EfficientFaceError, match=f"^{said}"):
+        ef.load(**options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -22,7 +23,7 @@ from efficientface_deploy.vision.video import write_video
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name: str, *arguments: object) -> str:
+def run(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py", *map(str, arguments)],
         cwd=ROOT,
@@ -30,17 +31,20 @@ def run(name: str, *arguments: object) -> str:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("photos", (), "usage: python examples/photos.py FOLDER"),
-        ("photos", ("/nowhere",), "error: /nowhere: expected a folder of JPEG or PNG files"),
-        ("video", ("/nowhere.mp4",), "error: /nowhere.mp4: expected a video file"),
-        ("video", ("a", "b"), "usage: python examples/video.py [FILE]"),
+        ("photos", (), "python examples/photos.py: expected FOLDER, found no arguments; type e.g."),
+        ("photos", ("/nowhere",), "/nowhere: expected a folder of JPEG or PNG files"),
+        ("video", ("/nowhere.mp4",), "/nowhere.mp4: expected a video file"),
+        ("video", ("a", "b"), "b: expected no more arguments for python examples/video.py"),
+        ("service", ("--prot", "1"), "--prot: expected an option of python examples/service.py"),
+        ("service", ("http",), "PORT: expected a whole number, found 'http'"),
+        ("service", ("99999",), "PORT: expected at most 65535, found 99999"),
     ],
 )
 def test_wrong_use_is_one_line(name, arguments, said, centerface):
@@ -51,7 +55,17 @@ def test_wrong_use_is_one_line(name, arguments, said, centerface):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_port_in_use_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "examples/service.py", str(port)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: PORT: expected one that is free, found {port}: ")
     assert done.stderr.count("\n") == 1
 
 
@@ -61,10 +75,15 @@ def test_photos(centerface, astronaut, tmp_path):
     Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.jpg")
     Image.new("RGB", (80, 60)).save(tmp_path / "nobody.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    output = run("photos", tmp_path)
-    assert re.search(r"^ +3 Happiness$", output, re.MULTILINE)
-    assert re.search(r"left out: .*broken\.jpg", output)
-    assert output.splitlines()[-1] == f"happiest picture: {tmp_path / 'two.jpg'}"
+    done = run("photos", tmp_path, code=2)
+    assert re.search(r"^ +3 Happiness$", done.stdout, re.MULTILINE)
+    assert re.search(r"left out: .*broken\.jpg", done.stderr)
+    assert done.stdout.splitlines()[-1] == f"happiest picture: {tmp_path / 'two.jpg'}"
+
+
+def test_photos_without_a_face(centerface, tmp_path):
+    Image.new("RGB", (80, 60)).save(tmp_path / "nobody.jpg")
+    assert run("photos", tmp_path).stdout == "no face found\n"
 
 
 def test_portrait(tmp_path):
@@ -97,7 +116,7 @@ def test_video(centerface, astronaut, tmp_path):
     with write_video(tmp_path / "clip.mp4", 10) as write:
         for frame in (face, face, Image.new("RGB", face.size), face):
             write(frame)
-    lines = run("video", tmp_path / "clip.mp4").splitlines()
+    lines = run("video", tmp_path / "clip.mp4").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"]
     assert [line.split()[-1] for line in lines] == ["Happiness", "Happiness", "nobody", "Happiness"]
 

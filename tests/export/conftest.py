@@ -253,8 +253,8 @@ def run_without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
         code = (
             "import sys\n"
             f"sys.modules.update(dict.fromkeys({missing!r}))\n"
-            "from efficientface_export.cli import entry_point\n"
-            "entry_point()\n"
+            "from efficientface_deploy.launch import export\n"
+            "export()\n"
         )
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],

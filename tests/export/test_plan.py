@@ -408,3 +408,31 @@ def test_int8_of_both_graphs_for_both_targets(
     options = {"graph": graph, "target": target, "precision": "int8", "calib": Path("faces")}
     found = plan(make_source(), tmp_path, engine="onnx", **options)
     assert (found.target, precisions_of(found)) == (target, ("int8",))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "onnx", "calib": Path("x")}, "--calib: expected --precision int8, fp16 or all"),
+        (
+            {"engine": "trt-rtx", "compute_capability": "sm75,sm89", "precision": "int8"},
+            "--compute-capability: expected --precision fp16 for sm75",
+        ),
+        (
+            {"engine": "trt-rtx", "compute_capability": "sm75", "precision": "all"},
+            "--compute-capability: expected --precision fp16 for sm75",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_refused_later_is_refused_now(
+    make_source: Any, tmp_path: Path, options: dict[str, Any], said: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(plan_module.engines, "check_targets", lambda *_: None)
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        plan(make_source(), tmp_path, **{"calib": Path("x"), **options})
+
+
+def test_calibration_serves_fp16_and_sm75_fp16(make_source: Any, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(plan_module.engines, "check_targets", lambda *_: None)
+    options = {"engine": "trt-rtx", "compute_capability": "sm75", "calib": Path("x")}
+    assert precisions_of(plan(make_source(), tmp_path, **options)) == ("fp16",)

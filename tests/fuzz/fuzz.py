@@ -46,7 +46,13 @@ class FuzzConfig:
 
 def main() -> int:
     """Entry point of ``python tests/fuzz/fuzz.py``."""
-    config = parse_config(FuzzConfig, None, prog="tests/fuzz/fuzz.py", description=__doc__ or "")
+    config = parse_config(
+        FuzzConfig,
+        None,
+        prog="python tests/fuzz/fuzz.py",
+        description=__doc__ or "",
+        example="image --seconds 600",
+    )
     if config.replay is not None:
         TARGETS[config.target](config.replay.read_bytes())
         print(f"{config.replay}: used, or refused properly")

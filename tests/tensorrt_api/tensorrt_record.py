@@ -1,7 +1,5 @@
 """Record what a release of TensorRT's Python module offers, as JSON, without TensorRT itself.
 
-    python tests/tensorrt_api/tensorrt_record.py tensorrt-cu12-bindings==10.3.0 tensorrt-10.3.json
-
 NVIDIA publishes the binding (``tensorrt.so``, a few megabytes) as a wheel of its own. It is
 installed into a scratch folder; the libraries that it is linked against are replaced by stubs, made
 by gcc from the list of its undefined symbols, whose functions all return null. So the module
@@ -17,8 +15,10 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import dataclasses
 import enum
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -28,14 +28,43 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import ConfigError
+
 # What neither a builder from ONNX nor a runner comes near: plugins, and the layers of a network.
 _LEFT_OUT = re.compile(r"Plugin|(?<!\bI)Layer$|Loop|Condition|Attention|MoE")
 
 
-def main(requirement: str, out: str) -> None:
-    """Write the list of ``requirement``, a wheel of bindings or an installed module."""
-    record = list_module(requirement) if requirement.isidentifier() else list_wheel(requirement)
-    Path(out).write_text(dump(record), encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """Options of ``python tests/tensorrt_api/tensorrt_record.py``."""
+
+    requirement: str = option(
+        positional=True, help="a wheel of bindings as pip takes it, or an installed module"
+    )
+    out: Path = option(positional=True, metavar="FILE", help="the JSON file to write")
+
+
+def main() -> None:
+    """Write the list of a wheel of bindings, or of an installed module."""
+    config = parse_config(
+        RecordConfig,
+        None,
+        prog="python tests/tensorrt_api/tensorrt_record.py",
+        description=__doc__ or "",
+        example="tensorrt-cu12-bindings==10.3.0 tensorrt-10.3.json",
+    )
+    name, wanted = config.requirement, "a wheel of bindings, or an installed module"
+    if name.isidentifier() and importlib.util.find_spec(name) is None:
+        raise ConfigError("REQUIREMENT", wanted, f"no module {name}", "give e.g. NAME==VERSION")
+    try:
+        record = list_module(name) if name.isidentifier() else list_wheel(name)
+    except subprocess.CalledProcessError as error:
+        found = f"{name}, where {error.cmd[0]} failed; see above"
+        raise ConfigError("REQUIREMENT", wanted, found, "needs pip, gcc and binutils") from None
+    config.out.write_text(dump(record), encoding="utf-8")
 
 
 def list_wheel(requirement: str) -> dict[str, Any]:
@@ -161,4 +190,4 @@ def _output(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

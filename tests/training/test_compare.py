@@ -144,3 +144,15 @@ def test_what_is_no_training_is_named(damage, runs, face_set, tmp_path, capsys):
 
 def test_a_file_without_times_has_none(runs):
     assert seconds_per_view(runs / "onehot" / "student.safetensors") == []
+
+
+def test_options_are_shown_as_they_are_typed():
+    shown = {
+        ("seed", 0): "--seed 0",
+        ("tensorboard", False): "--no-tensorboard",
+        ("channels_last", True): "--channels-last",
+        ("preliminary", False): "no --preliminary",  # --no-preliminary is no option
+        ("preliminary", True): "--preliminary",
+        ("teacher", None): "no --teacher",
+    }
+    assert {pair: compare._as_option(*pair) for pair in shown} == shown

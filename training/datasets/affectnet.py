@@ -59,7 +59,8 @@ class AffectNetConfig(PrepareConfig):
     """Options of ``training.prepare affectnet``."""
 
     source: Path = option(
-        help="AffectNet's folder (with training.csv and the images, or with train_set), or a zip"
+        help="AffectNet's folder (with training.csv and the images, or with train_set), or a zip",
+        first=True,
     )
     classes: str = option("7", choices=("7", "8"), help="8 is with Contempt")
 

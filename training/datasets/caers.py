@@ -28,7 +28,7 @@ CAERS_COUNTS = {"train": 48_995, "test": 20_987}
 class CaersConfig(PrepareConfig):
     """Options of ``training.prepare caers``."""
 
-    source: Path = option(help="CAER-S's folder with train and test, or a zip of it")
+    source: Path = option(help="CAER-S's folder with train and test, or a zip of it", first=True)
 
 
 def prepare_caers(config: CaersConfig) -> Preparation:

@@ -26,7 +26,7 @@ _FIX = "mend the folders, or check --source"
 class PrepareConfig:
     """Options that all data sets share."""
 
-    out: Path = option(help="folder to make")
+    out: Path = option(help="folder to make", first=True)
     overwrite: bool = option(False, help="replace a data set that is there")
 
 

@@ -40,7 +40,9 @@ PROTOCOLS = ("majority", "probability")
 class FerPlusConfig(PrepareConfig):
     """Options of ``training.prepare ferplus``."""
 
-    source: Path = option(help="ferplus.zip or the folder that holds FER2013Train and so on")
+    source: Path = option(
+        help="ferplus.zip or the folder that holds FER2013Train and so on", first=True
+    )
     protocol: str = option(
         "majority",
         choices=PROTOCOLS,

@@ -22,7 +22,8 @@ class FoldersConfig(PrepareConfig):
     """Options of ``training.prepare folders``."""
 
     source: Path = option(
-        help="folder or zip with train/CLASS/*, and validation/CLASS/*, test/CLASS/* if you have it"
+        help="folder or zip with train/CLASS/*; validation/CLASS/* and test/CLASS/* if you have it",
+        first=True,
     )
     classes: tuple[str, ...] = option(
         (), help="the class folders in the order of the labels (default: sorted by name)"

@@ -48,7 +48,9 @@ _NAME = re.compile(r"(train|test)_\d+\.jpg", re.ASCII)
 class RafDbConfig(PrepareConfig):
     """Options of ``training.prepare rafdb``."""
 
-    source: Path = option(help="RAF-DB's folder basic (with EmoLabel and Image), or a zip of it")
+    source: Path = option(
+        help="RAF-DB's folder basic (with EmoLabel and Image), or a zip of it", first=True
+    )
 
 
 def prepare_rafdb(config: RafDbConfig) -> Preparation:

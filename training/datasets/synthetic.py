@@ -19,8 +19,8 @@ from training.datasets.face_renderer import face_target, render_face
 class SyntheticConfig(PrepareConfig):
     """Options of ``training.prepare synthetic``."""
 
-    train: int = option(1750, minimum=7, help="number of training faces")
-    test: int = option(350, minimum=7, help="number of test faces")
+    train: int = option(1750, minimum=7, help="number of training faces", first=True)
+    test: int = option(350, minimum=7, help="number of test faces", first=True)
     size: int = option(100, minimum=32, help="side of the pictures, pixels")
     seed: int = option(0, minimum=0, help="seed of every face")
     variation: float = option(

@@ -31,8 +31,8 @@ FREE_OPTIONS = (
 class TrainConfig:
     """Options that teacher and student share; None stands for the recipe's value."""
 
-    data: Path = option(help="a prepared data set")
-    out: Path = option(help="folder of the run")
+    data: Path = option(help="a prepared data set", first=True)
+    out: Path = option(help="folder of the run", first=True)
     init: Path | None = option(None, help="start from this checkpoint; a foreign head is left")
     preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
     input_size: int | None = option(None, help="side of the input; default: the preset's")

@@ -21,9 +21,8 @@ import torch
 
 from efficientface_deploy.artifact import read_safetensors_metadata
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import atomic_path, file_hash
+from efficientface_deploy.files import atomic_path, file_hash, make_folder
 from efficientface_deploy.workbench.progress import track
-from efficientface_deploy.workbench.workspace import make_folder
 from training.trainer.distributed import Distributed
 from training.trainer.loader import Batch, TrainingImages, TrainingLoader, view_seed
 from training.trainer.targets import Teacher

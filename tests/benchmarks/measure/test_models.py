@@ -208,10 +208,18 @@ def test_a_description_says_which_file_it_was(make_onnx: Callable[..., Path]) ->
     assert described["input_size"] == 32
 
 
-def test_nothing_to_measure_is_an_error_that_says_why() -> None:
-    skipped = [Skipped("trt", "", "not installed"), Skipped("onnx:cpu", "a.onnx", "broken")]
-    with pytest.raises(ConfigError, match=r"none \(a\.onnx: broken\)") as error:
-        require_candidates([], skipped)
+@pytest.mark.parametrize(
+    ("count", "said"), [(4, "a.onnx: broken"), (3, "a.onnx: no CUDA"), (2, "trt: not installed")]
+)
+def test_nothing_to_measure_is_an_error_that_says_why(count: int, said: str) -> None:
+    skipped = [
+        Skipped("trt", "", "not installed"),
+        Skipped("onnx:cuda", "", "none of the models is for it"),
+        Skipped("onnx:cuda", "a.onnx", "no CUDA"),
+        Skipped("onnx:cpu", "a.onnx", "broken"),
+    ]
+    with pytest.raises(ConfigError, match=rf"none \({said}\)") as error:
+        require_candidates([], skipped[:count])
     assert error.value.exit_code == 2
 
 
@@ -225,12 +233,15 @@ def no_artifacts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_artifacts")
 def test_what_lies_under_artifacts_is_taken_and_nothing_is_exported(
-    make_onnx: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_onnx: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = make_onnx("artifacts/a.onnx")
     monkeypatch.setattr(module, "export", None)
     with default_models() as (paths, skipped, notes):
         assert (paths, skipped, notes) == ([BUNDLED_WEIGHTS, BUNDLED_ONNX, found], [], [])
+    assert capsys.readouterr().err == "models: the bundled ones, and the 1 in artifacts/\n"
 
 
 @pytest.mark.usefixtures("no_artifacts")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.report.publish import console, publish, require_libraries, show
+from benchmarks.report.publish import check_out, console, publish, require_libraries, show
 from benchmarks.report.result import read_result
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, ConfigError
 from efficientface_deploy.workbench import requirements
 
 
@@ -91,3 +91,20 @@ def test_a_new_result_is_written_in_every_form(
 def test_accuracy_has_no_plot(accuracy: dict[str, Any], tmp_path: Path) -> None:
     publish(accuracy, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"accuracy.json", "accuracy.md"}
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/proc/x", "/proc/x: expected a folder that can be written, "),
+        ("old", r".*graphs\.json: expected no result yet, found that of an earlier run; "),
+    ],
+)
+def test_folder_that_cannot_take_a_result_is_refused_before_the_work(out, said, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "graphs.json").touch()
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        check_out(tmp_path / out, "graphs")
+    check_out(tmp_path / "old", "latency")
+    check_out(tmp_path / "new", "graphs")
+    assert not (tmp_path / "new").exists()

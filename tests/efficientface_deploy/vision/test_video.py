@@ -122,3 +122,8 @@ def test_opencv_that_is_missing_or_broken_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", import_module)
     with pytest.raises(BackendError, match=r"OpenCV.*libGL.*efficientface-deploy\[video\]"):
         open_video("clip.mp4")
+
+
+def test_source_of_another_type():
+    with pytest.raises(ImageError, match=r"^video: expected a path or .*, found None; "):
+        open_video(None)

@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.files import check_writable, make_folder
 from efficientface_deploy.workbench import workspace as lock_module
 from efficientface_deploy.workbench.workspace import (
     Workspace,
-    check_writable,
     lock_folder,
-    make_folder,
     open_workspace,
 )
 
@@ -133,8 +133,8 @@ def test_folder_of_the_system_is_refused(claim) -> None:
 def test_folder_without_permission_is_refused(claim, child: str, tmp_path: Path) -> None:
     """As a user who is not root."""
     code = (
-        f"import os, sys\nfrom pathlib import Path\n"
-        f"from efficientface_deploy.workbench.workspace import {claim.__name__}\n"
+        "import os, sys, tempfile\nfrom pathlib import Path\n"
+        f"from {claim.__module__} import {claim.__name__}\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         f"{claim.__name__}(Path(sys.argv[1]))\n"
     )
@@ -151,7 +151,7 @@ def test_full_disk_is_not_a_matter_of_the_folder(claim, tmp_path: Path, monkeypa
     def full(**_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lock_module.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(OSError, match="No space left"):
         claim(tmp_path)
 

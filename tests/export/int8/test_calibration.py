@@ -14,6 +14,7 @@ from efficientface_deploy.errors import DatasetError, ImageError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import to_model_input
 from efficientface_export.int8.calibration import choose_calibration, read_images
+from training import prepare
 
 
 def write_images(folder: Path, count: int, start: int = 0) -> list[Path]:
@@ -174,3 +175,15 @@ def test_unreadable_image_is_named(published: Path, small_spec: ModelSpec) -> No
 def test_record_is_json(published: Path, small_spec: ModelSpec) -> None:
     record = choose_calibration(published, 5).record
     assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize(("labels", "notes"), [(("a", "b"), 0), (("b", "a"), 0), (("a", "c"), 1)])
+def test_classes_of_another_model_are_warned_about(
+    tmp_path: Path, labels: tuple[str, ...], notes: int
+) -> None:
+    for split in ("train", "test"):
+        write_images(tmp_path / "mine" / split / "a", 60)
+        write_images(tmp_path / "mine" / split / "b", 60, 60)
+    prepare.main(["folders", "--source", str(tmp_path / "mine"), "--out", str(tmp_path / "data")])
+    found = choose_calibration(tmp_path / "data", 100, labels=labels).warnings
+    assert sum("has other classes than the model" in note for note in found) == notes

@@ -1,0 +1,49 @@
+"""The start of every command, before anything is imported that takes long or may be missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NoReturn
+
+from efficientface_deploy.command import run_command
+from efficientface_deploy.errors import BackendError, install_command, words_of
+
+_OURS = ("efficientface_deploy", "efficientface_export", "training", "benchmarks")
+
+
+def launch(module: str, extras: str) -> NoReturn:
+    """Import a command's module and run its ``main``, as :func:`run_command` runs it.
+
+    Ctrl-C ends the imports as it ends the command, and a package that is missing is one line.
+    A module that is run as a script calls this above its other imports.
+
+    Args:
+        module: Its name.
+        extras: What brings all packages that it needs, e.g. ``cpu,export``.
+    """
+    run_command(lambda: _run(module, extras))
+
+
+def predict() -> NoReturn:
+    """The console script ``efficientface-predict``."""
+    launch("efficientface_deploy.cli", "cpu")
+
+
+def export() -> NoReturn:
+    """The console script ``efficientface-export``."""
+    launch("efficientface_export.cli", "export,cpu")
+
+
+def _run(module: str, extras: str) -> Any:
+    try:
+        return importlib.import_module(module).main()
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in _OURS or package in sys.stdlib_module_names:
+            raise  # a defect of ours
+        found = "it is not installed"
+        if not isinstance(error, ModuleNotFoundError):
+            found = f"one that cannot be imported ({words_of(error)})"
+        expected = f"the package {package}" if package else "packages that can be imported"
+        raise BackendError(module, expected, found, install_command(extras)) from None
