@@ -186,7 +186,10 @@ def test_same_probabilities_and_labels(subject, predictor, images, reference):
     assert logits.dtype == probabilities.dtype == np.float32
     assert logits.shape == probabilities.shape == (64, 7)
     np.testing.assert_allclose(probabilities, reference[1], rtol=0, atol=subject.tolerance)
-    np.testing.assert_array_equal(logits.argmax(axis=1), reference[0].argmax(axis=1))
+    second, first = np.sort(reference[1], axis=1)[:, -2:].T
+    clear = first - second > subject.tolerance  # of a tie, either is right
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(logits.argmax(axis=1)[clear], reference[0].argmax(axis=1)[clear])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     softmax = powers / powers.sum(axis=1, keepdims=True)
