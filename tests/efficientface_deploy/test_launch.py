@@ -79,7 +79,7 @@ def test_help_without_any_optional_package(command, start):
 # Torch's absence shows in a moment; the others' only after torch is imported.
 @pytest.mark.parametrize(
     "package",
-    [pytest.param(name, marks=() if name == "torch" else pytest.mark.slow) for name in OPTIONAL],
+    ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "captum"))],
 )
 def test_bad_input_where_one_package_is_missing(package, start):
     for command in sorted(COMMANDS):
