@@ -7,7 +7,7 @@
 
 import logging
 
-from efficientface_deploy.errors import BackendError, EfficientFaceError
+from efficientface_deploy.errors import BackendError, EfficientFaceError, ProbeError
 from efficientface_deploy.predictor import FacePrediction, FrameResult, Prediction, Predictor, load
 from efficientface_deploy.spec import PRESETS, ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
@@ -27,6 +27,7 @@ __all__ = [
     "ModelSpec",
     "Prediction",
     "Predictor",
+    "ProbeError",
     "__version__",
     "load",
     "open_detector",

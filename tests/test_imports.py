@@ -163,7 +163,8 @@ LAYERS = (  # of the runtime, from the ground
     ("spec", "command"),
     ("files",),
     ("artifact",),
-    ("vision", "backends"),
+    ("vision", "probe"),
+    ("backends",),
     ("predictor",),
     ("cli",),
 )
