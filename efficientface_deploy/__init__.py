@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficientface_deploy.errors import BackendError, EfficientFaceError
+    from efficientface_deploy.errors import BackendError, EfficientFaceError, ProbeError
     from efficientface_deploy.predictor import (
         FacePrediction,
         FrameResult,
@@ -36,6 +36,7 @@ __all__ = [
     "ModelSpec",
     "Prediction",
     "Predictor",
+    "ProbeError",
     "__version__",
     "load",
     "open_detector",
@@ -48,7 +49,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # Imported when they are asked for: a command begins here too, and must be able to say in one line
 # that it was interrupted, or that numpy is missing.
 _MODULES = {
-    "errors": ("BackendError", "EfficientFaceError"),
+    "errors": ("BackendError", "EfficientFaceError", "ProbeError"),
     "predictor": ("FacePrediction", "FrameResult", "Prediction", "Predictor", "load"),
     "spec": ("PRESETS", "ModelSpec"),
     "vision.detectors": ("open_detector",),

@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -29,6 +29,7 @@ _SIDECAR_SUFFIX = ".json"  # after the engine's own
 # Keys of the metadata.
 SPEC_KEY = "efficientface.spec"
 PROVENANCE_KEY = "efficientface.provenance"
+PROBE_KEY = "efficientface.probe"
 
 # Inputs and outputs of every ONNX file of ours; the input's name says which of the two it takes.
 UINT8_INPUT = "image"  # uint8 (N, S, S, 3), RGB
@@ -228,8 +229,22 @@ def sidecar_path(engine: str | Path) -> Path:
     return Path(f"{engine}{_SIDECAR_SUFFIX}")
 
 
-def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec and the provenance that lie beside an engine.
+class Sidecar(NamedTuple):
+    """What lies beside an engine.
+
+    Attributes:
+        spec: The model's.
+        provenance: How it was made.
+        probe: What :meth:`probe.Probe.from_record` reads; None where there is none.
+    """
+
+    spec: ModelSpec
+    provenance: dict[str, Any]
+    probe: object = None
+
+
+def read_sidecar(engine: str | Path) -> Sidecar:
+    """The spec, the provenance and the probe that lie beside an engine.
 
     Raises:
         ArtifactError: The sidecar is missing, damaged, or belongs to another engine.
@@ -251,13 +266,20 @@ def read_sidecar(engine: str | Path) -> tuple[ModelSpec, dict[str, Any]]:
         expected = f"the engine that {path.name} describes (sha256 {str(recorded)[:12]}...)"
         found = f"another file (sha256 {actual[:12]}...)"
         raise ArtifactError(engine, expected, found, "copy both files of one export")
-    return spec, provenance
+    return Sidecar(spec, provenance, content.get("probe"))
 
 
-def write_sidecar(engine: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]) -> Path:
+def write_sidecar(
+    engine: str | Path,
+    spec: ModelSpec,
+    provenance: Mapping[str, Any],
+    probe: Mapping[str, Any] | None = None,
+) -> Path:
     """Write ``model.engine.json`` atomically and return its path."""
     path = sidecar_path(engine)
     content = {"spec": json.loads(spec.to_json()), "provenance": dict(provenance)}
+    if probe is not None:
+        content["probe"] = dict(probe)
     write_text(path, json.dumps(content, indent=2) + "\n")
     return path
 

@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
+        if not config.json:
+            print(predictor.checked or _not_checked(predictor), file=sys.stderr)
         if detector and predictor.spec.face_crop == "as-is":
             print(
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
@@ -165,6 +167,11 @@ class Labeller:
             if start is None:
                 fix = "copy the video again, or convert it to MP4 (H.264)"
                 raise ImageError(name, "at least one frame", "none that OpenCV can decode", fix)
+
+
+def _not_checked(predictor: Predictor) -> str:
+    reason = "as asked" if predictor.has_probe else "the file has no probe"
+    return f"not checked: {reason}"
 
 
 def camera_number(name: str) -> int | None:

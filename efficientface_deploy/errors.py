@@ -80,6 +80,10 @@ class BackendError(EfficientFaceError):
     """A backend is unknown, not installed, or not able to do what was asked on this machine."""
 
 
+class ProbeError(BackendError):
+    """An engine computes something else than the file that it loaded says it must."""
+
+
 class ExportError(EfficientFaceError):
     """An export could not deliver what was asked for."""
 

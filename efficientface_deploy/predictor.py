@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficientface_deploy.artifact import CHECKPOINT_SUFFIXES
 from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
 from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
-from efficientface_deploy.errors import ArtifactError, BackendError, ImageError
+from efficientface_deploy.errors import ArtifactError, BackendError, ImageError, ProbeError
+from efficientface_deploy.probe import Check
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
 from efficientface_deploy.vision.preprocess import (
@@ -32,6 +35,11 @@ from efficientface_deploy.vision.stream import check_policy, overlap
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
 BUNDLED_WEIGHTS = WEIGHTS / "efficientface-ferplus.safetensors"
+
+CHECK_VARIABLE = "EFFICIENTFACE_CHECK"
+"""Environment variable: ``0`` loads models without the check by their probe."""
+
+_log = logging.getLogger(__name__)
 
 MAX_THREADS = 256  # more would wait for each other; a library given thousands hangs
 
@@ -106,10 +114,16 @@ class Predictor:
 
     Args:
         backend: An open backend.
+        check: Whether to check what it computes by the file's probe.
+
+    Raises:
+        ProbeError: It computes something else.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, check: bool = False) -> None:
         self._backend = backend
+        self._check = check
+        self._checked = check_backend(backend) if check else None
         self._process = os.getpid()
 
     @property
@@ -131,6 +145,16 @@ class Predictor:
     def provenance(self) -> dict[str, Any]:
         """How the artifact was made, with precision, parent's hash, verification, versions."""
         return self._backend.provenance
+
+    @property
+    def checked(self) -> Check | None:
+        """What the file's probe showed at load; None where it has none, or was not asked."""
+        return self._checked
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether the file carries a probe."""
+        return self._backend.probe is not None
 
     def __call__(self, image: ImageSource) -> Prediction:
         """Label one face.
@@ -283,6 +307,7 @@ class Predictor:
         options = dataclasses.asdict(self._backend.options)
         del options["device"]  # part of the backend's name
         path = self.path.resolve()
+        options["check"] = self._check
         return functools.partial(load, path, backend=self.backend, **options), ()
 
     def __repr__(self) -> str:
@@ -313,8 +338,12 @@ def load(
     threads: int | None = None,
     preset: str | None = None,
     cuda_graphs: bool = True,
+    check: bool = True,
 ) -> Predictor:
-    """Load a model.
+    """Load a model, and check that it computes here what its file says.
+
+    Every exported file carries a probe (see :mod:`efficientface_deploy.probe`): two pictures and
+    their logits. They run first, which is the library's warm-up too.
 
     Args:
         model: ``*.onnx``, ``*.engine``, ``*.rtx.engine``, ``*.safetensors`` or a published
@@ -326,8 +355,11 @@ def load(
             normalisation and input size. Every other file carries its own; the labels must agree.
         cuda_graphs: Whether an engine may run through CUDA graphs. They are faster; turn them off
             to compare.
+        check: Whether to run the probe; the environment variable ``EFFICIENTFACE_CHECK=0`` turns
+            it off too.
 
     Raises:
+        ProbeError: The file, or what runs it here, computes something else than it must.
         EfficientFaceError: The file is unusable or contradicts the preset, or the backend is not
             available here.
     """
@@ -345,7 +377,44 @@ def load(
     name, device = resolve_backend(path, backend)
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))
     opened.open()
-    return Predictor(opened)
+    try:
+        return Predictor(opened, check=check and os.environ.get(CHECK_VARIABLE) != "0")
+    except BaseException:
+        opened.close()
+        raise
+
+
+def check_backend(backend: Backend) -> Check | None:
+    """Run the probe of an open backend's file, one picture after the other.
+
+    One at a time is what a camera's program does: so this is the warm-up of that batch.
+
+    Returns:
+        What it showed; None where the file has no probe.
+
+    Raises:
+        ProbeError: The backend computes something else.
+    """
+    probe = backend.probe
+    if probe is None:
+        if not backend.path.name.endswith(CHECKPOINT_SUFFIXES):
+            found = "no probe in it: what it computes here is not checked"
+            _log.info("%s: %s; export it again to have one", backend.path, found)
+        return None
+    engine = f"{backend.name}, {backend.library}"
+    expected = f"the logits that {backend.path.name} says it gives"
+    off = f"load(check=False) or {CHECK_VARIABLE}=0 runs it all the same"
+    images = probe.images(backend.spec.input_size)
+    try:
+        logits = [backend.infer(image[None]).logits for image in images]
+    except BackendError as error:  # NaN, above all
+        found = f"{error.found} instead of {error.expected}"
+        raise ProbeError(engine, expected, found, f"{backend.instead}; {off}") from None
+    check = Check(engine, probe.difference(np.concatenate(logits)), probe.tolerance)
+    if not check.passed:
+        found = f"{check.difference:.2g} of their spread beside them (at most {check.tolerance:g})"
+        raise ProbeError(engine, expected, found, f"{backend.instead}; {off}")
+    return check
 
 
 def bundled_model(backend: str = "auto") -> Path:

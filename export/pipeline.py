@@ -31,6 +31,7 @@ from efficientface_export.tensorrt import builder as engines
 from efficientface_export.tensorrt.builder import build_progress
 from efficientface_export.tensorrt.options import EngineKind
 from efficientface_export.verification.parity import verify_artifact, wrong_outputs
+from efficientface_export.verification.probes import make_probe
 from efficientface_export.verification.provenance import Provenance
 from efficientface_export.verification.reference import TestSet, write_reference
 from efficientface_export.verification.report import (
@@ -173,10 +174,12 @@ def make_onnx(step: Step, plan: Plan, source: Source, converter: Converter) -> A
         "created": now(),
     }
 
-    def write(path: Path, record: dict[str, Any]) -> None:
-        write_onnx(graph, path, source.spec, record)
+    probe = make_probe(graph, source.spec, step.precision)
 
-    return Artifact(OnnxFile(graph, source.spec, record), notes, write)
+    def write(path: Path, record: dict[str, Any]) -> None:
+        write_onnx(graph, path, source.spec, record, probe)
+
+    return Artifact(OnnxFile(graph, source.spec, record, probe), notes, write)
 
 
 def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifact:
@@ -199,8 +202,11 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
         f"{engine.kernels or 'an unknown number of'} kernels, built in {engine.build_seconds:.1f} s"
     )
 
+    # An engine computes the same graph as its ONNX file, which may be older than probes are.
+    probe = parent.probe or make_probe(parent.graph, parent.spec, step.precision)
+
     def write(path: Path, record: dict[str, Any]) -> None:
-        engine.write(path, parent.spec, record)
+        engine.write(path, parent.spec, record, probe)
 
     return Artifact(parent, (note,), write)
 
@@ -324,11 +330,15 @@ def _conclude(plan: Plan, rows: Sequence[tuple[Step, ReportRow]]) -> None:
     if failed := [row.file for _, row in rows if row.verification.problems]:
         fix = f"see {plan.out / MARKDOWN_FILE}; try --precision fp32, --exclude, or another --calib"
         raise wrong_outputs(failed, fix)
-    unverified = ", ".join(row.file for _, row in rows if row.verification.not_run)
+    unverified = [row for _, row in rows if row.verification.status != "verified"]
     if unverified and plan.require_verified:
+        names, first = ", ".join(row.file for row in unverified), unverified[0].verification
         expected = "verification, as --require-verified asks"
-        fix = "verify it on the device with efficientface-export --verify FILE"
-        raise ExportError(unverified, expected, "no backend here that can run it", fix)
+        found, fix = first.reason, "give more images with --val"
+        if first.not_run:
+            found = "no backend here that can run it"
+            fix = "verify it on the device with efficientface-export --verify FILE"
+        raise ExportError(names, expected, found, fix)
     if plan.missing:
         print(plan.missing)
         for step, _ in rows:

@@ -308,7 +308,7 @@ def _onnx_step(
     """The step of an ONNX file: made, or used as it is."""
     precision = request["precision"]
     if source.is_onnx_in(precision):
-        present = OnnxFile(source.trace(False), source.spec, source.provenance.record)
+        present = OnnxFile(source.trace(False), source.spec, source.provenance.record, source.probe)
         return Step("onnx", precision, source.path, present)
     if options.overwrite or not path.exists():
         return Step("onnx", precision, path)

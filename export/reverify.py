@@ -74,10 +74,10 @@ def _require_artifact(path: Path) -> None:
 def _read(path: Path) -> tuple[ModelSpec, Mapping[str, Any], str]:
     """Spec, provenance, and the precision as counted: empty where nothing here can count it."""
     if path.suffix == ENGINE_SUFFIX:
-        spec, record = read_sidecar(path)
+        spec, record, _ = read_sidecar(path)
         return spec, record, Provenance(record, path).arithmetic  # counted when it was built
     if not is_installed("onnx"):
-        with ef.load(path) as predictor:
+        with ef.load(path, check=False) as predictor:
             return predictor.spec, predictor.provenance, ""
     from efficientface_export.graph.io import read_onnx
     from efficientface_export.graph.precision import require_precision

@@ -24,6 +24,7 @@ from efficientface_deploy.backends.base import broken_package
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.evaluation import Infer, run_in_batches
@@ -57,6 +58,7 @@ class Source:
             there is none: for an ONNX file, or an LDG.
         infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
             nothing here can run the network.
+        probe: What an ONNX file must give; None where it does not say, and for a checkpoint.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Source:
     trace: Callable[[bool], onnx.ModelProto]
     lay_out: Callable[[bool, str], onnx.ModelProto] | None
     infer: Infer | None
+    probe: Probe | None = None
 
     @property
     def is_onnx(self) -> bool:
@@ -227,7 +230,8 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
 
 
 def _open_onnx(path: Path, preset: str | None) -> Source:
-    graph, spec, provenance = read_onnx(path)
+    file = read_onnx(path)
+    graph, spec, provenance = file.graph, file.spec, file.provenance
     check_preset(path, spec, preset)
 
     def infer(images: UInt8Array) -> Float32Array:
@@ -242,4 +246,5 @@ def _open_onnx(path: Path, preset: str | None) -> Source:
         trace=lambda float_input: graph,
         lay_out=None,
         infer=infer if missing_reason("onnx") is None else None,
+        probe=file.probe,
     )

@@ -17,7 +17,7 @@ def write_engine(
     onnx_path: Path, out_path: Path, kind: EngineKind, *options: Any, **keywords: Any
 ) -> Path:
     """Build an engine of an ONNX file, and write it with its sidecar; gives ``out_path``."""
-    graph, spec, provenance = read_onnx(onnx_path)
+    graph, spec, provenance = read_onnx(onnx_path)[:3]
     folder = out_path.parent
     engine = build_engine(onnx_path, kind, *options, graph=graph, folder=folder, **keywords)
     engine.write(out_path, spec, provenance)

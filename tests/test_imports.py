@@ -163,7 +163,8 @@ LAYERS = (  # of the runtime, from the ground
     ("spec", "command", "launch"),
     ("files",),
     ("artifact",),
-    ("vision", "backends"),
+    ("vision", "probe"),
+    ("backends",),
     ("predictor",),
     ("cli",),
 )

@@ -23,6 +23,7 @@ from efficientface_deploy.errors import (
     install_command,
     words_of,
 )
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
@@ -108,10 +109,17 @@ class Backend(abc.ABC):
         spec: The model's ModelSpec; known once open.
         provenance: How the artifact was made; known once open.
         max_batch: Largest batch of one call into the library; None when there is no limit.
+        library: What ran it, with its release: ``onnxruntime 1.32.0``; known once open.
+        probe: What the file must give, for the check at load; None where it does not say.
     """
 
     name: str = ""
     max_batch: int | None = None
+    library: str = ""
+    probe: Probe | None = None
+
+    # What to do where the library computes a file wrongly; a subclass knows better.
+    instead: str = "choose another backend"
 
     def __init__(self, path: Path, options: BackendOptions) -> None:
         self.path = path

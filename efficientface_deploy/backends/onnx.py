@@ -18,6 +18,7 @@ from typing import Any
 from efficientface_deploy.artifact import (
     FLOAT_INPUT,
     OUTPUTS,
+    PROBE_KEY,
     UINT8_INPUT,
     provenance_from_metadata,
     read_onnx_input,
@@ -27,6 +28,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.vision.preprocess import UInt8Array, normalise
 
 _log = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class OnnxBackend(Backend):
         metadata = read_onnx_metadata(self.path)
         self.spec = spec_from_metadata(metadata, self.path)
         self.provenance = provenance_from_metadata(metadata, self.path)
+        self.probe = Probe.from_text(metadata.get(PROBE_KEY), self.path, self.spec.num_classes)
         device = self.options.device or "cpu"
         provider = PROVIDERS[device]
         if device in ("cuda", "tensorrt"):
@@ -114,6 +117,8 @@ class OnnxBackend(Backend):
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
+        self.library = f"onnxruntime {onnxruntime.__version__}"
+        self.instead = _instead(device)
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
         import onnxruntime
@@ -156,6 +161,10 @@ class OnnxBackend(Backend):
         if device == "openvino":
             # The file's precision is what runs: by itself it takes BF16 where the CPU has it.
             settings = {"INFERENCE_PRECISION_HINT": "f32"}
+            if (self.provenance.get("precision"), self.provenance.get("target")) == ("int8", "gpu"):
+                # By its own INT8 it gives such files' labels in three cases of four (2026.4); the
+                # files for CPUs are right with it, and one of two that we tried wrong without.
+                settings["LP_TRANSFORMS_MODE"] = "NO"
             if self.options.threads is not None:
                 settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
             return {"load_config": json.dumps({"CPU": settings})}
@@ -303,6 +312,14 @@ def _missing_provider(device: str, found: str) -> BackendError:
     provider = PROVIDERS[device]
     fix = f"install {provider.install} and its drivers, or choose onnx:cpu"
     return BackendError(f"backend onnx:{device}", provider.name, found, fix)
+
+
+def _instead(device: str) -> str:
+    """What to do where a provider computes a file wrongly."""
+    if device != "cpu":
+        return "choose onnx:cpu, or export the model in another precision or for another --target"
+    newer = "update onnxruntime (FP16's QuantizeLinear truncates before 1.30)"
+    return f"{newer}, or export the model for --target cpu, or in another precision"
 
 
 def _first_line(error: Exception) -> str:

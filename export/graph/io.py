@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from efficientface_deploy.artifact import (
+    PROBE_KEY,
     PROVENANCE_KEY,
     SPEC_KEY,
     provenance_from_metadata,
@@ -19,6 +20,7 @@ from efficientface_deploy.artifact import (
 )
 from efficientface_deploy.errors import ArtifactError, ExportError
 from efficientface_deploy.files import atomic_path, require_file
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 
 # Opset 19 is the first whose QuantizeLinear takes FP16; TensorRT 10 and ONNX Runtime 1.16 read it.
@@ -36,11 +38,13 @@ class OnnxFile(NamedTuple):
         graph: The graph, not to be changed.
         spec: The model's.
         provenance: How it was made.
+        probe: What it must give; None where it does not say.
     """
 
     graph: onnx.ModelProto
     spec: ModelSpec
     provenance: Mapping[str, Any]
+    probe: Probe | None = None
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
@@ -66,11 +70,16 @@ def read_onnx(path: str | Path) -> OnnxFile:
         found = f"a damaged or foreign file ({error})"
         raise ArtifactError(path, "an ONNX model", found, "export it again") from None
     spec, provenance = spec_from_metadata(metadata, path), provenance_from_metadata(metadata, path)
-    return OnnxFile(graph, spec, provenance)
+    probe = Probe.from_text(metadata.get(PROBE_KEY), path, spec.num_classes)
+    return OnnxFile(graph, spec, provenance, probe)
 
 
 def write_onnx(
-    graph: onnx.ModelProto, path: str | Path, spec: ModelSpec, provenance: Mapping[str, Any]
+    graph: onnx.ModelProto,
+    path: str | Path,
+    spec: ModelSpec,
+    provenance: Mapping[str, Any],
+    probe: Probe | None = None,
 ) -> None:
     """Check a graph and write it, atomically, with spec and provenance in its metadata.
 
@@ -79,15 +88,17 @@ def write_onnx(
         path: Target.
         spec: The model's spec.
         provenance: How it was made, values that JSON holds.
+        probe: What it must give where it is loaded.
 
     Raises:
         ExportError: The graph is not valid ONNX.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    onnx.helper.set_model_props(
-        model, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
-    )
+    metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(dict(provenance))}
+    if probe is not None:
+        metadata[PROBE_KEY] = json.dumps(probe.record())
+    onnx.helper.set_model_props(model, metadata)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

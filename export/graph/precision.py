@@ -69,6 +69,29 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(half)
 
 
+def to_fp32(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with FP32 for FP16: weights and scales are as they are, and nothing overflows.
+
+    Args:
+        graph: Of any precision; Q/DQ pairs stay.
+
+    Returns:
+        A new graph.
+    """
+    exact = onnx.ModelProto()
+    exact.CopyFrom(graph)
+    del exact.graph.value_info[:]  # types of before
+    for weight in exact.graph.initializer:
+        _widen(weight)
+    for node in exact.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.type == onnx.AttributeProto.TENSOR:
+                _widen(attribute.t)
+    return exact
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecisionSummary:
     """In which precision a graph's arithmetic runs.
@@ -161,6 +184,13 @@ def _round(tensor: onnx.TensorProto) -> None:
     """Make a tensor FP16 if it is FP32; what FP16 cannot hold was refused before."""
     if tensor.data_type == TensorProto.FLOAT:
         values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def _widen(tensor: onnx.TensorProto) -> None:
+    """Make a tensor FP32 if it is FP16."""
+    if tensor.data_type == TensorProto.FLOAT16:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 

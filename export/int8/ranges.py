@@ -132,7 +132,7 @@ def _divergence(counts: npt.NDArray[np.float64], kept: int) -> float:
 
 
 def run_tensors(
-    graph: onnx.ModelProto, names: Sequence[str], images: Array
+    graph: onnx.ModelProto, names: Sequence[str], images: Array, *, optimise: bool = True
 ) -> Iterator[dict[str, Array]]:
     """Run a graph on a CPU.
 
@@ -140,6 +140,7 @@ def run_tensors(
         graph: FP32, or FP32 with Q/DQ pairs.
         names: Floating-point tensors of it.
         images: As the graph takes them.
+        optimise: Whether ONNX Runtime may put other operators in the graph's place.
 
     Yields:
         The named tensors of one batch after the other.
@@ -161,6 +162,8 @@ def run_tensors(
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
         probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

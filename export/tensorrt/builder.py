@@ -37,6 +37,7 @@ from efficientface_deploy.backends.tensorrt.library import (
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import BackendError, ConfigError, ExportError
 from efficientface_deploy.files import atomic_path, file_hash, write_text
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_export.graph.io import read_onnx
 from efficientface_export.tensorrt.build_log import (
@@ -156,19 +157,27 @@ class BuiltEngine:
         """Bytes of the plan."""
         return len(self.plan)
 
-    def write(self, path: Path, spec: ModelSpec, provenance: Mapping[str, Any]) -> None:
+    def write(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        provenance: Mapping[str, Any],
+        probe: Probe | None = None,
+    ) -> None:
         """Write the engine with its sidecar; a failure leaves both as they were.
 
         Args:
             path: ``*.engine`` for ``trt``, ``*.rtx.engine`` for ``trt-rtx``.
             spec: The model's.
             provenance: Of the ONNX file, and what is to be said beside it.
+            probe: What that file must give, and so the engine.
         """
         record = self._record(str(provenance.get("precision", "fp32")))
         with atomic_path(path) as temporary:
             temporary.write_bytes(self.plan)
             # Before the engine takes its name: a pair of different builds is refused by its hash.
-            write_sidecar(path, spec, {**provenance, "engine": record})
+            sidecar = {**provenance, "engine": record}
+            write_sidecar(path, spec, sidecar, None if probe is None else probe.record())
 
     def _record(self, precision: str) -> dict[str, Any]:
         """What the sidecar says of the engine."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import efficientface_deploy as ef
+from efficientface_deploy.artifact import ONNX_SUFFIX
 from efficientface_deploy.errors import VerificationError
-from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench.evaluation import Differences, Scores, run_in_batches, softmax
 from efficientface_deploy.workbench.metrics import Interval
+from efficientface_deploy.workbench.requirements import is_installed
 from efficientface_export.verification.reference import TestSet
-
-# Agreement on a handful of images moves in steps that are too coarse for a threshold.
-MINIMUM_FOR_AGREEMENT = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,20 @@ class Threshold:
 
     Attributes:
         max_difference: Largest difference in any probability.
-        min_agreement: Part of the images with the same most probable class; what counts is
-            the upper end of its 95 % interval, so that chance on few images fails nothing.
+        min_agreement: Part of the images with the same most probable class. Where all of its
+            95 % interval lies below, it is a failure; where the figure does but its interval
+            reaches further, that is not decided.
         max_kl: Mean Kullback-Leibler divergence of the probabilities, in nats.
     """
 
     max_difference: float
     min_agreement: float
     max_kl: float
+
+    @property
+    def min_images(self) -> int:
+        """Images from which on the agreement may be judged: one may then differ."""
+        return math.ceil(round(1 / (1 - self.min_agreement), 6))
 
 
 # FP32: float rounding in another order of summation. FP16: its 11 bits over some 70 layers, ten
@@ -71,6 +78,8 @@ class Verification:
         accuracy_interval: The 95 % interval of this difference.
         macro_f1: Macro-averaged F1, where labels are known.
         problems: What exceeded its threshold; empty when the artifact is right.
+        undecided: What these images are too few for; empty when all is decided.
+        probe: What the artifact's probe showed; empty where it has none.
         not_run: Why nothing here could run it; empty when it was run.
     """
 
@@ -87,18 +96,26 @@ class Verification:
     macro_f1: float | None = None
     problems: tuple[str, ...] = ()
     not_run: str = ""
+    undecided: tuple[str, ...] = ()
+    probe: str = ""
 
     @property
     def status(self) -> str:
-        """``verified``, ``FAILED`` or ``built, not verified here``."""
+        """``verified``, ``FAILED``, ``not decided`` or ``built, not verified here``.
+
+        Not decided is what has a figure below its bound that may be chance; too few images for
+        one of the figures leave it to the others.
+        """
         if self.not_run:
             return "built, not verified here"
-        return "FAILED" if self.problems else "verified"
+        if self.problems:
+            return "FAILED"
+        return "not decided" if any(" < " in text for text in self.undecided) else "verified"
 
     @property
     def reason(self) -> str:
-        """What is wrong, or why it was not run; empty when it is verified."""
-        return self.not_run or "; ".join(self.problems)
+        """What is wrong or not decided, or why it was not run; empty when all is verified."""
+        return self.not_run or "; ".join(self.problems or self.undecided)
 
     def exceeds(self, figure: str) -> bool:
         """Whether ``difference``, ``KL`` or ``agreement`` is among the problems."""
@@ -125,7 +142,8 @@ class Verification:
         Raises:
             TypeError: It is something else.
         """
-        values = {name: value for name, value in fields.items() if name != "status"}
+        values: dict[str, Any] = {"undecided": (), "probe": ""}  # which older reports lack
+        values |= {name: value for name, value in fields.items() if name != "status"}
         for field in dataclasses.fields(cls):
             if not isinstance(values.get(field.name), _FIELD_TYPES[str(field.type)]):
                 raise TypeError(field.name)
@@ -133,7 +151,9 @@ class Verification:
             if values.get(name) is not None:
                 low, high = map(float, values[name])
                 values[name] = low, high
-        return cls(**{**values, "problems": tuple(map(str, values["problems"]))})
+        for name in ("problems", "undecided"):
+            values[name] = tuple(map(str, values[name]))
+        return cls(**values)
 
 
 def number(value: float | None, form: str) -> str:
@@ -172,8 +192,15 @@ def compare(
         problems.append(f"difference {found.largest:.2g} > {threshold.max_difference:g}")
     if not kl <= threshold.max_kl:
         problems.append(f"KL {kl:.2g} > {threshold.max_kl:g}")
-    if images >= MINIMUM_FOR_AGREEMENT and not interval[1] >= threshold.min_agreement:
-        problems.append(f"agreement {agreement:.4f} < {threshold.min_agreement:g}")
+    undecided = []
+    below = f"agreement {agreement:.4f} < {threshold.min_agreement:g}"
+    if not interval[1] >= threshold.min_agreement:
+        problems.append(below)
+    elif agreement < threshold.min_agreement:
+        undecided.append(f"{below} by chance perhaps: {images} images; needs more")
+    elif images < threshold.min_images:
+        needed = f"needs at least {threshold.min_images}"
+        undecided.append(f"agreement: {images} images; {needed}")
     verification = Verification(
         runner=runner,
         images=images,
@@ -183,6 +210,7 @@ def compare(
         agreement_interval=interval,
         kl=kl,
         problems=tuple(problems),
+        undecided=tuple(undecided),
     )
     if test_set.labels is None or found.accuracy is None:
         return verification
@@ -211,20 +239,23 @@ def verify_artifact(
         The comparison; when no backend here can run the file, one that says why.
     """
     try:
-        predictor = ef.load(path)
+        with _open_runner(path) as runner:
+            try:
+                probabilities = run_in_batches(runner.infer, test_set.images)
+            except ef.BackendError as error:  # NaN, above all
+                return _wrong(runner.name, test_set, f"{error.found} instead of {error.expected}")
+            found = compare(probabilities, reference_logits, test_set, precision, runner.name)
+            return dataclasses.replace(found, probe=runner.probe)
+    except ef.ProbeError as error:
+        return _wrong(error.subject, test_set, f"probe: {error.found}")
     except ef.BackendError as error:
         return Verification(not_run=f"{error.subject}: {error.found}", source=test_set.source)
-    with predictor:
-        try:
-            probabilities = _probabilities(predictor, test_set)
-        except ef.BackendError as error:  # NaN, above all
-            return Verification(
-                runner=predictor.backend,
-                images=len(test_set.images),
-                source=test_set.source,
-                problems=(f"{error.found} instead of {error.expected}",),
-            )
-        return compare(probabilities, reference_logits, test_set, precision, predictor.backend)
+
+
+def _wrong(runner: str, test_set: TestSet, problem: str) -> Verification:
+    """The verification of what gives no outputs, or others than its own probe says."""
+    count, source = len(test_set.images), test_set.source
+    return Verification(runner=runner, images=count, source=source, problems=(problem,))
 
 
 def wrong_outputs(names: Sequence[str], fix: str) -> VerificationError:
@@ -240,9 +271,65 @@ def score_artifact(path: Path, test_set: TestSet) -> Scores:
         BackendError: Nothing here can run it.
     """
     assert test_set.labels is not None
-    with ef.load(path) as predictor:
-        return Scores.of(test_set.labels, _probabilities(predictor, test_set))
+    with _open_runner(path) as runner:
+        return Scores.of(test_set.labels, run_in_batches(runner.infer, test_set.images))
 
 
-def _probabilities(predictor: ef.Predictor, test_set: TestSet) -> Float32Array:
-    return run_in_batches(lambda batch: predictor.infer(batch)[1], test_set.images)
+@dataclasses.dataclass(frozen=True)
+class _Runner:
+    """What runs an artifact.
+
+    Attributes:
+        name: For people.
+        infer: Probabilities, float32 (N, C), of images, uint8 (N, S, S, 3).
+        probe: What the artifact's probe showed; empty where it has none.
+    """
+
+    name: str
+    infer: Callable[[UInt8Array], Float32Array]
+    probe: str
+
+
+@contextlib.contextmanager
+def _open_runner(path: Path) -> Iterator[_Runner]:
+    """The runtime that users embed; where it computes a GPU's file wrongly here, an emulation.
+
+    Raises:
+        ProbeError: What runs the artifact here computes it wrongly, or the artifact is wrong.
+        BackendError: Nothing here can run it.
+    """
+    try:
+        predictor = ef.load(path)
+    except ef.ProbeError as error:
+        yield _emulator(path, error)
+        return
+    with predictor:
+        checked = predictor.checked
+        probe = "" if checked is None else _near(checked.difference, checked.tolerance)
+        yield _Runner(predictor.backend, lambda batch: predictor.infer(batch)[1], probe)
+
+
+def _emulator(path: Path, error: ef.ProbeError) -> _Runner:
+    """The judge of a GPU's file that the CPU here computes wrongly.
+
+    Raises:
+        ProbeError: The file is for the engine that failed, or it does not give what it says.
+    """
+    if path.suffix != ONNX_SUFFIX or not is_installed("onnx"):
+        raise error
+    from efficientface_export.graph.io import read_onnx
+    from efficientface_export.verification.probes import emulate
+
+    file = read_onnx(path)
+    if file.provenance.get("target") != "gpu" or file.probe is None:
+        raise error
+    infer = emulate(file.graph, file.spec)
+    difference = file.probe.difference(infer(file.probe.images(file.spec.input_size))[0])
+    if not difference <= file.probe.tolerance:
+        raise error
+    name = f"an emulation in FP32, since {error.subject} computes this file wrongly"
+    return _Runner(name, lambda batch: infer(batch)[1], _near(difference, file.probe.tolerance))
+
+
+def _near(difference: float, tolerance: float) -> str:
+    return f"its logits but for {difference:.1g} of their spread (at most {tolerance:g})"

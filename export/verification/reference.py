@@ -66,15 +66,18 @@ def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None)
 
 
 def _bundled_faces(spec: ModelSpec) -> UInt8Array:
-    """Cut the sheet of faces (``training.datasets.face_renderer``), each resized to the model."""
+    return np.stack([resize(face, spec) for face in sheet_faces()])
+
+
+def sheet_faces() -> list[Image.Image]:
+    """The sixteen faces of the sheet (``training.datasets.face_renderer``)."""
     sheet = Image.open(_SHEET).convert("RGB")
     width, height = sheet.width // _SHEET_COLUMNS, sheet.height // _SHEET_ROWS
-    faces = [
+    return [
         sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
         for y in range(_SHEET_ROWS)
         for x in range(_SHEET_COLUMNS)
     ]
-    return np.stack([resize(face, spec) for face in faces])
 
 
 def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, parent: str) -> None:

@@ -13,7 +13,6 @@ from efficientface_deploy.files import file_hash, write_text
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.tables import Table
 from efficientface_export.verification.parity import (
-    MINIMUM_FOR_AGREEMENT,
     THRESHOLDS,
     Verification,
     number,
@@ -100,6 +99,8 @@ class ReportRow:
             yield "--", "precision: not counted, for want of the onnx package"
         if self.largest_fp32_value is not None:
             yield "ok", f"FP16 range: largest value {self.largest_fp32_value:.4g} of 65504"
+        if result.probe:
+            yield "ok", f"probe: {result.probe}"
         if result.max_difference is None or result.kl is None or result.agreement is None:
             yield _mark(result), f"outputs: {result.reason}"
             return
@@ -109,13 +110,16 @@ class ReportRow:
             "FAILED" if result.exceeds("difference") or result.exceeds("KL") else "ok",
             f"parity: largest difference {differs[0]:.2g}, KL {differs[1]:.2g} {limits}",
         )
-        if result.images < MINIMUM_FOR_AGREEMENT:
-            yield "--", f"agreement: {result.agreement:.4f} on {result.images}, too few to judge by"
+        text = f"agreement: {result.agreement_text} (at least {threshold.min_agreement:g})"
+        if result.exceeds("agreement"):
+            yield "FAILED", text
+        elif result.undecided:
+            question = f"not decided by {result.images} images"
+            if result.images < threshold.min_images:
+                question += f"; needs at least {threshold.min_images}"
+            yield "??", f"{text}, {question}"
         else:
-            yield (
-                "FAILED" if result.exceeds("agreement") else "ok",
-                f"agreement: {result.agreement_text} (at least {threshold.min_agreement:g})",
-            )
+            yield "ok", text
         if result.accuracy is None:
             yield "--", "accuracy: not measured, which --val would do"
         else:
@@ -243,7 +247,8 @@ def _earlier_rows(folder: Path, header: Mapping[str, Any]) -> list[ReportRow]:
 
 
 def _mark(result: Verification) -> str:
-    return "--" if result.not_run else "FAILED" if result.problems else "ok"
+    marks = {"FAILED": "FAILED", "verified": "ok", "not decided": "??"}
+    return marks.get(result.status, "--")
 
 
 def _markdown(header: Mapping[str, Any], rows: Sequence[ReportRow]) -> str:

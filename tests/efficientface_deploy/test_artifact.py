@@ -166,7 +166,7 @@ def engine(tmp_path):
 
 def test_sidecar_round_trip(engine):
     assert sidecar_path(engine).name == "model.engine.json"
-    spec, provenance = read_sidecar(engine)
+    spec, provenance, _ = read_sidecar(engine)
     assert (spec, provenance["gpu"]) == (SPEC, "none")
 
 

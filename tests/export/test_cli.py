@@ -40,7 +40,7 @@ class TestPackagesMissing:
         """As on a device with TensorRT alone; that nothing here runs it is all there is to say."""
         engine = artifacts / "model.engine"
         engine.write_bytes(b"\xff\0\xff")
-        _, spec, record = read_onnx(artifacts / FP16)
+        _, spec, record = read_onnx(artifacts / FP16)[:3]
         write_sidecar(engine, spec, {**record, "engine": {"sha256": file_hash(engine)}})
         missing = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx")
         result = run_without(missing, "--verify", engine)

@@ -195,7 +195,7 @@ class TestWeights:
     def test_input_size(self, student: Path, tmp_path: Path, exit_code: Run) -> None:
         command = ("--engine", "onnx", "--weights", student, "--input-size", 96)
         assert exit_code(*command, "--out", tmp_path)[0] == 0
-        graph, spec, _ = read_onnx(tmp_path / FP32)
+        graph, spec, _ = read_onnx(tmp_path / FP32)[:3]
         sides = [
             dimension.dim_value for dimension in graph.graph.input[0].type.tensor_type.shape.dim
         ]
@@ -220,7 +220,7 @@ class TestOptions:
         assert file_hash(artifacts / FP16) == before
         assert set(report(artifacts)) == {FP32, FP16, INT8}
 
-        graph, spec, record = read_onnx(artifacts / FP16)
+        graph, spec, record = read_onnx(artifacts / FP16)[:3]
         write_onnx(graph, artifacts / FP16, spec, {**record, "versions": {"onnx": "1.0"}})
         before = file_hash(artifacts / FP16)
         code, _, error = exit_code(*command, "--out", artifacts)
@@ -236,7 +236,7 @@ class TestOptions:
         self, artifacts: Path, exit_code: Run
     ) -> None:
         """Its record says that it is the one that would be made; its outputs say otherwise."""
-        graph, spec, record = read_onnx(artifacts / FP16)
+        graph, spec, record = read_onnx(artifacts / FP16)[:3]
         (bias,) = [w for w in graph.graph.initializer if w.name.endswith("fc.bias")]
         values = onnx.numpy_helper.to_array(bias) + np.arange(7, dtype=np.float16)
         bias.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), bias.name))
@@ -348,12 +348,12 @@ class TestOptions:
         code, output, _ = exit_code(*command, "--float-input", "--out", tmp_path)
         assert code == 0
         assert "[ok]" in output
-        graph, _, record = read_onnx(tmp_path / FP16)
+        graph, _, record = read_onnx(tmp_path / FP16)[:3]
         assert record["input"] == "float32 NCHW normalised"
         assert [value.name for value in graph.graph.input] == ["input"]
 
         # An ONNX file keeps the input that it has.
-        _, spec, _ = read_onnx(tmp_path / FP16)
+        _, spec, _ = read_onnx(tmp_path / FP16)[:3]
         source = tmp_path / "float.onnx"
         write_onnx(float_graph, source, spec, {**record, "precision": "fp32"})
         command = ("--engine", "onnx", "--weights", source, "--precision", "fp16")
@@ -650,7 +650,7 @@ class TestEngines:
         assert "built, not verified here" in output
         assert "for sm89, " in output and " kernels, built in " in output
 
-        spec, record = read_sidecar(engine)
+        spec, record, _ = read_sidecar(engine)
         assert spec.name == "test"
         assert record["precision"] == "fp16"
         assert record["engine"]["max_batch"] == 4
@@ -794,7 +794,7 @@ class TestDeployGraph:
             assert main(command) == 0
             name = f"efficientface-{precision}-{target}.onnx"
             assert report(tmp_path)[name]["verification"]["status"] == "verified"
-            graph, _, record = read_onnx(tmp_path / name)
+            graph, _, record = read_onnx(tmp_path / name)[:3]
             assert record["graph"] == "deploy"
             assert not [node for node in graph.graph.node if node.op_type == "Reshape"]
 

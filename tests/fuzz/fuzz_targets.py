@@ -91,7 +91,7 @@ def sidecar(data: bytes) -> None:
     path.write_bytes(PLAN)
     sidecar_path(path).write_bytes(data)
     with only_our_errors():
-        spec, provenance = read_sidecar(path)
+        spec, provenance, _ = read_sidecar(path)
         check_spec(spec)
         record = EngineRecord.from_provenance(provenance, path)
         record.covers("sm86")

@@ -36,6 +36,7 @@ from efficientface_deploy.backends.tensorrt.library import (
 )
 from efficientface_deploy.backends.tensorrt.session import Session
 from efficientface_deploy.errors import ArtifactError, BackendError
+from efficientface_deploy.probe import Probe
 from efficientface_deploy.vision.preprocess import UInt8Array
 
 
@@ -118,7 +119,8 @@ class TensorRTBackend(Backend):
         self._precision = ""
 
     def _open(self) -> None:
-        spec, provenance = read_sidecar(self.path)
+        spec, provenance, probe = read_sidecar(self.path)
+        self.probe = Probe.from_record(probe, sidecar_path(self.path), spec.num_classes)
         record = EngineRecord.from_provenance(provenance, self.path)
         self._precision = str(provenance.get("precision", ""))
         self._check_kind(record)
@@ -145,6 +147,8 @@ class TensorRTBackend(Backend):
         self.spec, self.provenance = spec, provenance
         self.max_batch = self._session.max_batch
         self.name = self.kind
+        self.library = f"{module.__name__} {version_of(module)} on {gpu}"
+        self.instead = self._rebuild(record, gpu)
 
     def _check_kind(self, record: EngineRecord) -> None:
         wanted = LIBRARIES[self.kind]

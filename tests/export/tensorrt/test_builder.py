@@ -299,7 +299,7 @@ def test_failed_build_does_not_change_the_next(
 ) -> None:
     """Left alone, the compiler builds the next engine for SM75, whatever was asked."""
     fp32, fp16 = model_files["onnx"], tmp_path / "fp16.onnx"
-    graph, spec, provenance = read_onnx(fp32)
+    graph, spec, provenance = read_onnx(fp32)[:3]
     write_onnx(to_fp16(graph), fp16, spec, provenance)
     before = build_engine(fp16, "trt-rtx", SM89)
     with pytest.raises(ExportError, match="SM75"):
@@ -386,7 +386,7 @@ def test_sidecar_is_complete(
     assert write_engine(parent, path, "trt-rtx", SM89) == path
     assert files_in(path.parent) == {"model.rtx.engine", "model.rtx.engine.json"}
 
-    read_spec, provenance = read_sidecar(path)
+    read_spec, provenance, _ = read_sidecar(path)
     assert read_spec == spec
     assert provenance["precision"] == "fp16", "the ONNX file's own provenance"
     record = provenance["engine"]
