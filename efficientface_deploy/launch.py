@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING
 
-from efficientface_deploy.command import run_command
-from efficientface_deploy.errors import BackendError, install_command, words_of
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _OURS = ("efficientface_deploy", "efficientface_export", "training", "benchmarks")
 
@@ -22,6 +24,13 @@ def launch(module: str, extras: str) -> NoReturn:
         module: Its name.
         extras: What brings all packages that it needs, e.g. ``cpu,export``.
     """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:  # until run_command says what Ctrl-C does
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from efficientface_deploy.command import run_command
+
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_command(lambda: _run(module, extras))
 
 
@@ -36,6 +45,8 @@ def export() -> NoReturn:
 
 
 def _run(module: str, extras: str) -> Any:
+    from efficientface_deploy.errors import BackendError, install_command, words_of
+
     try:
         return importlib.import_module(module).main()
     except ImportError as error:
