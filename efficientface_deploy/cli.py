@@ -97,15 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
     ) as predictor:
-        if not config.json:
-            print(predictor.checked or _not_checked(predictor), file=sys.stderr)
         if detector and predictor.spec.face_crop == "as-is":
             print(
                 "note: this model was trained on whole pictures; how its faces are cut is a guess",
                 file=sys.stderr,
             )
         table = None if config.json else PredictionTable(predictor.spec)
-        report = Report(table, len(names), title=str(predictor))
+        checked = predictor.checked or _not_checked(predictor)
+        report = Report(table, len(names), title=f"{predictor}\n{checked}")
         labeller = Labeller(predictor, detector, gallery, report.tell)
         for name in names:
             try:
