@@ -163,8 +163,7 @@ LAYERS = (  # of the runtime, from the ground
     ("spec", "command"),
     ("files",),
     ("artifact",),
-    ("vision", "probe"),
-    ("backends",),
+    ("vision", "probe", "backends"),
     ("predictor",),
     ("cli",),
 )
