@@ -18,7 +18,6 @@ from efficientface_deploy.workbench.metrics import Interval
 from efficientface_deploy.workbench.requirements import is_installed
 from efficientface_export.verification.reference import TestSet
 
-
 # Fewer images decide nothing against an artifact: on a handful, labels that are nearly alike count
 # for too much.
 _FAILS_FROM = 100

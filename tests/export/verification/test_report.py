@@ -138,10 +138,7 @@ def test_success_takes_the_place_of_failure(tmp_path: Path) -> None:
 
 
 def test_what_more_images_showed_of_the_same_file_stays(tmp_path: Path) -> None:
-    question = ("agreement 0.9917 of 0.98 on 16 images, needs at least 50",)
-    few = dataclasses.replace(
-        GOOD, images=16, accuracy=None, macro_f1=None, undecided=question, probe="its logits"
-    )
+    few = dataclasses.replace(GOOD, images=16, accuracy=None, macro_f1=None)
     rows = [add(tmp_path, "a.onnx"), add(tmp_path, "b.onnx"), add(tmp_path, "c.onnx")]
     write(tmp_path, rows)
     again = [
@@ -290,7 +287,10 @@ def test_line_of_what_failed(tmp_path: Path, problem: str, line: str) -> None:
 
 
 def test_lines_of_what_could_not_be_judged(tmp_path: Path) -> None:
-    few = dataclasses.replace(GOOD, images=16, accuracy=None, macro_f1=None)
+    question = ("agreement 0.9917 of 0.98 on 16 images, needs at least 50",)
+    few = dataclasses.replace(
+        GOOD, images=16, accuracy=None, macro_f1=None, undecided=question, probe="its logits"
+    )
     lines = described(tmp_path, few, arithmetic="")
     assert "  [--] precision: not counted, for want of the onnx package" in lines
     assert "  [ok] probe: its logits" in lines
