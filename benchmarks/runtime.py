@@ -3,7 +3,8 @@
 ``python benchmarks/runtime.py``. Everything is compared with the least that a program could do with
 numpy, Pillow and ONNX Runtime alone, and the two take turns in one run, in random order:
 
-* *start*: a new process, to the label of a photograph of 224 pixels by the bundled model;
+* *start*: a new process, to the label of a photograph of 224 pixels by the bundled model; with and
+  without the check by the file's probe;
 * *calls*: ``predictor(array)`` beside ``session.run``, the array being of the model's size, so that
   both are given the same pixels; what resizing any other array costs is a row of its own;
 * *pictures*: from the bytes of a JPEG file to a label, with its parts;
@@ -42,7 +43,7 @@ from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option
-from efficientface_deploy.predictor import BUNDLED_ONNX, load
+from efficientface_deploy.predictor import BUNDLED_ONNX, CHECK_VARIABLE, load
 from efficientface_deploy.vision.preprocess import load_image, resize
 from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
@@ -127,18 +128,22 @@ def measure_starts(config: RuntimeConfig, photo: Path, folder: Path) -> dict[str
     with load(BUNDLED_ONNX) as predictor:
         side = predictor.spec.input_size
     names = {"photo": str(photo), "model": str(BUNDLED_ONNX), "side": side}
-    scripts = {"runtime": _OURS.format(**names), "bare": _BARE.format(**names)}
+    ours = _OURS.format(**names)
+    scripts = {"runtime": ours, "unchecked": ours, "bare": _BARE.format(**names)}
+    variables = {"unchecked": {CHECK_VARIABLE: "0"}}
     bytecode = folder / "bytecode"
     for script in scripts.values():
         run_fresh(script, bytecode=bytecode)  # compiles, and brings the files into memory
     runs: dict[str, list[Run]] = {name: [] for name in scripts}
     for _, name in interleave(scripts, config.starts, config.seed):
-        runs[name].append(run_fresh(scripts[name], bytecode=bytecode))
+        run = run_fresh(scripts[name], bytecode=bytecode, environment=variables.get(name))
+        runs[name].append(run)
     samples = {
         name: Samples(np.array([[run.answer_ns] for run in own])) for name, own in runs.items()
     }
     rows = {name: describe_start(samples[name], own) for name, own in runs.items()}
-    return {**rows, "ratio": speedup(samples["runtime"], samples["bare"])}
+    check = speedup(samples["runtime"], samples["unchecked"])
+    return {**rows, "ratio": speedup(samples["runtime"], samples["bare"]), "check": check}
 
 
 def describe_start(samples: Samples, runs: Sequence[Run]) -> Row:
@@ -258,6 +263,7 @@ def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     start, memory = result["start"], result["memory"]
     found = [
         ("start by the bare script's", start["ratio"]["value"], 1.15),
+        ("start by one without the check", start["check"]["value"], 1.05),
         ("peak memory of a start, MB", start["runtime"]["peak_mb"], 110.0),
         ("large libraries imported", len(start["runtime"]["heavy"]), 0),
     ]

@@ -88,6 +88,32 @@ class TestThresholds:
         found = compare(flat.astype(np.float32), logits, BLANK, "fp16", "x")
         assert found.agreement is not None and found.agreement < 0.5
         assert found.problems == ()
+        assert found.status == "not decided"  # never verified beside a figure below its bound
+        assert "needs at least 500" in found.reason
+
+    @pytest.mark.parametrize(
+        ("precision", "images", "differing", "status"),
+        [
+            ("int8", 16, 0, "verified"),  # but for the agreement, which is a question
+            ("int8", 16, 3, "not decided"),
+            ("int8", 49, 1, "not decided"),
+            ("int8", 50, 1, "verified"),
+            ("int8", 350, 8, "not decided"),  # 0.9771 [0.9556, 0.9884]
+            ("int8", 350, 14, "FAILED"),
+            ("fp32", 999, 0, "verified"),
+        ],
+    )
+    def test_agreement_is_verified_failed_or_a_question(
+        self, precision: str, images: int, differing: int, status: str
+    ) -> None:
+        # Two classes nearly alike, so that a label moves while difference and KL stay small.
+        logits = np.tile(np.array([[2.0, 1.99999, 0.0]], np.float32), (images, 1))
+        moved = logits.copy()
+        moved[:differing] = moved[:differing, [1, 0, 2]]
+        blank = TestSet(np.zeros((images, 1, 1, 3), np.uint8), None, "blank")
+        found = compare(softmax(moved), logits, blank, precision, "x")
+        assert found.status == status
+        assert bool(found.undecided) == (status == "not decided" or images in (16, 999))
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinity divided by infinity
     @pytest.mark.parametrize("precision", THRESHOLDS)

@@ -287,10 +287,16 @@ def test_line_of_what_failed(tmp_path: Path, problem: str, line: str) -> None:
 
 
 def test_lines_of_what_could_not_be_judged(tmp_path: Path) -> None:
-    few = dataclasses.replace(GOOD, images=16, accuracy=None, macro_f1=None)
+    question = ("agreement 0.9917 of 0.98 on 16 images, needs at least 50",)
+    few = dataclasses.replace(
+        GOOD, images=16, accuracy=None, macro_f1=None, undecided=question, probe="its logits"
+    )
     lines = described(tmp_path, few, arithmetic="")
     assert "  [--] precision: not counted, for want of the onnx package" in lines
-    assert "  [--] agreement: 0.9917 on 16, too few to judge by" in lines
+    assert "  [ok] probe: its logits" in lines
+    (agreement,) = [line for line in lines if "agreement" in line]
+    assert agreement.startswith("  [??] agreement: 0.9917 [")
+    assert agreement.endswith("not decided by 16 images; needs at least 50")
     assert "  [--] accuracy: not measured, which --val would do" in lines
 
 
