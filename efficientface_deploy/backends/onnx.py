@@ -161,15 +161,21 @@ class OnnxBackend(Backend):
         if device == "openvino":
             # The file's precision is what runs: by itself it takes BF16 where the CPU has it.
             settings = {"INFERENCE_PRECISION_HINT": "f32"}
-            if (self.provenance.get("precision"), self.provenance.get("target")) == ("int8", "gpu"):
-                # By its own INT8 it gives such files' labels in three cases of four (2026.4); the
-                # files for CPUs are right with it, and one of two that we tried wrong without.
+            made = self.provenance.get("precision"), self.provenance.get("target")
+            if made == ("int8", "gpu") and self.spec.colour == "grey":
+                # OpenVINO 2026.4 computes INT8 files for GPUs wrongly by its own INT8 where the
+                # network sees grey (four tried of four), and wrongly without it where it sees
+                # colour (three of three); those for CPUs it wants as they are.
                 settings["LP_TRANSFORMS_MODE"] = "NO"
             if self.options.threads is not None:
                 settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
             return {"load_config": json.dumps({"CPU": settings})}
         if device in ("tensorrt", "tensorrt-rtx"):
             self.max_batch = _BATCHES["max"]
+            if device == "tensorrt":
+                # The provider allows TF32 and has no option against it (onnxruntime issue 26029);
+                # NVIDIA's libraries read this when they are first used. Who set it, knows why.
+                os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
             return self._tensorrt_settings("trt" if device == "tensorrt" else "nv")
         return {}
 

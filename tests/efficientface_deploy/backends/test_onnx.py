@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from efficientface_deploy.backends import onnx as onnx_module
 from efficientface_deploy.backends.onnx import PROVIDERS, OnnxBackend
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.files import file_hash
+from efficientface_export.graph.io import read_onnx, write_onnx
 
 
 def test_every_device_has_a_provider() -> None:
@@ -216,6 +218,48 @@ def test_options_of_openvino(
     expected = {"INFERENCE_PRECISION_HINT": "f32"}
     expected |= {} if threads is None else {"INFERENCE_NUM_THREADS": "3"}
     assert json.loads(settings["load_config"]) == {"CPU": expected}
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "colour", "own_int8"),
+    [
+        ("int8", "gpu", "grey", False),
+        ("int8", "gpu", "rgb", True),
+        ("int8", "cpu", "grey", True),
+        ("fp16", "gpu", "grey", True),
+    ],
+)
+def test_openvinos_own_int8(
+    model_files: dict[str, Path],
+    recorded: Recorded,
+    tmp_path: Path,
+    precision: str,
+    target: str,
+    colour: str,
+    own_int8: bool,
+) -> None:
+    file = read_onnx(model_files["onnx"])
+    made = {"precision": precision, "target": target}
+    write_onnx(file.graph, tmp_path / "model.onnx", file.spec.replace(colour=colour), made)
+    with load(tmp_path / "model.onnx", backend="onnx:openvino"):
+        pass
+    ((_, settings),) = recorded.providers
+    assert ("LP_TRANSFORMS_MODE" in settings["load_config"]) is not own_int8
+
+
+@pytest.mark.parametrize("own", [None, "1"])
+def test_tensorrt_is_told_no_tf32(
+    model_files: dict[str, Path],
+    recorded: Recorded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str | None,
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", own or "")  # so that it is restored
+    if own is None:
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    with load(copy_of(model_files["onnx"], tmp_path), backend="onnx:tensorrt"):
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == (own or "0")
 
 
 def test_provider_that_gives_way_to_the_cpu(

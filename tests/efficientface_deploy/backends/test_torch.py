@@ -42,3 +42,18 @@ def test_missing_gpu(model_files: dict[str, Path]) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match=r"torch:cuda: expected a CUDA device.*torch:cpu"):
         load(model_files["torch"], backend="torch:cuda")
+
+
+def test_gpu_computes_fp32_without_tf32(
+    model_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "device", lambda name: "cpu")  # there is none here
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        with load(model_files["torch"], backend="torch:cuda"):
+            assert not matmul.allow_tf32 and not cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
