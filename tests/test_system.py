@@ -186,7 +186,7 @@ def test_another_users_folder_among_the_pictures(as_user, closed, tmp_path: Path
     assert "a/1.png" in out and len(out.splitlines()) == 2
     for name in ("b", "c/3.png"):
         assert f"{tmp_path}/in/{name}: expected an image file, found permission denied" in err
-    assert "2 image(s) could not be read" in err
+    assert "2 of 3 pictures, videos or cameras could not be read" in err
 
 
 def test_folder_of_another_user_given_by_name(as_user, closed, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_folder_of_another_user_given_by_name(as_user, closed, tmp_path: Path) -
     done = run(*PREDICT, *names, prefix=as_user)
     assert done.returncode == 2
     assert len(done.stdout.splitlines()) == 2
-    assert b"3 image(s) could not be read" in done.stderr
+    assert b"3 of 4 pictures, videos or cameras could not be read" in done.stderr
     assert done.stderr.count(b"found permission denied") == 3
 
 
