@@ -254,7 +254,7 @@ class TestOnnx:
         self, artifacts: Path, made: str, stated: str
     ) -> None:
         path = artifacts / f"efficientface-{made}-cpu.onnx"
-        graph, spec, provenance = read_onnx(path)
+        graph, spec, provenance, *_ = read_onnx(path)
         write_onnx(graph, path, spec, {**provenance, "precision": stated})
         if made == stated:
             assert open_source(path).precision == stated
@@ -265,7 +265,7 @@ class TestOnnx:
     def test_size_that_it_was_trained_at(self, artifacts: Path) -> None:
         path = artifacts / "efficientface-fp32-cpu.onnx"
         assert open_source(path).size_note == ""
-        graph, spec, provenance = read_onnx(path)
+        graph, spec, provenance, *_ = read_onnx(path)
         write_onnx(graph, path, spec, {**provenance, "trained_size": 112})
         assert open_source(path).size_note.startswith("trained at 112x112, made for 64x64")
 
