@@ -111,6 +111,7 @@ setup(
         "console_scripts": [
             "efficientface-predict=efficientface_deploy.launch:predict",
             "efficientface-export=efficientface_deploy.launch:export",
-        ]
+        ],
+        "pyinstaller40": ["hook-dirs=efficientface_deploy.pyinstaller:get_hook_dirs"],
     },
 )

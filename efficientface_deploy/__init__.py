@@ -7,7 +7,12 @@
 
 import importlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime 1.29 and newer write a database and an identifier below HOME and read the machine's
+# model, from their import on, unless this is set before it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from efficientface_deploy.errors import BackendError, EfficientFaceError, ProbeError

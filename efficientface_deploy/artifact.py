@@ -7,7 +7,9 @@ model; a TensorRT engine has a sidecar. Published checkpoints say nothing.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import describe_absence, file_hash, require_file, write_text
+from efficientface_deploy.files import file_hash, require_file, why_not_a_file, write_text
 from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -44,8 +46,8 @@ _LOOKED_AT = 4096  # bytes that tell text from anything else
 
 def describe_file(path: Path) -> str:
     """``a picture``, ``an empty file``, ``a TensorRT engine``; content goes before the name."""
-    if not path.is_file():
-        return describe_absence(path)
+    if (reason := why_not_a_file(path)) is not None:
+        return reason
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
     if not start:
@@ -115,10 +117,31 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
 _MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_INPUT, _VALUE_NAME = 11, 1
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_NODE_OPERATOR = 4
+
+# Where other files may be named: of each kind of message, the fields that lead there.
+_PARTS: dict[str, dict[int, str]] = {
+    "model": {_MODEL_GRAPH: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {
+        **{5: "tensor", 10: "tensor", 22: "sparse", 23: "sparse"},
+        **{6: "graph", 11: "graph"},
+    },
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+    "entry": {},
+}
+_LOCATION, _COMPILED = "location", "EPContext"  # what names another file: a key, and an operator
+_EXTERNAL_KEYS = (_LOCATION, "offset", "length", "checksum")
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of fields
 
-_MAX_FIELDS = 1_000_000  # of one message; a file of nothing but fields takes seconds, not hours
+_MAX_FIELDS = 1_000_000  # read in one go; a file of nothing but fields takes seconds, not hours
+_MAX_DEPTH = 100  # of messages in messages, as protobuf has it
+_MAX_TAG = (1 << 32) - 1  # protobuf drops higher bits, and would see another field than we do
 _MAX_TEXT = 64 * 1024 * 1024  # bytes of one name or value
 
 
@@ -156,6 +179,74 @@ def read_onnx_input(path: str | Path) -> str:
     return ""
 
 
+def external_files(path: str | Path) -> list[Path]:
+    """The files beside an ONNX file that hold weights of it; ours have none.
+
+    Every library that opens an ONNX file also opens those that it names, and old releases
+    anywhere on the disk. So this comes first, and refuses every name but a plain file's beside it.
+
+    Raises:
+        ArtifactError: It names a file elsewhere, a link, or a part that was compiled by others; or
+            as :func:`read_onnx_metadata`.
+    """
+    with _open_onnx(path) as (file, size):
+        data = file.read()
+        # Without these words in it, it names no file: protobuf keeps a text in one piece.
+        if not any(word.encode() in data for word in (_LOCATION, _COMPILED)):
+            return []
+        names = _external_names(io.BytesIO(data), size)
+    return [_require_beside(Path(path), name) for name in sorted(names)]
+
+
+def _external_names(file: BinaryIO, size: int) -> set[str]:
+    """What an ONNX file calls the files that hold weights of it.
+
+    Raises:
+        ValueError: This is no ONNX model, or names files in a way that nobody needs.
+    """
+    names = set()
+    budget = iter(range(_MAX_FIELDS))
+
+    def walk(kind: str, end: int, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError("more parts in parts than a model has")
+        texts: dict[int, str] = {}
+        for number, part_end in _fields(file, end, budget):
+            if number in _PARTS[kind]:
+                walk(_PARTS[kind][number], part_end, depth + 1)
+            elif kind == "entry" or (kind, number) == ("node", _NODE_OPERATOR):
+                texts[number] = _text(file, part_end)
+        if texts.get(_NODE_OPERATOR) == _COMPILED:
+            raise ValueError(f"a part that is compiled already ({_COMPILED})")
+        if kind != "entry":
+            return
+        key = texts.get(_ENTRY_KEY, "")
+        if key not in _EXTERNAL_KEYS:
+            raise ValueError(f"weights in other files by an unknown key, {key[:40]!r}")
+        if key == _LOCATION:
+            names.add(texts.get(_ENTRY_VALUE, ""))
+
+    walk("model", size, 0)
+    return names
+
+
+def _require_beside(model: Path, name: str) -> Path:
+    """The path of a file that an ONNX file names, if it lies beside it and is no link."""
+    expected = "weights inside the file, or in a file of their own beside it"
+    fix = "do not use this file, unless you trust it: then save it again in one file"
+    path = model.parent / name
+    found = ""
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & set('/\\:*?"<>|'):
+        found = f"weights at {name[:100]!r}"
+    elif (reason := why_not_a_file(path)) is not None:
+        found = f"weights in {name[:100]}, {reason}"
+    elif path.is_symlink() or path.stat().st_nlink > 1:
+        found = f"weights in {name[:100]}, a link"
+    if found:
+        raise ArtifactError(model, expected, found, fix)
+    return path
+
+
 @contextlib.contextmanager
 def _open_onnx(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its size; a ValueError of the block says what the file is instead."""
@@ -170,22 +261,32 @@ def _open_onnx(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
         raise ArtifactError(path, "an ONNX model", found, fix) from None
 
 
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+def _fields(
+    file: BinaryIO, end: int, budget: Iterator[int] | None = None
+) -> Iterator[tuple[int, int]]:
     """Number and end of each field of bytes in a message; the file stands where its bytes begin.
+
+    Args:
+        file: Stands where the message begins.
+        end: Where it ends.
+        budget: How many fields may be read, where several messages share a limit.
 
     Raises:
         ValueError: This is no protobuf message, or the file ends within.
     """
-    for _ in range(_MAX_FIELDS):
+    for _ in range(_MAX_FIELDS) if budget is None else budget:
         if file.tell() == end:
             return
-        number, kind = divmod(_varint(file), 8)
+        tag = _varint(file)
+        number, kind = divmod(tag, 8)
+        if number == 0 or tag > _MAX_TAG:
+            raise ValueError("something else")
         if kind == _VARINT:
             _varint(file)
             continue
         sizes = {_FIXED32: 4, _FIXED64: 8}
         size = _varint(file) if kind == _BYTES else sizes.get(kind)
-        if size is None or number == 0:
+        if size is None:
             raise ValueError("something else")
         field_end = file.tell() + size
         if field_end > end:
@@ -201,11 +302,15 @@ def _texts(file: BinaryIO, end: int, wanted: set[int]) -> dict[int, str]:
     texts = {}
     for number, field_end in _fields(file, end):
         if number in wanted:
-            size = field_end - file.tell()
-            if size > _MAX_TEXT:
-                raise ValueError(f"a text of {size} bytes")
-            texts[number] = file.read(size).decode()  # UnicodeDecodeError is a ValueError
+            texts[number] = _text(file, field_end)
     return texts
+
+
+def _text(file: BinaryIO, end: int) -> str:
+    size = end - file.tell()
+    if size > _MAX_TEXT:
+        raise ValueError(f"a text of {size} bytes")
+    return file.read(size).decode()  # UnicodeDecodeError is a ValueError
 
 
 def _varint(file: BinaryIO) -> int:
@@ -251,9 +356,9 @@ def read_sidecar(engine: str | Path) -> Sidecar:
     """
     engine = require_file(engine, "a TensorRT engine")
     path = sidecar_path(engine)
-    if not path.is_file():
+    if (reason := why_not_a_file(path)) is not None:
         fix = "copy both files; an engine alone does not say its labels or preprocessing"
-        raise ArtifactError(path, f"the sidecar of {engine.name}", "no such file", fix)
+        raise ArtifactError(path, f"the sidecar of {engine.name}", reason, fix)
     try:
         content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
         spec_fields, provenance = content["spec"], content["provenance"]
@@ -335,7 +440,7 @@ def require_preset(path: str | Path, preset_name: str | None) -> None:
     Raises:
         ArtifactError: It does not, and no preset is given; or as :func:`carries_spec`.
     """
-    if preset_name is None and Path(path).is_file() and not carries_spec(path):
+    if preset_name is None and os.path.isfile(path) and not carries_spec(path):
         expected = "--preset, since this checkpoint does not say what its outputs mean"
         raise ArtifactError(path, expected, "none", "add --preset " + ", ".join(PRESETS))
 

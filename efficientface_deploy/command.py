@@ -11,22 +11,27 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import math
 import os
 import signal
+import stat
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from efficientface_deploy.errors import ConfigError, EfficientFaceError, words_of
 
 Config = TypeVar("Config")
 
 _Handler = Callable[[int, FrameType | None], None]
+
+_ESCAPED = "backslashreplace"  # what the encoding of a stream does not have
+_READER_GONE = 128 + 13  # what a shell says of a program that SIGPIPE has ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,27 +333,38 @@ def _check_number(field: dataclasses.Field[Any], number: Any) -> None:
 # ---- the end of a command
 
 
-def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
+def run_command(
+    main: Callable[[], int | None], *, ends_with_reader: bool = False
+) -> typing.NoReturn:
     """Run a command to its exit code: 0 done, 1 failed verification, 2 bad input, 130 interrupt.
 
     An expected error is printed as one line on standard error, never as a traceback. SIGTERM is
-    an interrupt like Ctrl-C: what the command was writing is taken away.
+    an interrupt like Ctrl-C: what the command was writing is taken away. Text that the terminal's
+    encoding does not have is escaped.
+
+    Args:
+        main: The command.
+        ends_with_reader: What becomes of a command whose output nobody reads any more, as after
+            ``| head -1``: it ends with 141, as a shell has it, where its output is its product. By
+            default its product is files, and it goes on without a word.
     """
-    code = 0
+    with _safe_streams(ends_with_reader):
+        code = _exit_code(main)
+        flushed = _flush()
+    sys.exit(code or flushed)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         with signals_handled_by({signal.SIGTERM: _interrupt}):
-            code = main() or 0
+            return main() or 0
     except EfficientFaceError as error:
-        code = _complain(error, error.exit_code)
+        return _complain(error, error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        pass  # the reader (head, less) went away: no error of ours
+        return 130
     except OSError as error:
-        code = _complain(error)  # a full disk, a missing permission: the system says what to do
-    flushed = _flush()
-    sys.exit(code or flushed)
+        return _complain(error)  # a full disk, a missing permission: the system says what to do
 
 
 def _complain(error: BaseException, code: int = 2) -> int:
@@ -397,15 +413,82 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+# ---- standard streams
+
+
+class _Pipe(io.FileIO):
+    """A pipe whose reader may go away: what is written then is dropped, or ends the program."""
+
+    ends_program = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except ConnectionError:  # BrokenPipeError, and a socket's ConnectionResetError
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if self.ends_program:
+                sys.exit(_READER_GONE)
+            return len(data)
+
+
+@contextlib.contextmanager
+def _safe_streams(ends_with_reader: bool) -> Iterator[None]:
+    """Standard streams that are there, take any text, and survive their reader."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except (
+            OSError
+        ):  # closed, as by >&-: the next file would get its number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = _safe_stream(sys.stdout, ends_with_reader)
+    sys.stderr = _safe_stream(sys.stderr, False)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+def _safe_stream(stream: TextIO | None, ends_with_reader: bool) -> TextIO:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+        return stream
+    stream.reconfigure(errors=_ESCAPED)
+    try:
+        kind = os.fstat(stream.fileno()).st_mode
+    except OSError:  # not the system's, as in tests
+        return stream
+    if not (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+        return stream
+    stream.flush()
+    pipe = _Pipe(stream.fileno(), "w", closefd=False)
+    pipe.ends_program = ends_with_reader
+    return io.TextIOWrapper(
+        io.BufferedWriter(pipe),
+        encoding=stream.encoding,
+        errors=_ESCAPED,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
 def _flush() -> int:
     """Write out what is buffered; Python itself would complain and exit 120.
 
     Returns:
-        2 when it cannot be written, as to a full disk; 0 otherwise, a reader that went away too.
+        2 when it cannot be written, as to a full disk; 0 otherwise.
     """
     try:
         sys.stdout.flush()
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(error, BrokenPipeError) else _complain(error)
+        return _complain(error)

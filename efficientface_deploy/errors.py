@@ -33,7 +33,11 @@ class EfficientFaceError(Exception):
 
 
 def _one_line(text: str) -> str:
-    """What a file holds may end up in a message: no line breaks, no terminal's control codes."""
+    """What a file holds may end up in a message: no line breaks, no terminal's control codes.
+
+    Bytes of a file name that are no text are escaped: there is another name with a space.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else " " for char in text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,18 +34,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        set_mode(temporary, 0o666)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file or folder a mode, less the umask, where its file system has modes.
+
+    Network shares, buckets and some FUSE drives have none, and refuse.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):
+        path.chmod(mode & ~umask)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; a name in it that is no UTF-8 is escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_hash(path: str | Path) -> str:
@@ -62,22 +72,16 @@ def require_file(path: str | Path, kind: str) -> Path:
     """The path, if a file is there that one of ours could be.
 
     Raises:
-        ArtifactError: Nothing is there, or it is not a file, or larger than 1 GiB.
+        ArtifactError: Nothing is there, or it is not a file, may not be read, or is larger than
+            1 GiB.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(path, kind, describe_absence(path), "check the path")
+    if (reason := why_not_a_file(path)) is not None:
+        raise ArtifactError(path, kind, reason, "check the path")
     if (size := path.stat().st_size) > _MAX_FILE:
         found = f"a file of {size / _MAX_FILE:.1f} GiB"
         raise ArtifactError(path, f"{kind} below 1 GiB", found, "copy it again")
     return path
-
-
-def describe_absence(path: Path) -> str:
-    """What is at a path where no file is."""
-    if path.is_dir():
-        return "a folder"
-    return "a pipe or device" if path.exists() else "no such file"
 
 
 def make_folder(path: Path, option: str = "--out") -> None:
@@ -133,3 +137,44 @@ def empty_folders_removed(path: Path) -> Iterator[None]:
         with interrupts_wait(), contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
+
+
+def why_not_a_file(path: Path) -> str | None:
+    """What is at a path instead of a file that can be read; None where such a file is."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return "a folder"
+        if not stat.S_ISREG(mode):  # a pipe may never end, a device neither
+            return "a pipe or device"
+        with path.open("rb"):
+            return None
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:  # no permission, a name that is too long, ...
+        return system_words(error)
+    except ValueError as error:  # a NUL byte in the path
+        return str(error)
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """All files below a folder whose names end so, in capitals too, and what cannot be searched.
+
+    Links to folders are not followed.
+
+    Returns:
+        The files and, apart, the folders that may not be read, both sorted.
+    """
+    refused: list[Path] = []
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            refused.append(Path(error.filename))
+
+    files = [
+        Path(place, name)
+        for place, _, names in os.walk(folder, onerror=note)
+        for name in names
+        if name.lower().endswith(suffixes)
+    ]
+    return sorted(files), sorted(refused)

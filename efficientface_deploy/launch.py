@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _OURS = ("efficientface_deploy", "efficientface_export", "training", "benchmarks")
 
 
-def launch(module: str, extras: str) -> NoReturn:
+def launch(module: str, extras: str, *, ends_with_reader: bool = False) -> NoReturn:
     """Import a command's module and run its ``main``, as :func:`run_command` runs it.
 
     Ctrl-C ends the imports as it ends the command, and a package that is missing is one line.
@@ -23,6 +23,7 @@ def launch(module: str, extras: str) -> NoReturn:
     Args:
         module: Its name.
         extras: What brings all packages that it needs, e.g. ``cpu,export``.
+        ends_with_reader: As of :func:`run_command`.
     """
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if usual:  # until run_command says what Ctrl-C does
@@ -31,12 +32,12 @@ def launch(module: str, extras: str) -> NoReturn:
 
     if usual:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_command(lambda: _run(module, extras))
+    run_command(lambda: _run(module, extras), ends_with_reader=ends_with_reader)
 
 
 def predict() -> NoReturn:
     """The console script ``efficientface-predict``."""
-    launch("efficientface_deploy.cli", "cpu")
+    launch("efficientface_deploy.cli", "cpu", ends_with_reader=True)
 
 
 def export() -> NoReturn:

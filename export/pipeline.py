@@ -60,6 +60,8 @@ def export_command(options: ExportConfig) -> int:
     source = open_source(options.weights, options.preset, options.input_size)
     size = f"{source.spec.input_size}x{source.spec.input_size}"
     print(f"weights: {source.path} ({source.spec.name}, {size})")
+    if note := source.size_note:
+        print(f"note: {note}")
     if source.spec.architecture != "efficientface":
         print(f"note: its artifacts are called efficientface, and are a {source.spec.architecture}")
     if options.out.is_file():
@@ -241,7 +243,8 @@ def verify(
         artifact.write(path, record)
         provenance = Provenance(record, path)
         arithmetic = provenance.arithmetic
-    return ReportRow.of(path, folder, provenance, arithmetic, verification, artifact.notes)
+    notes = (*artifact.notes, source.size_note) if source.size_note else artifact.notes
+    return ReportRow.of(path, folder, provenance, arithmetic, verification, notes)
 
 
 class Converter:

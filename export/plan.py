@@ -281,6 +281,8 @@ def _request(
         "weights": source.weights,
         "versions": versions(),
     }
+    if source.size_note:
+        decided["trained_size"] = source.trained_size
     if precision == "int8" and calibration is not None:
         decided["calibration"] = {**calibration.record, "method": options.calib_method}
         decided["exclude"] = sorted(set(options.exclude))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _require_artifact(path: Path) -> None:
     found = describe_file(path)
     if found in ("an ONNX file", "a TensorRT engine"):
         return
-    if not path.is_file():
+    if not os.path.isfile(path):
         fix = "check the path"
     elif found == "a checkpoint":
         fix = "export it first, and give the exported file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from efficientface_deploy.artifact import (
     CHECKPOINT_SUFFIXES,
     ENGINE_SUFFIX,
     ONNX_SUFFIX,
+    WEIGHTS_SUFFIX,
     check_preset,
     describe_file,
     read_safetensors_metadata,
@@ -22,7 +24,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.base import broken_package
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
-from efficientface_deploy.files import file_hash
+from efficientface_deploy.files import file_hash, find_files
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
 from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
@@ -32,6 +34,7 @@ from efficientface_deploy.workbench.requirements import require_package
 from efficientface_export.graph.channel_layout import PROFILES
 from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.io import read_onnx
+from efficientface_export.graph.precision import require_precision
 from efficientface_export.verification.parity import Verification, verify_artifact
 from efficientface_export.verification.provenance import Provenance
 from efficientface_export.verification.reference import (
@@ -53,6 +56,7 @@ class Source:
         spec: Its spec.
         sha256: Of the file.
         provenance: What an ONNX file says of its making; empty for a checkpoint.
+        trained_size: Side of the input that the network was trained at, pixels.
         trace: The graph, not to be changed; takes whether the input is float.
         lay_out: The deploy graph; takes whether the input is float, and the target. None where
             there is none: for an ONNX file, or an LDG.
@@ -65,6 +69,7 @@ class Source:
     spec: ModelSpec
     sha256: str
     provenance: Provenance
+    trained_size: int
     trace: Callable[[bool], onnx.ModelProto]
     lay_out: Callable[[bool, str], onnx.ModelProto] | None
     infer: Infer | None
@@ -89,6 +94,17 @@ class Source:
     def weights(self) -> dict[str, str]:
         """File name and SHA-256 of the checkpoint that it is or descends from."""
         return self.provenance.weights or {"file": self.path.name, "sha256": self.sha256}
+
+    @property
+    def size_note(self) -> str:
+        """What to say of an input of another size than the network was trained at; else empty."""
+        side, trained = self.spec.input_size, self.trained_size
+        if side == trained:
+            return ""
+        return (
+            f"trained at {trained}x{trained}, made for {side}x{side}, which may ruin its accuracy: "
+            "score it with --val, for the comparison with PyTorch cannot tell"
+        )
 
     def is_onnx_in(self, precision: str) -> bool:
         """Whether it is an ONNX file of this precision, which is then taken as it is."""
@@ -152,7 +168,9 @@ def default_weights(runs: Path | None = None) -> Path:
 
     Without torch the bundled ONNX file takes the place of the bundled checkpoint.
     """
-    found = (RUNS if runs is None else runs).rglob("*.safetensors")
+    found, closed = find_files(RUNS if runs is None else runs, (WEIGHTS_SUFFIX,))
+    for folder in closed:
+        print(f"note: {folder} may not be read; students in it are not looked at")
     # A hidden one is half-written: a training run may be going on.
     students = [path for path in found if not path.name.startswith(".") and _is_student(path)]
     if students:
@@ -174,7 +192,7 @@ def _require_weights(path: Path) -> None:
     if found in ("a checkpoint", "an ONNX file"):
         return
     suffixes = (ONNX_SUFFIX, *CHECKPOINT_SUFFIXES)
-    if not path.is_file():
+    if not os.path.isfile(path):
         fix = "check the path"
     elif path.name.endswith((ENGINE_SUFFIX, ENGINE_SUFFIX + ".json")):
         fix = "give the ONNX file or the checkpoint that the engine was made from"
@@ -203,6 +221,7 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     # First whether it is a network of ours at all: a preset makes no other file usable.
     model, spec = load_checkpoint(path, preset)
     require_preset(path, preset)
+    trained_size = spec.input_size
     if input_size is not None:
         spec = spec.resized(input_size)
 
@@ -223,6 +242,7 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
         spec=spec,
         sha256=file_hash(path),
         provenance=Provenance({}, path),
+        trained_size=trained_size,
         trace=graph,
         lay_out=deploy if spec.architecture == "efficientface" else None,
         infer=lambda images: run_in_batches(infer_batch, images),
@@ -233,6 +253,8 @@ def _open_onnx(path: Path, preset: str | None) -> Source:
     file = read_onnx(path)
     graph, spec, provenance = file.graph, file.spec, file.provenance
     check_preset(path, spec, preset)
+    made = Provenance(provenance, path)
+    require_precision(graph, made.precision, made.excluded, path)  # other tools keep the metadata
 
     def infer(images: UInt8Array) -> Float32Array:
         with ef.load(path) as predictor:
@@ -242,7 +264,8 @@ def _open_onnx(path: Path, preset: str | None) -> Source:
         path=path,
         spec=spec,
         sha256=file_hash(path),
-        provenance=Provenance(provenance, path),
+        provenance=made,
+        trained_size=made.trained_size or spec.input_size,
         trace=lambda float_input: graph,
         lay_out=None,
         infer=infer if missing_reason("onnx") is None else None,

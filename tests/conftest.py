@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# OpenVINO reports its import to its makers where this package is.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 with contextlib.suppress(ImportError):
     import hypothesis
 

@@ -270,9 +270,22 @@ def test_an_optional_package_is_imported_in_one_place():
     assert spread == set(SPREAD)
 
 
+def test_telemetry_is_off_before_onnxruntime_is_imported():
+    """Importing the runtime turns it off, and sorted imports would put the library first."""
+    using = {edge.source for edge in IMPORTS if edge.target == "onnxruntime"}
+    assert using
+    for name in using:
+        assert any(edge.source == name and within(edge.target, RUNTIME) for edge in IMPORTS)
+        tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+        first = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("onnxruntime" in ast.unparse(node) for node in first)
+
+
 # ---- what must be installed
 
-LIGHT = sorted(name for name in MODULES if is_runtime(name) and name != f"{RUNTIME}.backends.torch")
+# PyInstaller's hook looks for the libraries that are installed.
+HEAVY = (f"{RUNTIME}.backends.torch", f"{RUNTIME}.pyinstaller")
+LIGHT = sorted(name for name in MODULES if is_runtime(name) and not within(name, *HEAVY))
 
 BARE = """
 import importlib, sys

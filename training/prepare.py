@@ -9,6 +9,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import shutil
@@ -22,8 +23,8 @@ from typing import Any
 from PIL import Image
 
 from efficientface_deploy.command import Usage, choose_command, interrupts_wait, parse_config
-from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
-from efficientface_deploy.files import make_folder
+from efficientface_deploy.errors import ConfigError, DatasetError, ImageError, system_words
+from efficientface_deploy.files import make_folder, set_mode
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
@@ -45,6 +46,7 @@ Counts = Counter[tuple[str, int]]
 """Number of images for each (split, label)."""
 
 _SHOWN = 20  # damaged images that are named one by one
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)  # another user's, or where a disk fails
 _JPEG_START = b"\xff\xd8\xff"
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Preparation], str]] = {
@@ -99,7 +101,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
             raise DatasetError(out, "images", "none that can be used", "check --source")
         if preparation.every_class:
             check_every_class(counts, description["labels"], out)
-        work.chmod(0o755)
+        set_mode(work, 0o777)
         with interrupts_wait():
             if out.exists():
                 out.rename(before)
@@ -169,7 +171,12 @@ def _cut_face(face: Face) -> tuple[str, bytes]:
     Raises:
         ImageError: The image is missing or damaged, or the box is not inside it.
     """
-    encoded = face.read()
+    try:
+        encoded = face.read()
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        raise _unusable(face.name, "an image", system_words(error)) from None
     if not encoded:
         raise _unusable(face.name, "an image", "a missing or empty file")
     try:

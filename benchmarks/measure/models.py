@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from efficientface_deploy.artifact import (
 )
 from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_backend
 from efficientface_deploy.errors import ConfigError, EfficientFaceError
-from efficientface_deploy.files import file_hash
+from efficientface_deploy.files import file_hash, find_files
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS, Predictor, bundled_model, load
 
 ARTIFACTS = ROOT / "artifacts"
@@ -187,16 +188,12 @@ def find_models(given: Sequence[Path]) -> list[Path]:
 
 def _files_of(source: Path) -> list[Path]:
     """The file itself, or the models in a folder; no teachers and no half-written files."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return [] if source == ARTIFACTS else [source]
-    return [
-        path
-        for path in sorted(source.rglob("*"))
-        if path.name.endswith(_SEARCHED)
-        and not path.name.startswith(".")
-        and path.is_file()
-        and not _is_teacher(path)
-    ]
+    files, closed = find_files(source, _SEARCHED)
+    for folder in closed:
+        print(f"left out {folder}: a folder that may not be read", file=sys.stderr)
+    return [path for path in files if not path.name.startswith(".") and not _is_teacher(path)]
 
 
 def _is_teacher(path: Path) -> bool:

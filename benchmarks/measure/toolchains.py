@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,10 +153,18 @@ def open_onnxruntime(network: Network, graph: str, work: Work) -> Infer:
     return open_infer(network.onnx(graph), work.threads)
 
 
-def open_openvino(network: Network, graph: str, work: Work, precision: str | None = "f32") -> Infer:
-    """OpenVINO for one request at a time; precision None leaves that to the library."""
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry: it reports its own import, where that package is there."""
+    if "openvino" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
+    return openvino
+
+
+def open_openvino(network: Network, graph: str, work: Work, precision: str | None = "f32") -> Infer:
+    """OpenVINO for one request at a time; precision None leaves that to the library."""
+    openvino = import_openvino()
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": work.threads}
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 
 from efficientface_deploy.artifact import (
@@ -70,7 +71,7 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
             raise ArtifactError(
                 path,
                 "a model file (" + ", ".join(suffixes) + ")",
-                "a folder" if path.is_dir() else f"suffix {path.suffix or 'none'}",
+                "a folder" if os.path.isdir(path) else f"suffix {path.suffix or 'none'}",
                 "give a file of one of these kinds; efficientface-export makes them",
             )
         return kind, ""

@@ -6,7 +6,9 @@ import abc
 import contextlib
 import dataclasses
 import importlib
+import io
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from efficientface_deploy.artifact import check_preset
 from efficientface_deploy.errors import (
+    ArtifactError,
     BackendError,
     EfficientFaceError,
     ImageError,
@@ -157,6 +160,9 @@ class Backend(abc.ABC):
                 except ImportError as error:
                     install = "install it again, or choose another backend"
                     raise broken_package(type(self).__name__, error, install) from None
+                except OSError as error:  # the file is gone, or its disk fails
+                    expected, fix = "a model file that can be read", "check the file and its disk"
+                    raise ArtifactError(self.path, expected, words_of(error), fix) from None
                 try:
                     check_preset(self.path, self.spec, self.options.preset)
                 except EfficientFaceError:
@@ -276,9 +282,36 @@ def import_package(module: str, subject: str, expected: str, extra: str) -> Any:
         BackendError: It is not installed, or cannot be loaded; the error names the extra.
     """
     try:
-        return importlib.import_module(module)
+        return import_library(module)
     except ImportError as error:
         raise BackendError(subject, expected, words_of(error), install_command(extra)) from None
+
+
+def import_library(module: str) -> Any:
+    """Import a package, whose errors may be empty.
+
+    A module that was compiled for NumPy 1 fails without a word beside NumPy 2, which prints thirty
+    lines instead.
+
+    Raises:
+        BackendError: It is of NumPy's other kind.
+        ImportError: It cannot be imported for another reason.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            imported = importlib.import_module(module)
+    except ImportError:
+        if _OLD_BUILD not in printed.getvalue():
+            raise
+        found, fix = "one for NumPy 1", f"pip install 'numpy<2', or a newer {module}"
+        raise BackendError(module, f"a build for NumPy {np.__version__}", found, fix) from None
+    if printed.getvalue() and sys.stderr:
+        print(printed.getvalue(), end="", file=sys.stderr)
+    return imported
+
+
+_OLD_BUILD = "compiled using NumPy 1"  # in NumPy's own words
 
 
 def broken_package(subject: str, error: Exception, install: str) -> BackendError:

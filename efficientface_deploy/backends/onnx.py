@@ -20,12 +20,13 @@ from efficientface_deploy.artifact import (
     OUTPUTS,
     PROBE_KEY,
     UINT8_INPUT,
+    external_files,
     provenance_from_metadata,
     read_onnx_input,
     read_onnx_metadata,
     spec_from_metadata,
 )
-from efficientface_deploy.backends.base import Backend, Output
+from efficientface_deploy.backends.base import Backend, Output, import_library
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.probe import Probe
@@ -90,9 +91,9 @@ class OnnxBackend(Backend):
     """Runs ``*.onnx`` files of ours; sessions of ONNX Runtime are thread-safe."""
 
     def _open(self) -> None:
-        import onnxruntime
-
+        onnxruntime = import_library("onnxruntime")
         metadata = read_onnx_metadata(self.path)
+        external_files(self.path)  # refuses what a library would read elsewhere
         self.spec = spec_from_metadata(metadata, self.path)
         self.provenance = provenance_from_metadata(metadata, self.path)
         self.probe = Probe.from_text(metadata.get(PROBE_KEY), self.path, self.spec.num_classes)
@@ -142,8 +143,11 @@ class OnnxBackend(Backend):
             options.add_provider_for_devices(plugin_devices, settings)
         else:
             keywords["providers"] = [(provider.name, settings)]
+        model: str | bytes = str(self.path)
+        if not str(self.path).isprintable() and not external_files(self.path):
+            model = self.path.read_bytes()  # its name may be no UTF-8
         try:
-            return onnxruntime.InferenceSession(str(self.path), sess_options=options, **keywords)
+            return onnxruntime.InferenceSession(model, sess_options=options, **keywords)
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             found = f"{type(error).__name__} ({_first_line(error)})"
             if device != "cpu":

@@ -24,10 +24,11 @@ from efficientface_deploy.artifact import (
     TORCH_SUFFIXES,
     WEIGHTS_SUFFIX,
     check_preset,
+    read_safetensors_metadata,
     spec_from_metadata,
 )
 from efficientface_deploy.errors import CheckpointError
-from efficientface_deploy.files import atomic_path, describe_absence, require_file
+from efficientface_deploy.files import atomic_path, require_file, why_not_a_file
 from efficientface_deploy.models.efficientface import EfficientFace
 from efficientface_deploy.models.ldg import LabelDistributionGenerator
 from efficientface_deploy.spec import ModelSpec, preset
@@ -137,8 +138,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
         CheckpointError: The file is missing, of another kind, or damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(path, "a checkpoint", describe_absence(path), "check the path")
+    if (reason := why_not_a_file(path)) is not None:
+        raise CheckpointError(path, "a checkpoint", reason, "check the path")
     spec = None
     if path.suffix == WEIGHTS_SUFFIX:
         state, spec = _read_safetensors(path)
@@ -180,9 +181,13 @@ def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
     require_file(path, "a safetensors file")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if str(path).isprintable():
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:  # a name that may be no UTF-8, which the library does not take
+            metadata = read_safetensors_metadata(path)
+            state = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         found, fix = f"a damaged one ({error})", "copy it again, or train it again"
         raise CheckpointError(path, "a complete safetensors file", found, fix) from None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficientface_deploy.artifact import external_files
 from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.errors import (
     ArtifactError,
@@ -24,7 +25,7 @@ from efficientface_deploy.errors import (
 from efficientface_deploy.files import require_file
 from efficientface_deploy.vision.faces import Face, FaceDetector, Float64Array
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
-from efficientface_deploy.vision.video import import_opencv
+from efficientface_deploy.vision.video import import_opencv, opencv_name
 
 MIN_SCORE = 0.5  # CenterFace's published demo; YuNet's authors take 0.6 to 0.9
 MAX_OVERLAP = 0.3  # intersection over union from which two boxes are one face; both authors'
@@ -119,9 +120,10 @@ class YuNet:
         self._lock = threading.Lock()  # OpenCV's detector keeps the size of the picture
         cv2 = import_opencv()
         path = require_file(model, "a YuNet model file")
+        external_files(path)  # refuses what OpenCV would read elsewhere
         try:
             self._detector = cv2.FaceDetectorYN.create(
-                str(path), "", (_MULTIPLE, _MULTIPLE), min_score, MAX_OVERLAP
+                opencv_name(path), "", (_MULTIPLE, _MULTIPLE), min_score, MAX_OVERLAP
             )
         except cv2.error as error:
             expected = "a YuNet model that this OpenCV can read"

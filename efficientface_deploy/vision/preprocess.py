@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ImageError, system_words, words_of
+from efficientface_deploy.files import find_files
 from efficientface_deploy.spec import ModelSpec
 
 ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, npt.NDArray[Any]]
@@ -67,19 +68,20 @@ _TURNS = {
 def find_images(names: Sequence[str]) -> Iterator[str]:
     """The files that names stand for; a folder stands for every picture below it, sorted.
 
+    A folder that may not be read is given itself, for :func:`load_image` to refuse.
+
     Raises:
         ImageError: A folder holds no pictures.
     """
     for name in names:
-        path = Path(name)
-        if name == STANDARD_INPUT or not path.is_dir():
+        if name == STANDARD_INPUT or not os.path.isdir(name):
             yield name
             continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        found, refused = find_files(Path(name), IMAGE_SUFFIXES)
+        if not found and not refused:
             expected = "images (" + ", ".join(IMAGE_SUFFIXES) + ")"
-            raise ImageError(path, expected, "none in this folder", "give another folder")
-        yield from map(str, found)
+            raise ImageError(name, expected, "none in this folder", "give another folder")
+        yield from map(str, (*found, *refused))
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -176,7 +178,9 @@ def _read(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe may never end, a device neither
-            found = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            if directory := stat.S_ISDIR(status.st_mode):
+                os.scandir(path).close()  # one that may not be read says so
+            found = "a directory" if directory else "a pipe or device"
             raise ImageError(path, "an image file", found, "give a file, or its bytes")
         _check_bytes(status.st_size, str(path))
         return path.read_bytes()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.errors import BackendError, ImageError
-from efficientface_deploy.files import atomic_path
+from efficientface_deploy.files import atomic_path, why_not_a_file
 from efficientface_deploy.vision.preprocess import UInt8Array
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
@@ -73,9 +73,9 @@ def open_video(source: str | Path | int) -> Video:
     else:
         subject, expected = str(source), "a video that OpenCV can read"
         fix = "convert it to MP4 (H.264)"
-        if not Path(source).is_file():
-            raise ImageError(source, "a video file", "no such file", "check the path")
-    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        if (reason := why_not_a_file(Path(source))) is not None:
+            raise ImageError(source, "a video file", reason, "check the path")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else opencv_name(source))
     if not capture.isOpened():
         capture.release()
         raise ImageError(subject, expected, "one that it cannot", fix)
@@ -105,7 +105,7 @@ def write_video(path: str | Path, rate: float) -> Iterator[Callable[[Image.Image
             nonlocal writer
             if writer is None:
                 code = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(str(temporary), code, rate, image.size)
+                writer = cv2.VideoWriter(opencv_name(temporary), code, rate, image.size)
             if not writer.isOpened():
                 expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
                 fix = "install opencv-python-headless, which has FFmpeg with it"
@@ -117,6 +117,12 @@ def write_video(path: str | Path, rate: float) -> Iterator[Callable[[Image.Image
         finally:
             if writer is not None:
                 writer.release()
+
+
+def opencv_name(path: str | Path) -> str | bytes:
+    """A file's name as OpenCV takes it: a text that is no UTF-8 ends the process (5.0)."""
+    name = str(path)
+    return name if name.isprintable() else os.fsencode(name)
 
 
 def import_opencv() -> Any:

@@ -174,7 +174,8 @@ def image_list_hash(samples: Sequence[Sample], root: Path) -> str:
     """
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(sample.path.relative_to(root).as_posix().encode() + b"\0")
+        name = sample.path.relative_to(root).as_posix()
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         try:
             digest.update(hashlib.sha256(sample.path.read_bytes()).digest())
         except OSError as error:

@@ -15,6 +15,7 @@ from efficientface_deploy.artifact import (
     PROBE_KEY,
     PROVENANCE_KEY,
     SPEC_KEY,
+    external_files,
     provenance_from_metadata,
     spec_from_metadata,
 )
@@ -59,13 +60,12 @@ def read_onnx(path: str | Path) -> OnnxFile:
     """
     path = require_file(path, "an ONNX model")
     try:
-        # A path to weights elsewhere, which a foreign file may hold, is not followed.
+        if external_files(path):
+            raise DecodeError("its weights are in other files")
         graph = onnx.load(path, load_external_data=False)
         metadata = {prop.key: prop.value for prop in graph.metadata_props}
         if not graph.graph.node:
             raise DecodeError("no nodes")
-        if any(map(onnx.external_data_helper.uses_external_data, graph.graph.initializer)):
-            raise DecodeError("its weights are in other files")
     except (DecodeError, ValueError, OSError) as error:
         found = f"a damaged or foreign file ({error})"
         raise ArtifactError(path, "an ONNX model", found, "export it again") from None

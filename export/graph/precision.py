@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from efficientface_deploy.artifact import OUTPUTS
-from efficientface_deploy.errors import ExportError
+from efficientface_deploy.errors import ExportError, words_of
 from efficientface_export.int8.qdq import QUANTISED_OPERATORS, quantisable_layers
 
 FP16_MAX = 65_504.0
@@ -28,6 +28,14 @@ _TYPE_NAMES: dict[int, str] = {
     TensorProto.BFLOAT16: "bf16",
     TensorProto.DOUBLE: "fp64",
 }
+
+
+# What other tools quantise to; ours are pairs of QuantizeLinear and DequantizeLinear.
+_FOREIGN_INT8 = {
+    **{"ConvInteger": "Conv", "QLinearConv": "Conv"},
+    **{"MatMulInteger": "Gemm", "QLinearMatMul": "Gemm", "QGemm": "Gemm"},
+}
+_QUANTISES = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *_FOREIGN_INT8}
 
 
 def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -127,6 +135,9 @@ def summarise_precision(graph: onnx.ModelProto) -> PrecisionSummary:
     producers = {output: node.op_type for node in graph.graph.node for output in node.output}
 
     counts: dict[str, Counter[str]] = {operator: Counter() for operator in QUANTISED_OPERATORS}
+    for node in graph.graph.node:
+        if operator := _FOREIGN_INT8.get(node.op_type):
+            counts[operator]["int8"] += 1
     for node in quantisable_layers(graph):
         data, weights = node.input[:2]
         if all(producers.get(name) == "DequantizeLinear" for name in (data, weights)):
@@ -150,16 +161,24 @@ def require_precision(graph: onnx.ModelProto, precision: str, excluded: int, pat
         The summary as text.
 
     Raises:
-        ExportError: A convolution or linear layer runs in another precision.
+        ExportError: A convolution or linear layer runs in another precision, or the graph
+            contradicts itself.
     """
-    summary = summarise_precision(graph)
+    try:
+        summary = summarise_precision(graph)
+    except onnx.shape_inference.InferenceError as error:
+        fix = "export it again from the checkpoint"
+        raise ExportError(path, "an ONNX graph whose shapes agree", words_of(error), fix) from None
     counts = Counter(summary.convolutions) + Counter(summary.linear)
     others = counts.total() - counts[precision]
-    if counts[precision] == 0 or others > (excluded if precision == "int8" else 0):
+    quantised = any(node.op_type in _QUANTISES for node in graph.graph.node)
+    wrong = others > excluded if precision == "int8" else others or quantised
+    if counts[precision] == 0 or wrong:
         but = f" but {excluded} that were excluded" if precision == "int8" and excluded else ""
         expected = f"all convolutions and linear layers in {precision}{but}"
-        fix = "export it again; if this file was just made, report it as a bug"
-        raise ExportError(path, expected, str(summary), fix)
+        found = f"{summary}; it is quantised" if quantised else str(summary)
+        fix = "export it again from the checkpoint; if this was just made, report it as a bug"
+        raise ExportError(path, expected, found, fix)
     return str(summary)
 
 

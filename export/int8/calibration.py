@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import DatasetError, ImageError
+from efficientface_deploy.files import find_files
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import IMAGE_SUFFIXES, UInt8Array
+from efficientface_deploy.vision.preprocess import IMAGE_SUFFIXES, UInt8Array, load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     Sample,
@@ -23,6 +26,7 @@ from efficientface_deploy.workbench.dataset import (
 FEW = 100  # too few for stable ranges
 
 _HELD_OUT = ("test", "validation")
+_SHOWN = 20  # images that cannot be read and are named one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,8 @@ def choose_calibration(
 ) -> Calibration:
     """A seeded choice of training images, as the classes come.
 
-    As many of each class gave no better ranges: docs/int8.md.
+    As many of each class gave no better ranges: docs/int8.md. What cannot be read is named, counted
+    and left out.
 
     Args:
         root: A prepared data set, a data set's folder with ``train/``, or any folder of images.
@@ -59,19 +64,29 @@ def choose_calibration(
     Raises:
         DatasetError: The folder is missing, or holds no images or too few to hold any out.
     """
-    samples, split, classes = _find_images(root)
-    if held_out and len(samples) < 3:
+    samples, split, classes, refused = _find_images(root)
+    order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+    held_out = min(held_out, max(1, len(samples) // 3)) if held_out else 0
+    readable, unreadable = _readable(samples, order, count + held_out)
+    unreadable += refused
+    if not readable:
+        fix = "give images that can be read"
+        raise DatasetError(root, "images for calibration", f"none ({unreadable[0].found})", fix)
+    if held_out and len(readable) < 3:
         fix = "give more images, or add --no-int8-search"
         expected = "images for calibration and others to judge by"
-        raise DatasetError(root, expected, f"{len(samples)} in all", fix)
-    held_out = min(held_out, len(samples) // 3)
-    count = min(count, len(samples) - held_out)
-    order = np.random.default_rng(seed).permutation(len(samples))
+        raise DatasetError(root, expected, f"{len(readable)} in all", fix)
+    held_out = min(held_out, len(readable) // 3)
+    count = min(count, len(readable) - held_out)
     chosen, others = (
         tuple(samples[index] for index in sorted(part))
-        for part in (order[:count], order[count : count + held_out])
+        for part in (readable[:count], readable[count : count + held_out])
     )
     notes = []
+    if unreadable:
+        for error in unreadable[:_SHOWN]:
+            print(f"left out {error.subject}: {error.found}", file=sys.stderr)
+        notes.append(f"left out {len(unreadable)} images or folders in {root} that cannot be read")
     if len(chosen) < FEW:
         notes.append(f"only {len(chosen)} calibration images in {root}; give {FEW} or more")
     if split in _HELD_OUT:
@@ -100,23 +115,43 @@ def read_images(samples: Sequence[Sample], spec: ModelSpec) -> UInt8Array:
     return np.concatenate([none, *(batch for batch, _ in iterate_batches(samples, spec, 100))])
 
 
-def _find_images(root: Path) -> tuple[list[Sample], str, tuple[str, ...]]:
-    """All images that may be chosen, in a fixed order, their split, and its classes if it says."""
-    if (root / DESCRIPTION).is_file():
+def _readable(
+    samples: Sequence[Sample], order: Sequence[int], wanted: int
+) -> tuple[list[int], list[ImageError]]:
+    """The first images that can be read, as indices in this order, and what cannot before them."""
+    readable: list[int] = []
+    unreadable: list[ImageError] = []
+    for index in order:
+        if len(readable) == wanted:
+            break
+        try:
+            load_image(samples[index].path)
+            readable.append(index)
+        except ImageError as error:
+            unreadable.append(error)
+    return readable, unreadable
+
+
+def _find_images(root: Path) -> tuple[list[Sample], str, tuple[str, ...], list[ImageError]]:
+    """All images that may be chosen, in a fixed order.
+
+    Returns:
+        The images, their split, its classes if it says, and the folders that may not be read.
+    """
+    if os.path.isfile(root / DESCRIPTION):
         dataset = read_dataset(root)
-        return list(dataset.split("train")), "train", tuple(dataset.labels)
-    folder = root / "train" if (root / "train").is_dir() else root
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-    if not paths:
-        found = "no images in it" if root.is_dir() else "no such folder"
+        return list(dataset.split("train")), "train", tuple(dataset.labels), []
+    folder = root / "train" if os.path.isdir(root / "train") else root
+    files, closed = find_files(folder, IMAGE_SUFFIXES)
+    paths = [path for path in files if not path.name.startswith(".")]
+    found = "a folder that may not be read"
+    refused = [ImageError(path, "images", found, "check its permissions") for path in closed]
+    if not paths and not (refused and os.path.isdir(root)):
+        found = "no images in it" if os.path.isdir(root) else "no such folder"
         fix = "give the training images, e.g. --calib RAF-DB"
         raise DatasetError(root, "a folder of images for calibration", found, fix)
     split = "train" if folder != root else _split_of(root)
-    return [Sample(path, 0) for path in paths], split, ()
+    return [Sample(path, 0) for path in paths], split, (), refused
 
 
 def _split_of(root: Path) -> str:
@@ -125,7 +160,7 @@ def _split_of(root: Path) -> str:
     A folder named test is a split where there is a train folder beside it.
     """
     for folder in (root.resolve(), *root.resolve().parents):
-        if folder.name in ("train", *_HELD_OUT) and (folder.parent / "train").is_dir():
+        if folder.name in ("train", *_HELD_OUT) and os.path.isdir(folder.parent / "train"):
             return folder.name
-    inside = [name for name in _HELD_OUT if (root / name).is_dir()]
+    inside = [name for name in _HELD_OUT if os.path.isdir(root / name)]
     return inside[0] if inside else "unknown"

@@ -27,6 +27,8 @@ class Provenance:
         arithmetic: How many layers run in which precision, as text.
         created: When it was made.
         versions: Of what made it.
+        trained_size: Side of the input that the network was trained at, pixels, where it is not the
+            artifact's own; else None.
         excluded: Number of layers that were left out of INT8 on purpose.
         largest_fp32_value: Largest magnitude of any tensor before FP16; None where FP16 has no
             part in it.
@@ -49,6 +51,8 @@ class Provenance:
         self.versions: dict[str, str] = {}
         if isinstance(versions, dict):
             self.versions = {str(key): str(value) for key, value in versions.items()}
+        size = record.get("trained_size")
+        self.trained_size = size if type(size) is int else None
         self.excluded = len(excluded) if isinstance(excluded, list) else 0
         magnitude = largest.get("magnitude") if isinstance(largest, dict) else None
         self.largest_fp32_value = float(magnitude) if isinstance(magnitude, (int, float)) else None

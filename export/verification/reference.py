@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import atomic_path
+from efficientface_deploy.files import atomic_path, why_not_a_file
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, resize
 from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
@@ -140,8 +140,8 @@ def _shapes(image: tuple[int, ...], logits: int) -> str:
 def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
     """The arrays of ``verify.npz``, and the hash of the weights that it is of."""
     expected = "reference outputs"
-    if not path.is_file():
-        raise ArtifactError(path, expected, "no such file", _COPY_REFERENCE)
+    if (reason := why_not_a_file(path)) is not None:
+        raise ArtifactError(path, expected, reason, _COPY_REFERENCE)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "logits", "source", "parent")}

@@ -21,6 +21,7 @@ from efficientface_deploy.artifact import (
     SPEC_KEY,
     check_preset,
     describe_file,
+    external_files,
     provenance_from_metadata,
     read_onnx_input,
     read_onnx_metadata,
@@ -371,3 +372,54 @@ def test_onnx_text_that_is_too_long_is_not_read(
     onnx.save(small_model(k="v" * 101), path)
     with pytest.raises(ArtifactError, match="a text of 101 bytes"):
         read_onnx_metadata(path)
+
+
+# ---- other files that an ONNX file names; hostile ones are in backends/test_onnx_bad_files.py
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-float"])
+def test_our_files_name_no_others(model_files: dict[str, Path], name: str) -> None:
+    assert external_files(model_files[name]) == []
+
+
+def external_model(*entries: tuple[str, str]) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    for key, value in entries:
+        model.graph.initializer.add().external_data.add(key=key, value=value)
+    return model
+
+
+def test_files_beside_it_that_an_onnx_file_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    onnx.save(external_model(("location", "b"), ("location", "a"), ("location", "b")), path)
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"weights")
+    assert external_files(path) == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_the_word_location_elsewhere_is_no_file(tmp_path: Path) -> None:
+    model = onnx.ModelProto(doc_string="location, EPContext")
+    model.graph.node.add(op_type="Add", name="location", doc_string="EPContext")
+    onnx.save(model, tmp_path / "a.onnx")
+    assert external_files(tmp_path / "a.onnx") == []
+
+
+def test_fields_of_all_parts_share_one_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_MAX_FIELDS", 1000)
+    model = onnx.ModelProto()
+    for _ in range(30):
+        model.graph.node.add(op_type="Add", name="location").input.extend(["x"] * 40)
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(ArtifactError, match="more fields than a model has"):
+        external_files(tmp_path / "a.onnx")
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=200)
+def test_any_bytes_after_a_model(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("any") / "a.onnx"
+    path.write_bytes(external_model(("location", "../a")).SerializeToString() + content)
+    with pytest.raises(ArtifactError):
+        external_files(path)

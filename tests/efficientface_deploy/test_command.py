@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -267,24 +270,107 @@ def test_exit_of_help_passes(capsys):
     assert caught.value.code == 0
 
 
+# ---- standard streams
+
 BROKEN_PIPE = """
 import os, sys
+from pathlib import Path
 from efficientface_deploy.command import run_command
 reader, writer = os.pipe()
-os.dup2(writer, 1)
+os.dup2(writer, int(sys.argv[1]))
 os.close(reader)
 def main():
-    print("x" * int(sys.argv[1]))
+    stream = (None, sys.stdout, sys.stderr)[int(sys.argv[1])]
+    for _ in range(int(sys.argv[2])):
+        print("x" * 1000, file=stream)
+    print("x", file=stream, flush=True)
+    Path(sys.argv[4]).write_text("done")
     return 1
+run_command(main, ends_with_reader=sys.argv[3] == "ends")
+"""
+
+
+@pytest.mark.parametrize("lines", ["0", "1000"])  # less than a buffer, and more
+@pytest.mark.parametrize(("stream", "kind"), [("1", "goes on"), ("2", "goes on"), ("2", "ends")])
+def test_work_goes_on_without_a_reader(stream, kind, lines, run_python, tmp_path):
+    result = run_python(BROKEN_PIPE, stream, lines, kind, str(tmp_path / "file"))
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
+    assert (tmp_path / "file").read_text() == "done"
+
+
+@pytest.mark.parametrize("lines", ["0", "1000"])
+def test_command_whose_output_is_its_product_ends_with_its_reader(lines, run_python, tmp_path):
+    result = run_python(BROKEN_PIPE, "1", lines, "ends", str(tmp_path / "file"))
+    assert (result.returncode, result.stderr) == (141, "")
+    assert not (tmp_path / "file").exists()
+
+
+def test_other_pipe_that_breaks_is_an_error(capsys):
+    code, err = finish(failing(BrokenPipeError(32, "Broken pipe")), capsys)
+    assert code == 2 and "Broken pipe" in err
+
+
+PRINTS = """
+import sys
+from efficientface_deploy.command import run_command
+from efficientface_deploy.errors import ConfigError
+def main():
+    print("caf\\u00e9 \\udcff", flush=True)
+    raise ConfigError("\\u4e2d", "a", "b", "c")
 run_command(main)
 """
 
 
-# Less than a buffer: the command ends, with its own code. More: it ends at the print.
-@pytest.mark.parametrize(("size", "code"), [("10", 1), ("1000000", 0)])
-def test_reader_that_went_away_is_no_error(size, code, run_python):
-    result = run_python(BROKEN_PIPE, size)
-    assert (result.returncode, result.stderr) == (code, "")
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", b"caf\\xe9"), ("cp1252", b"caf\xe9"), ("utf-8", "caf\u00e9".encode())],
+)
+@pytest.mark.parametrize("to_a_pipe", [True, False])
+def test_text_that_the_encoding_does_not_have_is_escaped(encoding, shown, to_a_pipe, tmp_path):
+    out = subprocess.PIPE if to_a_pipe else (tmp_path / "out").open("wb")
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS], stdout=out, stderr=subprocess.PIPE, env=environment
+    )
+    printed = done.stdout if to_a_pipe else (tmp_path / "out").read_bytes()
+    assert printed.rstrip() == shown + b" \\udcff"
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert done.stderr.startswith(b"error: ") and b"Traceback" not in done.stderr
+
+
+CLOSED = """
+import os, sys
+for number in (0, 1, 2):
+    os.close(number)
+if sys.argv[1] == "absent":
+    sys.stdin = sys.stdout = sys.stderr = None
+from pathlib import Path
+from efficientface_deploy.command import run_command
+def main():
+    with Path(sys.argv[2]).open("w") as file:
+        assert file.fileno() > 2
+        os.write(1, b"what a library prints")
+        print("text")
+        print("text", file=sys.stderr)
+        assert sys.stdin.read() == "" and not sys.stdout.isatty() and not sys.stderr.isatty()
+        file.write("content")
+    os.system("echo from a child")
+    return 3
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["closed", "absent"])
+def test_closed_streams_lead_nowhere(kind, run_python, tmp_path):
+    result = run_python(CLOSED, kind, str(tmp_path / "file"))
+    assert result.returncode == 3
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_streams_are_as_before_after_a_command(capsys):
+    before = sys.stdin, sys.stdout, sys.stderr
+    finish(lambda: 0, capsys)
+    assert (sys.stdin, sys.stdout, sys.stderr) == before
 
 
 def test_output_that_cannot_be_written_is_an_error(run_python):

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import atomic_path, file_hash, require_file, write_text
+from efficientface_deploy.files import (
+    atomic_path,
+    file_hash,
+    find_files,
+    require_file,
+    write_text,
+)
 
 # ---- atomic writes
 
@@ -55,6 +63,23 @@ def test_permissions_follow_the_umask(tmp_path, umask):
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EROFS])
+def test_file_system_without_modes(tmp_path, monkeypatch, code):
+    """As CIFS, buckets and FUSE have none."""
+
+    def refuse(self, mode):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_text(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_name_that_is_no_text_is_written_escaped(tmp_path):
+    write_text(tmp_path / "a.md", "caf\udce9 caf\u00e9")
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "caf\\udce9 caf\u00e9"
+
+
 def test_reader_of_the_old_file_keeps_it(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
@@ -91,3 +116,67 @@ def test_require_file_refuses_what_is_not_worth_reading(tmp_path):
     for pipe in (path, "/dev/zero"):
         with pytest.raises(ArtifactError, match="found a pipe or device"):
             require_file(pipe, "an ONNX model")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("x" * 300 + ".onnx", "file name too long"),
+        ("nul\0byte.onnx", "null (byte|character)"),
+        ("file/model.onnx", "not a directory"),
+        ("loop.onnx", "too many levels of symbolic links"),
+    ],
+)
+def test_require_file_says_what_the_system_says(tmp_path, name, found):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop.onnx").symlink_to("loop.onnx")
+    with pytest.raises(ArtifactError, match=f"expected an ONNX model, found .*{found}"):
+        require_file(tmp_path / name, "an ONNX model")
+
+
+@pytest.mark.parametrize("method", ["stat", "open"])
+def test_require_file_refuses_what_may_not_be_read(tmp_path, monkeypatch, method):
+    path = tmp_path / "x.onnx"
+    path.touch()
+
+    def refuse(self, *arguments, **keywords):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(ArtifactError, match="found permission denied"):
+        require_file(path, "an ONNX model")
+
+
+# ---- folders
+
+
+def test_find_files(tmp_path):
+    names = ["b.PNG", "a/c.png", "a/d.txt", "a/e/f.jpg", ".h/g.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "dead.png").symlink_to("nowhere")
+    expected = sorted([".h/g.png", "a/c.png", "a/e/f.jpg", "b.PNG", "dead.png"])
+    found, refused = find_files(tmp_path, (".png", ".jpg"))
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == expected
+    assert refused == []
+
+
+def test_folder_that_may_not_be_read_is_apart(tmp_path, monkeypatch):
+    for name in ("a", "closed", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, refused = find_files(tmp_path, (".png",))
+    assert [file.parent.name for file in found] == ["a", "b"]
+    assert refused == [tmp_path / "closed"]
+    assert find_files(tmp_path / "closed", (".png",)) == ([], [tmp_path / "closed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -16,19 +17,21 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from efficientface_deploy.artifact import PROVENANCE_KEY, read_onnx_metadata
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
     CheckpointError,
     ConfigError,
     EfficientFaceError,
+    ExportError,
 )
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import normalise
 from efficientface_export import source as source_module
-from efficientface_export.graph.io import write_onnx
+from efficientface_export.graph.io import read_onnx, write_onnx
 from efficientface_export.source import default_weights, open_source
 
 
@@ -81,7 +84,10 @@ class TestCheckpoint:
         np.testing.assert_allclose(opened.infer(images), expected, atol=1e-4)
 
     def test_input_size(self, student: Path) -> None:
-        assert open_source(student, None, 96).spec.input_size == 96
+        opened = open_source(student, None, 96)
+        assert (opened.spec.input_size, opened.trained_size) == (96, 64)
+        assert opened.size_note.startswith("trained at 64x64, made for 96x96, which may ruin")
+        assert open_source(student, None, 64).size_note == open_source(student).size_note == ""
         with pytest.raises(ConfigError, match="--input-size: expected a multiple of 16"):
             open_source(student, None, 90)
 
@@ -150,6 +156,37 @@ class TestCheckpoint:
             open_source(student)
 
 
+def _quantise_by_onnxruntime(source: Path, target: Path, way: str) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{"image": np.full((1, 64, 64, 3), 90, np.uint8)}]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    if way.startswith("dynamic"):
+        kinds = ["Gemm", "MatMul"] if "linear" in way else ["Conv", "Gemm", "MatMul"]
+        quantization.quantize_dynamic(source, target, op_types_to_quantize=kinds)
+    elif way == "weights":  # alone, in pairs that the library would fold
+        graph = onnx.load(source)
+        layer = next(node for node in graph.graph.node if node.op_type == "Gemm")
+        name = layer.input[1]
+        weight = next(one for one in graph.graph.initializer if one.name == name)
+        values = np.zeros(tuple(weight.dims), np.int8)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}_int8"))
+        scale = onnx.numpy_helper.from_array(np.float32(0.01), "own_scale")
+        graph.graph.initializer.append(scale)
+        node = onnx.helper.make_node("DequantizeLinear", [weight.name, "own_scale"], [name])
+        graph.graph.node.insert(0, node)
+        onnx.save(graph, target)
+    else:
+        formats = quantization.QuantFormat
+        kind = formats.QDQ if way == "pairs" else formats.QOperator
+        quantization.quantize_static(source, target, Reader(), quant_format=kind)
+
+
 class TestOnnx:
     def test_fp32(self, exported: Path, student: Path, images: Any, infer: Any) -> None:
         path = exported / "efficientface-fp32-cpu.onnx"
@@ -192,6 +229,45 @@ class TestOnnx:
         (artifacts / "verify.npz").unlink()
         with pytest.raises(ArtifactError, match=r"verify\.npz: .*no such file"):
             opened.reference(None, None)
+
+    @pytest.mark.parametrize("way", ["dynamic", "dynamic linear", "operators", "pairs", "weights"])
+    def test_quantised_by_others(self, exported: Path, tmp_path: Path, way: str) -> None:
+        """ONNX Runtime's tools keep our metadata, which then say fp32."""
+        path = tmp_path / "q.onnx"
+        _quantise_by_onnxruntime(exported / "efficientface-fp32-cpu.onnx", path, way)
+        assert json.loads(read_onnx_metadata(path)[PROVENANCE_KEY])["precision"] == "fp32"
+        with pytest.raises(ExportError, match=r"linear layers in fp32, found .*it is quantised"):
+            open_source(path)
+
+    def test_graph_that_contradicts_itself(self, artifacts: Path) -> None:
+        path = artifacts / "efficientface-fp32-cpu.onnx"
+        graph = onnx.load(path)
+        weight = next(one for one in graph.graph.initializer if len(one.dims) == 4)
+        weight.dims[:] = [int(np.prod(weight.dims))]
+        onnx.save(graph, path)
+        with pytest.raises(ExportError, match="an ONNX graph whose shapes agree, found"):
+            open_source(path)
+
+    @pytest.mark.parametrize("made", ["fp32", "fp16", "int8"])
+    @pytest.mark.parametrize("stated", ["fp32", "fp16", "int8"])
+    def test_provenance_that_lies_about_the_precision(
+        self, artifacts: Path, made: str, stated: str
+    ) -> None:
+        path = artifacts / f"efficientface-{made}-cpu.onnx"
+        graph, spec, provenance, *_ = read_onnx(path)
+        write_onnx(graph, path, spec, {**provenance, "precision": stated})
+        if made == stated:
+            assert open_source(path).precision == stated
+            return
+        with pytest.raises(ExportError, match=f"linear layers in {stated}, found .*{made} conv"):
+            open_source(path)
+
+    def test_size_that_it_was_trained_at(self, artifacts: Path) -> None:
+        path = artifacts / "efficientface-fp32-cpu.onnx"
+        assert open_source(path).size_note == ""
+        graph, spec, provenance, *_ = read_onnx(path)
+        write_onnx(graph, path, spec, {**provenance, "trained_size": 112})
+        assert open_source(path).size_note.startswith("trained at 112x112, made for 64x64")
 
     def test_without_provenance(
         self, graph: onnx.ModelProto, small_spec: ModelSpec, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,7 +56,7 @@ def open_place(path: Path) -> Iterator[Place]:
     Raises:
         DatasetError: It is neither, or an archive that needs a password or another program.
     """
-    if path.is_dir():
+    if is_folder(path):
         yield path
         return
     try:
@@ -109,13 +110,18 @@ def children(folder: Place) -> list[Place]:
 
 def folders(folder: Place) -> list[Place]:
     """The folders inside a folder, by name."""
-    return [child for child in children(folder) if child.is_dir()]
+    return [child for child in children(folder) if is_folder(child)]
+
+
+def is_folder(place: Place) -> bool:
+    """Whether a folder is there; not, where the system does not let us see it."""
+    return os.path.isdir(place) if isinstance(place, Path) else place.is_dir()
 
 
 def first_with(candidates: Iterable[Place], names: Sequence[str]) -> Place | None:
     """The first folder that holds any of the files, or None."""
     for folder in candidates:
-        if folder.is_dir() and any((folder / name).is_file() for name in names):
+        if is_folder(folder) and any((folder / name).is_file() for name in names):
             return folder
     return None
 

@@ -14,7 +14,7 @@ from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
 from efficientface_deploy.spec import preset
 from efficientface_deploy.workbench.dataset import SPLITS
-from training.datasets.archive import Place, children, folders, read
+from training.datasets.archive import Place, children, folders, is_folder, read
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image, pixels."""
@@ -152,7 +152,7 @@ def list_images(source: Place, splits: Iterable[str], classes: Sequence[str]) ->
 
 
 def _check_classes(folder: Place, classes: Sequence[str]) -> None:
-    found = {child.name: None for child in folders(folder)} if folder.is_dir() else None
+    found = {child.name: None for child in folders(folder)} if is_folder(folder) else None
     problems = ["no such folder"] if found is None else []
     if found and (missing := [name for name in classes if name not in found]):
         problems.append("no " + ", ".join(missing))
@@ -165,7 +165,7 @@ def _check_classes(folder: Place, classes: Sequence[str]) -> None:
 
 def _images_of_class(folder: Place) -> list[Place]:
     images = children(folder)
-    if nested := [child.name for child in images if child.is_dir()]:
+    if nested := [child.name for child in images if is_folder(child)]:
         found = "folder " + ", ".join(nested[:5])
         raise DatasetError(folder, "images alone", found, "move its images up, and remove it")
     if not images:

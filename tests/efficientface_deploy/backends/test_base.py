@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from efficientface_deploy.backends import BackendOptions
-from efficientface_deploy.backends.base import Backend, Output, import_package
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.backends.base import Backend, Output, import_library, import_package
+from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.spec import PRESETS
 
 
@@ -119,3 +119,59 @@ def test_optional_package_that_is_there_or_names_its_extra():
     assert import_package("json", "subject", "JSON", "x").loads("1") == 1
     with pytest.raises(BackendError, match=r"^subject: expected N, found .*no_such.*\[a,b\]'$"):
         import_package("no_such", "subject", "N", "a,b")
+
+
+@pytest.fixture
+def make_package(tmp_path, monkeypatch):
+    """Makes a package with this code, which can be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+
+    return make
+
+
+# What onnxruntime 1.18 does beside NumPy 2.
+OF_NUMPY_1 = """
+import sys
+sys.stderr.write("A module that was compiled using NumPy 1.x cannot be run in\\n" * 30)
+raise ImportError
+"""
+
+
+@pytest.mark.parametrize("way", ["import_library", "import_package"])
+def test_library_for_the_other_numpy(make_package, way, capsys):
+    make_package("of_numpy_1", OF_NUMPY_1)
+    with pytest.raises(BackendError) as caught:
+        if way == "import_library":
+            import_library("of_numpy_1")
+        else:
+            import_package("of_numpy_1", "subject", "N", "a")
+    assert str(caught.value) == (
+        f"of_numpy_1: expected a build for NumPy {np.__version__}, found one for NumPy 1; "
+        "pip install 'numpy<2', or a newer of_numpy_1"
+    )
+    assert capsys.readouterr() == ("", "")
+
+
+def test_library_that_fails_without_a_word(make_package):
+    make_package("silent", "raise ImportError")
+    with pytest.raises(ImportError):
+        import_library("silent")
+
+
+def test_what_a_library_prints_is_shown(make_package, capsys):
+    make_package("loud", "import sys; print('careful', file=sys.stderr); value = 3")
+    assert import_library("loud").value == 3
+    assert capsys.readouterr() == ("", "careful\n")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(), OSError()])
+def test_error_of_the_system_while_a_model_is_read(error):
+    class Failing(Counting):
+        def _open(self) -> None:
+            raise error
+
+    with pytest.raises(ArtifactError, match=r"^x\.onnx: expected a model file that can be read"):
+        Failing(Path("x.onnx"), BackendOptions()).open()

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from fuzz_targets import SPEC, seeds
 
@@ -155,13 +156,162 @@ def test_node_that_asks_for_terabytes(model, refused, dims):
     assert "to run on onnx:cpu" in refused(model, BackendError)
 
 
-@pytest.mark.parametrize("place", ["missing.bin", "/dev/zero", "../../../../../../etc/passwd"])
-def test_weights_that_lie_elsewhere(model, refused, place):
+# ---- weights in other files: refused here, since releases before 1.24 read any file
+
+
+@pytest.fixture
+def no_session(monkeypatch):
+    """What is refused is refused before any library opens the file."""
+
+    def opened(*arguments: object, **keywords: object) -> None:
+        pytest.fail("a session was made")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", opened)
+
+
+def lie_outside(tensor: TensorProto, place: str) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+
+
+@pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("missing.bin", "weights in missing.bin, no such file"),
+        ("/dev/zero", "weights at '/dev/zero'"),
+        ("/etc/passwd", "weights at '/etc/passwd'"),
+        ("../../../../../../etc/passwd", "weights at '../../../../../../etc/passwd'"),
+        ("below/weights.bin", "weights at 'below/weights.bin'"),
+        ("link.bin", "weights in link.bin, a link"),
+        ("hard.bin", "weights in hard.bin, a link"),
+        ("dead.bin", "weights in dead.bin, no such file"),
+        ("folder", "weights in folder, a folder"),
+        ("pipe", "weights in pipe, a pipe or device"),
+        ("..\\..\\secret", "weights at"),
+        ("C:secret", "weights at 'C:secret'"),
+        ("*/_ORT_MEM_ADDR_/*", "weights at '*/_ORT_MEM_ADDR_/*'"),  # an address in memory
+        ("weights.bin\0.png", "weights at"),
+        ("", "weights at ''"),
+        (".", "weights at '.'"),
+    ],
+)
+def test_weights_that_lie_elsewhere(model, refused, tmp_path, place, found):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "folder").mkdir()
+    for name in ("below/weights.bin", "plain.bin"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    (tmp_path / "link.bin").symlink_to("plain.bin")
+    (tmp_path / "dead.bin").symlink_to("nowhere")
+    os.link(tmp_path / "plain.bin", tmp_path / "hard.bin")
+    os.mkfifo(tmp_path / "pipe")
+    lie_outside(model.graph.initializer[0], place)
+    assert found in refused(model)
+
+
+def tensor_in(model: onnx.ModelProto, where: str) -> TensorProto:
+    """A new tensor somewhere in a model, also where no graph of ours has one."""
+    node = model.graph.node.add(op_type="If")
+    places = {
+        "initialiser": lambda: model.graph.initializer.add(),
+        "sparse values": lambda: model.graph.sparse_initializer.add().values,
+        "sparse indices": lambda: model.graph.sparse_initializer.add().indices,
+        "attribute": lambda: node.attribute.add(name="value").t,
+        "list": lambda: node.attribute.add(name="list").tensors.add(),
+        "sparse attribute": lambda: node.attribute.add(name="s").sparse_tensor.values,
+        "sparse list": lambda: node.attribute.add(name="s").sparse_tensors.add().indices,
+        "branch": lambda: node.attribute.add(name="then_branch").g.initializer.add(),
+        "branches": lambda: node.attribute.add(name="b").graphs.add().initializer.add(),
+        "branch of a branch": lambda: (
+            node.attribute.add(name="a")
+            .g.node.add(op_type="If")
+            .attribute.add(name="b")
+            .g.node.add(op_type="Constant")
+            .attribute.add(name="value")
+            .t
+        ),
+        "function": lambda: (
+            model.functions.add(name="f").node.add(op_type="Constant").attribute.add(name="value").t
+        ),
+        "default of a function": lambda: (
+            model.functions.add(name="f").attribute_proto.add(name="value").t
+        ),
+        "training": lambda: model.training_info.add().initialization.initializer.add(),
+        "training step": lambda: model.training_info.add().algorithm.initializer.add(),
+    }
+    assert set(places) == set(PLACES)
+    return places[where]()
+
+
+PLACES = (
+    *("initialiser", "sparse values", "sparse indices", "attribute", "list", "sparse attribute"),
+    *("sparse list", "branch", "branches", "branch of a branch", "function"),
+    *("default of a function", "training", "training step"),
+)
+
+
+@pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize("where", PLACES)
+def test_weights_that_lie_elsewhere_are_found_anywhere(model, refused, where):
+    lie_outside(tensor_in(model, where), "../secret")
+    assert "weights at '../secret'" in refused(model)
+
+
+@pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize("key", ["basepath", "prepacked_0", "LOCATION", ""])
+def test_keys_that_nobody_needs(model, refused, tmp_path, key):
+    (tmp_path / "plain.bin").write_bytes(bytes(4096))
+    lie_outside(model.graph.initializer[0], "plain.bin")
+    model.graph.initializer[0].external_data.add(key=key, value="../secret")
+    assert "by an unknown key" in refused(model)
+
+
+@pytest.mark.usefixtures("no_session")
+def test_last_of_two_places_counts_too(model, refused, tmp_path):
+    (tmp_path / "plain.bin").write_bytes(bytes(4096))
+    lie_outside(model.graph.initializer[0], "plain.bin")
+    model.graph.initializer[0].external_data.add(key="location", value="../secret")
+    assert "weights at '../secret'" in refused(model)
+
+
+def test_number_of_a_field_beyond_32_bits(model, refused):
+    """ONNX Runtime drops the bits above: such a field is the graph to it, and nothing to others."""
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = len(graph)
+    assert size < 1 << 14
+    header = bytes([0x80 | (7 << 3 | 2), 0x80, 0x80, 0x80, 0x10, 0x80 | size & 0x7F, size >> 7])
+    hidden = model.SerializeToString() + header + graph
+    assert onnxruntime.InferenceSession(hidden, providers=["CPUExecutionProvider"]).get_inputs()
+    assert "found something else" in refused(hidden)
+
+
+@pytest.mark.usefixtures("no_session")
+def test_part_that_others_compiled(model, refused):
+    """An EPContext node names a file with machine code, or holds it."""
+    node = model.graph.node.add(op_type="EPContext", domain="com.microsoft")
+    node.attribute.add(name="ep_cache_context", s=b"../engine")
+    assert "compiled already (EPContext)" in refused(model)
+
+
+@pytest.mark.usefixtures("no_session")
+def test_parts_in_parts_without_end(model, refused):
+    graph = model.graph
+    for _ in range(60):
+        graph = graph.node.add(op_type="If").attribute.add(name="location").g
+    assert "more parts in parts" in refused(model)
+
+
+def test_weights_in_a_file_beside_it_are_read(model, tmp_path):
+    expected = PICTURE + 100
+    onnx.save(model, tmp_path / "one.onnx")
     weight = model.graph.initializer[0]
-    weight.ClearField("raw_data")
-    weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value=place)
-    refused(model)
+    (tmp_path / "weights.bin").write_bytes(weight.raw_data)
+    lie_outside(weight, "weights.bin")
+    onnx.save(model, tmp_path / "two.onnx")
+    with load(tmp_path / "one.onnx") as one, load(tmp_path / "two.onnx") as two:
+        assert one(expected) == two(expected)
 
 
 def test_operator_of_others(model, refused):

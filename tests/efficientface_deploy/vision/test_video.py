@@ -79,7 +79,7 @@ def test_video_that_fails_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("missing.mp4", "no such file"), (".", "no such file"), (97, "camera 97.*who else uses it")],
+    [("missing.mp4", "no such file"), (".", "a folder"), (97, "camera 97.*who else uses it")],
 )
 def test_source_that_is_not_there(source, message):
     pytest.importorskip("cv2")

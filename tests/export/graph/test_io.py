@@ -70,6 +70,20 @@ def test_weights_outside_the_file_are_not_followed(
     onnx.external_data_helper.set_external_data(tiny.graph.initializer[0], "/etc/passwd")
     onnx.helper.set_model_props(tiny, {SPEC_KEY: small_spec.to_json()})
     (tmp_path / "model.onnx").write_bytes(tiny.SerializeToString())
+    with pytest.raises(ArtifactError, match="found weights at '/etc/passwd'"):
+        read_onnx(tmp_path / "model.onnx")
+
+
+def test_weights_beside_the_file_are_not_followed(
+    tiny: onnx.ModelProto, small_spec: ModelSpec, tmp_path: Path
+) -> None:
+    """What is exported is one file; a tensor of a node is looked at as well."""
+    (tmp_path / "weights.bin").write_bytes(bytes(12))
+    value = onnx.numpy_helper.from_array(np.zeros(3, dtype=np.float32), "w")
+    onnx.external_data_helper.set_external_data(value, "weights.bin")
+    tiny.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=value))
+    onnx.helper.set_model_props(tiny, {SPEC_KEY: small_spec.to_json()})
+    (tmp_path / "model.onnx").write_bytes(tiny.SerializeToString())
     with pytest.raises(ArtifactError, match="its weights are in other files"):
         read_onnx(tmp_path / "model.onnx")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientface_deploy.errors import DatasetError, ImageError
+from efficientface_deploy.errors import DatasetError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import to_model_input
 from efficientface_export.int8.calibration import choose_calibration, read_images
@@ -165,11 +166,54 @@ def test_no_images(tmp_path: Path, small_spec: ModelSpec, make: bool) -> None:
         choose_calibration(root, 10)
 
 
-def test_unreadable_image_is_named(published: Path, small_spec: ModelSpec) -> None:
-    bad = published / "train" / "0" / "0007.png"
-    bad.write_bytes(b"\x89PNG broken")
-    with pytest.raises(ImageError, match=r"0007\.png"):
-        read_images(choose_calibration(published, 150).chosen, small_spec)
+def test_unreadable_images_are_named_counted_and_left_out(
+    published: Path, small_spec: ModelSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = choose_calibration(published, 20, held_out=5)
+    damaged, missing = good.chosen[3].path, good.held_out[2].path
+    damaged.write_bytes(b"\x89PNG broken")
+    missing.unlink()
+    missing.symlink_to("nowhere")
+    found = choose_calibration(published, 20, held_out=5)
+    assert (len(found.chosen), len(found.held_out)) == (20, 5)  # others took their places
+    assert found.record["count"] == len(read_images(found.chosen, small_spec)) == 20
+    assert {damaged, missing}.isdisjoint(sample.path for sample in found.chosen + found.held_out)
+    assert set(good.chosen) - set(found.chosen) == {good.chosen[3]}
+    assert found.warnings[0] == f"left out 2 images or folders in {published} that cannot be read"
+    err = capsys.readouterr().err
+    assert f"left out {damaged}: another kind of file\n" in err
+    assert f"left out {missing}: no such file or directory\n" in err
+
+
+def test_fewer_readable_images_than_asked_for(published: Path) -> None:
+    for path in (published / "train" / "0").iterdir():
+        path.write_bytes(b"")
+    found = choose_calibration(published, 150, held_out=50)
+    assert (len(found.chosen), len(found.held_out)) == (50, 25)
+
+
+def test_no_readable_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(DatasetError, match=r"images for calibration, found none \(an empty file\)"):
+        choose_calibration(tmp_path, 10)
+
+
+def test_folder_that_may_not_be_read(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir = os.scandir
+    closed = str(published / "train" / "3")
+
+    def refuse(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = choose_calibration(published, 150)
+    assert len(found.chosen) == 75
+    assert f"left out {closed}: a folder that may not be read" in capsys.readouterr().err
+    assert "left out 1 images or folders" in found.warnings[0]
 
 
 def test_record_is_json(published: Path, small_spec: ModelSpec) -> None:
