@@ -42,7 +42,8 @@ class Threshold:
     @property
     def min_images(self) -> int:
         """Images from which on the agreement may be judged: one may then differ."""
-        return math.ceil(round(1 / (1 - self.min_agreement), 6))
+        may_differ = 1 - self.min_agreement
+        return math.ceil(round(1 / may_differ, 6)) if may_differ > 0 else 1
 
 
 # FP32: float rounding in another order of summation. FP16: its 11 bits over some 70 layers, ten

@@ -24,6 +24,9 @@ def test_one_command_measures_everything(tmp_path, capsys):
     assert start["ratio"]["value"] == pytest.approx(
         start["runtime"]["p50_ms"] / start["bare"]["p50_ms"]
     )
+    assert start["check"]["value"] == pytest.approx(
+        start["runtime"]["p50_ms"] / start["unchecked"]["p50_ms"]
+    )
     with load(BUNDLED_ONNX) as bundled:
         assert {row["input_size"] for row in result["calls"]} == {32, bundled.spec.input_size}
     for row in result["calls"]:
@@ -64,8 +67,9 @@ def test_goals_say_what_was_missed():
     start = {
         "runtime": {"peak_mb": 90.0, "heavy": ["torch"]},
         "ratio": speedup(slow, quick),
+        "check": speedup(quick, quick),
     }
     calls = [{"input_size": 224, "threads": 1, "ratio": speedup(quick, quick)}]
     goals = bench.goals({"start": start, "calls": calls, "memory": {"kb_per_thousand": -0.1}})
-    assert [goal["met"] for goal in goals] == [False, True, False, True, True]
+    assert [goal["met"] for goal in goals] == [False, True, True, False, True, True]
     assert goals[0]["found"] == pytest.approx(1.5)

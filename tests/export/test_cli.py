@@ -30,7 +30,8 @@ class TestPackagesMissing:
     ) -> None:
         result = run_without(("torch", "onnx"), "--verify", artifacts / INT8)
         assert (result.returncode, result.stderr) == (0, "")
-        assert "[ok] efficientface-int8-cpu.onnx: " in result.stdout
+        assert "[??] efficientface-int8-cpu.onnx: " in result.stdout  # by too few images
+        assert "[ok] probe: " in result.stdout
         assert "[--] precision: not counted, for want of the onnx package" in result.stdout
         assert "[ok] parity: " in result.stdout
 

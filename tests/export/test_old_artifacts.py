@@ -41,7 +41,9 @@ def test_they_verify(old: Path, exit_code: Run, name: str) -> None:
     before = (old / name).read_bytes()
     code, output, error = exit_code("--verify", old / name)
     assert (code, error) == (0, "")
-    assert output.startswith(f"[ok] {Path(name).name}: ") and "  [ok] parity: " in output
+    mark = "??" if "int8" in name else "ok"  # 15 of 16 labels, of which 98 % are wanted
+    assert output.startswith(f"[{mark}] {Path(name).name}: ") and "  [ok] parity: " in output
+    assert "probe" not in output
     assert (old / name).read_bytes() == before
 
 

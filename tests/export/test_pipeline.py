@@ -61,8 +61,10 @@ class TestOneExport:
         assert lines[1] == "calibration: 105 images of faces (train)"
         files = [line for line in lines if line.startswith("[")]
         for line, name in zip(files, (FP32, FP16, INT8), strict=True):
-            assert line.startswith(f"[ok] {name}: ")
-            assert line.endswith("verified on 16 synthetic faces by onnx:cpu")
+            # Random features: INT8 gives other labels to some of the 16, which decide nothing.
+            mark, status = ("??", "not decided") if name == INT8 else ("ok", "verified")
+            assert line.startswith(f"[{mark}] {name}: ")
+            assert line.endswith(f"{status} on 16 synthetic faces by onnx:cpu")
         assert sum(line.startswith("  [ok] parity: ") for line in lines) == 3
         assert lines[-1] == f"report: {exported / 'report.md'}"
 
@@ -71,7 +73,8 @@ class TestOneExport:
         assert set(rows) == {FP32, FP16, INT8}
         for name, row in rows.items():
             assert row["bytes"] == (exported / name).stat().st_size
-            assert row["verification"]["status"] == "verified"
+            status = "not decided" if name == INT8 else "verified"
+            assert row["verification"]["status"] == status
             assert f"| {name} |" in (exported / "report.md").read_text()
 
     def test_provenance(self, exported: Path, student: Path, faces: Path) -> None:
@@ -793,7 +796,10 @@ class TestDeployGraph:
                 command += ["--calib", str(faces), "--no-int8-search"]
             assert main(command) == 0
             name = f"efficientface-{precision}-{target}.onnx"
-            assert report(tmp_path)[name]["verification"]["status"] == "verified"
+            found = report(tmp_path)[name]["verification"]
+            assert found["status"] in ("verified", "not decided") and found["problems"] == []
+            assert found["status"] == "verified" or precision == "int8"
+            assert "of their spread" in found["probe"]
             graph, _, record = read_onnx(tmp_path / name)[:3]
             assert record["graph"] == "deploy"
             assert not [node for node in graph.graph.node if node.op_type == "Reshape"]

@@ -18,13 +18,16 @@ class TestVerifyAgain:
         code, output, _ = exit_code("--verify", artifacts / name)
         assert code == 0
         lines = output.splitlines()
-        assert lines[0].startswith(f"[ok] {name}: ")
-        assert lines[0].endswith("verified on 16 synthetic faces by onnx:cpu")
+        # Random features: INT8 gives other labels to some of the 16, which decide nothing.
+        mark, status = ("??", "not decided") if name == INT8 else ("ok", "verified")
+        assert lines[0].startswith(f"[{mark}] {name}: ")
+        assert lines[0].endswith(f"{status} on 16 synthetic faces by onnx:cpu")
         assert [line.split(":")[0].strip() for line in lines[1:]] == [
             "[ok] precision",
             *(["[ok] FP16 range"] if name == FP16 else []),
+            "[ok] probe",
             "[ok] parity",
-            "[--] agreement",
+            "[??] agreement",
             "[--] accuracy",
         ]
         assert names(artifacts) == before
