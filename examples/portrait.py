@@ -27,7 +27,11 @@ class PortraitConfig:
 def main() -> None:
     """Write the photograph, 512x512."""
     config = parse_config(
-        PortraitConfig, None, prog="python examples/portrait.py", description=__doc__ or ""
+        PortraitConfig,
+        None,
+        prog="python examples/portrait.py",
+        description=__doc__ or "",
+        example="portrait.jpg",
     )
     if config.file.is_dir():
         raise ConfigError(config.file, "a file's name", "a folder", "name a file in it")

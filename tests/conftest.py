@@ -48,6 +48,9 @@ with contextlib.suppress(ImportError):
     hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("suite")
 
+# pytest-xdist tells its workers the size of its terminal, which commands would take for theirs.
+os.environ.pop("COLUMNS", None)
+
 # A shell starts what runs behind "&" with Ctrl-C ignored, and tests send it to their processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -76,8 +76,9 @@ def choose_calibration(
         fix = "give more images, or add --no-int8-search"
         expected = "images for calibration and others to judge by"
         raise DatasetError(root, expected, f"{len(readable)} in all", fix)
-    held_out = min(held_out, len(readable) // 3)
-    count = min(count, len(readable) - held_out)
+    if len(readable) < count + held_out:
+        held_out = min(held_out, len(readable) // 3)
+        count = min(count, len(readable) - held_out)
     chosen, others = (
         tuple(samples[index] for index in sorted(part))
         for part in (readable[:count], readable[count : count + held_out])

@@ -34,7 +34,7 @@ def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys, monkeypa
     monkeypatch.setattr(bench, "usable_cpus", lambda: 1)
     data, teacher = setting
     arguments = ["--data", str(data), "--teacher", str(teacher), "--input-size", "32"]
-    arguments += ["--batch-size", "2", "--images", "64", "--seconds", "0", "--rounds", "3"]
+    arguments += ["--batch-size", "2", "--images", "64", "--seconds", "0.001", "--rounds", "3"]
     assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "training.json").read_text())
     rows = {row["name"]: row for row in result["cases"]}

@@ -257,7 +257,7 @@ class TestOptions:
         command = ["--engine", "trt-rtx", "--weights", artifacts / FP32, "--out", tmp_path / "out"]
         code, _, error = exit_code(*command, "--compute-capability", "sm86,sm87")
         assert code == 2
-        assert "--compute-capability: expected" in one_line(error) and "found sm87" in error
+        assert "a GPU that TensorRT for RTX serves" in one_line(error) and "found sm87" in error
         assert not (tmp_path / "out").exists()
 
     def test_exports_share_a_folder(self, artifacts: Path, exit_code: Run) -> None:
@@ -765,7 +765,8 @@ def test_killed_at_any_moment(
     if process.returncode in (0, -number):  # it was faster; the signal met its last breath
         assert set(after) == set(before)
     else:
-        assert (process.returncode, after) == (130, before)
+        changed = [name for name in before.keys() | after if before.get(name) != after.get(name)]
+        assert (process.returncode, changed) == (130, [])
         assert "interrupted" in one_line(error)
 
 

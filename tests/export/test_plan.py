@@ -47,6 +47,7 @@ def make_source(small_spec: ModelSpec) -> Any:
             trace=lambda _: onnx.ModelProto(),
             lay_out=None if path.suffix == ".onnx" else lambda *_: onnx.ModelProto(),
             infer=None,
+            trained_size=small_spec.input_size,
         )
 
     return make
