@@ -201,7 +201,7 @@ class TestArtifact:
         path = exported / "efficientface-fp16-cpu.onnx"
         found = verify_artifact(path, logits, test_set, "fp16")
         assert found.status == "FAILED"
-        assert found.problems == ("NaN or infinity instead of finite outputs",)
+        assert found.problems == ("probe: NaN or infinity instead of finite outputs",)
 
     def test_nothing_runs_it_here(
         self, exported: Path, images: np.ndarray, infer: Any, monkeypatch: pytest.MonkeyPatch
