@@ -72,6 +72,7 @@ def test_right_engine_passes(files, kind, threads):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_right_engines_never_fail(files):
     """A thousand loads over precisions, targets and thread counts."""
     for number in range(1000):
