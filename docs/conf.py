@@ -78,8 +78,8 @@ class CommandHelp(Directive):
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             importlib.import_module(module).main([*arguments, "--help"])
         text = printed.getvalue()
-        if not text.startswith("usage: "):
-            raise self.error(f"{self.arguments[0]} --help printed no usage")
+        if "\nexample:\n" not in text:
+            raise self.error(f"{self.arguments[0]} --help printed no help")
         block = nodes.literal_block(text, text)
         block["language"] = "text"
         return [block]

@@ -104,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         table = None if config.json else PredictionTable(predictor.spec)
         checked = predictor.checked or _not_checked(predictor)
-        report = Report(table, len(names), title=f"{predictor}\n{checked}")
+        title = f"{predictor}\n{checked}"
+        if detector is None:
+            title += "\neach picture is taken as one face; --detect centerface finds the faces"
+        report = Report(table, len(names), title=title)
         labeller = Labeller(predictor, detector, gallery, report.tell)
         for name in names:
             try:

@@ -5,7 +5,7 @@ optimisation, and stores them in the file with the pictures. Whatever opens the 
 machine, has to give them again. The thresholds of the comparison with PyTorch are of no use here:
 INT8 may move a probability by 0.75 there, and an engine that computes INT8 wrongly passes.
 
-How a probe is written (for other languages too): JSON under :data:`artifact.PROBE_KEY` in an ONNX
+How a probe is written (for other languages too): JSON under ``efficientface.probe`` in an ONNX
 file's metadata, under ``probe`` in an engine's sidecar::
 
     {"schema": 1, "side": B, "pixels": base64, "logits": [[...], ...], "tolerance": 0.08}
@@ -172,8 +172,8 @@ class Check:
 
     def __str__(self) -> str:
         """For people: what was checked, and how near it came."""
-        near = f"{self.difference:.1g} of the logits' spread (at most {self.tolerance:g})"
-        return f"checked: {self.engine} computes what the file says, but for {near}"
+        off = f"{self.difference:.1g} off, at most {self.tolerance:g}"
+        return f"checked: right on {self.engine} ({off})"
 
 
 def enlarge(pixels: UInt8Array, side: int) -> UInt8Array:

@@ -139,12 +139,15 @@ What was made, all in demo/:
   artifacts/               ONNX files, engines, report.md
 Next, type:
 {activate}  efficientface-predict YOUR-PHOTO.jpg --detect centerface --draw labelled
-  python -m training.prepare ferplus --help             # a real data set: docs/training.md
+  python -m training.prepare ferplus --help             # a real data set: docs/train.md
   efficientface-export --engine trt --out artifacts     # the bundled model for an NVIDIA GPU"""
 
 
 def main() -> int:
     """Run every step that is not done yet; stop at the first that fails."""
+    if sys.argv[1:]:
+        print(f"{__doc__}\nIt takes no arguments, and writes to {DEMO}/.")
+        return 0 if sys.argv[1:] == ["--help"] else 2
     done = DONE.read_text(encoding="utf-8").splitlines() if DONE.is_file() else []
     everything = [command.line for commands in STEPS.values() for command in commands]
     if set(done) >= set(everything) or (DEMO.exists() and not DONE.is_file()):
@@ -175,7 +178,11 @@ def _do(command: Command, done: list[str]) -> int:
         resumed = _resumed(command.line)
         print(_folded(resumed), flush=True)
         if code := _run(resumed, command.shown):
-            print(f"error: the command above ended with exit code {code}; make demo goes on")
+            print(
+                "stopped; type make demo again to go on from here"
+                if code == 130
+                else f"error: the command above ended with exit code {code}"
+            )
             return code
     with DONE.open("a", encoding="utf-8") as file:
         file.write(command.line + "\n")
@@ -205,9 +212,16 @@ def _run(line: str, shown: str | None = None) -> int:
 
 
 def _resumed(line: str) -> str:
-    """The command; a training that left a state goes on from it."""
+    """The command; a training that left a state goes on from it, as an export does by itself.
+
+    Any other folder that a stopped command left would be in its way.
+    """
     out = Path(shlex.split(line)[-1])
-    return f"{line} --resume" if (out / "last.pt").is_file() else line
+    if (out / "last.pt").is_file():
+        return f"{line} --resume"
+    if out != ARTIFACTS and out.is_dir():
+        shutil.rmtree(out)
+    return line
 
 
 def _resolve(line: str) -> list[str]:

@@ -177,7 +177,7 @@ class TestLoad:
         picture = tmp_path / "face.png"
         Image.fromarray(photo).save(picture)
         assert main([str(picture)]) == 0
-        assert "checked: onnx:cpu, onnxruntime" in capsys.readouterr().err
+        assert "checked: right on onnx:cpu, onnxruntime" in capsys.readouterr().err
         monkeypatch.setenv(CHECK_VARIABLE, "0")
         assert main([str(picture)]) == 0
         assert "not checked: as asked" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_photos_without_a_face(centerface, tmp_path):
 
 def test_portrait(tmp_path):
     path = tmp_path / "new/portrait.jpg"
-    assert run("portrait", path) == f"saved {path}\n"
+    assert run("portrait", path).stdout == f"saved {path}\n"
     with Image.open(path) as photograph:
         assert (photograph.format, photograph.size) == ("JPEG", (512, 512))
 
@@ -97,7 +97,7 @@ def test_portrait(tmp_path):
     ("arguments", "code", "said"),
     [
         (("--help",), 0, ""),
-        (("--face",), 2, "python examples/portrait.py: error: unrecognized arguments: --face"),
+        (("--face",), 2, "error: --face: expected an option of python examples/portrait.py, found"),
         ((".",), 2, "error: .: expected a file's name, found a folder"),
         (("/dev/null/a.jpg",), 2, "error: /dev/null: expected a folder that can be written"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import BackendError, ConfigError
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_export import plan as plan_module
 from efficientface_export.graph.io import write_onnx
@@ -231,7 +231,6 @@ class TestComputeCapability:
             ({"engine": "trt"}, "expected --engine trt-rtx, .* found --engine trt"),
             ({"engine": "auto"}, "expected --engine trt-rtx, .* found --engine trt"),
             ({"engine": "trt-rtx", "compute_capability": "sm86,current"}, "current alone"),
-            ({"engine": "trt-rtx", "compute_capability": "sm87,sm86"}, "sm86, .*found sm87;"),
             ({"engine": "trt-rtx", "compute_capability": "SM86"}, "found SM86"),
         ],
     )
@@ -241,6 +240,11 @@ class TestComputeCapability:
         pytest.importorskip("tensorrt_rtx")
         with pytest.raises(ConfigError, match=f"--compute-capability: .*{message}"):
             plan(make_source(), tmp_path, **{"compute_capability": "sm86", **options})
+
+    def test_a_card_that_the_library_does_not_serve(self, make_source: Any, tmp_path: Path) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        with pytest.raises(BackendError, match="sm86, .*found sm87 .Jetson Orin.; use TensorRT"):
+            plan(make_source(), tmp_path, engine="trt-rtx", compute_capability="sm87,sm86")
 
     def test_known(self, make_source: Any, tmp_path: Path) -> None:
         pytest.importorskip("tensorrt_rtx")
