@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,48 +40,62 @@ from efficientface_deploy.files import write_text
 from efficientface_export.verification.reference import load_test_set
 
 WORK = ROOT / "build" / "versions"
-IMAGES = 500
-TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "filelock", "scikit-image")
+IMAGES = 200
 EXAMPLE = "artifacts --data datasets/ferplus"
 COMPARE = "benchmarks.measure.exported_files"
+TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "filelock")
 TESTS = "tests/efficientface_deploy"
-NEED_TORCH = (f"{TESTS}/models", f"{TESTS}/backends/test_torch.py")
+BACKENDS = f"{TESTS}/backends"
+# What runs ONNX Runtime, for environments in which nothing else is new.
+ONNX_TESTS = tuple(
+    f"{TESTS}/{name}.py"
+    for name in (
+        *("backends/test_conformance", "backends/test_onnx", "backends/test_onnx_bad_files"),
+        *("test_bundled", "test_old_files", "test_predictor"),
+    )
+)
+# They need PyTorch; test_launch starts the commands of training and export, too.
+NEED_TORCH = (f"{TESTS}/models", f"{BACKENDS}/test_torch.py", f"{TESTS}/test_launch.py")
 # What the environment with PyTorch makes for the others, see tests/conftest.py.
 MADE = WORK / "made"
-MAKES = f"{TESTS}/backends/test_conformance.py::test_reference_is_worth_comparing_with"
+MAKE = (
+    f"{BACKENDS}/test_conformance.py::test_reference_is_worth_comparing_with",
+    f"{TESTS}/test_bundled.py::test_smile_is_happiness",
+)
 
 
 class Environment(NamedTuple):
-    """A Python, what is installed in it beside the tests' packages, and why it is tried."""
+    """A Python, what is installed in it beside the tests' packages, why it is tried, its tests."""
 
     python: str
     packages: tuple[str, ...]
     why: str
-    tested: bool = True
+    tests: tuple[str, ...] = (TESTS,)
 
 
 def _newest(*others: str) -> tuple[str, ...]:
     """The newest of each package that others do not name."""
-    named = {other.partition("=")[0].partition("<")[0] for other in others}
+    named = {re.split("[=<>]", other)[0] for other in others}
     return (*others, *(n for n in ("onnxruntime", "numpy", "pillow", "onnx") if n not in named))
+
+
+def _onnxruntime(python: str, version: str, why: str) -> Environment:
+    return Environment(python, _newest(f"onnxruntime=={version}"), why, ONNX_TESTS)
 
 
 LOWEST = ("onnxruntime==1.18.0", "numpy==1.24.0", "pillow==10.1.0", "onnx==1.16.0")
 ROWS = (
     Environment("3.10", LOWEST, "the lower bounds of setup.py"),
     Environment(
-        "3.10",
-        _newest("onnxruntime==1.18.0", "numpy>=2"),
-        "NumPy 2 is too new for it",
-        tested=False,
+        "3.10", _newest("onnxruntime==1.18.0", "numpy>=2"), "NumPy 2 is too new for 1.18", ()
     ),
-    Environment("3.10", _newest("onnxruntime==1.19.2"), "the first that takes NumPy 2"),
+    _onnxruntime("3.10", "1.19.2", "the first that takes NumPy 2"),
     Environment("3.10", _newest(), "the newest on Python 3.10, and so on JetPack 6"),
-    Environment("3.12", _newest("onnxruntime==1.24.1"), "guards external data itself"),
-    Environment("3.12", _newest("onnxruntime==1.29.0"), "the last that truncates FP16 to INT8"),
-    Environment("3.12", _newest("onnxruntime==1.30.0"), "the first that rounds it"),
-    Environment("3.12", _newest(), "the newest"),
-    Environment("3.13", _newest(), "the newest Python here, the newest of all"),
+    _onnxruntime("3.12", "1.24.1", "the first that guards external data"),
+    _onnxruntime("3.12", "1.29.0", "the last that truncates FP16 to INT8"),
+    _onnxruntime("3.12", "1.30.0", "the first that rounds it"),
+    Environment("3.12", _newest(), "the newest on Python 3.12"),
+    Environment("3.13", _newest(), "the newest on Python 3.13"),
 )
 
 
@@ -102,7 +117,7 @@ class VersionsConfig:
     )
     why: str = option("", metavar="TEXT", help="what --python is, for the table")
     tests: tuple[Path, ...] = option(
-        (Path(TESTS),), metavar="PATH", help="tests to run (default: the runtime's)"
+        (Path(TESTS),), metavar="PATH", help="tests for --python (default: the runtime's)"
     )
     out: Path | None = option(
         None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
@@ -126,14 +141,16 @@ def run(config: VersionsConfig) -> Result:
     images = write_reference(config, reference)
     result |= {"images": images, "rows": [], "absent": []}
     make_test_files()
-    rows = ROWS if config.python is None else (Environment("", (), config.why),)
+    rows: Sequence[Environment] = ROWS
+    if config.python is not None:
+        rows = [Environment("", (), config.why, tuple(map(str, config.tests)))]
     for row in rows:
         print(f"Python {row.python}: {' '.join(row.packages)} ({row.why})", file=sys.stderr)
         try:
             python = config.python or make_environment(row)
             printed = output_of(python, "-m", COMPARE, config.models.resolve(), reference)
             found = json.loads(printed.splitlines()[-1])
-            tests = run_tests(python, config.tests) if row.tested else {}
+            tests = run_tests(python, row.tests) if row.tests else {}
             result["rows"].append({"why": row.why, **found, **tests})
         except BackendError as error:
             name = f"Python {row.python}, {' '.join(row.packages)}"
@@ -165,7 +182,7 @@ def make_test_files() -> None:
     """Make with PyTorch what the tests need of it."""
     shutil.rmtree(MADE, ignore_errors=True)
     MADE.mkdir(parents=True)
-    output_of(Path(sys.executable), "-m", "pytest", "-q", MAKES)
+    output_of(Path(sys.executable), "-m", "pytest", "-q", *MAKE)
 
 
 def make_environment(row: Environment) -> Path:
@@ -180,7 +197,7 @@ def make_environment(row: Environment) -> Path:
     if not stamp.is_file() or stamp.read_text(encoding="utf-8").split() != list(wanted):
         shutil.rmtree(folder, ignore_errors=True)
         output_of(find_python(row.python), "-m", "venv", folder)
-        output_of(python, "-m", "pip", "install", "--quiet", *wanted)
+        output_of(python, "-m", "pip", "install", "--quiet", "--no-compile", *wanted)
         write_text(stamp, "\n".join(wanted))
     return python
 
@@ -197,7 +214,7 @@ def find_python(version: str) -> Path:
     raise BackendError(f"Python {version}", "one on the path or under pyenv", "none", fix)
 
 
-def run_tests(python: Path, tests: Sequence[Path]) -> Row:
+def run_tests(python: Path, tests: Sequence[str]) -> Row:
     """Run the runtime's tests but those of PyTorch: how many passed, and the names of the rest."""
     report = WORK / "report.xml"
     report.unlink(missing_ok=True)

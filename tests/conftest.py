@@ -112,10 +112,9 @@ def spec() -> ModelSpec:
 
 
 @pytest.fixture
-def photo() -> np.ndarray:
+def photo(astronaut: np.ndarray) -> np.ndarray:
     """A real photograph's face region: Eileen Collins, NASA, public domain; uint8 RGB."""
-    data = pytest.importorskip("skimage.data")
-    return np.ascontiguousarray(data.astronaut()[62:166, 172:276])
+    return np.ascontiguousarray(astronaut[62:166, 172:276])
 
 
 @pytest.fixture
@@ -280,10 +279,14 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def astronaut() -> np.ndarray:
+def astronaut(once: Callable[..., Path]) -> np.ndarray:
     """A real photograph with one face: Eileen Collins, NASA, public domain; uint8 (512, 512, 3)."""
-    data = pytest.importorskip("skimage.data")
-    return np.ascontiguousarray(data.astronaut())
+
+    def fill(folder: Path) -> None:
+        np.save(folder / "astronaut.npy", pytest.importorskip("skimage.data").astronaut())
+
+    picture: np.ndarray = np.load(once("astronaut", fill) / "astronaut.npy")
+    return picture
 
 
 @pytest.fixture(scope="session")
