@@ -149,11 +149,11 @@ def run(config: VersionsConfig) -> Result:
         try:
             python = config.python or make_environment(row)
             printed = output_of(python, "-m", COMPARE, config.models.resolve(), reference)
-            found = json.loads(printed.splitlines()[-1])
-            tests = run_tests(python, row.tests) if row.tests else {}
-            result["rows"].append({"why": row.why, **found, **tests})
+            result["rows"].append({"why": row.why, **json.loads(printed.splitlines()[-1])})
+            if row.tests:
+                result["rows"][-1] |= run_tests(python, row.tests)
         except BackendError as error:
-            name = f"Python {row.python}, {' '.join(row.packages)}"
+            name = f"Python {row.python}, {' '.join(row.packages)}" if row.packages else row.why
             result["absent"].append({"backend": name, "model": "", "reason": str(error)})
     return result
 

@@ -116,7 +116,8 @@ def test_one_interpreter_alone(
     folder.mkdir()
     (folder / "bundled.onnx").symlink_to(bench.ef.predictor.BUNDLED_ONNX)
     monkeypatch.setattr(bench, "make_test_files", lambda: None)
-    options = ["--python", python, "--why", "here", "--tests", "tests/efficientface_deploy/test_errors.py"]
+    tests = "tests/efficientface_deploy/test_errors.py"
+    options = ["--python", python, "--why", "here", "--tests", tests]
     assert bench.main([str(folder), *options, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "versions.json").read_text())
     if python == "/bin/false":
