@@ -104,10 +104,10 @@ class VersionsConfig:
     """Options of ``python benchmarks/versions.py``."""
 
     models: Path = option(
-        ROOT / "artifacts",
+        Path("artifacts"),
         positional=True,
         metavar="DIR",
-        help="exported ONNX files of the bundled weights (default: artifacts)",
+        help="exported ONNX files of the bundled weights",
     )
     data: Path | None = option(
         None, metavar="DIR", help="prepared data set to compare on (default: 16 synthetic faces)"
@@ -117,7 +117,7 @@ class VersionsConfig:
     )
     why: str = option("", metavar="TEXT", help="what --python is, for the table")
     tests: tuple[Path, ...] = option(
-        (Path(TESTS),), metavar="PATH", help="tests for --python (default: the runtime's)"
+        (), metavar="PATH", help="tests for --python (default: the runtime's)"
     )
     out: Path | None = option(
         None, metavar="DIR", help="folder of the result (default: a new one in benchmarks/results)"
@@ -125,8 +125,16 @@ class VersionsConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``python benchmarks/versions.py``."""
-    return run_benchmark("versions", VersionsConfig, run, argv, __doc__, EXAMPLE)
+    """Entry point of ``python benchmarks/versions.py``: 1 where a test or a row failed."""
+    results: list[Result] = []
+
+    def run_and_keep(config: VersionsConfig) -> Result:
+        results.append(run(config))
+        return results[0]
+
+    run_benchmark("versions", VersionsConfig, run_and_keep, argv, __doc__, EXAMPLE)
+    failed = any(row.get("failed") for row in results[0]["rows"])
+    return int(failed or bool(results[0]["absent"]))
 
 
 def run(config: VersionsConfig) -> Result:
@@ -143,11 +151,11 @@ def run(config: VersionsConfig) -> Result:
     make_test_files()
     rows: Sequence[Environment] = ROWS
     if config.python is not None:
-        rows = [Environment("", (), config.why, tuple(map(str, config.tests)))]
+        rows = [Environment("", (), config.why, tuple(map(str, config.tests)) or (TESTS,))]
     for row in rows:
         print(f"Python {row.python}: {' '.join(row.packages)} ({row.why})", file=sys.stderr)
         try:
-            python = config.python or make_environment(row)
+            python = config.python.absolute() if config.python else make_environment(row)
             printed = output_of(python, "-m", COMPARE, config.models.resolve(), reference)
             result["rows"].append({"why": row.why, **json.loads(printed.splitlines()[-1])})
             if row.tests:
