@@ -3,7 +3,7 @@
 ``python benchmarks/versions.py DIR`` (``make test-versions``), slow: for each row of
 :data:`ROWS` a virtual environment without PyTorch under ``build/versions``, in it the runtime's
 tests, and every ONNX file of the folder against PyTorch and against itself on this environment.
-``--python`` tries one interpreter that has everything instead (``make test-aarch64``).
+``--python`` tries interpreters that have everything instead (``make test-aarch64``).
 """
 
 from __future__ import annotations
@@ -112,10 +112,9 @@ class VersionsConfig:
     data: Path | None = option(
         None, metavar="DIR", help="prepared data set to compare on (default: 16 synthetic faces)"
     )
-    python: Path | None = option(
-        None, metavar="FILE", help="try this interpreter alone, which has everything"
+    python: tuple[Path, ...] = option(
+        (), metavar="FILE", help="try these interpreters instead, which have everything"
     )
-    why: str = option("", metavar="TEXT", help="what --python is, for the table")
     tests: tuple[Path, ...] = option(
         (), metavar="PATH", help="tests for --python (default: the runtime's)"
     )
@@ -149,20 +148,21 @@ def run(config: VersionsConfig) -> Result:
     images = write_reference(config, reference)
     result |= {"images": images, "rows": [], "absent": []}
     make_test_files()
-    rows: Sequence[Environment] = ROWS
-    if config.python is not None:
-        rows = [Environment("", (), config.why, tuple(map(str, config.tests)) or (TESTS,))]
-    for row in rows:
-        print(f"Python {row.python}: {' '.join(row.packages)} ({row.why})", file=sys.stderr)
+    tests = tuple(map(str, config.tests)) or (TESTS,)
+    given = [Environment(str(path.absolute()), (), path.name, tests) for path in config.python]
+    for row in given or ROWS:
+        name = " ".join((row.python, *row.packages))
+        print(f"Python {name} ({row.why})", file=sys.stderr)
         try:
-            python = config.python.absolute() if config.python else make_environment(row)
+            python = Path(row.python) if given else make_environment(row)
             printed = output_of(python, "-m", COMPARE, config.models.resolve(), reference)
             result["rows"].append({"why": row.why, **json.loads(printed.splitlines()[-1])})
             if row.tests:
                 result["rows"][-1] |= run_tests(python, row.tests)
         except BackendError as error:
-            name = f"Python {row.python}, {' '.join(row.packages)}" if row.packages else row.why
-            result["absent"].append({"backend": name, "model": "", "reason": str(error)})
+            result["absent"].append(
+                {"backend": f"Python {name}", "model": "", "reason": str(error)}
+            )
     return result
 
 
@@ -218,7 +218,7 @@ def find_python(version: str) -> Path:
     for path in (*sorted(root.glob(f"versions/{version}.*/bin/python")), *found):
         if run_in(path, "--version").returncode == 0:
             return path
-    fix = "install it, or name an interpreter with --python"
+    fix = "install it, or give --python an interpreter"
     raise BackendError(f"Python {version}", "one on the path or under pyenv", "none", fix)
 
 

@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 home=$PWD/build/aarch64
 root=$home/root
-cpu=${CPU:-cortex-a76} # no INT8 matrix instructions, as Orin's Cortex-A78AE; max has all
 
 for command in debootstrap qemu-aarch64-static; do
     if ! command -v $command > /dev/null; then
@@ -26,10 +25,13 @@ if [ ! -e "$home/done" ]; then
     for package in "$root"/var/cache/apt/archives/*.deb; do
         dpkg -x "$package" "$root"
     done
-    $python -m pip install --quiet --no-compile --target "$root/site" --python-version 3.11 \
-        --only-binary=:all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-        --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-        numpy pillow onnxruntime onnx pytest pytest-timeout hypothesis filelock
+    for release in "" ==1.23.2; do # the newest, and the newest on JetPack 6
+        $python -m pip install --quiet --no-compile --target "$root/site$release" \
+            --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_aarch64 \
+            --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
+            --platform manylinux2014_aarch64 \
+            "onnxruntime$release" numpy pillow onnx pytest pytest-timeout hypothesis filelock
+    done
     touch "$home/done"
 fi
 
@@ -39,11 +41,20 @@ echo 0 | tee "$root/sys/devices/system/cpu/possible" > "$root/sys/devices/system
 printf '%s\t: %s\n' processor 0 'CPU implementer' 0x41 'CPU architecture' 8 'CPU variant' 0x4 \
     'CPU part' 0xd0b 'CPU revision' 1 Features 'fp asimd fphp asimdhp asimddp' > "$root/proc/cpuinfo"
 
-# An interpreter whose children are emulated too: sys.executable is this script.
-cat > "$home/python" << EOF
+# interpreter NAME CPU SITE: one whose children are emulated too, since it is their sys.executable.
+interpreter() {
+    cat > "$home/$1" << EOF
 #!/bin/sh
-export PYTHONPATH="\$PYTHONPATH:$root/site" PYTHONHOME=$root/usr
-exec qemu-aarch64-static -cpu $cpu -0 "\$0" -L $root $root/usr/bin/python3.11 "\$@"
+export PYTHONPATH="\$PYTHONPATH:$root/$3" PYTHONHOME=$root/usr
+exec qemu-aarch64-static -cpu $2 -0 "\$0" -L $root $root/usr/bin/python3.11 "\$@"
 EOF
-chmod +x "$home/python"
-exec "$python" benchmarks/versions.py "$@" --python "$home/python" --why "qemu-user, $cpu"
+    chmod +x "$home/$1"
+}
+
+# Cortex-A76 has what counts here of Orin's Cortex-A78AE: FP16, dot products, and no INT8 or BF16
+# matrix products, which "max" has, as Thor.
+interpreter cortex-a76 cortex-a76 site
+interpreter all-instructions max site
+interpreter cortex-a76-jetpack-6 cortex-a76 site==1.23.2
+exec "$python" benchmarks/versions.py "$@" \
+    --python "$home/cortex-a76" "$home/all-instructions" "$home/cortex-a76-jetpack-6"
