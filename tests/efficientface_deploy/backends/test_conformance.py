@@ -40,7 +40,7 @@ from efficientface_export.verification.parity import THRESHOLDS
 from tests.engines import write_engine
 
 SPEC = PRESETS["rafdb"].replace(input_size=64)
-SAME = 1e-4  # of a probability, between two runs of one backend
+SAME = 1e-4  # of a probability, between two runs of one backend in FP32
 PROFILE = 16  # largest batch of the engines: smaller than the largest here
 
 # Backends that run on every machine: a skip of theirs is a failure.
@@ -66,6 +66,11 @@ class Subject:
     request: str
     opened: str
     tolerance: float = 1e-4
+
+    @property
+    def same(self) -> float:
+        """Of a probability, between two runs: onnxruntime 1.29 sums FP16 by the batch's size."""
+        return SAME if self.tolerance < 0.01 else self.tolerance / 5
 
     def load(self, **options: Any) -> Predictor:
         return load(self.path, backend=self.request, **options)
@@ -221,23 +226,23 @@ def test_grey_spec(images, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 63, 64])
-def test_any_batch(predictor, images, answers, batch):
+def test_any_batch(subject, predictor, images, answers, batch):
     """Larger ones than an engine's profile are split inside; the second time, a graph runs."""
     for start in (0, 64 - batch, 0):
         probabilities = predictor.infer(images[start : start + batch])[1]
-        np.testing.assert_allclose(probabilities, answers[start : start + batch], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[start : start + batch], atol=subject.same)
 
 
-def test_batch_beyond_every_profile(predictor, images, answers):
+def test_batch_beyond_every_profile(subject, predictor, images, answers):
     order = np.arange(133) % 64
-    np.testing.assert_allclose(predictor.infer(images[order])[1], answers[order], atol=SAME)
+    np.testing.assert_allclose(predictor.infer(images[order])[1], answers[order], atol=subject.same)
 
 
-def test_sizes_in_turn(predictor, images, answers):
+def test_sizes_in_turn(subject, predictor, images, answers):
     """As a camera gives them: a face more, a face less."""
     for batch in (1, 3, 1, 2, 3, 1, 3, 2, 1, 2):
         probabilities = predictor.infer(images[:batch])[1]
-        np.testing.assert_allclose(probabilities, answers[:batch], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[:batch], atol=subject.same)
 
 
 def test_empty_batch(predictor, images):
@@ -259,10 +264,10 @@ def test_empty_batch(predictor, images):
         lambda x: np.broadcast_to(x[:1], x.shape),
     ],
 )
-def test_strides_do_not_matter(predictor, images, view):
+def test_strides_do_not_matter(subject, predictor, images, view):
     array = view(images[:6])
     expected = predictor.infer(np.array(array, order="C"))[1]
-    np.testing.assert_allclose(predictor.infer(array)[1], expected, atol=SAME)
+    np.testing.assert_allclose(predictor.infer(array)[1], expected, atol=subject.same)
 
 
 def test_input_and_output_belong_to_the_caller(predictor, images):
@@ -319,12 +324,12 @@ def test_spec_provenance_and_names(subject, predictor):
     assert repr(predictor) == expected
 
 
-def test_eight_threads_answer_as_one(predictor, images, answers):
+def test_eight_threads_answer_as_one(subject, predictor, images, answers):
     starts = [(index * 7) % 48 for index in range(40)]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda at: predictor.infer(images[at : at + 5])[1], starts))
     for at, probabilities in zip(starts, results, strict=True):
-        np.testing.assert_allclose(probabilities, answers[at : at + 5], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[at : at + 5], atol=subject.same)
 
 
 @contextlib.contextmanager
@@ -346,7 +351,7 @@ def threads_restored() -> Iterator[None]:
 def test_number_of_threads(subject, images, answers, threads):
     with threads_restored(), subject.load(threads=threads) as predictor:
         probabilities = predictor.infer(images[:8])[1]
-    np.testing.assert_allclose(probabilities, answers[:8], atol=SAME)
+    np.testing.assert_allclose(probabilities, answers[:8], atol=subject.same)
 
 
 def test_use_after_close(subject, images):
@@ -393,7 +398,7 @@ def test_opening_twice_and_again_after_close(subject, images, answers):
         with opened:
             opened.open()
             probabilities = opened.infer(images[:3]).probabilities
-        np.testing.assert_allclose(probabilities, answers[:3], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[:3], atol=subject.same)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", "truncated", "folder"])
