@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 60
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-slow test-all lint format docs fuzz gpu-check clean
+.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs fuzz gpu-check clean
 
 help:
 	@echo "make setup      make .venv and install all that the rest needs"
@@ -23,6 +23,8 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     mend layout and imports"
 	@echo "make docs       the documentation as a site, in build/docs"
+	@echo "make test-versions  the runtime's tests and the files of MODELS (artifacts) on every version"
+	@echo "make test-aarch64   some of them and the files on emulated ARM; needs root, debootstrap, qemu"
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
 	@echo "make clean      remove .venv and what was built"
@@ -54,6 +56,21 @@ test-slow: setup
 
 test-all: test
 	$(MAKE) test-slow
+
+# Slow, and not in CI: interpreters 3.10, 3.12 and 3.13 on the path or under pyenv. The files are
+# those of the bundled weights, of efficientface-export --precision all with either target.
+MODELS ?= artifacts
+
+test-versions: setup
+	$(BIN)/python benchmarks/versions.py '$(MODELS)' $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)')
+
+# Emulated, a test takes some twenty times as long: those of what is computed.
+ARM_TESTS ?= test_bundled.py test_predictor.py test_spec.py test_artifact.py backends/test_onnx.py \
+	backends/test_conformance.py vision/test_preprocess.py
+
+test-aarch64: setup
+	PYTHON=$(BIN)/python tests/aarch64.sh '$(MODELS)' $(if $(OUT),--out '$(OUT)') \
+		--tests $(addprefix tests/efficientface_deploy/,$(ARM_TESTS))
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

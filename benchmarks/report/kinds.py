@@ -6,6 +6,7 @@ A function above a table gives its rows, or what one of its columns says.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -379,6 +380,85 @@ TRAINING = TableForm(
     notes={">cost (95 %)": "time of a step by that of {baseline!r}"},
 )
 
+# ---- versions
+
+
+def _environments(result: Result) -> list[Row]:
+    """A row for each environment: its packages, its tests, and its files under their names."""
+    return [
+        {**row, **row["packages"], **{file["file"]: file for file in row["files"]}}
+        for row in result["rows"]
+    ]
+
+
+def _tests(row: Row) -> str:
+    if "passed" not in row:
+        return "not run"
+    return f"{row['passed']} of {row['passed'] + row['failed']}"
+
+
+def _answers(file: Row) -> str:
+    """Agreement with PyTorch and how far the file is from itself elsewhere; or that it is refused.
+
+    A file that its probe refuses was run without it, to see what it would have said.
+    """
+    refused = "refused" if file["refused"] else ""
+    if "agreement" not in file:
+        return refused
+    figures = f"{100 * file['agreement']:.1f} %, {file['same_file_difference']:.1g}"
+    return f"refused ({figures})" if refused else figures
+
+
+def _versions_columns(rows: Sequence[Row]) -> Columns:
+    names = dict.fromkeys(file["file"] for row in rows for file in row["files"])
+    short = {name: name.removeprefix("efficientface-").removesuffix(".onnx") for name in names}
+    return {
+        "What": of("why"),
+        "CPU": of("architecture"),
+        "Python": of("python"),
+        "ONNX Runtime": of("onnxruntime"),
+        "NumPy": of("numpy"),
+        "Pillow": of("pillow"),
+        "onnx": of("onnx"),
+        "Tests passed": _tests,
+        **{short[name]: of(name, _answers) for name in names},
+    }
+
+
+VERSIONS = TableForm(
+    "Versions",
+    _environments,
+    _versions_columns,
+    notes={
+        "files": "same label as PyTorch on {images}; and the largest difference of a probability "
+        "from the same file's on the newest ONNX Runtime",
+        "refused": "by the file's own probe; in brackets what it would have answered",
+    },
+)
+
+
+def _failed_tests(result: Result) -> list[Row]:
+    return [
+        {"What": row["why"], "Test": name}
+        for row in result["rows"]
+        for name in row.get("failures", ())
+    ]
+
+
+FAILED_TESTS = TableForm("Tests that failed", _failed_tests, every_key())
+
+
+def _refusals(result: Result) -> list[Row]:
+    return [
+        {"What": row["why"], "File": file["file"], "Error": file["refused"]}
+        for row in result["rows"]
+        for file in row["files"]
+        if file["refused"]
+    ]
+
+
+REFUSALS = TableForm("Files refused", _refusals, every_key())
+
 # ---- of every kind
 
 
@@ -417,6 +497,7 @@ TABLES = {
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING,),
+    "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
 # What stands in README.md and docs/, by the name in the block's comment: the result's kind, or
@@ -431,6 +512,7 @@ BLOCKS = {
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,
+    "versions": VERSIONS,
 }
 
 # The blocks whose table joins several results, one of each of these kinds.

@@ -126,7 +126,7 @@ class OnnxBackend(Backend):
 
         provider = PROVIDERS[device]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; what matters of them we raise ourselves
+        options.log_severity_level = 4  # what goes wrong we raise; 1.18 would print it, too
         if self.options.threads is not None:
             options.intra_op_num_threads = self.options.threads
         # Threads that wait by spinning: for a picture every 10 ms they took 14 ms of the CPU where

@@ -37,6 +37,7 @@ def test_spec(bundled):
 
 
 def test_weights_and_onnx_are_the_same_network(bundled, photo):
+    pytest.importorskip("torch")
     faces = [photo, photo[:, ::-1], photo[20:, 10:], 255 - photo, photo // 3]
     inputs = np.stack([bundled.preprocess(face) for face in faces])
     with ef.load(backend="torch") as weights:

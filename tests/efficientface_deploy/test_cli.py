@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from efficientface_deploy import Face, cli, load, open_video
 from efficientface_deploy.cli import main
 from efficientface_deploy.errors import BackendError, CheckpointError, ConfigError, ImageError
-from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.spec import preset
 from efficientface_deploy.vision.video import write_video
 
@@ -147,6 +145,8 @@ def test_empty_folder(tmp_path):
 
 
 def test_model_of_whole_pictures_says_that_a_cut_is_a_guess(face, halves, make_network, capsys):
+    from efficientface_deploy.models import save_checkpoint
+
     checkpoint = face.parent.parent / "caers.safetensors"
     save_checkpoint(checkpoint, make_network(), preset("caers").replace(input_size=64))
     assert main([str(face), "--model", str(checkpoint), "--detect", "any"]) == 0
@@ -314,6 +314,8 @@ def test_backend_that_is_none(face):
 
 
 def test_published_checkpoint_with_its_preset(face, make_network, tmp_path, capsys):
+    import torch
+
     network = make_network()
     checkpoint = tmp_path / "published.pth.tar"
     torch.save(

@@ -390,7 +390,8 @@ def test_preset_that_contradicts_is_refused_and_nothing_stays_open(
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "missing.safetensors", "missing.pth.tar"])
-def test_missing_file(tmp_path, name):
+def test_missing_file(tmp_path, name, require_backend):
+    require_backend("onnx" if name.endswith(".onnx") else "torch")
     with pytest.raises(ef.EfficientFaceError, match=f"{name}.*no such file; check the path"):
         ef.load(tmp_path / name)
 

@@ -120,3 +120,24 @@ def test_every_committed_result_has_tables(path: Any) -> None:
     for one in found:
         assert one.to_markdown().count("\n") > 2
         assert all(len(row) in (1, len(one.columns)) for row in one.rows)
+
+
+def test_an_environment_says_what_each_file_answered_and_which_are_refused() -> None:
+    figures = {"agreement": 0.975, "max_difference": 0.3, "same_file_difference": 0.1234}
+    files = [
+        {"file": "efficientface-int8-gpu.onnx", "refused": "a probe's error", **figures},
+        {"file": "efficientface-fp32-cpu.onnx", "refused": None, **figures, "agreement": 1.0},
+        {"file": "efficientface-fp16-cpu.onnx", "refused": "no library"},
+    ]
+    head = {"why": "old", "python": "3.10.13", "packages": {"onnxruntime": "1.18.0"}}
+    counts = {"passed": 9, "failed": 1, "skipped": 3, "failures": ["a::b"]}
+    rows = [{**head, "files": files, **counts}, {**head, "why": "untried", "files": files}]
+    result = {"kind": "versions", "images": "2 faces", "rows": rows, "absent": [], "goals": []}
+    found = table(result, "Versions")
+    row = dict(zip(found.columns, found.rows[0], strict=True))
+    assert row["int8-gpu"] == "refused (97.5 %, 0.1)"
+    assert (row["fp32-cpu"], row["fp16-cpu"]) == ("100.0 %, 0.1", "refused")
+    assert (row["ONNX Runtime"], row["Tests passed"]) == ("1.18.0", "9 of 10")
+    assert cells(found).count("not run") == 1
+    assert cells(table(result, "Tests that failed")) == ["old", "a::b"]
+    assert "no library" in cells(table(result, "Files refused"))

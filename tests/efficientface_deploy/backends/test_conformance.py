@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import io
 import sys
 import threading
@@ -14,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from fake_cuda import FakeCuda
 from PIL import Image
 from tensorrt_stand_in import Library, make_plan, read_record
@@ -24,7 +25,6 @@ from efficientface_deploy.artifact import sidecar_path, write_sidecar
 from efficientface_deploy.backends import (
     BackendOptions,
     create_backend,
-    missing_reason,
     resolve_backend,
 )
 from efficientface_deploy.backends.tensorrt import cuda
@@ -34,14 +34,13 @@ from efficientface_deploy.spec import PRESETS
 from efficientface_deploy.vision.preprocess import normalise
 from efficientface_export.graph.io import write_onnx
 from efficientface_export.graph.precision import to_fp16
-from efficientface_export.graph.trace import export_onnx
 from efficientface_export.tensorrt.builder import available
 from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
 from efficientface_export.verification.parity import THRESHOLDS
 from tests.engines import write_engine
 
 SPEC = PRESETS["rafdb"].replace(input_size=64)
-SAME = 1e-4  # of a probability, between two runs of one backend
+SAME = 1e-4  # of a probability, between two runs of one backend in FP32
 PROFILE = 16  # largest batch of the engines: smaller than the largest here
 
 # Backends that run on every machine: a skip of theirs is a failure.
@@ -68,6 +67,11 @@ class Subject:
     opened: str
     tolerance: float = 1e-4
 
+    @property
+    def same(self) -> float:
+        """Of a probability, between two runs: onnxruntime 1.29 sums FP16 by the batch's size."""
+        return SAME if self.tolerance < 0.01 else self.tolerance / 5
+
     def load(self, **options: Any) -> Predictor:
         return load(self.path, backend=self.request, **options)
 
@@ -77,12 +81,11 @@ class Subject:
     params=[*EVERYWHERE, *STAND_INS, "onnx:openvino"]
     + [pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU],
 )
-def subject(request, model_files, tmp_path_factory) -> Iterator[Subject]:
+def subject(request, require_backend, model_files, tmp_path_factory) -> Iterator[Subject]:
     name = request.param
     folder = tmp_path_factory.mktemp("subject")
     if name in EVERYWHERE:
-        reason = missing_reason(name.partition("-")[0])
-        assert reason is None, f"the suite needs this backend: {reason}"
+        require_backend(name.partition("-")[0])
         yield on_the_cpu(name, model_files, folder)
     elif name in STAND_INS:
         with pytest.MonkeyPatch.context() as patch:
@@ -94,8 +97,9 @@ def subject(request, model_files, tmp_path_factory) -> Iterator[Subject]:
         except BackendError as error:
             pytest.skip(str(error))
         with pytest.MonkeyPatch.context() as patch:
-            # PyTorch's convolutions on a GPU are in TF32 unless they are told otherwise.
-            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+            if name == "torch:cuda":
+                # PyTorch's convolutions on a GPU are in TF32 unless they are told otherwise.
+                patch.setattr("torch.backends.cudnn.allow_tf32", False)
             yield found
 
 
@@ -170,9 +174,15 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def reference(model_files, images) -> tuple[np.ndarray, np.ndarray]:
-    with load(model_files["torch"]) as torch_predictor:
-        return torch_predictor.infer(images)
+def reference(once, model_files, images) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch's logits and probabilities, both (64, 7)."""
+
+    def fill(folder: Path) -> None:
+        with load(model_files["torch"]) as torch_predictor:
+            np.save(folder / "answers.npy", torch_predictor.infer(images))
+
+    logits, probabilities = np.load(once("conformance-reference", fill) / "answers.npy")
+    return logits, probabilities
 
 
 def test_reference_is_worth_comparing_with(reference):
@@ -198,6 +208,9 @@ def test_same_probabilities_and_labels(subject, predictor, images, reference):
 
 def test_grey_spec(images, tmp_path):
     """The graph's luminance is that of ``normalise``."""
+    torch = pytest.importorskip("torch")
+    from efficientface_export.graph.trace import export_onnx
+
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 7, 16, stride=16)
     network = torch.nn.Sequential(
@@ -213,23 +226,23 @@ def test_grey_spec(images, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 63, 64])
-def test_any_batch(predictor, images, answers, batch):
+def test_any_batch(subject, predictor, images, answers, batch):
     """Larger ones than an engine's profile are split inside; the second time, a graph runs."""
     for start in (0, 64 - batch, 0):
         probabilities = predictor.infer(images[start : start + batch])[1]
-        np.testing.assert_allclose(probabilities, answers[start : start + batch], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[start : start + batch], atol=subject.same)
 
 
-def test_batch_beyond_every_profile(predictor, images, answers):
+def test_batch_beyond_every_profile(subject, predictor, images, answers):
     order = np.arange(133) % 64
-    np.testing.assert_allclose(predictor.infer(images[order])[1], answers[order], atol=SAME)
+    np.testing.assert_allclose(predictor.infer(images[order])[1], answers[order], atol=subject.same)
 
 
-def test_sizes_in_turn(predictor, images, answers):
+def test_sizes_in_turn(subject, predictor, images, answers):
     """As a camera gives them: a face more, a face less."""
     for batch in (1, 3, 1, 2, 3, 1, 3, 2, 1, 2):
         probabilities = predictor.infer(images[:batch])[1]
-        np.testing.assert_allclose(probabilities, answers[:batch], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[:batch], atol=subject.same)
 
 
 def test_empty_batch(predictor, images):
@@ -251,10 +264,10 @@ def test_empty_batch(predictor, images):
         lambda x: np.broadcast_to(x[:1], x.shape),
     ],
 )
-def test_strides_do_not_matter(predictor, images, view):
+def test_strides_do_not_matter(subject, predictor, images, view):
     array = view(images[:6])
     expected = predictor.infer(np.array(array, order="C"))[1]
-    np.testing.assert_allclose(predictor.infer(array)[1], expected, atol=SAME)
+    np.testing.assert_allclose(predictor.infer(array)[1], expected, atol=subject.same)
 
 
 def test_input_and_output_belong_to_the_caller(predictor, images):
@@ -311,23 +324,34 @@ def test_spec_provenance_and_names(subject, predictor):
     assert repr(predictor) == expected
 
 
-def test_eight_threads_answer_as_one(predictor, images, answers):
+def test_eight_threads_answer_as_one(subject, predictor, images, answers):
     starts = [(index * 7) % 48 for index in range(40)]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda at: predictor.infer(images[at : at + 5])[1], starts))
     for at, probabilities in zip(starts, results, strict=True):
-        np.testing.assert_allclose(probabilities, answers[at : at + 5], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[at : at + 5], atol=subject.same)
+
+
+@contextlib.contextmanager
+def threads_restored() -> Iterator[None]:
+    """PyTorch's threads are those of the process."""
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_number_of_threads(subject, images, answers, threads):
-    before = torch.get_num_threads()
-    try:
-        with subject.load(threads=threads) as predictor:
-            probabilities = predictor.infer(images[:8])[1]
-    finally:
-        torch.set_num_threads(before)
-    np.testing.assert_allclose(probabilities, answers[:8], atol=SAME)
+    with threads_restored(), subject.load(threads=threads) as predictor:
+        probabilities = predictor.infer(images[:8])[1]
+    np.testing.assert_allclose(probabilities, answers[:8], atol=subject.same)
 
 
 def test_use_after_close(subject, images):
@@ -374,7 +398,7 @@ def test_opening_twice_and_again_after_close(subject, images, answers):
         with opened:
             opened.open()
             probabilities = opened.infer(images[:3]).probabilities
-        np.testing.assert_allclose(probabilities, answers[:3], atol=SAME)
+        np.testing.assert_allclose(probabilities, answers[:3], atol=subject.same)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", "truncated", "folder"])

@@ -279,8 +279,13 @@ def test_engine_of_normalised_floats(
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 @pytest.mark.parametrize("export", EXPORTS)
 def test_backends_of_the_cpu_say_so(
-    model_files: dict[str, Path], fake_cuda: FakeCuda, kind: str, export: Callable[..., Any]
+    require_backend: Callable[[str], None],
+    model_files: dict[str, Path],
+    fake_cuda: FakeCuda,
+    kind: str,
+    export: Callable[..., Any],
 ) -> None:
+    require_backend(kind)
     with load(model_files[kind]) as predictor, pytest.raises(ImageError) as caught:
         predictor.infer(export(fake_cuda, images(1)))
     message = str(caught.value)
