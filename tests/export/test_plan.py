@@ -243,7 +243,7 @@ class TestComputeCapability:
 
     def test_a_card_that_the_library_does_not_serve(self, make_source: Any, tmp_path: Path) -> None:
         pytest.importorskip("tensorrt_rtx")
-        with pytest.raises(BackendError, match="sm86, .*found sm87 .Jetson Orin.; use TensorRT"):
+        with pytest.raises(BackendError, match=r"sm86, .*found sm87 \(Jetson Orin\); use TensorRT"):
             plan(make_source(), tmp_path, engine="trt-rtx", compute_capability="sm87,sm86")
 
     def test_known(self, make_source: Any, tmp_path: Path) -> None:
