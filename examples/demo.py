@@ -82,7 +82,7 @@ STEPS: dict[tuple[str, int], list[Command]] = {
             shown="^prepared",
         ),
     ],
-    ("Train a teacher (LDG: label distribution generator) and from it EfficientFace", 80): [
+    ("Train a teacher (LDG: label distribution generator) and from it EfficientFace", 130): [
         Command(
             f"python -m training.teacher --data {FACES} --arch resnet18 --input-size 48 --epochs 2 "
             f"--batch-size 16 --learning-rate 0.01 --select last {SHORT} --out {LDG}"
@@ -98,7 +98,7 @@ STEPS: dict[tuple[str, int], list[Command]] = {
             shown=r"^\| (accuracy|macro-F1)",
         ),
     ],
-    ("Export to ONNX in three precisions, and to a TensorRT engine", 25): [
+    ("Export to ONNX in three precisions, and to a TensorRT engine", 20): [
         Command(
             f"efficientface-export --engine onnx --weights {WEIGHTS} --precision all "
             f"--calib {FACES} --val {FACES} --out {ARTIFACTS}",

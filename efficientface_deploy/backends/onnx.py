@@ -328,7 +328,8 @@ def _instead(device: str) -> str:
     """What to do where a provider computes a file wrongly."""
     if device != "cpu":
         return "choose onnx:cpu, or export the model in another precision or for another --target"
-    newer = "update onnxruntime (FP16's QuantizeLinear truncates before 1.30)"
+    # Before 1.30 FP16's QuantizeLinear truncates; on ARM, 1.23 sums FP16 wrongly and 1.32 does not.
+    newer = "update onnxruntime (1.32 is right with each kind of file)"
     return f"{newer}, or export the model for --target cpu, or in another precision"
 
 

@@ -187,7 +187,7 @@ def test_measures_prints_and_writes(
     ]
     for row in result["cases"]:
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
-        assert (row["threads"], row["calls"], len(row["round_medians_ms"])) == (1, 3, 3)
+        assert (row["threads"], len(row["round_medians_ms"])) == (1, 3) and row["calls"] >= 3
     assert {row["model"]: row["precision"] for row in result["cases"]} == {
         "model.onnx": "int8",
         "student.safetensors": "fp32",
