@@ -125,6 +125,7 @@ def test_predicting_opens_nothing_to_write_and_connects_to_nobody(
     ] == []
 
 
+@pytest.mark.slow
 def test_openvino_is_measured_without_its_telemetry(homes: dict[str, str]) -> None:
     pytest.importorskip("openvino")
     code = "from benchmarks.measure.toolchains import import_openvino; import_openvino().Core()"
@@ -203,7 +204,14 @@ def test_folder_of_another_user_given_by_name(as_user, closed, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("where", ["file", "folder", "parent"])
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "model.pth.tar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx",
+        pytest.param("model.safetensors", marks=pytest.mark.slow),
+        pytest.param("model.pth.tar", marks=pytest.mark.slow),
+    ],
+)
 def test_model_that_may_not_be_read(as_user, closed, where: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / name
     path.parent.mkdir(parents=True)
@@ -301,7 +309,9 @@ def test_predict_names_of_any_bytes(encoding: str, json: bool, odd: Path, tmp_pa
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"1.jpg", f"{ODD}.jpg"}
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", pytest.param("model.safetensors", marks=pytest.mark.slow)]
+)
 def test_model_in_a_folder_of_any_bytes(name: str, odd: Path, tmp_path: Path) -> None:
     shutil.copy(BUNDLED_ONNX.with_suffix(Path(name).suffix), odd / name)
     face = write_face(tmp_path / "1.png")

@@ -84,6 +84,7 @@ class TestFP16:
         (bias,) = [w for w in converted.graph.initializer if w.name.endswith("fc.bias")]
         assert numpy_helper.to_array(bias).max() == 15_000
 
+    @pytest.mark.slow
     def test_float_input_is_cast_once(
         self, float_graph: onnx.ModelProto, images: np.ndarray, small_spec: ModelSpec, infer: Any
     ) -> None:

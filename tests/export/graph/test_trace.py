@@ -146,6 +146,7 @@ def test_trace_is_reproducible(
     )
 
 
+@pytest.mark.slow
 def test_teacher_exports_too(
     small_spec: ModelSpec,
     infer: Any,

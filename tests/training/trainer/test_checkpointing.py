@@ -345,7 +345,7 @@ def test_sigkill_at_any_moment(face_set, tmp_path):
     ("workers", "number"),
     [
         pytest.param("0", signal.SIGINT, marks=pytest.mark.slow),
-        ("1", signal.SIGINT),
+        pytest.param("1", signal.SIGINT, marks=pytest.mark.slow),
         ("1", signal.SIGTERM),
     ],
 )
@@ -370,7 +370,10 @@ def test_signal_to_all_processes(workers, number, face_set, tmp_path):
     assert not [file for file in out.iterdir() if file.name.startswith(".")]
 
 
-@pytest.mark.parametrize(("limit_kib", "what"), [(3000, "student.safetensors"), (7000, "last.pt")])
+@pytest.mark.parametrize(
+    ("limit_kib", "what"),
+    [pytest.param(3000, "student.safetensors", marks=pytest.mark.slow), (7000, "last.pt")],
+)
 def test_full_disk(limit_kib, what, face_set, tmp_path):
     """The weights of 5 MB or the state of 10 do not fit: one line, and nothing half-written."""
     out = tmp_path / "run"
