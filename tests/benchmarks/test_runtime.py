@@ -14,6 +14,7 @@ SMALL = ["--starts", "3", "--seconds", "0.02", "--rounds", "3", "--input-size", 
 SMALL += ["--predictions", "40"]
 
 
+@pytest.mark.slow
 def test_one_command_measures_everything(tmp_path, capsys):
     assert bench.main([*SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "runtime.json").read_text())

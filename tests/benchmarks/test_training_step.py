@@ -28,6 +28,7 @@ def setting(tmp_path_factory):
     return data, teacher
 
 
+@pytest.mark.slow
 def test_result_has_every_way_to_get_targets(setting, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "has_amx", lambda: True)
     # PyTorch's second thread is very slow where others use the CPU too.

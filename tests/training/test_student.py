@@ -123,6 +123,7 @@ def losses_of(path: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_as_many_views_as_epochs_is_the_published_method(train_student, save_ldg, tmp_path):
     """The losses are those of a teacher that is queried in every step."""
     options = ["--recipe", "published", "--teacher", str(save_ldg()), "--epochs", "3"]

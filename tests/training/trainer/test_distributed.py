@@ -59,6 +59,7 @@ def pictures(batch: torch.Tensor) -> list[bytes]:
     return [image.numpy().tobytes() for image in batch]
 
 
+@pytest.mark.slow
 def test_ranks_see_disjoint_parts_of_the_same_batches(runs):
     for step in range(STEPS):
         first, second, alone = (
@@ -76,6 +77,7 @@ def test_ranks_hold_the_same_weights_after_every_step(runs):
     assert moved.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_process_learns(runs):
     for step in range(STEPS):
         ours, alone = (runs[name]["weights"][step] for name in ("first", "alone"))
