@@ -439,9 +439,8 @@ def _safe_streams(ends_with_reader: bool) -> Iterator[None]:
     for number in range(3):
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # closed, as by >&-: the next file would get its number, and what is printed
+        except OSError:
+            # Closed, as by >&-: the next file would get its number, and what is printed.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115

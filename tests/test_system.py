@@ -377,27 +377,26 @@ def test_videos_and_detectors_in_a_folder_of_any_bytes(odd: Path) -> None:
 # ---- readers that go away
 
 
-def test_export_goes_on_without_a_reader(tmp_path: Path) -> None:
-    options = ("--engine", "onnx", "--precision", "fp16", "--out", tmp_path / "out")
-    command = [sys.executable, "-u", *map(os.fspath, (*EXPORT, *options))]
+def run_without_a_reader(*command: object) -> tuple[int, bytes]:
+    """Exit code and errors of a command whose output is read for one byte and then no more."""
+    line = [sys.executable, "-u", *map(os.fspath, command)]
     reader, writer = os.pipe()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    process = subprocess.Popen(line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert os.read(reader, 1)
     os.close(reader)
     _, err = process.communicate(timeout=200)
-    assert (process.returncode, err) == (0, b"")
+    return process.returncode, err
+
+
+def test_export_goes_on_without_a_reader(tmp_path: Path) -> None:
+    options = ("--engine", "onnx", "--precision", "fp16", "--out", tmp_path / "out")
+    assert run_without_a_reader(*EXPORT, *options) == (0, b"")
     assert (tmp_path / "out/efficientface-fp16-cpu.onnx").is_file()
 
 
 def test_predict_ends_with_its_reader_and_says_so(tmp_path: Path) -> None:
     face = write_face(tmp_path / "1.png")
-    command = [sys.executable, "-u", *PREDICT, *([str(face)] * 2000)]
-    reader, writer = os.pipe()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert os.read(reader, 1)
-    os.close(reader)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 141
+    code, err = run_without_a_reader(*PREDICT, *[face] * 2000)
+    assert code == 141
     assert b"Traceback" not in err and b"error" not in err
