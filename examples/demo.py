@@ -145,9 +145,6 @@ Next, type:
 
 def main() -> int:
     """Run every step that is not done yet; stop at the first that fails."""
-    if sys.argv[1:]:
-        print(f"{__doc__}\nIt takes no arguments, and writes to {DEMO}/.")
-        return 0 if sys.argv[1:] == ["--help"] else 2
     done = DONE.read_text(encoding="utf-8").splitlines() if DONE.is_file() else []
     everything = [command.line for commands in STEPS.values() for command in commands]
     if set(done) >= set(everything) or (DEMO.exists() and not DONE.is_file()):
@@ -315,4 +312,7 @@ def draw_picture(scores: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(f"{__doc__}\nIt takes no arguments, and writes to {DEMO}/.")
+        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
     sys.exit(main())
