@@ -81,7 +81,7 @@ class Face:
     def __post_init__(self) -> None:
         box, points = np.ravel(self.box), np.ravel(self.landmarks or ())
         possible = box.size == 4 and points.size in (0, 10)
-        possible = possible and np.isfinite(box).all() and np.isfinite(points).all()
+        possible = possible and bool(np.isfinite(box).all() and np.isfinite(points).all())
         if not possible or box[0] >= box[2] or box[1] >= box[3]:
             expected = "left < right, top < bottom, and five points or none, all finite"
             found = f"box {self.box}, landmarks {self.landmarks}"

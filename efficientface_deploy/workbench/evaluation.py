@@ -58,7 +58,8 @@ def run_in_batches(infer: Infer, images: UInt8Array) -> Float32Array:
 def softmax(logits: Float32Array) -> Float32Array:
     """Probabilities (N, C) of logits (N, C)."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Float32Array = shifted / shifted.sum(axis=1, keepdims=True)
+    probabilities: Float32Array = shifted.astype(np.float32, copy=False)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
     return probabilities
 
 
