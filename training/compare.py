@@ -224,8 +224,10 @@ def _as_option(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if value is False and name in _ON:
         return f"--no-{flag}"
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return f"no --{flag}"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
     if value is True:
         return f"--{flag}"
     return f"--{flag} {value}"

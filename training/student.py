@@ -26,10 +26,17 @@ from training.trainer.label_store import STORE, stored_distributions
 from training.trainer.loader import TrainingImages, choose_samples
 from training.trainer.loop import train
 from training.trainer.recipe import DEFAULT_STUDENT, published_student
-from training.trainer.targets import TARGETS, Blend, TargetFunction, Teacher, loaded_targets
+from training.trainer.targets import (
+    TARGETS,
+    Blend,
+    Ensemble,
+    TargetFunction,
+    Teacher,
+    loaded_targets,
+)
 
 # Options that have an effect only where an LDG is queried.
-_FOR_LDG = ("teacher", "teacher_amp", "temperature", "views")
+_FOR_LDG = ("teacher", "teacher_flips", "teacher_amp", "temperature", "views")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +44,10 @@ class StudentConfig(TrainConfig):
     """Options of ``training.student``."""
 
     targets: str = option("ldg", choices=TARGETS, help="what the student learns from")
-    teacher: Path | None = option(
-        None, help="the LDG's checkpoint, for --targets ldg...", first=True
+    teacher: tuple[Path, ...] = option(
+        (), metavar="LDG", help="its checkpoint, or several whose mean teaches", first=True
     )
+    teacher_flips: bool = option(False, help="query the LDG about the mirrored picture too")
     recipe: str = option("default", choices=("default", "published"), help="how it is trained")
     views: int | None = option(
         None,
@@ -79,7 +87,7 @@ class StudentConfig(TrainConfig):
             ConfigError: ``ldg`` without a teacher; a teacher, its precision, a share or a store
                 that would not be used.
         """
-        if self.queries_teacher and self.teacher is None:
+        if self.queries_teacher and not self.teacher:
             wanted = f"an LDG's checkpoint for --targets {self.targets}"
             fix = "train one with python -m training.teacher, or choose --targets onehot or votes"
             raise ConfigError("--teacher", wanted, "none", fix)
@@ -87,11 +95,14 @@ class StudentConfig(TrainConfig):
         if "+" not in self.targets:
             useless["ldg_share"] = "which blends nothing"
         for name, reason in useless.items():
-            if (value := getattr(self, name)) is not None:
-                shown = "--" + name.replace("_", "-")
-                wanted = f"none with --targets {self.targets}, {reason}"
-                fix = f"leave {shown} out, or choose other --targets"
-                raise ConfigError(shown, wanted, str(value), fix)
+            value = getattr(self, name)
+            if value is None or value is False or value == ():
+                continue
+            shown = "--" + name.replace("_", "-")
+            wanted = f"none with --targets {self.targets}, {reason}"
+            fix = f"leave {shown} out, or choose other --targets"
+            found = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            raise ConfigError(shown, wanted, found, fix)
         if self.store is None:
             return
         if not (self.queries_teacher and views):
@@ -121,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.check_targets(recipe.views)
     if not config.queries_teacher:
         recipe = dataclasses.replace(recipe, views=0)
-    inputs = {}
-    if config.teacher is not None and config.teacher.is_file():
-        inputs["teacher"] = file_hash(config.teacher)
+    there = [path for path in config.teacher if path.is_file()]  # the rest is refused when opened
+    inputs = {"teacher": " + ".join(map(file_hash, there))} if there else {}
     job = Job("student", spec, recipe, dataset, config, inputs)
     with distributed.init(config.device) as dist:
         config.check_device(dist.device)
@@ -154,10 +164,11 @@ def choose_targets(
     recipe, spec = job.recipe, job.spec
     votes = config.targets.endswith("votes")
     images = TrainingImages(samples, spec, recipe.augmentation, config.seed, votes=votes)
-    if config.teacher is None:
+    if not config.teacher:
         return images, loaded_targets
     amp = AMP[config.amp if config.teacher_amp is None else config.teacher_amp]
-    teacher = Teacher(config.teacher, config.preset, spec, dist.device, amp)
+    members = [Teacher(path, config.preset, spec, dist.device, amp) for path in config.teacher]
+    teacher = Ensemble(members, flips=config.teacher_flips)
     blend = Blend(recipe.temperature, 1.0 if config.targets == "ldg" else recipe.ldg_share)
     if recipe.views == 0:
         return images, lambda batch, own: blend(teacher(batch), own)

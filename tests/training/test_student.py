@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
-from efficientface_deploy.errors import CheckpointError, ConfigError, EfficientFaceError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    EfficientFaceError,
+)
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from training import student
 from training.trainer.label_store import STORE
@@ -54,7 +59,7 @@ def test_student_of_a_teacher(train_student, save_ldg):
     assert isinstance(model, EfficientFace) and spec.preliminary
     assert (spec.architecture, spec.input_size) == ("efficientface", 32)
     record = json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
-    assert record["config"]["teacher"].endswith("teacher.safetensors")
+    assert record["config"]["teacher"][0].endswith("teacher.safetensors")
     assert (path.parent / STORE).is_file()
 
 
@@ -137,6 +142,19 @@ def test_as_many_views_as_epochs_is_the_published_method(train_student, save_ldg
     few = losses_of(train_student(*options, "--views", "1"))
     assert few[0] == pytest.approx(online[0], rel=1e-5)
     assert few[2] != pytest.approx(online[2], rel=1e-5)
+
+
+def test_several_teachers(train_student, save_ldg, student_file, tmp_path):
+    """Their mean is stored, and a store of one of them is not theirs."""
+    ldg = str(save_ldg())
+    store = tmp_path / "store.safetensors"
+    options = ["--views", "1", "--store", str(store), "--teacher"]
+    path = train_student(*options, ldg, str(student_file), "--teacher-flips")
+    record = json.loads(read_safetensors_metadata(path)[PROVENANCE_KEY])
+    assert record["config"]["teacher"] == [ldg, str(student_file)]
+    (tmp_path / "run").rename(tmp_path / "both")
+    with pytest.raises(ArtifactError, match="found others for teacher"):
+        train_student(*options, ldg)
 
 
 def test_store_serves_several_runs_and_longer_ones(train_student, save_ldg, tmp_path, capsys):

@@ -21,11 +21,11 @@ import torch
 
 from efficientface_deploy.artifact import read_safetensors_metadata
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import atomic_path, file_hash, make_folder
+from efficientface_deploy.files import atomic_path, make_folder
 from efficientface_deploy.workbench.progress import track
 from training.trainer.distributed import Distributed
 from training.trainer.loader import Batch, TrainingImages, TrainingLoader, view_seed
-from training.trainer.targets import Teacher
+from training.trainer.targets import Ensemble, Teacher
 
 STORE = "distributions.safetensors"
 BINDING_KEY = "efficientface.distributions"
@@ -37,7 +37,7 @@ _BATCH = 64
 def stored_distributions(
     path: Path,
     images: TrainingImages,
-    teacher: Teacher,
+    teacher: Teacher | Ensemble,
     views: int,
     data_hash: str,
     dist: Distributed,
@@ -82,7 +82,12 @@ def stored_distributions(
 
 
 def query(
-    images: TrainingImages, teacher: Teacher, view: int, views: int, dist: Distributed, workers: int
+    images: TrainingImages,
+    teacher: Teacher | Ensemble,
+    view: int,
+    views: int,
+    dist: Distributed,
+    workers: int,
 ) -> np.ndarray:
     """The distributions of one view of all images, float32 (N, C); each rank does its share."""
     keys = [(view, index) for index in range(dist.rank, len(images), dist.world_size)]
@@ -110,14 +115,14 @@ def seconds_per_view(path: Path) -> list[float]:
         return []
 
 
-def _binding(images: TrainingImages, teacher: Teacher, data_hash: str) -> dict[str, str]:
+def _binding(images: TrainingImages, teacher: Teacher | Ensemble, data_hash: str) -> dict[str, str]:
     """What stored distributions are only good for, by name."""
     pixels = hashlib.sha256()  # of a few views: changes when a library renders them otherwise
     for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
         pixels.update(images[number % 4, int(index)][0].tobytes())
     return {
         "data": data_hash,
-        "teacher": file_hash(teacher.path),
+        "teacher": teacher.digest,
         "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
         "augmentation": images.augmentation,
         "seed": str(images.seed),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from efficientface_deploy.errors import CheckpointError, DatasetError
+from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.dataset import Sample, label_distributions
@@ -67,7 +68,9 @@ class Blend:
 
 
 class Teacher:
-    """A frozen LDG that sees the student's augmented images (section 3.3 of the paper).
+    """A frozen network, an LDG above all, that sees the student's augmented images.
+
+    Source: section 3.3 of the paper.
 
     Args:
         path: The LDG's checkpoint.
@@ -76,8 +79,11 @@ class Teacher:
         device: Where to compute.
         amp: Lower precision to compute in, as the student's own layers do; None for float32.
 
+    Attributes:
+        digest: Names the file's content.
+
     Raises:
-        CheckpointError: The checkpoint is a student, or has other classes or colours.
+        CheckpointError: The checkpoint has other classes or colours.
     """
 
     def __init__(
@@ -101,12 +107,8 @@ class Teacher:
                     "say with --preset what a published checkpoint was trained on, or train a "
                     "teacher on this data set with python -m training.teacher",
                 )
-        if own.architecture == "efficientface":
-            wanted = "an LDG (resnet18 or resnet50)"
-            fix = "give the teacher's checkpoint"
-            raise CheckpointError(path, wanted, "an EfficientFace", fix)
         use_matrix_products(model, device, amp)
-        self.path = path
+        self.digest = file_hash(path)
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)
         self.device = device
         self.amp = amp
@@ -129,6 +131,30 @@ class Teacher:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             logits: Tensor = self.model(images)  # (N, C)
         return logits.to(images.dtype).softmax(dim=1)
+
+
+class Ensemble:
+    """Several teachers as one: the mean of their distributions, which is a distribution again.
+
+    Networks of other sizes, seeds or architectures err on other pictures, so that their mean is
+    better than each of them (docs/training.md has figures).
+
+    Args:
+        members: Teachers on one device, in one precision.
+        flips: Ask each about the mirrored picture too.
+    """
+
+    def __init__(self, members: Sequence[Teacher], *, flips: bool = False) -> None:
+        self.members = members
+        self.flips = flips
+        self.device, self.amp = members[0].device, members[0].amp
+        self.digest = " + ".join(member.digest for member in members) + " flipped" * flips
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Their mean distributions (N, C) for the student's input (N, 3, S, S)."""
+        views = [images, images.flip(-1)] if self.flips else [images]
+        answers = [member(view) for member in self.members for view in views]
+        return torch.stack(answers).mean(dim=0) if len(answers) > 1 else answers[0]
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from efficientface_deploy.vision.preprocess import normalise
 from training.trainer.targets import (
     LOSSES,
     Blend,
+    Ensemble,
     Teacher,
     cross_entropy,
     loaded_targets,
@@ -112,9 +113,26 @@ def test_teacher_of_another_colour(save_ldg, spec):
         Teacher(save_ldg(colour="grey"), None, spec, CPU)
 
 
-def test_student_as_teacher(student_file, spec):
-    with pytest.raises(CheckpointError, match=r"expected an LDG .* found an EfficientFace"):
-        Teacher(student_file, None, spec, CPU)
+def test_student_as_teacher(student_file, spec, photos):
+    """Any trained network may teach, and be one of several that do."""
+    assert Teacher(student_file, None, spec, CPU)(as_batch(photos, spec)).shape == (4, 7)
+
+
+def test_several_teachers_are_their_mean(save_ldg, student_file, spec, photos):
+    batch = as_batch(photos, spec)
+    first, second = (Teacher(path, None, spec, CPU) for path in (save_ldg(), student_file))
+    torch.testing.assert_close(Ensemble([first, second])(batch), (first(batch) + second(batch)) / 2)
+    assert torch.equal(Ensemble([first])(batch), first(batch))  # as published: nothing is touched
+    assert not torch.allclose(first(batch), second(batch), atol=0.01)
+
+
+def test_mirrored_pictures(save_ldg, spec, photos):
+    batch, teacher = as_batch(photos, spec), Teacher(save_ldg(), None, spec, CPU)
+    both = Ensemble([teacher], flips=True)
+    torch.testing.assert_close(both(batch), (teacher(batch) + teacher(batch.flip(-1))) / 2)
+    torch.testing.assert_close(both(batch), both(batch.flip(-1)))
+    digests = {Ensemble([teacher] * n, flips=f).digest for n in (1, 2) for f in (False, True)}
+    assert len(digests) == 4  # a store of one is refused for another
 
 
 def test_published_ldg_needs_a_preset(ldg, spec, tmp_path):
