@@ -17,15 +17,15 @@ import torch
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import file_hash
-from efficientface_deploy.models import EfficientFace, load_backbone
+from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
 from training.trainer import checkpointing, distributed
-from training.trainer.config import AMP, Job, TrainConfig, check_amp
+from training.trainer.config import AMP, BUNDLED, Job, TrainConfig, check_amp
 from training.trainer.distributed import Distributed
 from training.trainer.label_store import STORE, stored_distributions
 from training.trainer.loader import TrainingImages, choose_samples
 from training.trainer.loop import train
-from training.trainer.recipe import DEFAULT_STUDENT, published_student
+from training.trainer.recipe import DEFAULT_STUDENT, FINE_TUNED_STUDENT, published_student
 from training.trainer.targets import (
     TARGETS,
     Blend,
@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, "efficientface").replace(preliminary=config.preliminary)
     published = config.recipe == "published"
-    recipe = config.change(published_student(dataset.preset) if published else DEFAULT_STUDENT)
+    default = FINE_TUNED_STUDENT if config.init == BUNDLED else DEFAULT_STUDENT
+    recipe = config.change(published_student(dataset.preset) if published else default)
     config.check_targets(recipe.views)
     if not config.queries_teacher:
         recipe = dataclasses.replace(recipe, views=0)
@@ -141,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             samples, selection = choose_samples(job, dist)
             torch.manual_seed(config.seed)
             model = EfficientFace(spec.num_classes)
-            if config.init is not None:
-                load_backbone(model, spec, config.init)
+            config.load_init(model, spec)
             images, target_function = choose_targets(job, config, samples, dist)
             train(job, model, images, selection, target_function, dist)
             if dist.is_main_process:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from efficientface_deploy.command import option, parse_config
-from efficientface_deploy.models import LabelDistributionGenerator, load_backbone
+from efficientface_deploy.models import LabelDistributionGenerator
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import checkpointing, distributed
 from training.trainer.config import Job, TrainConfig
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             torch.manual_seed(config.seed)
             model = LabelDistributionGenerator(spec.num_classes, config.arch)
-            if config.init is not None:
-                load_backbone(model, spec, config.init)
+            config.load_init(model, spec)
             train(job, model, images, selection, loaded_targets, dist)
             if dist.is_main_process:
                 print(f"teacher: {job.result}")

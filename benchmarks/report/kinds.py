@@ -380,6 +380,18 @@ TRAINING = TableForm(
     notes={">cost (95 %)": "time of a step by that of {baseline!r}"},
 )
 
+FINE_TUNING = TableForm(
+    "Pictures of one's own, {config[input_size]}x{config[input_size]}",
+    lambda result: result["cases"],
+    {
+        ">Pictures": of("images"),
+        "Training": of("way"),
+        ">Accuracy %": share("accuracy"),
+        ">Macro-F1 %": share("macro_f1"),
+    },
+    notes={">Accuracy %": "in brackets 95 % intervals over images, not over seeds"},
+)
+
 # ---- versions
 
 
@@ -497,6 +509,7 @@ TABLES = {
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING,),
+    "finetuning": (FINE_TUNING,),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
@@ -509,6 +522,7 @@ BLOCKS = {
     "peers": PEERS_SUMMARY,
     "graphs": GRAPHS,
     "training": TRAINING,
+    "finetuning": FINE_TUNING,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,

@@ -19,10 +19,12 @@ from efficientface_deploy.errors import (
     EfficientFaceError,
 )
 from efficientface_deploy.models import EfficientFace, load_checkpoint
+from efficientface_deploy.predictor import BUNDLED_WEIGHTS
+from efficientface_deploy.workbench.dataset import read_dataset
 from training import student
 from training.trainer.label_store import STORE
 from training.trainer.loader import TrainingImages
-from training.trainer.recipe import DEFAULT_STUDENT
+from training.trainer.recipe import DEFAULT_STUDENT, FINE_TUNED_STUDENT
 from training.trainer.targets import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,6 +277,26 @@ def test_init_takes_the_head_of_the_same_labels(train_student, student_file, fac
     assert "took backbone and head" in caplog.text
     before, after = (load_checkpoint(file)[0] for file in (student_file, path))
     assert torch.equal(before.fc.weight, after.fc.weight)
+
+
+def test_init_from_the_bundled_weights(train_student, monkeypatch, caplog):
+    """They go on seeing what they have seen; other classes get a new head, steps are smaller."""
+    calls = spy_on_training(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        train_student("--targets", "onehot", "--init", "bundled")
+    assert "took the backbone; the head starts anew" in caplog.text
+    job, model, *_ = calls[0]
+    bundled, seen = load_checkpoint(BUNDLED_WEIGHTS)
+    assert (job.spec.colour, job.spec.mean, job.spec.std) == (seen.colour, seen.mean, seen.std)
+    assert len(job.spec.labels) == 7 and job.spec.input_size == 32  # as the option says
+    assert torch.equal(model.conv5[0].weight, bundled.conv5[0].weight)
+    assert job.recipe.learning_rate == FINE_TUNED_STUDENT.learning_rate
+
+
+def test_bundled_weights_give_the_input_size(face_set):
+    config = student.StudentConfig(data=face_set, out=face_set / "run", init=Path("bundled"))
+    spec = config.model_spec(read_dataset(face_set), "efficientface")
+    assert spec.input_size == load_checkpoint(BUNDLED_WEIGHTS)[1].input_size
 
 
 def test_recipe_is_chosen_by_name(train_student, monkeypatch):

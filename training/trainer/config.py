@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from efficientface_deploy.artifact import read_safetensors_metadata, spec_from_metadata
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.models import load_backbone
+from efficientface_deploy.predictor import BUNDLED_WEIGHTS
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.dataset import Dataset
 from training.trainer.augmentation import AUGMENTATIONS
 from training.trainer.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
+BUNDLED = Path("bundled")  # as --init; a file of this name wants its whole path
 LARGEST_SEED = 2**32 - 1  # leaves room for the seeds of views, which are made of it
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,9 +38,15 @@ class TrainConfig:
 
     data: Path = option(help="a prepared data set", first=True)
     out: Path = option(help="folder of the run", first=True)
-    init: Path | None = option(None, help="start from this checkpoint; a foreign head is left")
+    init: Path | None = option(
+        None,
+        help="start from a checkpoint, or from bundled, ours; a foreign head is left",
+    )
     preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
-    input_size: int | None = option(None, help="side of the input; default: the preset's")
+    input_size: int | None = option(
+        None,
+        help="side of the input; default: the preset's, or the bundled model's with its weights",
+    )
     epochs: int | None = option(None, minimum=1, help="passes; default: the recipe's")
     batch_size: int | None = option(
         None, minimum=2, help="images of a step, over all processes; default: the recipe's"
@@ -98,9 +109,28 @@ class TrainConfig:
             raise ConfigError(name, "CUDA devices", "a CPU", f"leave {name} out")
 
     def model_spec(self, dataset: Dataset, architecture: str) -> ModelSpec:
-        """The spec of the network that is trained on this data set."""
-        size = dataset.spec.input_size if self.input_size is None else self.input_size
-        return dataset.spec.replace(architecture=architecture).resized(size)
+        """The spec of the network that is trained on this data set.
+
+        What starts from the bundled weights goes on seeing what they have seen, grey pictures of
+        their size and normalisation: few new pictures are not to unlearn that first.
+        """
+        spec = dataset.spec
+        if self.init == BUNDLED:
+            seen = spec_from_metadata(read_safetensors_metadata(BUNDLED_WEIGHTS), BUNDLED_WEIGHTS)
+            kept = ("input_size", "colour", "mean", "std")
+            spec = spec.replace(**{name: getattr(seen, name) for name in kept})
+        size = spec.input_size if self.input_size is None else self.input_size
+        return spec.replace(architecture=architecture).resized(size)
+
+    def load_init(self, model: nn.Module, spec: ModelSpec) -> None:
+        """Put the weights of ``--init`` into a network, where it is given.
+
+        Raises:
+            CheckpointError: The file cannot be used.
+        """
+        if self.init is not None:
+            path = BUNDLED_WEIGHTS if self.init == BUNDLED else self.init
+            load_backbone(model, spec, path)
 
 
 def check_amp(name: str, amp: str, device: torch.device) -> None:

@@ -1,0 +1,215 @@
+"""What few pictures of one's own give: from scratch, and from a network that has seen others.
+
+``python benchmarks/fine_tuning.py --data data/ferplus``. The training split is cut in two by the
+seed. One half trains the network to start from, as the bundled one would be; the other half gives
+the pictures of one's own, fewer and fewer. From each of these sets a network is trained from
+scratch, another from that network, as ``training.student --init`` does it, and a third keeps all
+of it but a new last layer. All are scored on the validation split, which chooses nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python then looks for modules in benchmarks/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # above imports that take long, or of what is not installed
+    from efficientface_deploy.launch import launch
+
+    launch("benchmarks.fine_tuning", "train,cpu,bench")
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import ROOT
+from benchmarks.report.publish import run_benchmark
+from benchmarks.report.result import new_result
+from efficientface_deploy.command import option
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.models import load_checkpoint
+from efficientface_deploy.models.efficientface import FEATURES
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.preprocess import to_model_input
+from efficientface_deploy.workbench.dataset import (
+    DESCRIPTION,
+    MANIFEST,
+    Dataset,
+    Sample,
+    read_dataset,
+)
+from efficientface_deploy.workbench.evaluation import (
+    Scores,
+    labels_of,
+    predict,
+    run_in_batches,
+    softmax,
+)
+from training.trainer.inference import infer_with
+from training.trainer.recipe import DEFAULT_STUDENT, FINE_TUNED_STUDENT
+
+_DECAY = 1e-3  # of the new last layer's weights
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuningConfig:
+    """Options of ``python benchmarks/fine_tuning.py``."""
+
+    data: Path = option(help="a prepared data set", first=True)
+    own: tuple[int, ...] = option((2500, 500, 250), metavar="N", help="pictures of one's own")
+    input_size: int = option(64, minimum=32, help="side of the input")
+    base_epochs: int = option(12, minimum=1, help="of the network to start from")
+    steps: int = option(600, minimum=1, help="of each training on pictures of one's own")
+    work: Path | None = option(None, metavar="DIR", help="keep the trainings there, and go on")
+    seed: int = option(0, minimum=0, help="of the halves, the weights and the order")
+    out: Path | None = option(
+        None,
+        metavar="DIR",
+        help="folder of the result (default: a new one in benchmarks/results)",
+        first=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python benchmarks/fine_tuning.py``."""
+    example = "--data data/ferplus --work runs/fine-tuning"
+    return run_benchmark(
+        "fine_tuning", FineTuningConfig, run, argv, __doc__, example, "fine-tuning"
+    )
+
+
+def run(config: FineTuningConfig) -> dict[str, Any]:
+    """Train and score, and give the result as a JSON object."""
+    dataset = read_dataset(config.data)
+    first, second = halves(dataset, config.seed)
+    smallest = max(len(dataset.labels), DEFAULT_STUDENT.batch_size)
+    for count in config.own:
+        if not smallest <= count <= len(second):
+            expected = f"{smallest} to {len(second):,}, half of the training split"
+            raise ConfigError("--own", expected, str(count), "give other numbers")
+    result = new_result("finetuning", config)
+    samples = dataset.split(dataset.evaluation_split())
+
+    def row(way: str, count: int, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+        infer = infer_with(model, spec, torch.device("cpu"))
+        scores = Scores.of(labels_of(samples), softmax(predict(infer, samples, spec)))
+        intervals = scores.bootstrap
+        return {
+            "way": way,
+            "images": count,
+            "accuracy": scores.accuracy,
+            "accuracy_interval": list(scores.accuracy_interval),
+            "macro_f1": scores.macro_f1,
+            "macro_f1_interval": list(intervals.macro_f1),
+        }
+
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary) if config.work is None else config.work
+        base = train(config, work / "base", dataset, first, config.base_epochs)
+        rows = [row("all of it: to start from", len(first), *load_checkpoint(base))]
+        for count in config.own:
+            own = second[:count]
+            epochs = math.ceil(config.steps / (count // DEFAULT_STUDENT.batch_size))
+            tuned = ("--init", str(base), "--learning-rate", str(FINE_TUNED_STUDENT.learning_rate))
+            for way, options in {"from scratch": (), "fine-tuned": tuned}.items():
+                folder = work / f"{way.replace(' ', '-')}-{count}"
+                path = train(config, folder, dataset, own, epochs, *options)
+                rows.append(row(way, count, *load_checkpoint(path)))
+            rows.append(row("a new last layer", count, *with_new_head(base, own)))
+    described = {"name": dataset.name, "split": dataset.evaluation_split()}
+    return {**result, "data": described, "cases": rows}
+
+
+def halves(dataset: Dataset, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Two halves of the training split.
+
+    The second begins with one picture of each class, so that its first N have all of them; the rest
+    is in random order.
+    """
+    samples = list(dataset.split("train"))
+    order = np.random.default_rng(seed).permutation(len(samples))
+    shuffled = [samples[index] for index in order]
+    middle = len(shuffled) // 2
+    second = shuffled[middle:]
+    first_of = {sample.label: sample for sample in reversed(second)}
+    chosen = {id(sample) for sample in first_of.values()}
+    return shuffled[:middle], [
+        *first_of.values(),
+        *(sample for sample in second if id(sample) not in chosen),
+    ]
+
+
+def train(
+    config: FineTuningConfig,
+    folder: Path,
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    epochs: int,
+    *options: str,
+) -> Path:
+    """Train a student on some of a data set's pictures, unless that was done; its checkpoint."""
+    data, out = folder / "data", folder / "run"
+    done = out / "student.safetensors"
+    if (folder / "done").exists():
+        return done
+    subset(dataset, samples, data)
+    command = [sys.executable, "-m", "training.student", "--data", str(data), "--out", str(out)]
+    command += ["--targets", "onehot", "--select", "last", "--no-tensorboard", "--workers", "0"]
+    command += ["--input-size", str(config.input_size), "--seed", str(config.seed)]
+    command += ["--epochs", str(epochs), *options]
+    if (out / "last.pt").exists():
+        command.append("--resume")
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    (folder / "done").touch()
+    return done
+
+
+def subset(dataset: Dataset, samples: Sequence[Sample], folder: Path) -> None:
+    """A data set with some of the pictures, by its own manifest and links to the folders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_bytes((dataset.root / DESCRIPTION).read_bytes())
+    kept = {sample.path.relative_to(dataset.root).as_posix() for sample in samples}
+    with (dataset.root / MANIFEST).open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    with (folder / MANIFEST).open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *(row for row in rows if row[0] in kept)])
+    for split in {path.partition("/")[0] for path in kept}:
+        if not (folder / split).exists():
+            (folder / split).symlink_to((dataset.root / split).resolve())
+
+
+def with_new_head(base: Path, samples: Sequence[Sample]) -> tuple[nn.Module, ModelSpec]:
+    """A network whose last layer alone is trained, by logistic regression on its features."""
+    model, spec = load_checkpoint(base)
+    head, model.fc = nn.Linear(FEATURES, spec.num_classes), nn.Identity()
+    infer = infer_with(model, spec, torch.device("cpu"))
+    images = np.stack([to_model_input(sample.path, spec) for sample in samples])  # (N, S, S, 3)
+    features = torch.from_numpy(run_in_batches(infer, images))  # (N, 1024)
+    labels = torch.from_numpy(labels_of(samples))  # (N,)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(head(features), labels)
+        value = value + _DECAY * head.weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    model.fc = head
+    return model, spec
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import fine_tuning as bench
+from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.models import EfficientFace, load_checkpoint, save_checkpoint
+from efficientface_deploy.workbench.dataset import read_dataset
+from training import prepare
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces") / "set"
+    sizes = ["--train", "210", "--test", "35", "--size", "32"]
+    prepare.main(["synthetic", *sizes, "--out", str(folder)])
+    return folder
+
+
+def test_halves_share_nothing_and_the_second_begins_with_every_class(faces):
+    dataset = read_dataset(faces)
+    first, second = bench.halves(dataset, 0)
+    assert {sample.path for sample in first}.isdisjoint(sample.path for sample in second)
+    assert len(first) + len(second) == len(dataset.split("train"))
+    assert {sample.label for sample in second[:7]} == set(range(7))
+    assert bench.halves(dataset, 0) == (first, second) != bench.halves(dataset, 1)
+
+
+def test_subset_is_a_data_set_of_its_own(faces, tmp_path):
+    dataset = read_dataset(faces)
+    chosen = dataset.split("train")[3:60:4]
+    bench.subset(dataset, chosen, tmp_path / "few")
+    few = read_dataset(tmp_path / "few").split("train")
+    assert [(s.path.name, s.label) for s in few] == [(s.path.name, s.label) for s in chosen]
+
+
+def test_new_last_layer_fits_its_pictures_and_leaves_the_rest(faces, tmp_path):
+    torch.manual_seed(0)
+    dataset = read_dataset(faces)
+    spec = dataset.spec.replace(architecture="efficientface").resized(32)
+    save_checkpoint(tmp_path / "base.safetensors", EfficientFace(7), spec)
+    own = dataset.split("train")[::10]
+    model, spec = bench.with_new_head(tmp_path / "base.safetensors", own)
+    before = load_checkpoint(tmp_path / "base.safetensors")[0].state_dict()
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.slow
+def test_every_way_is_scored(faces, tmp_path):
+    arguments = ["--data", str(faces), "--own", "70", "--input-size", "32", "--base-epochs", "1"]
+    arguments += ["--steps", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert bench.main(arguments) == 0
+    result = json.loads((tmp_path / "out/finetuning.json").read_text())
+    ways = [(row["way"], row["images"]) for row in result["cases"]]
+    assert ways[1:] == [("from scratch", 70), ("fine-tuned", 70), ("a new last layer", 70)]
+    assert ways[0][1] == len(bench.halves(read_dataset(faces), 0)[0])
+    assert all(np.isfinite(row["accuracy"]) for row in result["cases"])
+    assert (tmp_path / "out/finetuning.md").is_file()
+
+
+@pytest.mark.parametrize("own", ["1", "1000"])
+def test_too_few_or_too_many(own, faces, tmp_path):
+    config = bench.FineTuningConfig(data=faces, own=(int(own),))
+    with pytest.raises(ConfigError, match="--own: expected 64 to 105, half of the training split"):
+        bench.run(config)
