@@ -21,14 +21,15 @@ from pathlib import Path
 from PIL import Image
 
 from efficientface_deploy.command import option, parse_config
-from efficientface_deploy.errors import ConfigError, ImageError
+from efficientface_deploy.errors import ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
-from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
+from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
+from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
 
 _JPEG_QUALITY = 90
@@ -39,7 +40,7 @@ class PredictConfig:
     """Options of ``efficientface-predict``."""
 
     images: tuple[str, ...] = option(
-        help="pictures, folders of pictures, videos, camera or camera:NUMBER (until Ctrl-C), or - "
+        help="pictures, videos, folders of both, camera or camera:NUMBER (until Ctrl-C), or - "
         "for one picture on standard input",
         metavar="IMAGE",
         positional=True,
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     gallery = Gallery(config.draw) if config.draw else None
-    names = list(find_images(config.images))
+    names = list(find_images(config.images, VIDEO_SUFFIXES))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
@@ -263,7 +264,7 @@ class PredictionTable:
 
     def rows(self, answer: Answer) -> list[str]:
         """A row for each face, or one that says that there is none."""
-        name = answer.image if answer.frame is None else f"{answer.image} #{answer.frame}"
+        name = printable(answer.image) + ("" if answer.frame is None else f" #{answer.frame}")
         rows = []
         for found in answer.faces:
             prediction = found.prediction

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 
     launch("training.compare", "train,cpu")
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.predictor import load
-from efficientface_deploy.workbench.dataset import Dataset, read_dataset
+from efficientface_deploy.workbench.dataset import Dataset, read_dataset, read_table
 from efficientface_deploy.workbench.evaluation import check_labels, labels_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import Table, escaped
@@ -134,7 +133,9 @@ def read_run(folder: Path) -> Run:
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with (folder / METRICS).open(newline="", encoding="utf-8") as file:
-            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            history = [
+                {k: float(v or "") for k, v in row.items()} for _, row in read_table(file)[1]
+            ]
         whole = bool(found and history and settings["batch_size"] and settings["epochs"])
     except (OSError, ValueError, KeyError, TypeError):
         whole = False

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -113,8 +114,30 @@ def test_folder_stands_for_its_images_in_order(face, capsys):
     for name in ("b.jpg", "a.jpg"):
         Image.open(face).save(face.parent / name)
     (face.parent / "notes.txt").write_text("no image")
+    (face.parent / ".DS_Store").write_bytes(b"x")
     assert main([str(face.parent)]) == 0
-    assert names_of(lines_of(capsys)) == ["a.jpg", "b.jpg", "face.png"]
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["a.jpg", "b.jpg", "face.png"]
+    assert f"note: left out of {face.parent}: 1 file(s), no picture: notes.txt\n" in captured.err
+    assert ".DS_Store" not in captured.err
+
+
+def test_folder_names_what_it_cannot_read(face, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    (face.parent / "IMG_1.HEIC").write_bytes(heic)
+    assert main([str(face.parent)]) == 2
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
+    assert "IMG_1.HEIC: expected" in captured.err and "pip install pillow-heif" in captured.err
+    assert "1 of 2 pictures, videos or cameras could not be read" in captured.err
+
+
+def test_name_with_a_line_break_stays_in_its_row(face, capsys):
+    face.rename(face.parent / "two\nlines\x1b[31m.png")
+    assert main([str(face.parent)]) == 0
+    (row,) = lines_of(capsys)
+    assert row.endswith("two lines [31m.png")
 
 
 def test_standard_input(face, capsys, monkeypatch):
@@ -219,6 +242,12 @@ def test_video_has_an_answer_for_each_frame(clip, capsys, halves):
     assert [record["seconds"] for record in records] == pytest.approx(np.arange(6) / 10)
     assert all(record["latency"] > 0 for record in records)
     assert [len(record["faces"]) for record in records][:4] == [2] * 4
+
+
+def test_folder_of_a_video_and_a_picture(clip, face, capsys):
+    shutil.copy(clip, face.parent / "b.MP4")
+    assert main([str(face.parent)]) == 0
+    assert len(lines_of(capsys)) == 6 + 1
 
 
 def test_video_in_the_table_and_drawn(clip, face, capsys, tmp_path):
