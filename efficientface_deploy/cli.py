@@ -33,6 +33,7 @@ from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
 
 _JPEG_QUALITY = 90
+_LONGEST_STEM = 200  # bytes; a file being written has a longer name, of 255 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +313,7 @@ class Gallery:
     def _free(self, name: str, suffix: str) -> Path:
         """A path that is not taken: two folders may hold pictures of one name."""
         stem = "stdin" if name == STANDARD_INPUT else Path(name).stem.replace(":", "-")
+        stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
         path, number = self._folder / f"{stem}{suffix}", 1
         while path.exists():
             number += 1

@@ -98,7 +98,7 @@ def find_images(names: Sequence[str], also: tuple[str, ...] = ()) -> Iterator[st
         yield from map(str, (*content.pictures, *content.closed))
 
 
-def describe_files(names: Sequence[str], what: str = "no picture") -> str:
-    """``3 file(s), no picture: a.txt, b.csv, c``, for a message."""
+def describe_files(names: Sequence[str], what: str = "no known kind of picture") -> str:
+    """``3 file(s), no known kind of picture: a.txt, b.csv, c``, for a message."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return f"{len(names):,} file(s), {what}: {', '.join(names[:_NAMED])}{more}"

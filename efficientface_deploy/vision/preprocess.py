@@ -63,6 +63,7 @@ _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108,
 
 # Tags of a TIFF.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SUBFILE, _REDUCED = 254, 1
 
 # Brands of the container that phones write.
 _AVIF, _HEIC = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
@@ -258,6 +259,9 @@ def _decode(data: bytes, name: str) -> Image.Image:
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
     _check_scans(data, image.size, name)
+    if getattr(image, "tag_v2", {}).get(_SUBFILE, 0) == _REDUCED:  # DNG, NEF and others
+        found, fix = "a raw photograph's preview", "export it as JPEG with the camera's program"
+        raise ImageError(name, "a picture", found, fix)
     return _to_rgb(image, name)
 
 

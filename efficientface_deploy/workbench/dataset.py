@@ -302,7 +302,7 @@ def _scan(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
             fix = "rename it to one of these, or move it elsewhere"
             raise DatasetError(root, "splits " + ", ".join(SPLITS), f"a folder {name}", fix)
     samples: dict[str, tuple[Sample, ...]] = dict.fromkeys(SPLITS, ())
-    left_out: dict[str, list[str]] = {"no picture": [], "in no class": []}
+    left_out: dict[str, list[str]] = {"no known kind of picture": [], "in no class": []}
     for split, name in split_folders(folders, root).items():
         samples[split] = tuple(_scan_split(root / name, labels, left_out))
     for what, names in left_out.items():
@@ -330,7 +330,7 @@ def _scan_split(
                 fix = "move its images up, and remove it"
                 raise DatasetError(folder / name, "images alone", f"folder {path.name}", fix)
             else:
-                left_out["no picture"].append(path.name)
+                left_out["no known kind of picture"].append(path.name)
 
 
 def _children(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -118,7 +119,10 @@ def test_folder_stands_for_its_images_in_order(face, capsys):
     assert main([str(face.parent)]) == 0
     captured = capsys.readouterr()
     assert names_of(captured.out.splitlines()[1:]) == ["a.jpg", "b.jpg", "face.png"]
-    assert f"note: left out of {face.parent}: 1 file(s), no picture: notes.txt\n" in captured.err
+    assert (
+        f"note: left out of {face.parent}: 1 file(s), no known kind of picture: notes.txt\n"
+        in captured.err
+    )
     assert ".DS_Store" not in captured.err
 
 
@@ -212,6 +216,14 @@ def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
     folders = [str(tmp_path / "one"), str(tmp_path / "two")]
     assert main([*folders, "--draw", str(tmp_path / "drawn")]) == 0
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["face-2.jpg", "face.jpg"]
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, "\u20ac" * 83, "new\nline", os.fsdecode(b"\xff")])
+def test_draw_under_names_that_file_systems_take(face, tmp_path, stem):
+    picture = face.rename(face.parent / f"{stem}.png")
+    assert main([str(picture), "--draw", str(tmp_path / "drawn")]) == 0
+    (copy,) = (tmp_path / "drawn").iterdir()
+    assert Image.open(copy).size == (104, 104) and stem.startswith(copy.stem[:60])
 
 
 def test_draw_into_a_folder_that_holds_something(face):

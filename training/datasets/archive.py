@@ -6,6 +6,7 @@ import contextlib
 import errno
 import lzma
 import os
+import stat
 import unicodedata
 import zipfile
 import zlib
@@ -13,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Union
 
-from efficientface_deploy.errors import DatasetError, system_words
+from efficientface_deploy.errors import DatasetError, ImageError, system_words
 from efficientface_deploy.files import is_left_behind
+from efficientface_deploy.vision.preprocess import MAX_BYTES
 
 Place = Union[Path, zipfile.Path]
 """A file or a folder, on disk or inside an archive."""
@@ -114,8 +116,14 @@ def _name_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def read(place: Place) -> bytes:
-    """Content of a file; empty when it is missing, or damaged in its archive."""
+    """Content of a picture's file; empty when it is missing, or damaged in its archive.
+
+    Raises:
+        ImageError: It would never end, or is larger than any picture.
+        OSError: The system refuses.
+    """
     try:
+        _check_file(place)
         return place.read_bytes()
     except OSError as error:
         if error.errno not in _NO_FILE:
@@ -123,6 +131,20 @@ def read(place: Place) -> bytes:
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError):
         pass
     return b""
+
+
+def _check_file(place: Place) -> None:
+    if isinstance(place, Path):
+        status = place.stat()
+        size = status.st_size
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise ImageError(place.name, "an image", "a pipe or device", "remove it")
+    else:
+        member = place.root.NameToInfo.get(place.at)
+        size = member.file_size if member else 0
+    if size > MAX_BYTES:
+        found, fix = f"{size // 1_000_000} MB", "shrink it first"
+        raise ImageError(place.name, f"at most {MAX_BYTES // 1_000_000} MB", found, fix)
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ def test_what_is_no_picture_is_named_and_counted(write, capsys):
     assert names(find_images([str(folder)])) == ["b.jpg"]
     err = capsys.readouterr().err
     assert err == (
-        f"note: left out of {folder}: 10 file(s), no picture: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt "
-        "and 5 more\n"
+        f"note: left out of {folder}: 10 file(s), no known kind of picture: "
+        "0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 5 more\n"
     )
 
 
@@ -103,7 +103,7 @@ def test_pipes_are_not_opened(write, capsys):
     folder = write({"b.jpg": encoded("JPEG")})
     os.mkfifo(folder / "pipe")
     assert names(find_images([str(folder)])) == ["b.jpg"]
-    assert "1 file(s), no picture: pipe" in capsys.readouterr().err
+    assert "1 file(s), no known kind of picture: pipe" in capsys.readouterr().err
 
 
 def test_file_and_folder_that_may_not_be_read_are_given(write, monkeypatch):
@@ -130,7 +130,10 @@ def test_file_and_folder_that_may_not_be_read_are_given(write, monkeypatch):
     ("files", "found"),
     [
         ({".DS_Store": b"x"}, "none in this folder"),
-        ({"a.txt": b"x", "b.txt": b"x"}, r"2 file\(s\), no picture: a.txt, b.txt; give another"),
+        (
+            {"a.txt": b"x", "b.txt": b"x"},
+            r"2 file\(s\), no known kind of picture: a.txt, b.txt; give another",
+        ),
     ],
 )
 def test_folder_without_pictures(write, files, found, capsys):
@@ -152,7 +155,7 @@ def test_is_picture(tmp_path):
 
 
 def test_describe_files():
-    assert describe_files(["a"]) == "1 file(s), no picture: a"
+    assert describe_files(["a"]) == "1 file(s), no known kind of picture: a"
     assert describe_files(list("abcdef"), "in no class") == (
         "6 file(s), in no class: a, b, c, d, e and 1 more"
     )

@@ -227,6 +227,18 @@ def test_grey_tiff_of_16_bits_equals_tifffile(photo, photometric, largest, scale
     np.testing.assert_array_equal(as_array(buffer.getvalue())[..., 0], expected)
 
 
+def test_preview_in_a_raw_photograph_is_not_taken_for_it(pixels):
+    """A DNG or NEF is a TIFF whose first picture is a small copy."""
+    tifffile = pytest.importorskip("tifffile")
+    for subfile, taken in ((0, True), (1, False)):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, pixels, photometric="rgb", subfiletype=subfile)
+        if taken:
+            np.testing.assert_array_equal(as_array(buffer.getvalue()), pixels)
+        else:
+            assert "found a raw photograph's preview; export it as" in refused(buffer.getvalue())
+
+
 def _tiff_of_12_bits(values: np.ndarray, photometric: int = 1) -> bytes:
     pairs = values.reshape(-1, 2).astype(int)
     pixels = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())

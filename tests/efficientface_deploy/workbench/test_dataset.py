@@ -153,7 +153,7 @@ def test_every_format_is_read_and_nothing_is_left_out_in_silence(published, caps
         (published / name).write_bytes(b"x")
     assert len(read_dataset(published, "rafdb").split("train")) == 3 + 7
     assert capsys.readouterr().err.splitlines() == [
-        f"note: left out of {published}: 2 file(s), no picture: clip.mp4, notes.txt",
+        f"note: left out of {published}: 2 file(s), no known kind of picture: clip.mp4, notes.txt",
         f"note: left out of {published}: 2 file(s), in no class: labels.csv, a.jpg",
     ]
 

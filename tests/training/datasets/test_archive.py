@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 import zipfile
 
 import pytest
 
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import DatasetError, ImageError
+from training.datasets import archive as archive_module
 from training.datasets.archive import (
     children,
     describe_content,
@@ -40,6 +42,22 @@ def test_both_are_read_in_the_same_way(source):
         assert describe_content(top) == "train"
         assert first_with([top / "test", top / "train/0"], ["b.jpg"]).name == "0"
         assert first_with([top], ["b.jpg"]) is None
+
+
+@pytest.mark.timeout(30)
+def test_what_never_ends_or_is_too_large_is_not_read(as_zip, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match=r"pipe.jpg: expected an image, found a pipe or device"):
+        read(tmp_path / "pipe.jpg")
+    with (tmp_path / "big.jpg").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ImageError, match=r"big.jpg: expected at most 715 MB, found 3221 MB"):
+        read(tmp_path / "big.jpg")
+    monkeypatch.setattr(archive_module, "MAX_BYTES", 10)
+    with open_place(as_zip(tmp_path / "set.zip", {"big.jpg": b"x" * 11, "a.jpg": b"a"})) as top:
+        assert read(top / "a.jpg") == b"a" and read(top / "b.jpg") == b""
+        with pytest.raises(ImageError, match=r"big.jpg: expected at most"):
+            read(top / "big.jpg")
 
 
 def test_source_without_a_marker(source):
