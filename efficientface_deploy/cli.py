@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from efficientface_deploy.command import option, parse_config
-from efficientface_deploy.errors import ConfigError, ImageError, printable
+from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
 from efficientface_deploy.spec import ModelSpec
@@ -41,7 +41,7 @@ class PredictConfig:
     """Options of ``efficientface-predict``."""
 
     images: tuple[str, ...] = option(
-        help="pictures, videos, folders of both, camera or camera:NUMBER (until Ctrl-C), or - "
+        help="pictures, folders of pictures, videos, camera or camera:NUMBER (until Ctrl-C), or - "
         "for one picture on standard input",
         metavar="IMAGE",
         positional=True,
@@ -115,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 labeller.label(name)
             except ImageError as error:
+                report.tell_unreadable(error)
+            except BackendError as error:  # no reader of videos, among pictures that need none
+                if len(names) == 1 or Path(name).suffix.lower() not in VIDEO_SUFFIXES:
+                    raise
                 report.tell_unreadable(error)
             report.done += 1
         return report.end()
@@ -229,7 +233,7 @@ class Report:
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
 
-    def tell_unreadable(self, error: ImageError) -> None:
+    def tell_unreadable(self, error: ImageError | BackendError) -> None:
         """Name a file that cannot be read, and count it."""
         self._unreadable += 1
         self._show_progress("")

@@ -256,6 +256,21 @@ def test_video_has_an_answer_for_each_frame(clip, capsys, halves):
     assert [len(record["faces"]) for record in records][:4] == [2] * 4
 
 
+def test_video_in_a_folder_where_nothing_reads_videos(face, capsys, monkeypatch):
+    def refuse(source):
+        raise BackendError("video", "a reader", "none", "pip install 'efficientface-deploy[video]'")
+
+    monkeypatch.setattr(cli, "open_video", refuse)
+    (face.parent / "a.mp4").write_bytes(b"x")
+    assert main([str(face.parent)]) == 2
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
+    assert "pip install 'efficientface-deploy[video]'" in captured.err
+    assert "1 of 2 pictures, videos or cameras could not be read" in captured.err
+    with pytest.raises(BackendError):
+        main([str(face.parent / "a.mp4")])
+
+
 def test_folder_of_a_video_and_a_picture(clip, face, capsys):
     shutil.copy(clip, face.parent / "b.MP4")
     assert main([str(face.parent)]) == 0
