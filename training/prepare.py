@@ -175,14 +175,10 @@ class Repeated:
     def add(self, digest: bytes, face: Face, path: str) -> None:
         """Note a picture, and name it where the first of its content is elsewhere."""
         split, label, first = self._first.setdefault(digest, (face.split, face.label, path))
-        if kinds := [
-            kind
-            for kind, differs in (("split", split != face.split), ("class", label != face.label))
-            if differs
-        ]:
-            self._found.update(kinds)
-            if self._found.total() <= _SHOWN:
-                print(f"the same picture: {first} and {path}", file=sys.stderr)
+        kinds = {"split": split != face.split, "class": label != face.label}
+        self._found.update(kind for kind, differs in kinds.items() if differs)
+        if any(differs and self._found[kind] <= _SHOWN for kind, differs in kinds.items()):
+            print(f"the same picture: {first} and {path}", file=sys.stderr)
 
     def tell(self) -> None:
         """Say how many there are in all."""

@@ -95,7 +95,7 @@ def load_image(source: ImageSource) -> Image.Image:
     - A TIFF's white-is-zero is heeded, also with 16 bits, where Pillow does not.
     - CMYK in a JPEG with Adobe's marker is stored inverted. Without the marker both are found, so
       the ink of black decides, of which a photograph has little; what it leaves open is refused.
-    - An ICC profile is applied where it is not sRGB's (:mod:`efficientface_deploy.vision.colour`).
+    - An ICC profile is applied where it is not sRGB's; a log says where it cannot be.
 
     Args:
         source: A path; the bytes of an image file; a file opened for bytes, which is read from its
