@@ -262,7 +262,20 @@ def _decode(data: bytes, name: str) -> Image.Image:
     if getattr(image, "tag_v2", {}).get(_SUBFILE, 0) == _REDUCED:  # DNG, NEF and others
         found, fix = "a raw photograph's preview", "export it as JPEG with the camera's program"
         raise ImageError(name, "a picture", found, fix)
-    return _to_rgb(image, name)
+    deep = _is_deep_colour(image, data)
+    rgb = _to_rgb(image, name)
+    if deep and np.asarray(rgb).max() < 16:
+        # Pillow has kept the upper 8 bits, and there is nothing in them.
+        found = "values below 4096, of 12 bits or fewer"
+        raise ImageError(name, "colour that fills its 16 bits", found, _SCALE_IT)
+    return rgb
+
+
+def _is_deep_colour(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":
+        return data[24:26] in (b"\x10\x02", b"\x10\x06")  # bits; RGB, or RGBA
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    return tuple(bits[:3]) == (16, 16, 16)
 
 
 def _open(data: bytes, name: str) -> Image.Image:

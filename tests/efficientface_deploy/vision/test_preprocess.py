@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import struct
@@ -225,6 +226,30 @@ def test_grey_tiff_of_16_bits_equals_tifffile(photo, photometric, largest, scale
     expected = (values / largest * 255).round()
     np.testing.assert_array_equal(expected, grey)
     np.testing.assert_array_equal(as_array(buffer.getvalue())[..., 0], expected)
+
+
+def _deep_png(values: np.ndarray) -> bytes:
+    height, width, channels = values.shape
+    kind = {3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(_chunk, chunks))
+
+
+def test_deep_colour_that_does_not_fill_its_bits_is_refused(pixels):
+    tifffile = pytest.importorskip("tifffile")
+    deep = pixels.astype(np.uint16) * 257
+    opaque = np.full_like(deep[..., :1], 65535)
+    for values, taken in ((deep, True), (deep // 16, False), (deep // 257, False)):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values, photometric="rgb")
+        with_alpha = np.concatenate([values, opaque], axis=-1)
+        for data in (buffer.getvalue(), _deep_png(values), _deep_png(with_alpha)):
+            if taken:
+                np.testing.assert_array_equal(as_array(data), pixels)
+            else:
+                assert "expected colour that fills its 16 bits, found values below" in refused(data)
 
 
 def test_preview_in_a_raw_photograph_is_not_taken_for_it(pixels):

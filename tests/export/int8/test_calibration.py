@@ -164,7 +164,7 @@ def test_every_kind_of_picture_is_taken_and_the_rest_is_named(
     assert said in capsys.readouterr().err
     for path in (first, first.with_suffix(".tif"), second.with_suffix(""), third):
         path.unlink()
-    with pytest.raises(DatasetError, match="found 1 file.* no known kind of picture: labels.csv"):
+    with pytest.raises(DatasetError, match=r"found 1 file.* no known kind of picture: labels.csv"):
         choose_calibration(tmp_path / "faces", 10)
 
 
