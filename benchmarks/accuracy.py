@@ -145,6 +145,7 @@ def run(config: AccuracyConfig) -> tuple[Result, dict[str, Any]]:
             | score(own, labels, found[reference])
             for entry, own in found.items()
         ]
+    counts = np.bincount(labels, minlength=len(dataset.labels)).tolist()
     described = {
         **result,
         "data": {
@@ -152,13 +153,13 @@ def run(config: AccuracyConfig) -> tuple[Result, dict[str, Any]]:
             "split": split,
             "labels": list(dataset.labels),
             "images": len(samples),
-            "images_per_class": np.bincount(labels, minlength=len(dataset.labels)).tolist(),
+            "images_per_class": counts,
             "images_sha256": digest,
         },
         "reference": f"{reference.model} on {reference.backend}",
         "rows": rows,
         "absent": [dataclasses.asdict(entry) for entry in skipped],
-        "warnings": warnings(rows),
+        "warnings": warnings(rows) + _empty_classes(counts, dataset.labels),
     }
     return described, {
         "images_sha256": digest,
@@ -218,6 +219,11 @@ def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Arr
         "f1": per_class["f1"],
         "confusion": scores.confusion.tolist(),
     }
+
+
+def _empty_classes(counts: Sequence[int], labels: Sequence[str]) -> list[str]:
+    missing = evaluation.none_of(counts, labels)
+    return [f"images of each class{missing}: no score speaks of those"] if missing else []
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:

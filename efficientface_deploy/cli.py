@@ -21,17 +21,19 @@ from pathlib import Path
 from PIL import Image
 
 from efficientface_deploy.command import option, parse_config
-from efficientface_deploy.errors import ConfigError, ImageError
+from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
-from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
+from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
+from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
 
 _JPEG_QUALITY = 90
+_LONGEST_STEM = 200  # bytes; a file being written has a longer name, of 255 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     gallery = Gallery(config.draw) if config.draw else None
-    names = list(find_images(config.images))
+    names = list(find_images(config.images, VIDEO_SUFFIXES))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
         config.model, backend=config.backend, threads=config.threads, preset=config.preset
@@ -113,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 labeller.label(name)
             except ImageError as error:
+                report.tell_unreadable(error)
+            except BackendError as error:  # no reader of videos, among pictures that need none
+                if len(names) == 1 or Path(name).suffix.lower() not in VIDEO_SUFFIXES:
+                    raise
                 report.tell_unreadable(error)
             report.done += 1
         return report.end()
@@ -227,7 +233,7 @@ class Report:
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
 
-    def tell_unreadable(self, error: ImageError) -> None:
+    def tell_unreadable(self, error: ImageError | BackendError) -> None:
         """Name a file that cannot be read, and count it."""
         self._unreadable += 1
         self._show_progress("")
@@ -263,7 +269,7 @@ class PredictionTable:
 
     def rows(self, answer: Answer) -> list[str]:
         """A row for each face, or one that says that there is none."""
-        name = answer.image if answer.frame is None else f"{answer.image} #{answer.frame}"
+        name = printable(answer.image) + ("" if answer.frame is None else f" #{answer.frame}")
         rows = []
         for found in answer.faces:
             prediction = found.prediction
@@ -311,6 +317,7 @@ class Gallery:
     def _free(self, name: str, suffix: str) -> Path:
         """A path that is not taken: two folders may hold pictures of one name."""
         stem = "stdin" if name == STANDARD_INPUT else Path(name).stem.replace(":", "-")
+        stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
         path, number = self._folder / f"{stem}{suffix}", 1
         while path.exists():
             number += 1

@@ -25,15 +25,15 @@ class EfficientFaceError(Exception):
         self.found = found
         self.fix = fix
         found = found if len(found) <= _MAX_FOUND else found[:_MAX_FOUND] + "..."
-        super().__init__(_one_line(f"{subject}: expected {expected}, found {found}; {fix}"))
+        super().__init__(printable(f"{subject}: expected {expected}, found {found}; {fix}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Data-loader workers send errors by pickle, which would pass the message alone.
         return type(self), (self.subject, self.expected, self.found, self.fix)
 
 
-def _one_line(text: str) -> str:
-    """What a file holds may end up in a message: no line breaks, no terminal's control codes.
+def printable(text: str) -> str:
+    """A text for one line: what a file holds or is called has no line breaks or control codes.
 
     Bytes of a file name that are no text are escaped: there is another name with a space.
     """

@@ -15,6 +15,14 @@ from efficientface_deploy.errors import ArtifactError, ConfigError, system_words
 # What the system says when a file cannot be written for want of space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# What a system, not its user, puts into a folder: thumbnails, settings, bins, copies of attributes.
+_LEFT_BEHIND = {
+    *(".ds_store", ".localized", "icon\r", "__macosx", ".fseventsd", ".spotlight-v100"),  # macOS
+    *(".temporaryitems", ".documentrevisions-v100", ".apdisk"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("lost+found", ".directory", ".thumbnails", "@eadir", ".ipynb_checkpoints"),
+}
+
 _MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
 
 
@@ -157,24 +165,45 @@ def why_not_a_file(path: Path) -> str | None:
         return str(error)
 
 
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+def is_left_behind(name: str) -> bool:
+    """Whether a file or folder of this name is the system's own, such as ``._a.jpg``."""
+    return name.startswith(("._", ".Trash")) or name.lower() in _LEFT_BEHIND
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...] = ("",)) -> tuple[list[Path], list[Path]]:
     """All files below a folder whose names end so, in capitals too, and what cannot be searched.
 
-    Links to folders are not followed.
+    Without what the system leaves behind. A link to a folder is followed where that folder has not
+    been searched already and does not hold the whole search: circles of links come to an end.
 
     Returns:
         The files and, apart, the folders that may not be read, both sorted.
     """
+    files: list[Path] = []
     refused: list[Path] = []
+    searched = set(map(str, Path(os.path.realpath(folder)).parents))  # not to go up by a link
 
     def note(error: OSError) -> None:
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             refused.append(Path(error.filename))
 
-    files = [
-        Path(place, name)
-        for place, _, names in os.walk(folder, onerror=note)
-        for name in names
-        if name.lower().endswith(suffixes)
-    ]
+    def is_new(path: str) -> bool:
+        before = len(searched)
+        searched.add(os.path.realpath(path))
+        return len(searched) > before
+
+    waiting = [str(folder)]
+    while waiting:
+        links: list[str] = []
+        top = waiting.pop(0)
+        for place, below, names in os.walk(top, onerror=note) if is_new(top) else ():
+            paths = {name: os.path.join(place, name) for name in below if not is_left_behind(name)}
+            links += filter(os.path.islink, paths.values())
+            below[:] = [n for n, path in paths.items() if not os.path.islink(path) and is_new(path)]
+            files += [Path(place, name) for name in names if _is_wanted(name, suffixes)]
+        waiting += sorted(links)  # last, since the folders' own names are the better ones
     return sorted(files), sorted(refused)
+
+
+def _is_wanted(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(suffixes) and not is_left_behind(name)

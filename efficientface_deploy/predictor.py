@@ -322,8 +322,9 @@ class Predictor:
 def _check_several(images: object) -> None:
     """Refuse a single image, whose rows, bytes or characters would pass for images."""
     single = isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image))
+    single = single or hasattr(images, "read")  # an open file
     if isinstance(images, np.ndarray):
-        single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
+        single = images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (1, 3, 4))
     if single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
         kind = type(images).__name__
         found = f"a single one ({kind})" if single else kind

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 
     launch("training.compare", "train,cpu")
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.predictor import load
-from efficientface_deploy.workbench.dataset import Dataset, read_dataset
-from efficientface_deploy.workbench.evaluation import check_labels, labels_of
+from efficientface_deploy.workbench.dataset import Dataset, read_dataset, read_table
+from efficientface_deploy.workbench.evaluation import check_labels, labels_of, none_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import Table, escaped
 from training.evaluate import Figures, predict_samples, samples_of, score
@@ -134,7 +133,9 @@ def read_run(folder: Path) -> Run:
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with (folder / METRICS).open(newline="", encoding="utf-8") as file:
-            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            history = [
+                {k: float(v or "") for k, v in row.items()} for _, row in read_table(file)[1]
+            ]
         whole = bool(found and history and settings["batch_size"] and settings["epochs"])
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
@@ -176,6 +177,7 @@ def compare(runs: Sequence[Run], dataset: Dataset, split: str) -> list[Figures]:
                 "run": run.name,
                 "options": {name: run.settings.get(name) for name in in_effect},
                 "epochs_done": len(run.history),
+                "images_per_class": [row["images"] for row in figures["classes"]],
                 **{key: figures[key] for key in SCORES if key in figures},
                 "difference": difference.value,
                 "difference_interval": list(difference.interval),
@@ -211,8 +213,9 @@ def as_markdown(rows: Sequence[Figures], dataset: Dataset, split: str) -> str:
                 "-" if store is None else f"{store / 60:.1f}",
             ]
         )
+    empty = escaped(none_of(rows[0]["images_per_class"], dataset.labels))
     note = (
-        f"{escaped(dataset.name)}, {split}. In brackets 95 % intervals over images, of a "
+        f"{escaped(dataset.name)}, {split}{empty}. In brackets 95 % intervals over images, of a "
         "difference paired by image; they say nothing of how another seed would end. Minutes are "
         "by this machine's clock, and compare only runs that had it to themselves alike."
     )

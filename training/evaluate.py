@@ -33,6 +33,7 @@ from efficientface_deploy.workbench.evaluation import (
     Scores,
     check_labels,
     labels_of,
+    none_of,
     predict,
     without_nan,
 )
@@ -225,6 +226,8 @@ def as_markdown(figures: Figures) -> str:
         shown = ["-" if share is None else f"{share:.4f}" for share in shares]
         classes.append((escaped(found["label"]), found["images"], *shown))
     data = f"{figures['dataset']}, {figures['split']}, {figures['images']:,} images"
+    found = figures["classes"]
+    data += none_of([row["images"] for row in found], [row["label"] for row in found])
     interval = figures["interval"]
     scores = Table(("", ">value", f">{100 * interval['level']:.0f} % interval"), rows)
     per_class = Table(("class", ">images", ">precision", ">recall", ">F1"), classes)

@@ -22,10 +22,10 @@ from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.folder import find_images
 from efficientface_deploy.vision.preprocess import (
     Float32Array,
     UInt8Array,
-    find_images,
     normalise,
     to_model_input,
 )

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import shutil
@@ -23,7 +24,13 @@ from typing import Any
 from PIL import Image
 
 from efficientface_deploy.command import Usage, choose_command, interrupts_wait, parse_config
-from efficientface_deploy.errors import ConfigError, DatasetError, ImageError, system_words
+from efficientface_deploy.errors import (
+    ConfigError,
+    DatasetError,
+    ImageError,
+    printable,
+    system_words,
+)
 from efficientface_deploy.files import make_folder, set_mode
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
@@ -46,6 +53,7 @@ Counts = Counter[tuple[str, int]]
 """Number of images for each (split, label)."""
 
 _SHOWN = 20  # damaged images that are named one by one
+_CHECK = "check --source"
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)  # another user's, or where a disk fails
 _JPEG_START = b"\xff\xd8\xff"
 
@@ -121,6 +129,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
 def _write_files(root: Path, preparation: Preparation) -> Counts:
     labels = preparation.description["labels"]
     counts: Counts = Counter()
+    twice = Repeated()
     excluded = 0
     with (
         preparation.faces() as faces,
@@ -131,16 +140,20 @@ def _write_files(root: Path, preparation: Preparation) -> Counts:
         writer.writerow(["path", "split", "label", *vote_columns])
         for face in track(faces, preparation.description["name"], len(faces)):
             try:
-                relative = _write_image(root, face)
+                relative, digest = _write_image(root, face)
             except ImageError as error:
                 excluded += 1
                 if excluded <= _SHOWN:
                     where = f"{face.split}, {labels[face.label]}"
-                    print(f"left out {error.subject} ({where}): {error.found}", file=sys.stderr)
+                    fix = "" if error.fix == _CHECK else f"; {error.fix}"
+                    line = f"left out {error.subject} ({where}): {error.found}{fix}"
+                    print(printable(line), file=sys.stderr)
                 continue
             votes = [f"{vote:g}" for vote in face.votes] if face.votes is not None else []
             writer.writerow([relative.as_posix(), face.split, face.label, *votes])
             counts[face.split, face.label] += 1
+            twice.add(digest, face, relative.as_posix())
+    twice.tell()
     if excluded:
         print(f"left out {excluded:,} images in all", file=sys.stderr)
     text = json.dumps(preparation.description, indent=2)
@@ -148,8 +161,33 @@ def _write_files(root: Path, preparation: Preparation) -> Counts:
     return counts
 
 
-def _write_image(root: Path, face: Face) -> Path:
-    """Write one image, and return its path relative to the data set.
+class Repeated:
+    """Names and counts pictures that come again, byte for byte, in another split or class.
+
+    Such a picture makes a score better than it is, or contradicts itself; the publication's counts
+    have it, so it stays.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, tuple[str, int, str]] = {}
+        self._found: Counter[str] = Counter()
+
+    def add(self, digest: bytes, face: Face, path: str) -> None:
+        """Note a picture, and name it where the first of its content is elsewhere."""
+        split, label, first = self._first.setdefault(digest, (face.split, face.label, path))
+        kinds = {"split": split != face.split, "class": label != face.label}
+        self._found.update(kind for kind, differs in kinds.items() if differs)
+        if any(differs and self._found[kind] <= _SHOWN for kind, differs in kinds.items()):
+            print(f"the same picture: {first} and {path}", file=sys.stderr)
+
+    def tell(self) -> None:
+        """Say how many there are in all."""
+        for kind, count in sorted(self._found.items()):
+            print(f"pictures that are in another {kind} too: {count:,}", file=sys.stderr)
+
+
+def _write_image(root: Path, face: Face) -> tuple[Path, bytes]:
+    """Write one image, and return its path relative to the data set, and its content's digest.
 
     Raises:
         ImageError: It is missing or damaged, its box shows nothing, or its name cannot be used.
@@ -162,7 +200,7 @@ def _write_image(root: Path, face: Face) -> Path:
         raise _unusable(name, "a name of its own", f"a second image of this name in {face.split}")
     (root / relative).parent.mkdir(parents=True, exist_ok=True)
     (root / relative).write_bytes(encoded)
-    return relative
+    return relative, hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def _cut_face(face: Face) -> tuple[str, bytes]:
@@ -182,7 +220,8 @@ def _cut_face(face: Face) -> tuple[str, bytes]:
     try:
         image = load_image(encoded)
     except ImageError as error:
-        raise _unusable(face.name, error.expected, error.found) from None
+        fix = _CHECK if error.found.startswith("a damaged one") else error.fix
+        raise ImageError(face.name, error.expected, error.found, fix) from None
     if face.box is None:
         return face.name, encoded
     left, top, right, bottom = face.box
@@ -210,7 +249,7 @@ def _encode(image: Image.Image, like: bytes) -> tuple[str, bytes]:
 
 
 def _unusable(name: str, expected: str, found: str) -> ImageError:
-    return ImageError(name, expected, found, "check --source")
+    return ImageError(name, expected, found, _CHECK)
 
 
 def _print_counts(out: Path, labels: Sequence[str], counts: Counts) -> None:

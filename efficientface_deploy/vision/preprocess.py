@@ -7,30 +7,29 @@ exported with ``--float-input``.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import IO, Any, Union
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ImageError, system_words, words_of
-from efficientface_deploy.files import find_files
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.colour import to_srgb
 
-ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, npt.NDArray[Any]]
+ImageSource = Union[
+    str, "os.PathLike[str]", bytes, bytearray, IO[bytes], Image.Image, npt.NDArray[Any]
+]
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 # Decoders that we let touch foreign bytes; every further one is more code to attack.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of what a folder is searched for
-STANDARD_INPUT = "-"
 
 # A small file can claim to hold gigabytes. Pillow warns from this size on; we refuse.
 MAX_PIXELS = 89_478_485
@@ -47,6 +46,27 @@ _JPEG, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 LUMA = (0.299, 0.587, 0.114)
 
 _SCALE_IT = "convert it to 8-bit RGB with the range you mean"
+
+# Largest values of what 16 bits may hold; the darkest real picture of the next kind would be black.
+_RANGES_OF_GREY = (255, 4095, 65535)
+
+# Mean ink of black, of 255, below which a CMYK picture is surely right, or else surely inverted.
+_LITTLE_BLACK = 64
+
+# How files of pictures begin; not all of them can be read.
+_MAGIC = {
+    **{b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF"},
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
+    **{b"8BPS": "Photoshop", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL"},
+}
+_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
+
+# Tags of a TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SUBFILE, _REDUCED = 254, 1
+
+# Brands of the container that phones write.
+_AVIF, _HEIC = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -65,39 +85,31 @@ _TURNS = {
 }
 
 
-def find_images(names: Sequence[str]) -> Iterator[str]:
-    """The files that names stand for; a folder stands for every picture below it, sorted.
-
-    A folder that may not be read is given itself, for :func:`load_image` to refuse.
-
-    Raises:
-        ImageError: A folder holds no pictures.
-    """
-    for name in names:
-        if name == STANDARD_INPUT or not os.path.isdir(name):
-            yield name
-            continue
-        found, refused = find_files(Path(name), IMAGE_SUFFIXES)
-        if not found and not refused:
-            expected = "images (" + ", ".join(IMAGE_SUFFIXES) + ")"
-            raise ImageError(name, expected, "none in this folder", "give another folder")
-        yield from map(str, (*found, *refused))
-
-
 def load_image(source: ImageSource) -> Image.Image:
     """Decode any accepted image to 8-bit RGB, upright.
 
+    What a file leaves open is decided so:
+
+    - 16-bit grey that holds no more than 255, or 4095, holds 8 or 12 bits, as cameras and scanners
+      store them, and is stretched from that; a true 16-bit picture as dark would come out black.
+    - A TIFF's white-is-zero is heeded, also with 16 bits, where Pillow does not.
+    - CMYK in a JPEG with Adobe's marker is stored inverted. Without the marker both are found, so
+      the ink of black decides, of which a photograph has little; what it leaves open is refused.
+    - An ICC profile is applied where it is not sRGB's; a log says where it cannot be.
+
     Args:
-        source: A path; the bytes of an image file; a PIL image; or an array, uint8, of shape
-            (H, W, 3) in RGB order (not OpenCV's BGR) or (H, W) in grey.
+        source: A path; the bytes of an image file; a file opened for bytes, which is read from its
+            start where it can be; a PIL image; or an array, uint8, of shape (H, W, 3) in RGB order
+            (not OpenCV's BGR), or (H, W) or (H, W, 1) in grey.
 
     Returns:
-        A PIL image of mode RGB. EXIF rotation is applied, transparency is laid over white, 16-bit
-        grey is scaled to 8 bits, of an animation the first frame is taken.
+        A PIL image of mode RGB. EXIF rotation is applied, transparency is laid over white, grey of
+        more than 8 bits is scaled, of an animation or several pages the first is taken.
 
     Raises:
-        ImageError: The image is missing, empty, truncated, too large, of a format outside
-            :data:`FORMATS`, or an array of another shape or type.
+        ImageError: The image is missing, empty, truncated, closed, too large, of a format outside
+            :data:`FORMATS` (AVIF and HEIC are read where this Python has their decoders), or an
+            array of another shape or type.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -107,9 +119,27 @@ def load_image(source: ImageSource) -> Image.Image:
         return _decode(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
         return _decode(_read(Path(os.fsdecode(source))), str(source))
-    expected = "a path, bytes, a PIL image or a uint8 array"
+    if hasattr(source, "read"):
+        return _decode(_read_file(source), "image file")
+    expected = "a path, bytes, a file, a PIL image or a uint8 array"
     fix = "convert it to one of these, e.g. numpy.asarray(image)"
     raise ImageError("image", expected, type(source).__name__, fix)
+
+
+def picture_kind(start: bytes) -> str | None:
+    """The format of a picture by the first 64 bytes of its file, None for what is no picture."""
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            return kind
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[:2] == b"BM" and start[14:18] in _BMP_HEADERS:
+        return "BMP"
+    if start[4:8] == b"ftyp":  # also of MP4
+        end = min(int.from_bytes(start[:4], "big"), 64)
+        brands = {start[8:12], *(start[at : at + 4] for at in range(16, end, 4))}
+        return "AVIF" if brands & _AVIF else "HEIC" if brands & _HEIC else None
+    return None
 
 
 def resize(image: Image.Image, spec: ModelSpec) -> UInt8Array:
@@ -190,6 +220,25 @@ def _read(path: Path) -> bytes:
         raise ImageError(repr(path), "a path", str(error), "check the path") from None
 
 
+def _read_file(file: IO[bytes]) -> bytes:
+    """What an open file holds, from its start where it can be wound back, as Pillow reads it."""
+    name, expected = "image file", "a file opened for reading bytes"
+    fix = 'open it with mode "rb", and label it before it is closed'
+    parts, count = [], 0
+    try:
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)
+        while part := file.read(1 << 20):  # a pipe or socket gives less than it is asked for
+            if not isinstance(part, (bytes, bytearray)):
+                raise ImageError(name, expected, f"one that gives {type(part).__name__}", fix)
+            parts.append(part)
+            count += len(part)
+            _check_bytes(count, name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ImageError(name, expected, words_of(error), fix) from None
+    return b"".join(parts)
+
+
 def _check_bytes(count: int, name: str) -> None:
     if count > MAX_BYTES:
         raise _too_large(name, f"{MAX_BYTES // 1_000_000} MB", f"{count // 1_000_000} MB")
@@ -200,16 +249,62 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise ImageError(name, "an image", "an empty file", "copy the file again")
     _check_bytes(len(data), name)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _open(data, name)
+    except ImageError:
+        raise
     except Image.DecompressionBombError:
         raise _too_large(name, _MOST_PIXELS, "more") from None
-    except UnidentifiedImageError:
-        expected, found = "an image in " + ", ".join(FORMATS), "another kind of file"
-        raise ImageError(name, expected, found, "convert it to JPEG or PNG") from None
+    except UnidentifiedImageError:  # whose words are an address in memory
+        raise _damaged(name, ValueError("nothing that its decoder knows")) from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
         raise _damaged(name, error) from None
     _check_scans(data, image.size, name)
-    return _to_rgb(image, name)
+    if getattr(image, "tag_v2", {}).get(_SUBFILE, 0) == _REDUCED:  # DNG, NEF and others
+        found, fix = "a raw photograph's preview", "export it as JPEG with the camera's program"
+        raise ImageError(name, "a picture", found, fix)
+    deep = _is_deep_colour(image, data)
+    rgb = _to_rgb(image, name)
+    if deep and np.asarray(rgb).max() < 16:
+        # Pillow has kept the upper 8 bits, and there is nothing in them.
+        found = "values below 4096, of 12 bits or fewer"
+        raise ImageError(name, "colour that fills its 16 bits", found, _SCALE_IT)
+    return rgb
+
+
+def _is_deep_colour(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":
+        return data[24:26] in (b"\x10\x02", b"\x10\x06")  # bits; RGB, or RGBA
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    return tuple(bits[:3]) == (16, 16, 16)
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """The picture, not decoded yet; AVIF and HEIC come last, since few pictures are of them."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        kind = picture_kind(data[:64])
+    found, fix = "another kind of file", "convert it to JPEG or PNG"
+    if kind == "AVIF":
+        if _import("PIL._avif"):
+            return Image.open(io.BytesIO(data), formats=("AVIF",))
+        found, fix = "AVIF", "pip install 'pillow>=11.3', or convert it to JPEG"
+    elif kind == "HEIC":
+        if heif := _import("pillow_heif"):
+            heif.register_heif_opener()
+            return Image.open(io.BytesIO(data), formats=("HEIF",))
+        found, fix = "HEIC", "pip install pillow-heif, or convert it to JPEG"
+    elif kind is not None:
+        found, fix = f"a {kind} file that Pillow cannot read", "copy it again, or convert it to PNG"
+    raise ImageError(name, "an image in " + ", ".join(FORMATS), found, fix)
+
+
+def _import(module: str) -> Any:
+    """A decoder that not every Python has, or None."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 def _check_scans(data: bytes, size: tuple[int, int], name: str) -> None:
@@ -235,6 +330,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
+        file = getattr(image, "fp", None)
+        waiting = getattr(image, "tile", ()) and (file is None or file.closed)
+        if waiting or "closed image" in str(error):
+            fix = "label it before it is closed, or call its load() first"
+            raise ImageError(name, "an open image", "a closed one", fix) from None
         raise _damaged(name, error) from None
 
 
@@ -248,26 +348,53 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _convert(image: Image.Image, name: str) -> Image.Image:
     """Any mode of Pillow's to RGB."""
-    if image.mode == "RGB" and not image.has_transparency_data:
+    profile = image.info.get("icc_profile")
+    if image.mode == "RGB" and not image.has_transparency_data and not profile:
         return image
     if image.mode.startswith("I"):  # "I;16", "I;16B" and, for some 16-bit PNG files, "I"
-        return _from_16_bit(np.asarray(image), name)
-    if image.mode == "F":
-        expected, found = "8 or 16 bits a channel", "floating-point pixels"
-        raise ImageError(name, expected, found, _SCALE_IT)
-    if image.has_transparency_data:
+        flat = _from_16_bit(image, name)
+    elif image.mode in ("F", "LAB"):
+        found = "floating-point pixels" if image.mode == "F" else "CIE Lab"
+        raise ImageError(name, "grey, RGB or CMYK of 8 or 16 bits", found, _SCALE_IT)
+    elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*_ALPHA_BACKGROUND, 255))
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")
+        grey = image.mode in ("1", "L", "LA")
+        flat = Image.alpha_composite(background, rgba).convert("L" if grey else "RGB")
+    elif image.mode == "CMYK":
+        flat = _as_ink(image, name)
+    else:
+        flat = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    if profile:
+        flat = to_srgb(flat, profile)
+    return flat if flat.mode == "RGB" else flat.convert("RGB")
 
 
-def _from_16_bit(values: npt.NDArray[Any], name: str) -> Image.Image:
+def _as_ink(image: Image.Image, name: str) -> Image.Image:
+    """A CMYK picture whose zero is no ink; Pillow takes every JPEG for one of Adobe's, inverted."""
+    if image.format != "JPEG" or "adobe" in image.info:
+        return image
+    black = float(np.asarray(image.getchannel("K")).mean())
+    if black > 255 - _LITTLE_BLACK:
+        return image.point(lambda ink: 255 - ink)
+    if black > _LITTLE_BLACK:
+        expected, found = "a CMYK JPEG that says whether it is inverted", "one that may be either"
+        raise ImageError(name, expected, found, "convert it to RGB with the program that made it")
+    return image
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    """16-bit grey to mode L; also what a TIFF says of itself and Pillow does not heed."""
+    values = np.asarray(image)
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
         raise ImageError(name, "16-bit values, 0 to 65535", f"{low} to {high}", _SCALE_IT)
-    eight_bit = (values.astype(np.float64) / 257 + 0.5).astype(np.uint8)  # 65535 / 257 = 255
-    return Image.fromarray(eight_bit).convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    says_12 = 12 in np.atleast_1d(tags.get(_BITS_PER_SAMPLE, 16))
+    largest = 4095 if says_12 else next(limit for limit in _RANGES_OF_GREY if high <= limit)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = largest - values
+    return Image.fromarray((values / (largest / 255) + 0.5).astype(np.uint8))
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
@@ -275,9 +402,11 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8:
         fix = "convert it, e.g. (array * 255).round().astype('uint8') for values in [0, 1]"
         raise ImageError(name, "dtype uint8, 0 to 255", f"dtype {array.dtype}", fix)
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[..., 0]
     grey = array.ndim == 2
     if not grey and not (array.ndim == 3 and shape[2] == 3):
-        expected = "shape (H, W, 3) in RGB order or (H, W)"
+        expected = "shape (H, W, 3) in RGB order, (H, W) or (H, W, 1)"
         fix = "drop the alpha channel, or pass single images rather than a batch"
         raise ImageError(name, expected, f"shape {shape}", fix)
     if 0 in shape:

@@ -1,9 +1,9 @@
 """Prepared data sets: the one reader for training, calibration, verification and benchmarks.
 
-A data set is a folder in the published layout, ``{train,validation,test}/{0..C-1}/*.jpg``, and,
-where ``training.prepare`` made it, two files beside the images: ``dataset.json`` (name, class
-names, preset, face crop, source, licence) and ``manifest.csv`` (path, split, label, and one
-column of votes per class where people voted).
+A data set is a folder in the published layout, ``{train,validation,test}/{0..C-1}/*.jpg`` (``val``
+and ``valid`` are validation too), and, where ``training.prepare`` made it, two files beside the
+images: ``dataset.json`` (name, class names, preset, face crop, source, licence) and
+``manifest.csv`` (path, split, label, and one column of votes per class where people voted).
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.errors import DatasetError, SpecError, system_words
+from efficientface_deploy.errors import DatasetError, SpecError, printable, system_words
+from efficientface_deploy.files import is_left_behind
 from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.vision.preprocess import IMAGE_SUFFIXES, to_model_input
+from efficientface_deploy.vision.folder import describe_files, is_picture
+from efficientface_deploy.vision.preprocess import to_model_input
 
 SPLITS = ("train", "validation", "test")
+SPLIT_FOLDERS = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid"), "validation")
 DESCRIPTION = "dataset.json"
 MANIFEST = "manifest.csv"
 VOTES_PREFIX = "votes_"
@@ -119,7 +124,7 @@ def read_dataset(root: str | Path, preset_name: str | None = None) -> Dataset:
             + _PREPARE.replace("the data set", "it"),
         )
     spec = preset(preset_name)
-    samples = {name: _scan_split(root, name, spec.labels) for name in SPLITS}
+    samples = _scan(root, spec.labels)
     dataset = Dataset(root, spec.name, spec.labels, preset_name, samples)
     return _not_empty(dataset)
 
@@ -166,6 +171,62 @@ def iterate_batches(
         yield images, np.array([sample.label for sample in part], dtype=np.int64)
 
 
+def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file as spreadsheets write it, with the number of each row's last line.
+
+    A byte-order mark, carriage returns, blank lines and rows of empty cells are no content.
+
+    Args:
+        lines: Of a text, opened with ``newline=""``.
+
+    Raises:
+        csv.Error: It is no CSV.
+        UnicodeDecodeError: It is no text.
+    """
+    lines = iter(lines)
+    reader = csv.reader(itertools.chain([next(lines, "").removeprefix("\ufeff")], lines))
+    for row in reader:
+        if any(map(str.strip, row)):
+            yield reader.line_num, row
+
+
+def read_table(
+    lines: Iterable[str],
+) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
+    """The columns of a CSV file with a row of names, and its other rows by name.
+
+    Args:
+        lines: See :func:`read_csv`.
+
+    Returns:
+        The names, and the number of each row's last line with its cells; None for those missing.
+    """
+    rows = read_csv(lines)
+    _, columns = next(rows, (0, []))
+    zipped = itertools.zip_longest
+    return columns, ((at, dict(zipped(columns, row[: len(columns)]))) for at, row in rows)
+
+
+def split_folders(names: Iterable[str], place: object) -> dict[str, str]:
+    """Which folder of a data set holds which split: split to name, in the order of the splits.
+
+    Args:
+        names: The folders that are there; others than splits' are passed over.
+        place: The data set, for the error.
+
+    Raises:
+        DatasetError: Two are of one split, such as ``val`` and ``validation``.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(set(names) & set(SPLIT_FOLDERS)):
+        found.setdefault(SPLIT_FOLDERS[name], []).append(name)
+    for split, folders in found.items():
+        if len(folders) > 1:
+            fix = "move one of them elsewhere, or their images together"
+            raise DatasetError(place, f"one folder for {split}", ", ".join(folders), fix)
+    return {split: found[split][0] for split in SPLITS if split in found}
+
+
 def image_list_hash(samples: Sequence[Sample], root: Path) -> str:
     """SHA-256 over the relative paths and the bytes of the images, in the order given.
 
@@ -206,10 +267,7 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
             "leave --preset out",
         )
     labels = tuple(description["labels"])
-    if (root / MANIFEST).is_file():
-        samples = _read_manifest(root, labels)
-    else:
-        samples = {name: _scan_split(root, name, labels) for name in SPLITS}
+    samples = (_read_manifest if (root / MANIFEST).is_file() else _scan)(root, labels)
     name, crop = description["name"], description.get("face_crop", "")
     return _not_empty(Dataset(root, name, labels, description["preset"], samples, crop))
 
@@ -234,32 +292,60 @@ def _what_failed(error: Exception) -> str:
     return "no " + str(error) if isinstance(error, KeyError) else "something else"
 
 
-def _scan_split(root: Path, split: str, labels: tuple[str, ...]) -> tuple[Sample, ...]:
-    """Read ``split/{0..C-1}/*`` without a manifest."""
-    folder = root / split
-    if not folder.is_dir():
-        return ()
-    names = {child.name for child in _visible(folder) if child.is_dir()}
+def _scan(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
+    """Read ``{train,validation,test}/{0..C-1}/*`` without a manifest."""
     known = {str(index) for index in range(len(labels))}
-    if foreign := sorted(names - known):
-        raise DatasetError(
-            folder,
-            f"class folders 0 to {len(labels) - 1}",
-            ", ".join(foreign),
-            "check --preset, or " + _PREPARE,
-        )
-    return tuple(
-        Sample(path, label)
-        for label in range(len(labels))
-        if (folder / str(label)).is_dir()
-        for path in _visible(folder / str(label))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    folders = [child.name for child in _children(root) if child.is_dir()]
+    # Beside the splits there may be anything but another split, which would be lost in silence.
+    for name in folders:
+        if name not in SPLIT_FOLDERS and known & {child.name for child in _children(root / name)}:
+            fix = "rename it to one of these, or move it elsewhere"
+            raise DatasetError(root, "splits " + ", ".join(SPLITS), f"a folder {name}", fix)
+    samples: dict[str, tuple[Sample, ...]] = dict.fromkeys(SPLITS, ())
+    left_out: dict[str, list[str]] = {"no known kind of picture": [], "in no class": []}
+    for split, name in split_folders(folders, root).items():
+        samples[split] = tuple(_scan_split(root / name, labels, left_out))
+    for what, names in left_out.items():
+        if names:
+            found = describe_files(names, what)
+            print(printable(f"note: left out of {root}: {found}"), file=sys.stderr)
+    return samples
 
 
-def _visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without what macOS and Jupyter leave there."""
-    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+def _scan_split(
+    folder: Path, labels: tuple[str, ...], left_out: dict[str, list[str]]
+) -> Iterator[Sample]:
+    """The images of a split; the other files go to ``left_out``."""
+    known = [str(index) for index in range(len(labels))]
+    inside = _children(folder)
+    left_out["in no class"] += [child.name for child in inside if not child.is_dir()]
+    if foreign := [child.name for child in inside if child.is_dir() and child.name not in known]:
+        expected, fix = f"class folders 0 to {len(labels) - 1}", "check --preset, or " + _PREPARE
+        raise DatasetError(folder, expected, ", ".join(foreign), fix)
+    for label, name in enumerate(known):
+        for path in _children(folder / name) if (folder / name).is_dir() else ():
+            if is_picture(path):
+                yield Sample(path, label)
+            elif path.is_dir():
+                fix = "move its images up, and remove it"
+                raise DatasetError(folder / name, "images alone", f"folder {path.name}", fix)
+            else:
+                left_out["no known kind of picture"].append(path.name)
+
+
+def _children(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without what the system leaves behind and hidden folders.
+
+    Raises:
+        DatasetError: It may not be read.
+    """
+    try:
+        found = sorted(child for child in folder.iterdir() if not is_left_behind(child.name))
+    except NotADirectoryError:
+        return []
+    except OSError as error:
+        raise DatasetError(folder, "a folder of images", system_words(error), _PREPARE) from None
+    return [child for child in found if not (child.name.startswith(".") and child.is_dir())]
 
 
 def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
@@ -268,23 +354,22 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
     seen: set[Path] = set()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            vote_columns = _vote_columns(path, reader.fieldnames or [], labels)
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
+            columns, rows = read_table(file)
+            vote_columns = _vote_columns(path, columns, labels)
+            for line, row in rows:
+                where = f"{path} line {line}"
                 sample = _manifest_row(root, row, vote_columns, where, labels)
-                if row["split"] not in samples:
-                    raise DatasetError(
-                        where, "split " + ", ".join(SPLITS), repr(row["split"]), _PREPARE
-                    )
+                split = row["split"] or ""
+                if split not in samples:
+                    raise DatasetError(where, "split " + ", ".join(SPLITS), repr(split), _PREPARE)
                 if sample.path in seen:
-                    raise DatasetError(where, "each image once", row["path"] + " again", _PREPARE)
+                    raise DatasetError(where, "each image once", f"{row['path']} again", _PREPARE)
                 seen.add(sample.path)
-                samples[row["split"]].append(sample)
+                samples[split].append(sample)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(path, "CSV in UTF-8", f"something else ({error})", _PREPARE) from None
     return {
-        name: tuple(sorted(rows, key=lambda sample: sample.path)) for name, rows in samples.items()
+        name: tuple(sorted(part, key=lambda sample: sample.path)) for name, part in samples.items()
     }
 
 
@@ -303,15 +388,15 @@ def _vote_columns(path: Path, columns: Sequence[str], labels: tuple[str, ...]) -
 
 def _manifest_row(
     root: Path,
-    row: dict[str, str],
+    row: dict[str, str | None],
     vote_columns: list[str] | None,
     where: str,
     labels: tuple[str, ...],
 ) -> Sample:
     try:
-        label = int(row["label"])
-        votes = tuple(float(row[column]) for column in vote_columns) if vote_columns else None
-    except (TypeError, ValueError):
+        label = int(row["label"] or "")
+        votes = tuple(float(row[name] or "") for name in vote_columns) if vote_columns else None
+    except ValueError:
         raise DatasetError(where, "numbers for label and votes", str(row), _PREPARE) from None
     if not 0 <= label < len(labels):
         raise DatasetError(where, f"a label from 0 to {len(labels) - 1}", str(label), _PREPARE)

@@ -68,6 +68,20 @@ def labels_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     return np.array([sample.label for sample in samples], dtype=np.int64)
 
 
+def none_of(counts: Sequence[int], labels: Sequence[str]) -> str:
+    """``, none of Fear, Contempt`` for classes without an image, of which scores say nothing.
+
+    Args:
+        counts: Images of each class.
+        labels: Class names.
+
+    Returns:
+        What follows the number of images, empty where there are some of each class.
+    """
+    missing = [label for label, count in zip(labels, counts, strict=True) if not count]
+    return f", none of {', '.join(missing)}" if missing else ""
+
+
 def check_labels(spec: ModelSpec, dataset: Dataset) -> None:
     """Refuse a model of other classes, or in another order.
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.errors import DatasetError, ImageError
-from efficientface_deploy.files import find_files
+from efficientface_deploy.errors import DatasetError, ImageError, printable
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import IMAGE_SUFFIXES, UInt8Array, load_image
+from efficientface_deploy.vision.folder import describe_files, read_folder
+from efficientface_deploy.vision.preprocess import UInt8Array, load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
+    SPLIT_FOLDERS,
     Sample,
     image_list_hash,
     iterate_batches,
@@ -143,16 +144,21 @@ def _find_images(root: Path) -> tuple[list[Sample], str, tuple[str, ...], list[I
         dataset = read_dataset(root)
         return list(dataset.split("train")), "train", tuple(dataset.labels), []
     folder = root / "train" if os.path.isdir(root / "train") else root
-    files, closed = find_files(folder, IMAGE_SUFFIXES)
-    paths = [path for path in files if not path.name.startswith(".")]
+    content = read_folder(folder)
+    others = [path.name for path in content.others]
     found = "a folder that may not be read"
-    refused = [ImageError(path, "images", found, "check its permissions") for path in closed]
-    if not paths and not (refused and os.path.isdir(root)):
+    refused = [
+        ImageError(path, "images", found, "check its permissions") for path in content.closed
+    ]
+    if not content.pictures and not (refused and os.path.isdir(root)):
         found = "no images in it" if os.path.isdir(root) else "no such folder"
+        found = describe_files(others) if others else found
         fix = "give the training images, e.g. --calib RAF-DB"
         raise DatasetError(root, "a folder of images for calibration", found, fix)
+    if others:
+        print(printable(f"note: left out of {folder}: {describe_files(others)}"), file=sys.stderr)
     split = "train" if folder != root else _split_of(root)
-    return [Sample(path, 0) for path in paths], split, (), refused
+    return [Sample(path, 0) for path in content.pictures], split, (), refused
 
 
 def _split_of(root: Path) -> str:
@@ -161,7 +167,7 @@ def _split_of(root: Path) -> str:
     A folder named test is a split where there is a train folder beside it.
     """
     for folder in (root.resolve(), *root.resolve().parents):
-        if folder.name in ("train", *_HELD_OUT) and os.path.isdir(folder.parent / "train"):
-            return folder.name
-    inside = [name for name in _HELD_OUT if os.path.isdir(root / name)]
-    return inside[0] if inside else "unknown"
+        if folder.name in SPLIT_FOLDERS and os.path.isdir(folder.parent / "train"):
+            return SPLIT_FOLDERS[folder.name]
+    inside = {split for name, split in SPLIT_FOLDERS.items() if os.path.isdir(root / name)}
+    return next((split for split in _HELD_OUT if split in inside), "unknown")

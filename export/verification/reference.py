@@ -16,7 +16,7 @@ from efficientface_deploy.files import atomic_path, why_not_a_file
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, resize
 from efficientface_deploy.workbench.dataset import iterate_batches, read_dataset
-from efficientface_deploy.workbench.evaluation import check_labels, labels_of
+from efficientface_deploy.workbench.evaluation import check_labels, labels_of, none_of
 
 REFERENCE_FILE = "verify.npz"
 STORED_IMAGES = 16
@@ -61,8 +61,10 @@ def load_test_set(root: Path | None, spec: ModelSpec, preset: str | None = None)
     split = dataset.evaluation_split()
     samples = dataset.split(split)
     images = np.concatenate([batch for batch, _ in iterate_batches(samples, spec, 256)])
-    source = f"{dataset.name}, {split}, {len(images):,} images"
-    return TestSet(images, labels_of(samples), source)
+    labels = labels_of(samples)
+    empty = none_of(np.bincount(labels, minlength=len(dataset.labels)).tolist(), dataset.labels)
+    source = f"{dataset.name}, {split}, {len(images):,} images{empty}"
+    return TestSet(images, labels, source)
 
 
 def _bundled_faces(spec: ModelSpec) -> UInt8Array:

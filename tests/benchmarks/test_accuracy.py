@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_models_side_by_side(
     assert result["data"]["images_per_class"] == [2, 4, 3, 3, 3, 3, 3]
     printed = capsys.readouterr().out
     assert "95.24" in printed and "66.67" in printed and "Macro-F1" in printed
+
+
+def test_class_without_images_is_named(
+    make_onnx: Callable[..., Path], colour_data: Path, evaluate: Callable[..., dict]
+) -> None:
+    shutil.rmtree(colour_data / "test/4")
+    found = evaluate(make_onnx("fp32.onnx", precision="fp32"))["warnings"]
+    assert f"images of each class, none of {LABELS[4]}: no score speaks of those" in found
 
 
 def test_rows_have_intervals_and_every_class(

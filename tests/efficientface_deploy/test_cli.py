@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -113,8 +115,33 @@ def test_folder_stands_for_its_images_in_order(face, capsys):
     for name in ("b.jpg", "a.jpg"):
         Image.open(face).save(face.parent / name)
     (face.parent / "notes.txt").write_text("no image")
+    (face.parent / ".DS_Store").write_bytes(b"x")
     assert main([str(face.parent)]) == 0
-    assert names_of(lines_of(capsys)) == ["a.jpg", "b.jpg", "face.png"]
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["a.jpg", "b.jpg", "face.png"]
+    assert (
+        f"note: left out of {face.parent}: 1 file(s), no known kind of picture: notes.txt\n"
+        in captured.err
+    )
+    assert ".DS_Store" not in captured.err
+
+
+def test_folder_names_what_it_cannot_read(face, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    (face.parent / "IMG_1.HEIC").write_bytes(heic)
+    assert main([str(face.parent)]) == 2
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
+    assert "IMG_1.HEIC: expected" in captured.err and "pip install pillow-heif" in captured.err
+    assert "1 of 2 pictures, videos or cameras could not be read" in captured.err
+
+
+def test_name_with_a_line_break_stays_in_its_row(face, capsys):
+    face.rename(face.parent / "two\nlines\x1b[31m.png")
+    assert main([str(face.parent)]) == 0
+    (row,) = lines_of(capsys)
+    assert row.endswith("two lines [31m.png")
 
 
 def test_standard_input(face, capsys, monkeypatch):
@@ -191,6 +218,14 @@ def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["face-2.jpg", "face.jpg"]
 
 
+@pytest.mark.parametrize("stem", ["a" * 251, "\u20ac" * 83, "new\nline", os.fsdecode(b"\xff")])
+def test_draw_under_names_that_file_systems_take(face, tmp_path, stem):
+    picture = face.rename(face.parent / f"{stem}.png")
+    assert main([str(picture), "--draw", str(tmp_path / "drawn")]) == 0
+    (copy,) = (tmp_path / "drawn").iterdir()
+    assert Image.open(copy).size == (104, 104) and stem.startswith(copy.stem[:60])
+
+
 def test_draw_into_a_folder_that_holds_something(face):
     with pytest.raises(ConfigError, match="a new or an empty folder"):
         main([str(face), "--draw", str(face.parent)])
@@ -219,6 +254,27 @@ def test_video_has_an_answer_for_each_frame(clip, capsys, halves):
     assert [record["seconds"] for record in records] == pytest.approx(np.arange(6) / 10)
     assert all(record["latency"] > 0 for record in records)
     assert [len(record["faces"]) for record in records][:4] == [2] * 4
+
+
+def test_video_in_a_folder_where_nothing_reads_videos(face, capsys, monkeypatch):
+    def refuse(source):
+        raise BackendError("video", "a reader", "none", "pip install 'efficientface-deploy[video]'")
+
+    monkeypatch.setattr(cli, "open_video", refuse)
+    (face.parent / "a.mp4").write_bytes(b"x")
+    assert main([str(face.parent)]) == 2
+    captured = capsys.readouterr()
+    assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
+    assert "pip install 'efficientface-deploy[video]'" in captured.err
+    assert "1 of 2 pictures, videos or cameras could not be read" in captured.err
+    with pytest.raises(BackendError):
+        main([str(face.parent / "a.mp4")])
+
+
+def test_folder_of_a_video_and_a_picture(clip, face, capsys):
+    shutil.copy(clip, face.parent / "b.MP4")
+    assert main([str(face.parent)]) == 0
+    assert len(lines_of(capsys)) == 6 + 1
 
 
 def test_video_in_the_table_and_drawn(clip, face, capsys, tmp_path):

@@ -157,11 +157,39 @@ def test_find_files(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link").symlink_to("a")
+    for name in ("._b.png", "__MACOSX/b.png", "a/.ipynb_checkpoints/c.png", ".Trash-1000/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "dead.png").symlink_to("nowhere")
     expected = sorted([".h/g.png", "a/c.png", "a/e/f.jpg", "b.PNG", "dead.png"])
     found, refused = find_files(tmp_path, (".png", ".jpg"))
     assert [file.relative_to(tmp_path).as_posix() for file in found] == expected
     assert refused == []
+
+
+def test_links_to_folders_are_followed_once_and_never_upwards(tmp_path):
+    for name in ("top/a/1.png", "top/z/2.png", "elsewhere/deep/3.png", "other.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    top = tmp_path / "top"
+    (top / "a/circle").symlink_to(top / "a")
+    (top / "up").symlink_to(tmp_path)
+    (top / "b").symlink_to(top / "z")
+    (top / "c").symlink_to(tmp_path / "elsewhere")
+    (top / "d").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "elsewhere/back").symlink_to(top)
+    expected = ["a/1.png", "c/deep/3.png", "z/2.png"]  # each by its own name where it has one
+    for folder in (top, tmp_path / "again"):
+        if not folder.exists():
+            folder.symlink_to(top)
+        found, _ = find_files(folder, (".png",))
+        assert [file.relative_to(folder).as_posix() for file in found] == expected
+
+
+def test_all_files(tmp_path):
+    for name in ("b.txt", "none", ".hidden", "Thumbs.db"):
+        (tmp_path / name).touch()
+    assert [file.name for file in find_files(tmp_path)[0]] == [".hidden", "b.txt", "none"]
 
 
 def test_folder_that_may_not_be_read_is_apart(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from efficientface_deploy import load
 from efficientface_deploy.artifact import (
@@ -130,10 +130,15 @@ def _images() -> list[bytes]:
     exif[0x0112] = 6
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     frames = {"save_all": True, "append_images": [colour.rotate(180)]}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    ink = _encode(colour.convert("CMYK"), "JPEG")
+    marker = ink.index(b"Adobe") - 4
     return [
+        _encode(colour, "JPEG", icc_profile=profile),
+        ink[:marker] + ink[marker + 16 :],
         _encode(colour, "JPEG"),
         _encode(colour, "JPEG", progressive=True, exif=exif),
-        _encode(colour.convert("CMYK"), "JPEG"),
+        ink,
         _encode(colour, "PNG", exif=exif),
         _encode(colour.convert("RGBA"), "PNG"),
         _encode(colour.convert("LA"), "PNG"),

@@ -56,6 +56,16 @@ def run_compare(runs, face_set, tmp_path) -> Callable[..., list[dict]]:
     return run
 
 
+def test_class_without_images_is_named(runs, face_set, tmp_path, capsys):
+    data = shutil.copytree(face_set, tmp_path / "faces")
+    lines = (data / "manifest.csv").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("test/6/")]
+    (data / "manifest.csv").write_text("\n".join(kept))
+    arguments = [str(runs / "onehot"), str(runs / "mild"), "--data", str(data), "--split", "test"]
+    assert compare.main(arguments) == 0
+    assert "synthetic faces, test, none of Anger. In brackets" in capsys.readouterr().out
+
+
 def test_options_without_effect_are_left_out(run_compare):
     cycle, steps = (row["options"] for row in run_compare("onehot", "steps"))
     assert cycle == {"schedule": "one-cycle"}

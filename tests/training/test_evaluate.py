@@ -184,6 +184,7 @@ def test_class_without_images_and_samples_without_votes(tmp_path):
     named = {**figures, **NAMES}
     page = as_markdown(named)
     assert "| b | 0 | - | - | - |" in page and "KL" not in page
+    assert "faces, test, 3 images, none of b. Always the largest class" in page
     assert "| accuracy | 0.6667 | " in page and "Always the largest class: 0.6667." in page
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.workbench.dataset import read_csv
 from efficientface_deploy.workbench.progress import track
 from training.datasets.archive import Place, first_with, open_source, open_text, read
 from training.datasets.common import (
@@ -163,12 +164,12 @@ def _image_folder(source: Place, paths: Sequence[str]) -> Place:
 
 def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
     """The rows that have one of the labels; AffectNet's validation.csv has no header."""
-    listed = []
+    listed, line = [], 0
     with open_text(place) as file:
-        reader = csv.reader(file)
         try:
-            for row in reader:
-                if not row or tuple(row) == COLUMNS:
+            for at, row in read_csv(file):
+                line = at
+                if tuple(row) == COLUMNS:
                     continue
                 if len(row) != len(COLUMNS):
                     raise ValueError(f"{len(row)} columns")
@@ -178,7 +179,7 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
         except UnicodeDecodeError:
             raise  # open_text has the words for it
         except (csv.Error, ValueError) as error:
-            where, wanted = f"{place} line {reader.line_num}", "columns " + ", ".join(COLUMNS)
+            where, wanted = f"{place} line {line}", "columns " + ", ".join(COLUMNS)
             raise DatasetError(where, wanted, str(error), _FIX) from None
     return listed
 

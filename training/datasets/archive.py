@@ -6,17 +6,22 @@ import contextlib
 import errno
 import lzma
 import os
+import stat
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Union
 
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import DatasetError, ImageError, system_words
+from efficientface_deploy.files import is_left_behind
+from efficientface_deploy.vision.preprocess import MAX_BYTES
 
 Place = Union[Path, zipfile.Path]
 """A file or a folder, on disk or inside an archive."""
 
+_UTF8 = 0x800  # the flag of a member whose name is UTF-8
 _WRAPPINGS = 2  # folders that people and archives put around a data set
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 # A path that leads nowhere. The archives' own errors have no number.
@@ -66,6 +71,7 @@ def open_place(path: Path) -> Iterator[Place]:
         raise DatasetError(path, "a folder or a zip archive", found, "check --source") from None
     with archive:
         members = archive.infolist()
+        _name_members(path, archive)
         encrypted = any(member.flag_bits & 0x1 for member in members)
         if encrypted or any(member.compress_type not in _METHODS for member in members):
             wanted = "a zip archive without a password, packed in a usual way"
@@ -74,9 +80,50 @@ def open_place(path: Path) -> Iterator[Place]:
         yield zipfile.Path(archive)
 
 
+def _name_members(path: Path, archive: zipfile.ZipFile) -> None:
+    """Give an archive's files the names that their makers meant, in NFC.
+
+    Python reads every name without the flag of UTF-8 as DOS's code page 437. Many programs write
+    UTF-8 without that flag, old ones of Windows backslashes between folders, and macOS accents as
+    characters of their own (NFD), which would be other names than those that people type.
+
+    Raises:
+        DatasetError: A folder, which may be a class, has a name in a code page that is not said.
+    """
+    names = {member: member.filename for member in archive.infolist()}
+    foreign = [
+        member
+        for member, name in names.items()
+        if not (member.flag_bits & _UTF8 or name.isascii() or name != member.orig_filename)
+    ]
+    with contextlib.suppress(UnicodeError):  # in another code page, which nothing names
+        names |= {member: member.filename.encode("cp437").decode() for member in foreign}
+        foreign = []
+    if folders := [
+        one.filename for one in foreign if not one.filename.rpartition("/")[0].isascii()
+    ]:
+        fix = "unpack it with a program that shows them as they should be, and give the folder"
+        raise DatasetError(path, "names of folders in UTF-8", folders[0], fix)
+    if not any("/" in name for name in names.values()):
+        names = {member: name.replace("\\", "/") for member, name in names.items()}
+    composed = {member: unicodedata.normalize("NFC", name) for member, name in names.items()}
+    if len(set(composed.values())) == len(set(names.values())):  # else two would become one
+        names = composed
+    archive.NameToInfo.clear()
+    for member, name in names.items():
+        member.filename = name
+        archive.NameToInfo[name] = member
+
+
 def read(place: Place) -> bytes:
-    """Content of a file; empty when it is missing, or damaged in its archive."""
+    """Content of a picture's file; empty when it is missing, or damaged in its archive.
+
+    Raises:
+        ImageError: It would never end, or is larger than any picture.
+        OSError: The system refuses.
+    """
     try:
+        _check_file(place)
         return place.read_bytes()
     except OSError as error:
         if error.errno not in _NO_FILE:
@@ -84,6 +131,20 @@ def read(place: Place) -> bytes:
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError):
         pass
     return b""
+
+
+def _check_file(place: Place) -> None:
+    if isinstance(place, Path):
+        status = place.stat()
+        size = status.st_size
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise ImageError(place.name, "an image", "a pipe or device", "remove it")
+    else:
+        member = place.root.NameToInfo.get(place.at)
+        size = member.file_size if member else 0
+    if size > MAX_BYTES:
+        found, fix = f"{size // 1_000_000} MB", "shrink it first"
+        raise ImageError(place.name, f"at most {MAX_BYTES // 1_000_000} MB", found, fix)
 
 
 @contextlib.contextmanager
@@ -103,14 +164,23 @@ def open_text(place: Place) -> Iterator[IO[str]]:
 
 
 def children(folder: Place) -> list[Place]:
-    """What a folder holds, by name, without what macOS and Jupyter leave there."""
-    visible = (child for child in folder.iterdir() if not child.name.startswith((".", "__MACOSX")))
+    """What a folder holds, by name, without what the system leaves there.
+
+    Raises:
+        DatasetError: It may not be read.
+    """
+    try:
+        visible = [child for child in folder.iterdir() if not is_left_behind(child.name)]
+    except OSError as error:
+        fix = "check its permissions"
+        raise DatasetError(folder, "a folder", system_words(error), fix) from None
     return sorted(visible, key=lambda child: child.name)
 
 
 def folders(folder: Place) -> list[Place]:
-    """The folders inside a folder, by name."""
-    return [child for child in children(folder) if is_folder(child)]
+    """The folders inside a folder, by name, without hidden ones, which are tools' own."""
+    visible = (child for child in children(folder) if not child.name.startswith("."))
+    return [child for child in visible if is_folder(child)]
 
 
 def is_folder(place: Place) -> bool:
@@ -140,7 +210,7 @@ def _find_tops(place: Place, markers: Sequence[str]) -> list[Place]:
         tops: list[Place] = []
         below: list[Place] = []
         for folder in level:
-            with contextlib.suppress(PermissionError):  # lost+found, beside the data set
+            with contextlib.suppress(PermissionError, DatasetError):  # closed, beside the data set
                 if any((folder / marker).exists() for marker in markers):
                     tops.append(folder)
                 else:

@@ -48,7 +48,7 @@ def prepare_caers(config: CaersConfig) -> Preparation:
             fix="give the folder that CAER-S.zip unpacks to, or CAER-S.zip itself",
         ) as source:
             class_folders = [CAERS_FOLDERS.get(label, label) for label in description["labels"]]
-            yield list_images(source, CAERS_COUNTS, class_folders)
+            yield list_images(source, {split: split for split in CAERS_COUNTS}, class_folders)
 
     published = {split: Published(total) for split, total in CAERS_COUNTS.items()}
     return Preparation(description, faces, published)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -130,37 +131,46 @@ def check_every_class(
             raise DatasetError(subject, wanted, found, fix)
 
 
-def list_images(source: Place, splits: Iterable[str], classes: Sequence[str]) -> list[Face]:
+def list_images(source: Place, splits: Mapping[str, str], classes: Sequence[str]) -> list[Face]:
     """Every image of ``source/{split}/{class}/``, whole.
 
     Args:
         source: The folder that holds the splits.
-        splits: Names of the splits' folders; each must be there.
-        classes: Names of the classes' folders, in the order of the labels.
+        splits: Name of each split's folder; each must be there.
+        classes: Names of the classes' folders, in the order of the labels, in NFC.
 
     Raises:
         DatasetError: A split or a class is missing or empty, there are other class folders, or
             folders inside a class.
     """
     listed = []
-    for split in splits:
-        _check_classes(source / split, classes)
-        for label, name in enumerate(classes):
-            for image in _images_of_class(source / split / name):
+    for split, name in splits.items():
+        for label, folder in enumerate(_class_folders(source / name, classes)):
+            for image in _images_of_class(folder):
                 listed.append(Face(image.name, split, label, functools.partial(read, image)))
     return listed
 
 
-def _check_classes(folder: Place, classes: Sequence[str]) -> None:
-    found = {child.name: None for child in folders(folder)} if is_folder(folder) else None
-    problems = ["no such folder"] if found is None else []
+def class_name(folder: Place) -> str:
+    """A class folder's name as people type it: macOS writes an accent apart from its letter."""
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def _class_folders(split: Place, classes: Sequence[str]) -> list[Place]:
+    """The folder of each class."""
+    inside = folders(split) if is_folder(split) else None
+    found = {class_name(folder): folder for folder in inside or ()}
+    problems = ["no such folder"] if inside is None else []
     if found and (missing := [name for name in classes if name not in found]):
         problems.append("no " + ", ".join(missing))
-    if foreign := [name for name in found or () if name not in classes]:
+    if foreign := [name for name in found if name not in classes]:
         problems.append("also " + ", ".join(foreign))
-    if problems:
+    if len(found) < len(inside or ()):
+        problems.append("two folders of one name")
+    if problems or not found:
         wanted = "class folders " + ", ".join(classes)
-        raise DatasetError(folder, wanted, "; ".join(problems), _FIX)
+        raise DatasetError(split, wanted, "; ".join(problems) or "none", _FIX)
+    return [found[name] for name in classes]
 
 
 def _images_of_class(folder: Place) -> list[Place]:

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import DatasetError
-from training.datasets.archive import Place, open_source, read
+from efficientface_deploy.workbench.dataset import read_csv
+from training.datasets.archive import Place, open_source, open_text, read
 from training.datasets.common import Box, Face, Preparation, PrepareConfig, Published, describe
 
 # Columns of FER+'s label.csv after name and box (Barsoum et al. 2016); its order is not ours.
@@ -167,23 +167,21 @@ def _kept_votes(votes: list[int], protocol: str) -> list[int] | None:
 
 def _read_rows(folder: Place) -> list[tuple[str, Box, list[int]]]:
     """Name, box and ten votes of every row of the folder's label.csv."""
+    with open_text(folder / LABEL_FILE) as file:
+        try:
+            return [_read_row(row) for _, row in read_csv(file)]
+        except (ValueError, csv.Error) as error:  # of a row, or of what is no text or no CSV
+            wanted = 'rows of: name, "(left, top, right, bottom)", ten vote counts'
+            where, fix = f"{folder.name}/{LABEL_FILE}", "take label.csv from FER+ unchanged"
+            raise DatasetError(where, wanted, str(error), fix) from None
 
-    def refusal(found: str) -> DatasetError:
-        wanted = 'rows of: name, "(left, top, right, bottom)", ten vote counts'
-        where, fix = f"{folder.name}/{LABEL_FILE}", "take label.csv from FER+ unchanged"
-        return DatasetError(where, wanted, found, fix)
 
-    rows = []
+def _read_row(row: list[str]) -> tuple[str, Box, list[int]]:
     try:
-        for row in csv.reader(io.StringIO(read(folder / LABEL_FILE).decode())):
-            try:
-                left, top, right, bottom = (int(edge) for edge in row[1].strip("() ").split(","))
-                votes = [int(value) for value in row[2:]]
-                if len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
-                    raise ValueError
-            except (ValueError, IndexError):
-                raise refusal(",".join(row)[:80] or "an empty row") from None
-            rows.append((Path(row[0]).name, (left, top, right, bottom), votes))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise refusal(f"something else ({error})") from None
-    return rows
+        left, top, right, bottom = (int(edge) for edge in row[1].strip("() ").split(","))
+        votes = [int(value) for value in row[2:]]
+        if len(votes) != len(FERPLUS_COLUMNS) or min(votes) < 0:
+            raise ValueError
+    except (ValueError, IndexError):
+        raise ValueError(",".join(row)[:80]) from None
+    return Path(row[0]).name, (left, top, right, bottom), votes

@@ -5,16 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from efficientface_deploy.command import option
-from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.errors import ConfigError, DatasetError, printable
 from efficientface_deploy.spec import PRESETS
-from efficientface_deploy.workbench.dataset import SPLITS
-from training.datasets.archive import Place, folders, open_source
-from training.datasets.common import Face, Preparation, PrepareConfig, describe, list_images
+from efficientface_deploy.vision.folder import describe_files
+from efficientface_deploy.workbench.dataset import SPLIT_FOLDERS, SPLITS, split_folders
+from training.datasets.archive import Place, children, folders, is_folder, open_source
+from training.datasets.common import (
+    Face,
+    Preparation,
+    PrepareConfig,
+    class_name,
+    describe,
+    list_images,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +52,10 @@ def prepare_folders(config: FoldersConfig) -> Preparation:
     """
     with _open(config.source) as source:
         splits = _splits(source)
-        classes = config.classes or tuple(child.name for child in folders(source / "train"))
-        _check_labels(classes, source, given=bool(config.classes))
+        given = tuple(unicodedata.normalize("NFC", name) for name in config.classes)
+        classes = given or tuple(sorted({*map(class_name, folders(source / splits["train"]))}))
+        _check_labels(classes, source, given=bool(given))
+        _name_strays(source, splits.values())
         names = [
             f"{face.split}/{face.label}/{face.name}"
             for face in list_images(source, splits, classes)
@@ -78,14 +90,22 @@ def _open(path: Path) -> AbstractContextManager[Place]:
     )
 
 
-def _splits(source: Place) -> list[str]:
-    """The splits that are there; a folder of another name would be lost in silence."""
+def _splits(source: Place) -> dict[str, str]:
+    """The folder of each split; one of another name would be lost in silence."""
     present = [child.name for child in folders(source)]
-    if foreign := [name for name in present if name not in SPLITS]:
+    if foreign := [name for name in present if name not in SPLIT_FOLDERS]:
         wanted, found = "no folders but " + ", ".join(SPLITS), ", ".join(foreign[:5])
         fix = "rename it to one of these, or move it elsewhere"
         raise DatasetError(source, wanted, found, fix)
-    return [split for split in SPLITS if split in present]
+    return split_folders(present, source)
+
+
+def _name_strays(source: Place, splits: Iterable[str]) -> None:
+    """Say which files lie in no class."""
+    places = (source, *(source / name for name in splits))
+    names = [child.name for place in places for child in children(place) if not is_folder(child)]
+    if names:
+        print(printable(f"left out {describe_files(names, 'in no class')}"), file=sys.stderr)
 
 
 def _check_labels(classes: Sequence[str], source: Place, *, given: bool) -> None:

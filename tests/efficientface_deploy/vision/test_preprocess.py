@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import struct
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -198,11 +201,126 @@ def test_grey_and_one_bit(pixels, kind):
     grey = pixels[..., 0]
     np.testing.assert_array_equal(as_array(encode(grey, kind)), np.stack([grey] * 3, -1))
     np.testing.assert_array_equal(as_array(grey), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(as_array(grey[..., None]), np.stack([grey] * 3, -1))
     black_or_white = Image.fromarray(grey > 128)
     assert black_or_white.mode == "1"
     np.testing.assert_array_equal(
         as_array(encode(black_or_white, kind))[..., 1], np.where(grey > 128, 255, 0)
     )
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(255, 1), (4095, 4095 / 255), (65535, 257)])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_grey_tiff_of_16_bits_equals_tifffile(photo, photometric, largest, scale):
+    """8, 12 and 16 bits in 16, whatever zero means, by another reader's values."""
+    tifffile = pytest.importorskip("tifffile")
+    grey = np.asarray(Image.fromarray(photo).convert("L"), dtype=int)
+    assert grey.max() > 250  # the picture has its brightest
+    stored = (grey * scale).round().astype(np.uint16)
+    stored = largest - stored if photometric == "miniswhite" else stored
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, stored, photometric=photometric)
+    page = tifffile.TiffFile(io.BytesIO(buffer.getvalue())).pages[0]
+    values = page.asarray().astype(float)
+    values = largest - values if page.photometric.name == "MINISWHITE" else values
+    expected = (values / largest * 255).round()
+    np.testing.assert_array_equal(expected, grey)
+    np.testing.assert_array_equal(as_array(buffer.getvalue())[..., 0], expected)
+
+
+def _deep_png(values: np.ndarray) -> bytes:
+    height, width, channels = values.shape
+    kind = {3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(_chunk, chunks))
+
+
+def test_deep_colour_that_does_not_fill_its_bits_is_refused(pixels):
+    tifffile = pytest.importorskip("tifffile")
+    deep = pixels.astype(np.uint16) * 257
+    opaque = np.full_like(deep[..., :1], 65535)
+    for values, taken in ((deep, True), (deep // 16, False), (deep // 257, False)):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values, photometric="rgb")
+        with_alpha = np.concatenate([values, opaque], axis=-1)
+        for data in (buffer.getvalue(), _deep_png(values), _deep_png(with_alpha)):
+            if taken:
+                np.testing.assert_array_equal(as_array(data), pixels)
+            else:
+                assert "expected colour that fills its 16 bits, found values below" in refused(data)
+
+
+def test_preview_in_a_raw_photograph_is_not_taken_for_it(pixels):
+    """A DNG or NEF is a TIFF whose first picture is a small copy."""
+    tifffile = pytest.importorskip("tifffile")
+    for subfile, taken in ((0, True), (1, False)):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, pixels, photometric="rgb", subfiletype=subfile)
+        if taken:
+            np.testing.assert_array_equal(as_array(buffer.getvalue()), pixels)
+        else:
+            assert "found a raw photograph's preview; export it as" in refused(buffer.getvalue())
+
+
+def _tiff_of_12_bits(values: np.ndarray, photometric: int = 1) -> bytes:
+    pairs = values.reshape(-1, 2).astype(int)
+    pixels = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height}
+    tags[279] = len(pixels)
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + pixels
+
+
+def test_tiff_that_says_12_bits_is_believed(pixels):
+    dark = pixels[..., 0] // 4  # as dark as 8 bits would be
+    got = as_array(_tiff_of_12_bits(dark.astype(np.uint16)))[..., 0]
+    np.testing.assert_array_equal(got, (dark / 4095 * 255).round())
+    assert "a TIFF file that Pillow cannot read" in refused(_tiff_of_12_bits(dark, photometric=0))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("largest", [255, 4095])
+def test_fewer_bits_than_the_file_could_hold(kind, largest):
+    values = np.array([[0, 1, largest // 2, largest]], dtype=np.uint16)
+    got = as_array(encode(values, kind))[..., 0]
+    assert got.tolist() == [[0, round(255 / largest), round(largest // 2 / largest * 255), 255]]
+    brighter = np.array([[0, 1, largest // 2, largest + 1]], dtype=np.uint16)
+    assert as_array(encode(brighter, kind)).max() == round(
+        (largest + 1) / (4095, 65535)[largest > 255] * 255
+    )
+
+
+@pytest.mark.parametrize("inverted", [True, False])
+@pytest.mark.parametrize("marker", [True, False])
+def test_cmyk_jpeg_with_and_without_adobes_marker(photo, marker, inverted):
+    """With the marker it is inverted by Adobe's rule; without, the ink of black decides."""
+    inks = np.asarray(Image.fromarray(photo).convert("CMYK"))  # by Pillow, without black
+    inks = np.concatenate([inks[..., :3], np.full_like(inks[..., :1], 20)], axis=-1)
+    paper = np.asarray(Image.fromarray(inks, "CMYK").convert("RGB")).astype(int)
+    # Pillow writes what it is given inverted, and the marker.
+    data = encode(Image.fromarray(inks if inverted else 255 - inks, "CMYK"), "JPEG", quality=95)
+    at = data.index(b"Adobe") - 4
+    if not marker:
+        data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    negative = marker and not inverted  # a file that lies
+    assert (np.abs(as_array(data) - paper).mean() < 3) != negative
+
+
+def test_cmyk_jpeg_that_may_be_either():
+    data = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 120)), "JPEG")
+    assert as_array(data)[8, 8, 0] == pytest.approx(135, abs=3)
+    at = data.index(b"Adobe") - 4
+    message = refused(data[:at] + data[at + 16 :])
+    assert "says whether it is inverted, found one that may be either; convert it to" in message
+
+
+def test_cmyk_tiff_is_never_inverted(photo):
+    inks = Image.fromarray(photo).convert("CMYK")
+    np.testing.assert_array_equal(as_array(encode(inks, "TIFF")), photo)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -421,7 +539,7 @@ def test_any_grey_array(array):
     )
 )
 def test_only_pictures_among_arrays_are_taken(array):
-    picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
     if array.dtype == np.uint8 and picture and array.size:
         assert as_array(array).shape[:2] == array.shape[:2]
     else:
@@ -437,7 +555,7 @@ def test_only_pictures_among_arrays_are_taken(array):
         (np.zeros((8, 8, 3), bool), "dtype bool"),
         (np.zeros((8, 8, 3), object), "dtype object"),
         (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\).*alpha"),
-        (np.zeros((8, 8, 1), np.uint8), r"\(8, 8, 1\)"),
+        (np.zeros((8, 8, 2), np.uint8), r"\(8, 8, 2\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\).*batch"),
         (np.zeros((3, 8, 8), np.uint8), r"\(3, 8, 8\)"),
         (np.zeros(8, np.uint8), r"\(8,\)"),
@@ -469,8 +587,7 @@ def test_other_types_are_refused(source):
         (b"\xff\xd8\xff", "image bytes"),
         (b"\x89PNG\r\n\x1a\n", "image bytes"),
         (b"RIFF\0\0\0\0WEBPVP8 ", "image bytes"),
-        (b"\0\0\0\x18ftypheic" + b"\0" * 500, "another kind of file"),
-        (b"\0\0\0\x18ftypavif" + b"\0" * 500, "another kind of file"),
+        (b"\0\0\0\x18ftypisom" + b"\0" * 500, "another kind of file"),  # MP4
         (b"\xff\x0a" + b"\0" * 500, "another kind of file"),  # JPEG XL
         (b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x94.", "another kind of file"),  # a pickle
     ],
@@ -483,8 +600,9 @@ def test_bytes_that_are_no_picture(data, hint, tmp_path):
 
 
 def test_formats_outside_the_list_are_refused(pixels):
-    for kind in ("PPM", "ICO", "PCX", "TGA", "SGI", "JPEG2000"):
+    for kind in ("PPM", "ICO", "PCX", "TGA", "SGI"):
         assert "another kind of file" in refused(encode(pixels, kind))
+    assert "a JPEG 2000 file that Pillow cannot read" in refused(encode(pixels, "JPEG2000"))
 
 
 def test_paths_that_are_no_picture(tmp_path):
@@ -566,16 +684,142 @@ def test_integers_outside_16_bits(value):
     assert str(value) in refused(Image.new("I", (4, 4), value))
 
 
+def test_cie_lab_tiff():
+    assert "CIE Lab" in refused(encode(Image.new("LAB", (4, 4)), "TIFF"))
+
+
 def test_empty_pil_image():
     assert "0x7" in refused(Image.new("RGB", (0, 7)))
 
 
-def test_closed_pil_image(pixels, tmp_path):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF"])
+@pytest.mark.parametrize("how", ["close", "with", "loaded", "file", "memory"])
+def test_closed_pil_image(pixels, tmp_path, how, kind):
+    path = tmp_path / "a"
+    path.write_bytes(encode(pixels, kind))
+    if how == "with":
+        with Image.open(path) as image:
+            pass
+    elif how == "file":
+        with path.open("rb") as file:
+            image = Image.open(file)
+    else:
+        image = Image.fromarray(pixels) if how == "memory" else Image.open(path)
+        if how == "loaded":
+            image.load()
+        image.close()
+    message = refused(image)
+    assert "expected an open image, found a closed one; label it before it is closed" in message
+
+
+def test_picture_that_was_loaded_before_its_file_was_closed(pixels, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(pixels, "PNG"))
-    image = Image.open(path)
-    image.close()
-    refused(image)
+    with Image.open(path) as image:
+        image.load()
+    np.testing.assert_array_equal(as_array(image), pixels)
+
+
+class Trickle(io.RawIOBase):
+    """Gives a few bytes at a time and cannot be wound back, as a socket."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        part, self.data = self.data[:7], self.data[7:]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def test_open_files(pixels, tmp_path):
+    data = encode(pixels, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    used = io.BytesIO(data)
+    used.read()  # as by a web framework that looked at it
+    with (
+        (tmp_path / "a.png").open("rb") as buffered,
+        (tmp_path / "a.png").open("rb", buffering=0) as raw,
+    ):
+        for file in (io.BytesIO(data), used, buffered, raw, Trickle(data)):
+            np.testing.assert_array_equal(as_array(file), pixels)
+            assert not file.closed
+
+
+def test_open_files_that_give_no_picture(pixels, tmp_path, monkeypatch):
+    assert "an empty file" in refused(io.BytesIO())
+    assert "found one that gives str; open it with" in refused(io.StringIO("text"))
+    file = io.BytesIO(b"x")
+    file.close()
+    assert "closed file" in refused(file)
+    with (tmp_path / "out").open("wb") as writing:
+        assert "expected a file opened for reading bytes" in refused(writing)
+    monkeypatch.setattr(preprocess, "MAX_BYTES", 10)
+    assert "at most" in refused(io.BytesIO(encode(pixels, "PNG")))
+
+
+def test_avif_where_pillow_has_its_decoder(photo, monkeypatch):
+    pytest.importorskip("PIL._avif")
+    data = encode(photo, "AVIF", quality=95)
+    assert np.abs(as_array(data).astype(int) - photo).mean() < 3
+    monkeypatch.setitem(sys.modules, "PIL._avif", None)
+    assert "found AVIF; pip install 'pillow>=11.3', or convert it to JPEG" in refused(data)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+
+
+def test_heic_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert "found HEIC; pip install pillow-heif, or convert it to JPEG" in refused(HEIC)
+
+
+def test_heic_with_a_stand_in_for_its_package(pixels, monkeypatch):
+    """What pillow-heif does for us: it registers a decoder with Pillow."""
+    from PIL import ImageFile
+
+    class HeifImageFile(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._mode, self._size = "RGB", pixels.shape[1::-1]
+
+        def load(self):
+            self.im = Image.fromarray(pixels).im
+            return Image.Image.load(self)
+
+    package = types.SimpleNamespace(
+        register_heif_opener=lambda: Image.register_open("HEIF", HeifImageFile)
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    np.testing.assert_array_equal(as_array(HEIC), pixels)
+
+
+def test_real_heic(photo):
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.fromarray(photo)).save(buffer, quality=95)
+    assert np.abs(as_array(buffer.getvalue()).astype(int) - photo).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        *((b"II+\0" + bytes(60), "TIFF"), (b"BM" + bytes(12) + b"\x28\0\0\0", "BMP")),
+        *((b"BMW,3\nAudi,4\nOpel,9\n", None), (b"RIFF\0\0\0\0WAVE", None), (b"", None)),
+        *((b"\0\0\0\x20ftypisom", None), (b"\xff\xff\xff\xffftypavif", "AVIF")),
+        *((b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", "AVIF"), (HEIC, "HEIC")),
+    ],
+)
+def test_picture_kind(data, kind):
+    assert preprocess.picture_kind(data[:64]) == kind
+    if kind is not None:
+        refused(data)
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,9 @@ from efficientface_deploy.workbench.dataset import (
     image_list_hash,
     iterate_batches,
     label_distributions,
+    read_csv,
     read_dataset,
+    read_table,
 )
 
 LABELS = ("Neutral", "Happiness", "Surprise")
@@ -131,12 +134,100 @@ def test_published_layout(published):
     assert read_dataset(published, "rafdb").evaluation_split() == "validation"
 
 
-def test_what_systems_leave_behind_is_no_image(published):
-    for name in ("train/0/._a.JPG", "train/0/Thumbs.db", "train/0/notes.txt"):
+def test_what_systems_leave_behind_is_no_image(published, capsys):
+    for name in ("train/0/._a.JPG", "train/0/Thumbs.db"):
         (published / name).write_bytes(b"x")
     (published / "train/.ipynb_checkpoints").mkdir()
+    (published / "train/.git").mkdir()
     (published / "train/.DS_Store").write_bytes(b"x")
     assert len(read_dataset(published, "rafdb").split("train")) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_every_format_is_read_and_nothing_is_left_out_in_silence(published, capsys):
+    for name in ("1.tif", "2.GIF", "3.jfif", "4.jpe", "5.bmp"):
+        (published / "train/0" / name).write_bytes(b"not read yet")
+    draw(published / "train/0/6.png").rename(published / "train/0/no suffix")
+    (published / "train/0/7.heic").write_bytes(b"x")  # refused by name where it is read
+    for name in ("train/0/notes.txt", "train/0/clip.mp4", "train/labels.csv", "test/a.jpg"):
+        (published / name).write_bytes(b"x")
+    assert len(read_dataset(published, "rafdb").split("train")) == 3 + 7
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: left out of {published}: 2 file(s), no known kind of picture: clip.mp4, notes.txt",
+        f"note: left out of {published}: 2 file(s), in no class: labels.csv, a.jpg",
+    ]
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_other_names_of_validation(published, name):
+    draw(published / name / "3/e.jpg")
+    dataset = read_dataset(published, "rafdb")
+    assert names(dataset.split("validation")) == ["e.jpg"]
+    assert dataset.evaluation_split() == "validation"
+    draw(published / "validation/3/e.jpg")
+    assert "one folder for validation, found val" in refused(published, "rafdb")
+
+
+@pytest.mark.parametrize("name", ["dev", "Validation", "training"])
+def test_split_of_another_name_is_not_lost(published, name):
+    (published / "runs/7").mkdir(parents=True)  # anything else may be there
+    assert len(read_dataset(published, "rafdb").split("train")) == 3
+    draw(published / name / "3/e.jpg")
+    said = f"expected splits train, validation, test, found a folder {name}; rename it"
+    assert said in refused(published, "rafdb")
+
+
+def test_folder_in_a_class_is_not_lost(published):
+    draw(published / "train/0/deep/a.png")
+    assert "expected images alone, found folder deep" in refused(published, "rafdb")
+
+
+def test_closed_folder_of_a_class(published, monkeypatch):
+    iterdir = Path.iterdir
+
+    def refuse(path: Path):
+        if path.name == "6":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "train/6: expected a folder of images, found permission denied" in refused(
+        published, "rafdb"
+    )
+
+
+# ---- CSV
+
+
+@pytest.mark.parametrize(
+    "spreadsheet",
+    [
+        lambda text: text,
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\r"),
+        lambda text: text.rstrip("\n"),
+        lambda text: text + "\n\n",
+        lambda text: text + ",,,\n , ,\n",
+        lambda text: "\n" + text.replace("\n", "\n\n"),
+        lambda text: "\ufeff\r\n" + text.replace("\n", "\r\n") + "\r\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(spreadsheet, root):
+    text = 'name,box\n"a.png","(1, 2)"\n"b, c.png",\n'
+    lines = io.StringIO(spreadsheet(text), newline="")
+    rows = [["name", "box"], ["a.png", "(1, 2)"], ["b, c.png", ""]]
+    assert [row for _, row in read_csv(lines)] == rows
+    manifest = spreadsheet((root / MANIFEST).read_text())
+    (root / MANIFEST).write_bytes(manifest.encode())
+    assert len(read_dataset(root).split("train")) == 2
+
+
+def test_table_with_short_and_long_rows():
+    columns, rows = read_table(["a,b\n", "1\n", "1,2,3\n"])
+    assert columns == ["a", "b"]
+    assert list(rows) == [(2, {"a": "1", "b": None}), (3, {"a": "1", "b": "2"})]
+    assert read_table([])[0] == []
 
 
 def test_byte_order_mark_of_a_spreadsheet(root):

@@ -17,6 +17,7 @@ from efficientface_deploy.workbench.evaluation import (
     Scores,
     check_labels,
     labels_of,
+    none_of,
     predict,
     run_in_batches,
     softmax,
@@ -101,6 +102,11 @@ def test_differences_by_hand() -> None:
     assert found.mean_kl > 0
     assert Differences.of(PROBABILITIES, other).accuracy is None
     assert Differences.of(other, other).mean_kl == 0
+
+
+def test_classes_without_images_are_named() -> None:
+    assert none_of([3, 0, 1, 0], "abcd") == ", none of b, d"
+    assert none_of([3, 1], "ab") == ""
 
 
 def test_other_labels_are_refused(spec: ModelSpec, tmp_path: Path) -> None:

@@ -149,6 +149,32 @@ def test_any_folder(tmp_path: Path, small_spec: ModelSpec) -> None:
     assert calibration.warnings == ()
 
 
+def test_every_kind_of_picture_is_taken_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = write_images(tmp_path / "faces", 3)
+    with Image.open(first) as image:
+        image.save(first.with_suffix(".tif"))
+    second.rename(second.with_suffix(""))
+    (tmp_path / "faces/labels.csv").write_text("x")
+    assert len(choose_calibration(tmp_path / "faces", 10).chosen) == 4
+    said = (
+        f"note: left out of {tmp_path / 'faces'}: 1 file(s), no known kind of picture: labels.csv"
+    )
+    assert said in capsys.readouterr().err
+    for path in (first, first.with_suffix(".tif"), second.with_suffix(""), third):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"found 1 file.* no known kind of picture: labels.csv"):
+        choose_calibration(tmp_path / "faces", 10)
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_other_names_of_validation_are_warned_about(published: Path, name: str) -> None:
+    (published / "test").rename(published / name)
+    assert choose_calibration(published / name, 500).record["split"] == "validation"
+    assert choose_calibration(published / name / "1", 500).record["split"] == "validation"
+
+
 def test_name_of_the_current_folder(
     published: Path, small_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ class TestTestSet:
         assert test_set.images.shape == (14, 64, 64, 3)
         assert test_set.labels is not None
         assert sorted(set(test_set.labels)) == list(range(7))
+
+    def test_class_without_images_is_named(
+        self, faces: Path, small_spec: ModelSpec, tmp_path: Path
+    ) -> None:
+        root = Path(shutil.copytree(faces, tmp_path / "faces"))
+        lines = (root / "manifest.csv").read_text().splitlines()
+        kept = [line for line in lines if not line.startswith(("test/4/", "test/6/"))]
+        (root / "manifest.csv").write_text("\n".join(kept))
+        source = load_test_set(root, small_spec).source
+        assert source == "synthetic faces, test, 10 images, none of Fear, Anger"
 
     def test_labels_of_another_model(self, faces: Path) -> None:
         with pytest.raises(DatasetError, match="the model's labels: Neutral, Happiness, Surprise"):

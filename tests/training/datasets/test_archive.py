@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 import zipfile
 
 import pytest
 
-from efficientface_deploy.errors import DatasetError
+from efficientface_deploy.errors import DatasetError, ImageError
+from training.datasets import archive as archive_module
 from training.datasets.archive import (
     children,
     describe_content,
     first_with,
+    folders,
     open_place,
     open_source,
     open_text,
@@ -40,6 +44,22 @@ def test_both_are_read_in_the_same_way(source):
         assert first_with([top], ["b.jpg"]) is None
 
 
+@pytest.mark.timeout(30)
+def test_what_never_ends_or_is_too_large_is_not_read(as_zip, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match=r"pipe.jpg: expected an image, found a pipe or device"):
+        read(tmp_path / "pipe.jpg")
+    with (tmp_path / "big.jpg").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ImageError, match=r"big.jpg: expected at most 715 MB, found 3221 MB"):
+        read(tmp_path / "big.jpg")
+    monkeypatch.setattr(archive_module, "MAX_BYTES", 10)
+    with open_place(as_zip(tmp_path / "set.zip", {"big.jpg": b"x" * 11, "a.jpg": b"a"})) as top:
+        assert read(top / "a.jpg") == b"a" and read(top / "b.jpg") == b""
+        with pytest.raises(ImageError, match=r"big.jpg: expected at most"):
+            read(top / "big.jpg")
+
+
 def test_source_without_a_marker(source):
     with (
         pytest.raises(DatasetError, match="expected a test set, found set; unpack it"),
@@ -57,6 +77,84 @@ def test_text_that_is_no_text(as_folder, tmp_path):
         open_text(folder / "bad") as f,
     ):
         f.read()
+
+
+NAMES = ["train/müde/a.jpg", "train/müde/b.jpg", "test/müde/c.jpg"]
+
+
+def write_zip(path, names, encoding, flag=0):
+    """A zip as other programs write it: each name in an encoding, with or without UTF-8's flag."""
+
+    class Member(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):  # noqa: N802 - zipfile's
+            return self.meant.encode(encoding), flag
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            member = Member(name)
+            member.meant = name
+            archive.writestr(member, name.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "encoding", "flag"),
+    [
+        ("NFC", "utf-8", 0x800),
+        ("NFC", "utf-8", 0),  # many programs forget the flag
+        ("NFD", "utf-8", 0x800),  # macOS
+        ("NFD", "utf-8", 0),
+    ],
+)
+def test_names_in_a_zip_are_those_that_people_type(form, encoding, flag, tmp_path):
+    names = [unicodedata.normalize(form, name) for name in NAMES]
+    archive = write_zip(tmp_path / "set.zip", names, encoding, flag)
+    with open_source(archive, ["train"], expected="train", fix="unpack it") as top:
+        found = [place for split in folders(top) for place in children(split / "müde")]
+        assert [place.name for place in found] == ["c.jpg", "a.jpg", "b.jpg"]
+        assert [read(place) for place in found] == [names[at].encode() for at in (2, 0, 1)]
+
+
+@pytest.mark.parametrize("encoding", ["cp850", "cp1252", "latin-1"])
+def test_folder_named_in_another_code_page_is_refused(encoding, tmp_path):
+    archive = write_zip(tmp_path / "set.zip", NAMES, encoding)
+    with (
+        pytest.raises(DatasetError, match=r"set.zip: expected names of folders in UTF-8, found tr"),
+        open_place(archive),
+    ):
+        pass
+
+
+def test_file_named_in_another_code_page_is_read(tmp_path):
+    archive = write_zip(tmp_path / "set.zip", ["train/0/grün.jpg"], "cp1252")
+    with open_place(archive) as top:
+        (image,) = children(top / "train/0")
+        assert read(image) == "train/0/grün.jpg".encode()
+
+
+def test_backslashes_of_old_windows_programs(tmp_path):
+    archive = write_zip(tmp_path / "set.zip", ["train\\0\\a.jpg", "train\\0\\b.jpg"], "ascii")
+    with open_source(archive, ["train"], expected="train", fix="unpack it") as top:
+        assert [read(image) for image in children(top / "train/0")] == [
+            b"train\\0\\a.jpg",
+            b"train\\0\\b.jpg",
+        ]
+
+
+def test_names_that_would_become_one_stay_two(tmp_path):
+    names = [unicodedata.normalize(form, "train/0/ü.jpg") for form in ("NFC", "NFD")]
+    archive = write_zip(tmp_path / "set.zip", names, "utf-8", 0x800)
+    with open_place(archive) as top:
+        assert sorted(map(read, children(top / "train/0"))) == sorted(map(str.encode, names))
+
+
+def test_closed_folder(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(DatasetError, match="expected a folder, found permission denied; check its"):
+        children(tmp_path)
 
 
 def test_archive_with_a_password(as_zip, tmp_path):

@@ -79,7 +79,7 @@ def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
         ("train/", "training/", "expected folders train and test of CAER-S, found test, training"),
         ("test/Sad/", "test/", "test: expected class folders"),
         ("test/Sad/0001", "test/Sad/deep/0001", "Sad: expected images alone, found folder deep"),
-        ("test/Sad/0001.png", "test/Sad/.hidden", "Sad: expected images, found an empty folder"),
+        ("test/Sad/0001.png", "test/Sad/._hidden", "Sad: expected images, found an empty folder"),
     ],
 )
 def test_folders_that_are_not_caers(old, new, said, native, as_folder, refusal, tmp_path):

@@ -32,7 +32,7 @@ def test_every_class_of_the_splits_that_are_there():
 
 def test_images_are_listed_by_the_order_of_the_classes_and_read_later(as_folder, tmp_path):
     root = as_folder(tmp_path / "set", {"train/b/2.jpg": b"2", "train/a/1.jpg": b"1"})
-    first, second = list_images(root, ["train"], ["b", "a"])
+    first, second = list_images(root, {"train": "train"}, ["b", "a"])
     assert (first.name, first.split, first.label) == ("2.jpg", "train", 0)
     (root / "train/a/1.jpg").write_bytes(b"changed")
     assert (first.read(), second.read()) == (b"2", b"changed")
@@ -45,4 +45,4 @@ def test_images_are_listed_by_the_order_of_the_classes_and_read_later(as_folder,
 def test_other_class_folders(classes, found, as_folder, tmp_path):
     root = as_folder(tmp_path / "set", {"train/a/1.jpg": b"1", "train/b/1.jpg": b"1"})
     with pytest.raises(DatasetError, match=f"found {found}; mend the folders"):
-        list_images(root, ["train"], classes)
+        list_images(root, {"train": "train"}, classes)

@@ -280,10 +280,27 @@ def test_damaged_member_of_an_archive_is_left_out(as_zip, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "spreadsheet",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text + "\r\n",
+        lambda text: text.replace("\r\n", "\n") + "\n\n",
+        lambda text: "\ufeff" + text + "," * 11 + "\r\n",
+    ],
+)
+def test_label_csv_after_a_spreadsheet(spreadsheet, as_folder, tmp_path):
+    files = native(FER2013Train=TRAIN[:2], FER2013Valid=VALID)
+    for name in ("FER2013Train/label.csv", "FER2013Valid/label.csv"):
+        files[name] = spreadsheet(files[name].decode()).encode()
+    dataset = ferplus(as_folder(tmp_path / "ferplus", files), tmp_path / "out")
+    assert set(summary(dataset, "train")) == {"fer0.png", "fer1.png"}
+    assert set(summary(dataset, "validation")) == {"fer8.png"}
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "fer0.png",
-        "",
         'fer0.png,"(0, 0, 48)",1,0,0,0,0,0,0,0,0,0',
         'fer0.png,"(0, 0, 48, x)",1,0,0,0,0,0,0,0,0,0',
         f'fer0.png,"{WHOLE}",1,0,0,0,0,0,0,0,0',  # nine votes

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import unicodedata
 
 import pytest
 
@@ -66,6 +68,81 @@ def test_train_alone_is_enough(native, as_folder, prepared, tmp_path):
     assert len(dataset.split("train")) == 6 and not dataset.samples["test"]
 
 
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_other_names_of_validation(name, native, lay_out, prepared, refusal):
+    files = {file.replace("validation/", f"{name}/"): data for file, data in native.items()}
+    source = lay_out(files)
+    assert len(prepared("folders", source).split("validation")) == 6
+
+
+def test_two_folders_of_one_split(native, as_folder, refusal, tmp_path, picture):
+    source = as_folder(tmp_path / "mine", native | {"val/bored/a.jpg": picture(1)})
+    assert "one folder for validation, found val, validation; move one" in refusal(
+        "folders", source
+    )
+
+
+def test_files_in_no_class_are_named(native, lay_out, prepared, capsys, picture):
+    native |= {"labels.csv": b"x", "train/stray.jpg": picture(1), "test/Thumbs.db": b"x"}
+    native |= {"train/.DS_Store": b"x", ".git/config": b"x", "train/bored/._a.jpg": b"x"}
+    prepared("folders", lay_out(native))
+    assert capsys.readouterr().err == "left out 2 file(s), in no class: labels.csv, stray.jpg\n"
+
+
+def test_every_format_is_taken(native, as_folder, prepared, tmp_path, picture, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    native["train/bored/c.heic"] = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    native["train/bored/clip.mp4"] = b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(99)
+    for name, kind in {"d.tif": "TIFF", "e.gif": "GIF", "f": "JPEG", "g.jfif": "JPEG"}.items():
+        native[f"train/bored/{name}"] = picture(ord(name[0]), kind)
+    dataset = prepared("folders", as_folder(tmp_path / "mine", native))
+    found = [sample.path.name for sample in dataset.split("train") if sample.label == 0]
+    assert found == ["a.jpg", "b.PNG", "d.tif", "e.gif", "f", "g.jfif"]
+    assert capsys.readouterr().err.splitlines() == [
+        "left out c.heic (train, bored): HEIC; pip install pillow-heif, or convert it to JPEG",
+        "left out clip.mp4 (train, bored): another kind of file; convert it to JPEG or PNG",
+        "left out 2 images in all",
+    ]
+
+
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+def test_accents_are_the_same_however_a_system_stores_them(
+    typed, native, lay_out, prepared, tmp_path
+):
+    """macOS stores an accent apart from its letter; one folder of this set was made there."""
+    composed, apart = (unicodedata.normalize(form, "müde") for form in ("NFC", "NFD"))
+    files = {name.replace("very tired", composed): data for name, data in native.items()}
+    files = {name.replace(f"test/{composed}", f"test/{apart}"): d for name, d in files.items()}
+    classes = [unicodedata.normalize(typed, name) for name in ("müde", "bored", "delighted")]
+    dataset = prepared("folders", lay_out(files), "--classes", *classes)
+    assert dataset.labels == (composed, "bored", "delighted")
+    assert [sample.label for sample in dataset.split("test")].count(0) == 2
+
+
+def test_two_classes_of_one_name(native, as_folder, refusal, tmp_path, picture):
+    forms = [unicodedata.normalize(form, "müde") for form in ("NFC", "NFD")]
+    native |= {f"train/{name}/a.jpg": picture(1) for name in forms}
+    assert "two folders of one name" in refusal("folders", as_folder(tmp_path / "mine", native))
+
+
+def test_same_picture_in_two_splits_or_classes_is_named_and_counted(
+    native, lay_out, prepared, capsys
+):
+    native["test/bored/z.jpg"] = native["train/bored/a.jpg"]
+    native["train/delighted/y.jpg"] = native["train/bored/a.jpg"]
+    native["validation/very tired/x.png"] = native["train/delighted/b.PNG"]
+    native["train/bored/a again.jpg"] = native["train/bored/a.jpg"]  # no harm
+    dataset = prepared("folders", lay_out(native))
+    assert len(dataset.split("test")) == 7  # it stays: the published counts have it
+    assert capsys.readouterr().err.splitlines() == [
+        "the same picture: train/0/a again.jpg and train/1/y.jpg",
+        "the same picture: train/1/b.PNG and validation/2/x.png",
+        "the same picture: train/0/a again.jpg and test/0/z.jpg",
+        "pictures that are in another class too: 2",
+        "pictures that are in another split too: 2",
+    ]
+
+
 def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
     native["train/bored/a.jpg"] = native["train/bored/a.jpg"][:100]
     native["train/bored/notes.txt"] = b"no image"
@@ -73,7 +150,7 @@ def test_damaged_image_is_left_out(native, lay_out, prepared, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("left out a.jpg (train, bored): a damaged one (")
     assert lines[1:] == [
-        "left out notes.txt (train, bored): another kind of file",
+        "left out notes.txt (train, bored): another kind of file; convert it to JPEG or PNG",
         "left out 2 images in all",
     ]
 
@@ -97,10 +174,10 @@ def test_name_that_no_text_can_hold(native, as_folder, prepared, capsys, tmp_pat
         ("test/bored/", "test/Bored/", "test: expected class folders bored, delighted, very tired"),
         ("test/bored/", "test/Bored/", "found no bored; also Bored; mend the folders"),
         ("train/", "train_set/", "expected a folder train, with a folder of images for each class"),
-        ("validation/", "val/", "expected no folders but train, validation, test, found val; ren"),
+        ("validation/", "dev/", "expected no folders but train, validation, test, found dev; ren"),
         ("train/bored/", "train/", "found also bored"),
         ("train/bored/", "train/bored/deep/", "bored: expected images alone, found folder deep"),
-        ("train/bored/", "train/bored/.", "bored: expected images, found an empty folder"),
+        ("train/bored/", "train/bored/._", "bored: expected images, found an empty folder"),
         ("/very tired/", "/very\ttired/", "expected two or more classes with printable names"),
     ],
 )
