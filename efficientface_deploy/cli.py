@@ -24,6 +24,7 @@ from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError, ImageError
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
+from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
@@ -49,6 +50,11 @@ class PredictConfig:
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
+    prior: str | None = option(
+        None,
+        metavar="uniform|LABEL=WEIGHT,...",
+        help="how often each class comes here, in the place of how often it came in training",
+    )
     detect: str | None = option(
         None,
         help="find the faces first: centerface, or yunet=FILE with OpenCV's model file",
@@ -91,11 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What OpenCV and FFmpeg cannot read is said by our own line.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    prior = None if config.prior is None else parse_prior(config.prior)
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
-        config.model, backend=config.backend, threads=config.threads, preset=config.preset
+        config.model,
+        backend=config.backend,
+        threads=config.threads,
+        preset=config.preset,
+        prior=prior,
     ) as predictor:
         if detector and predictor.spec.face_crop == "as-is":
             print(

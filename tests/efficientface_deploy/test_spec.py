@@ -76,6 +76,10 @@ WRONG = {
     "face_crop": ["tight", None, 0],
     "name": [None, 3, ["a"]],
     "preliminary": [0, 1, "yes", None],
+    "class_frequencies": [
+        *([], [1.0], [0.5, 0.5], [1 / 7] * 6, [1 / 6] * 6 + [0], [2 / 7] * 7, "1234567", 1.0),
+        *([-1.0] + [2 / 6] * 6, [math.nan] * 7, [True] + [0] * 6, [10**400] * 7, {"a": 1}),
+    ],
 }
 CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
@@ -105,6 +109,7 @@ def test_json_round_trip_is_exact(name):
     spec = PRESETS[name].replace(
         mean=(0.1, 1 / 3, 5e-324), name="Pr\u00e4z\n\u2028", preliminary=True
     )
+    spec = spec.replace(class_frequencies=(1 / spec.num_classes,) * spec.num_classes)
     text = spec.to_json()
     assert ModelSpec.from_json(text) == spec
     assert "\n" not in text and text.isascii()
@@ -116,6 +121,12 @@ def test_optional_keys_have_defaults():
     spec = ModelSpec.from_json(json.dumps({key: VALID[key] for key in required}))
     assert (spec.colour, spec.resize, spec.face_crop) == ("rgb", "bilinear", "as-is")
     assert (spec.name, spec.preliminary) == ("", False)
+
+
+def test_what_is_not_known_is_not_written():
+    """A release from before a field refuses what it does not know."""
+    assert "class_frequencies" not in VALID
+    assert ModelSpec.from_json(json.dumps({**VALID, "class_frequencies": None})) == PRESETS["rafdb"]
 
 
 @pytest.mark.parametrize(("key", "value"), CASES)

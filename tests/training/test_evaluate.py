@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from torchmetrics.functional import classification as tm
 
-from efficientface_deploy import PRESETS
+from efficientface_deploy import PRESETS, load
+from efficientface_deploy.artifact import SPEC_KEY, read_safetensors_metadata
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
 from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint, save_checkpoint
 from efficientface_deploy.vision.preprocess import normalise, to_model_input
 from efficientface_deploy.workbench import evaluation
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
-from efficientface_deploy.workbench.metrics import expected_calibration_error
+from efficientface_deploy.workbench.metrics import confusion_matrix, expected_calibration_error
 from training import evaluate
 from training.evaluate import as_markdown, score
 from training.trainer.loader import hold_out
@@ -159,6 +160,71 @@ def test_temperature_that_was_left_out_is_tried(
         found = figures["scaled"]["expected_calibration_error"]
         assert found == pytest.approx(expected_calibration_error(scaled, labels), abs=1e-5)
         assert found != figures["expected_calibration_error"]
+
+
+# ---- Another prior, and what is written into a checkpoint ---------------------------------------
+
+
+def weights_of(path: Path) -> bytes:
+    """All of a safetensors file behind its header."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_prior_scores_the_same_probabilities_anew(
+    student_file, face_set, tmp_path, capsys, probabilities
+):
+    spec, frequencies = read_dataset(face_set).spec, np.array([1, 1, 1, 2, 2, 2, 3]) / 12
+    weights = tmp_path / "student.safetensors"
+    given = spec.replace(input_size=64, class_frequencies=tuple(frequencies))
+    save_checkpoint(weights, load_checkpoint(student_file)[0], given)
+    figures = evaluate_json(weights, face_set, tmp_path, "--prior", "uniform")
+    labels = np.array([sample.label for sample in read_dataset(face_set).split("test")])
+    expected = confusion_matrix(labels, (probabilities.numpy() / frequencies).argmax(axis=1), 7)
+    assert figures["prior"]["confusion_matrix"] == expected.tolist() != figures["confusion_matrix"]
+    assert figures == {**evaluate_json(weights, face_set, tmp_path), "prior": figures["prior"]}
+    page = capsys.readouterr().out
+    assert "| value | 95 % interval | value, uniform prior | 95 % interval |" in page
+    accuracy, adjusted = figures["accuracy"], figures["prior"]["accuracy"]
+    row = rf"\| accuracy \| {accuracy:.4f} \| .* \| {adjusted:.4f} \| .* \|\n"
+    assert re.search(row, page)
+    with load(weights, prior="uniform") as predictor:  # the same road as a user's
+        assert predictor.spec.class_frequencies == tuple(frequencies)
+        paths = [sample.path for sample in read_dataset(face_set).split("test")]
+        found = [predictor.spec.labels.index(p.label) for p in predictor.predict_batch(paths)]
+    assert confusion_matrix(labels, np.array(found), 7).tolist() == expected.tolist()
+
+
+def test_fit_changes_the_spec_alone(trained_with, face_set, tmp_path, capsys):
+    weights = trained_with(select="holdout", seed=3)
+    before, metadata = weights_of(weights), read_safetensors_metadata(weights)
+    figures = evaluate_json(weights, face_set, tmp_path, "--fit")
+    assert figures["split"] == "holdout"
+    assert f"into {weights}" in capsys.readouterr().out
+    after = read_safetensors_metadata(weights)
+    spec, own = (json.loads(data.pop(SPEC_KEY)) for data in (after, metadata))
+    assert spec.pop("class_frequencies") == pytest.approx([1 / 7] * 7)
+    assert (weights_of(weights), after, spec) == (before, metadata, own)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("student.safetensors", ["--split", "validation"], "the tenth of train, found --split v"),
+        ("student.onnx", [], r"a \.safetensors file, found student\.onnx; fit the checkpoint, and"),
+    ],
+)
+def test_fit_that_cannot_be_is_refused_before_the_work(name, options, said, tmp_path):
+    with pytest.raises(ConfigError, match=f"^--fit: expected {said}"):
+        run(tmp_path / name, tmp_path / "no data set", "--fit", *options)
+
+
+def test_fit_on_images_that_were_trained_on(trained_with, face_set):
+    weights = trained_with(select="last", seed=0)
+    before = weights.read_bytes()
+    with pytest.raises(ConfigError, match="images that the model was not trained on"):
+        run(weights, face_set, "--fit")
+    assert weights.read_bytes() == before
 
 
 def test_other_labels_are_refused(face_set, make_network, tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.files import atomic_path, write_text
 from efficientface_deploy.models import save_checkpoint
+from efficientface_deploy.workbench.dataset import class_frequencies
 from efficientface_deploy.workbench.environment import made_by
 from efficientface_deploy.workbench.workspace import make_and_lock
 from training.trainer.config import CONFIG, Job, TrainerState
@@ -109,8 +110,10 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
 
 
 def save_result(job: Job, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the network with its spec and how it was made."""
-    save_checkpoint(job.result, model, job.spec, json.dumps(record, default=str))
+    """Write the network with its spec, the data set's class frequencies in it, and its making."""
+    shares = class_frequencies(job.dataset.split("train"), job.spec.num_classes)
+    spec = job.spec.replace(class_frequencies=shares)
+    save_checkpoint(job.result, model, spec, json.dumps(record, default=str))
 
 
 def provenance(job: Job, state: TrainerState) -> dict[str, Any]:

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
-from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator
+from efficientface_deploy.models import (
+    EfficientFace,
+    LabelDistributionGenerator,
+    load_checkpoint,
+)
 from efficientface_deploy.models.checkpoint import read_weights
 from training.trainer import temperature
 from training.trainer.temperature import (
@@ -108,6 +112,7 @@ def test_temperature_ends_up_in_the_weights_of_a_student(make_job, fit):
     record = provenance(job.result)["calibration"]
     assert record["folded"] and record["images"] == 7 and record["temperature"] != 1
     assert record["ece_after"] < record["ece_before"]
+    assert load_checkpoint(job.result)[1].class_frequencies == pytest.approx([1 / 7] * 7)
     for name in ("fc.weight", "fc.bias"):
         torch.testing.assert_close(after.pop(name) * record["temperature"], plain.pop(name))
     assert_same_bits(after, plain)
