@@ -116,6 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = None if config.json else PredictionTable(predictor.spec)
         checked = predictor.checked or _not_checked(predictor)
         title = f"{predictor}\n{checked}"
+        if predictor.spec.sure_precision is not None and prior is None:
+            right = f"{100 * predictor.spec.sure_precision:.0f} %"
+            title += (
+                f"\n?: unsure; of the others {right} are right, on pictures like the training's"
+            )
         if detector is None:
             title += "\neach picture is taken as one face; --detect centerface finds the faces"
         report = Report(table, len(names), title=title)
@@ -281,14 +286,14 @@ class PredictionTable:
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
             others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
             box = ",".join(f"{edge:.0f}" for edge in found.face.box)
-            rows.append(
-                self._row(prediction.label, f"{prediction.confidence:.2f}", others, box, name)
-            )
+            mark = "?" if prediction.unsure else ""
+            confidence = f"{prediction.confidence:.2f}{mark}"
+            rows.append(self._row(prediction.label, confidence, others, box, name))
         return rows or [self._row("no face", "", "", "", name)]
 
     def _row(self, label: str, probability: str, others: str, box: str, name: str) -> str:
         next_best = 2 * self._width + len(" 0.00,  0.00")
-        return f"{label:{self._width}}  {probability:4}  {others:{next_best}}  {box:>19}  {name}"
+        return f"{label:{self._width}}  {probability:5}  {others:{next_best}}  {box:>19}  {name}"
 
 
 class Gallery:

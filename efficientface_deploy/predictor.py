@@ -53,11 +53,35 @@ class Prediction:
         label: The most probable class.
         confidence: Its probability, 0 to 1.
         probabilities: Every class with its probability, in the order of the model's labels.
+        unsure: Whether the confidence is too low for the precision that the spec promises of sure
+            labels, ``sure_precision``; None where the model's file promises none, or where
+            another prior took the place of the training's.
     """
 
     label: str
     confidence: float
     probabilities: dict[str, float]
+    unsure: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: Float32Array,
+        labels: Sequence[str],
+        sure_above: float | None = None,
+    ) -> Prediction:
+        """What probabilities (C,) say.
+
+        Args:
+            probabilities: Of each class.
+            labels: The classes' names.
+            sure_above: As in :class:`ModelSpec`.
+        """
+        best = int(probabilities.argmax())
+        confidence = float(probabilities[best])
+        unsure = None if sure_above is None else confidence <= sure_above
+        named = dict(zip(labels, probabilities.tolist(), strict=True))
+        return cls(labels[best], confidence, named, unsure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +297,9 @@ class Predictor:
         if not inputs:
             return []
         _, probabilities = self.infer(np.stack(inputs))  # (N, C)
-        labels = self.spec.labels
-        return [
-            Prediction(labels[best], float(row[best]), dict(zip(labels, row.tolist(), strict=True)))
-            for row, best in zip(probabilities, probabilities.argmax(axis=1), strict=True)
-        ]
+        spec = self.spec
+        sure_above = spec.sure_above if self._prior is None else None  # found with the training's
+        return [Prediction.of(row, spec.labels, sure_above) for row in probabilities]
 
     def _find_faces(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
         """Everything that comes before the network."""

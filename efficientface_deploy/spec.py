@@ -40,6 +40,9 @@ class ModelSpec:
         preliminary: True for weights that are meant to be replaced by better ones.
         class_frequencies: Share of each class in the training set, in the order of the labels;
             None where the file does not say.
+        sure_above: Probability above which a label is sure, 0 to 1; 1 where none ever is, None
+            where the file does not say.
+        sure_precision: How many of the sure labels are to be right, 0 to 1; None as before.
         schema: Version of this form; a file with another one is refused.
     """
 
@@ -54,6 +57,8 @@ class ModelSpec:
     name: str = ""
     preliminary: bool = False
     class_frequencies: tuple[float, ...] | None = None
+    sure_above: float | None = None
+    sure_precision: float | None = None
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -81,6 +86,12 @@ class ModelSpec:
         if not isinstance(self.name, str) or not isinstance(self.preliminary, bool):
             raise _bad("name/preliminary", "a text and a boolean", (self.name, self.preliminary))
         self._check_class_frequencies()
+        for field in ("sure_above", "sure_precision"):
+            value = getattr(self, field)
+            if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+                raise _bad(field, "a number from 0 to 1", value)
+        if (self.sure_above is None) != (self.sure_precision is None):
+            raise _bad("sure_above/sure_precision", "both or none", (self.sure_above,))
 
     def _check_labels(self) -> None:
         labels = self.labels

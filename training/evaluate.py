@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from efficientface_deploy.artifact import (
@@ -46,10 +47,16 @@ from efficientface_deploy.workbench.evaluation import (
     predict,
     without_nan,
 )
-from efficientface_deploy.workbench.metrics import expected_calibration_error, mean_kl
+from efficientface_deploy.workbench.metrics import (
+    IndexArray,
+    expected_calibration_error,
+    mean_kl,
+    share_interval,
+)
 from efficientface_deploy.workbench.tables import Table, escaped
 from training.plots import plot_confusion, plot_reliability
 from training.trainer.loader import HOLDOUT, hold_out
+from training.trainer.sureness import PRECISION, fit_threshold
 from training.trainer.targets import Blend
 
 # How Scores.bootstrap computes its intervals.
@@ -64,6 +71,9 @@ CONFIDENCE = {
     "expected_calibration_error": f"ECE, {BINS} bins",
     "mean_kl_from_votes": "KL from the votes, nats",
 }
+
+# Confidences that the curve of precision by coverage is shown at.
+CURVE = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 Figures = dict[str, Any]
 
@@ -96,7 +106,7 @@ class EvaluateConfig:
     fit: bool = option(
         False,
         help="write into --weights what a training writes at its end, measured on the tenth of "
-        "train that chose its epochs: the class frequencies; the weights stay as they are",
+        "train that chose its epochs: class frequencies, and the threshold of sure labels",
     )
     out: Path | None = option(
         None,
@@ -143,12 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_labels(predictor.spec, dataset)
         spec = predictor.spec
         if config.fit:
-            spec = fitted(spec, dataset)
+            shares = class_frequencies(dataset.split("train"), spec.num_classes)
+            spec = spec.replace(class_frequencies=shares)
         ratios = None if prior is None else log_ratios(prior, spec, config.weights)
         seed = holdout_seed(predictor, config.seed) if split == HOLDOUT else 0
         samples = samples_of(dataset, split, seed)
         probabilities = predict_samples(predictor, samples)
         model, provenance = repr(predictor), predictor.provenance
+    if config.fit:
+        limit = fit_threshold(probabilities, labels_of(samples))
+        spec = spec.replace(sure_above=limit, sure_precision=PRECISION)
     figures = {
         "weights": str(config.weights),
         "weights_sha256": file_hash(config.weights),
@@ -156,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dataset": dataset.name,
         "split": split,
         **score(probabilities, samples, dataset.labels),
+        "sureness": score_sureness(probabilities, labels_of(samples), spec),
     }
     if ratios is not None:
         logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))  # but for a constant
@@ -171,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(as_markdown(figures))
     if config.fit:
         write_spec(config.weights, spec)
-        print(f"wrote the class frequencies into {config.weights}")
+        print(f"wrote class frequencies and the threshold of sure labels into {config.weights}")
     if config.out is not None:
         write_evaluation(config.out, figures)
         print(f"wrote evaluation.json, evaluation.md and two plots to {config.out}")
@@ -208,12 +223,6 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
 def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32Array:
     """Probabilities float32 (N, C) of the samples, in order."""
     return predict(lambda images: predictor.infer(images)[1], samples, predictor.spec, "evaluating")
-
-
-def fitted(spec: ModelSpec, dataset: Dataset) -> ModelSpec:
-    """A spec with what is measured on a data set."""
-    shares = class_frequencies(dataset.split("train"), spec.num_classes)
-    return spec.replace(class_frequencies=shares)
 
 
 def write_spec(path: Path, spec: ModelSpec) -> None:
@@ -265,6 +274,42 @@ def score_confidence(probabilities: Float32Array, samples: Sequence[Sample]) -> 
     return figures
 
 
+def score_sureness(probabilities: Float32Array, labels: IndexArray, spec: ModelSpec) -> Figures:
+    """How many labels are left above a confidence, and how many of these are right.
+
+    Args:
+        probabilities: float32 (N, C).
+        labels: Integers (N,).
+        spec: The model's, perhaps without a threshold.
+
+    Returns:
+        ``curve``, by confidence; with a threshold, ``classes``, by label, and ``all`` too.
+    """
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    right = predicted == labels
+
+    def row(among: npt.NDArray[np.bool_], limit: float) -> Figures:
+        sure = among & (confidence > limit)
+        total, count, hits = (int(np.sum(mask)) for mask in (among, sure, sure & right))
+        return {
+            "labels": count,
+            "share": count / total if total else None,
+            "right": hits / count if count else None,
+            "right_interval": share_interval(hits, count) if count else None,
+        }
+
+    every = np.ones(len(labels), dtype=bool)
+    curve = [{"above": limit, **row(every, limit)} for limit in CURVE]
+    if spec.sure_above is None:
+        return {"curve": curve}
+    classes = [
+        {"label": label, **row(predicted == index, spec.sure_above)}
+        for index, label in enumerate(spec.labels)
+    ]
+    promise = {"above": spec.sure_above, "promised": spec.sure_precision}
+    return {"curve": curve, **promise, "all": row(every, spec.sure_above), "classes": classes}
+
+
 def as_markdown(figures: Figures) -> str:
     """The figures as a page, without plots."""
     # As the model is, and under another prior where one was asked for.
@@ -298,6 +343,7 @@ def as_markdown(figures: Figures) -> str:
     scores = Table(("", *(c for name in names for c in (f">value{name}", level))), rows)
     columns = (f">{key}{name}" for name in names for key in ("precision", "recall", "F1"))
     per_class = Table(("class", ">images", *columns), classes)
+    sureness = sureness_tables(figures["sureness"], level) if "sureness" in figures else []
     return "\n".join(
         (
             f"# Evaluation of {escaped(Path(figures['weights']).name)}\n",
@@ -309,8 +355,33 @@ def as_markdown(figures: Figures) -> str:
             per_class.to_markdown(),
             "`-`: not defined, since the class is never predicted (precision) or has no images "
             "(recall).",
+            *sureness,
         )
     )
+
+
+def sureness_tables(figures: Figures, level: str) -> list[str]:
+    """What :func:`score_sureness` found, as Markdown."""
+
+    def cells(row: Figures) -> list[str]:
+        share = "-" if row["share"] is None else f"{row['share']:.4f}"
+        if row["right"] is None:
+            return [str(row["labels"]), share, "-", ""]
+        low, high = row["right_interval"]
+        return [str(row["labels"]), share, f"{row['right']:.4f}", f"{low:.4f} to {high:.4f}"]
+
+    columns = (">labels", ">share", ">right", level)
+    rows = [[f"{row['above']:.2f}", *cells(row)] for row in figures["curve"]]
+    page = ["", Table((">confidence above", *columns), rows).to_markdown()]
+    if "promised" in figures:
+        rows = [[escaped(row["label"]), *cells(row)] for row in figures["classes"]]
+        rows.append(["all", *cells(figures["all"])])
+        page.append(
+            f"Sure are labels of a confidence above {figures['above']:.2f}, of which "
+            f"{100 * figures['promised']:.0f} % are promised to be right:\n"
+        )
+        page.append(Table(("sure label", *columns), rows).to_markdown())
+    return page
 
 
 def write_evaluation(folder: Path, figures: Figures) -> None:

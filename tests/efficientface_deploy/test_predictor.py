@@ -71,6 +71,20 @@ def test_prediction(predictor):
         prediction.label = "dark"
 
 
+@pytest.mark.parametrize(
+    ("above", "unsure"), [(None, None), (0, False), (0.97, False), (0.99, True), (1, True)]
+)
+def test_unsure(predictor, above, unsure):
+    """Up to the threshold, and nobody knows where the file does not say."""
+    if above is not None:
+        predictor._backend.spec = SPEC.replace(sure_above=above, sure_precision=0.9)
+    prediction = predictor(flat(215))
+    assert 0.97 < prediction.confidence < 0.99
+    assert prediction.unsure is unsure
+    certain = ef.Prediction.of(np.array([0, 1], np.float32), ("a", "b"), 1.0)
+    assert certain == ef.Prediction("b", 1.0, {"a": 0.0, "b": 1.0}, unsure=True)
+
+
 def test_batch_keeps_its_order_beyond_the_largest_batch(predictor):
     values = [0, 255, 128] * 5
     predictions = predictor.predict_batch(flat(value) for value in values)

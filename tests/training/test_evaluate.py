@@ -20,9 +20,10 @@ from efficientface_deploy.models import LabelDistributionGenerator, load_checkpo
 from efficientface_deploy.vision.preprocess import normalise, to_model_input
 from efficientface_deploy.workbench import evaluation
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
+from efficientface_deploy.workbench.evaluation import labels_of
 from efficientface_deploy.workbench.metrics import confusion_matrix, expected_calibration_error
 from training import evaluate
-from training.evaluate import as_markdown, score
+from training.evaluate import as_markdown, score, score_sureness
 from training.trainer.loader import hold_out
 
 CLASSES = 7
@@ -203,8 +204,34 @@ def test_fit_changes_the_spec_alone(trained_with, face_set, tmp_path, capsys):
     assert f"into {weights}" in capsys.readouterr().out
     after = read_safetensors_metadata(weights)
     spec, own = (json.loads(data.pop(SPEC_KEY)) for data in (after, metadata))
+    assert (spec.pop("sure_above"), spec.pop("sure_precision")) == (1, 0.95)
+    assert figures["sureness"]["promised"] == 0.95  # the figures are those of the new spec
     assert spec.pop("class_frequencies") == pytest.approx([1 / 7] * 7)
     assert (weights_of(weights), after, spec) == (before, metadata, own)
+
+
+def test_sure_labels(tmp_path):
+    """Two of three above 0.7; of class b one that is right, of class c none at all."""
+    probabilities = np.array(
+        [[0.9, 0.1, 0], [0.8, 0.2, 0], [0.6, 0.4, 0], [0.25, 0.75, 0]], np.float32
+    )
+    samples = [Sample(tmp_path, label) for label in (0, 1, 0, 1)]
+    spec = PRESETS["rafdb"].replace(labels=("a", "b", "c"))
+    curve = score_sureness(probabilities, labels_of(samples), spec)["curve"]
+    assert set(score_sureness(probabilities, labels_of(samples), spec)) == {"curve"}
+    kept = {row["above"]: (row["labels"], row["share"], row["right"]) for row in curve}
+    assert kept[0.0] == (4, 1, 0.75) and kept[0.7] == (3, 0.75, 2 / 3)
+    assert kept[0.85] == (1, 0.25, 1) and kept[0.95] == (0, 0, None)
+    spec = spec.replace(sure_above=0.7, sure_precision=0.9)
+    figures = score_sureness(probabilities, labels_of(samples), spec)
+    found = [(r["label"], r["labels"], r["share"], r["right"]) for r in figures["classes"]]
+    assert found == [("a", 2, 2 / 3, 0.5), ("b", 1, 1, 1), ("c", 0, None, None)]
+    assert figures["all"]["right"] == 2 / 3 and figures["all"]["labels"] == 3
+    named = {**score(probabilities, samples, spec.labels), **NAMES, "sureness": figures}
+    page = as_markdown(json.loads(json.dumps(named, allow_nan=False)))
+    assert "a confidence above 0.70, of which 90 % are promised to be right:" in page
+    assert "| b | 1 | 1.0000 | 1.0000 | " in page and "| c | 0 | - | - |  |" in page
+    assert "| 0.70 | 3 | 0.7500 | 0.6667 | " in page and "| all | 3 | 0.7500 | 0.6667 |" in page
 
 
 @pytest.mark.parametrize(
@@ -288,7 +315,7 @@ def test_out_holds_page_and_plots(student_file, face_set, tmp_path, capsys):
     page = (out / "evaluation.md").read_text()
     low, high = figures["accuracy_interval"]
     assert f"| accuracy | {figures['accuracy']:.4f} | {low:.4f} to {high:.4f} |" in page
-    assert page.count("\n| ") == 2 + 4 + 7  # heads, figures, classes
+    assert page.count("\n| ") == 3 + 4 + 7 + 10  # heads, figures, classes, the curve
     assert "(confusion.png)" in page and "(reliability.png)" in page
     assert f"wrote evaluation.json, evaluation.md and two plots to {out}" in capsys.readouterr().out
     assert sum(figures["reliability"]["count"]) == 28

@@ -20,6 +20,7 @@ from efficientface_deploy.workbench.environment import made_by
 from efficientface_deploy.workbench.workspace import make_and_lock
 from training.trainer.config import CONFIG, Job, TrainerState
 from training.trainer.distributed import Distributed
+from training.trainer.sureness import PRECISION
 
 
 @contextlib.contextmanager
@@ -109,10 +110,25 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def save_result(job: Job, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the network with its spec, the data set's class frequencies in it, and its making."""
+def save_result(
+    job: Job,
+    model: nn.Module,
+    record: dict[str, Any],
+    sure_above: float | None = None,
+) -> None:
+    """Write the network with how it was made and its spec, the class frequencies in it.
+
+    Args:
+        job: The run.
+        model: The network.
+        record: How it was made.
+        sure_above: From :func:`fit_threshold`, where it is known.
+    """
     shares = class_frequencies(job.dataset.split("train"), job.spec.num_classes)
-    spec = job.spec.replace(class_frequencies=shares)
+    precision = None if sure_above is None else PRECISION
+    spec = job.spec.replace(
+        class_frequencies=shares, sure_above=sure_above, sure_precision=precision
+    )
     save_checkpoint(job.result, model, spec, json.dumps(record, default=str))
 
 

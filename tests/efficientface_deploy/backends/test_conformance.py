@@ -41,6 +41,7 @@ from tests.engines import write_engine
 
 FREQUENCIES = (0.25, 0.3, 0.15, 0.12, 0.1, 0.05, 0.03)  # of model_files
 SPEC = PRESETS["rafdb"].replace(input_size=64, class_frequencies=FREQUENCIES)
+SPEC = SPEC.replace(sure_above=0.8, sure_precision=0.9)
 SAME = 1e-4  # of a probability, between two runs of one backend in FP32
 PROFILE = 16  # largest batch of the engines: smaller than the largest here
 
@@ -323,6 +324,16 @@ def test_spec_provenance_and_names(subject, predictor):
         f"Predictor('{predictor.path.name}', backend='{predictor.backend}', test, 7 classes, 64x64)"
     )
     assert repr(predictor) == expected
+
+
+def test_labels_are_unsure_up_to_the_threshold(subject, predictor, images, answers):
+    expected = answers.max(axis=1) <= SPEC.sure_above
+    clear = np.abs(answers.max(axis=1) - SPEC.sure_above) > subject.same
+    assert 0.1 < expected.mean() < 0.9
+    found = [prediction.unsure for prediction in predictor.predict_batch(images)]
+    np.testing.assert_array_equal(np.array(found)[clear], expected[clear])
+    with subject.load(prior="uniform") as other:  # for which the threshold was not found
+        assert {prediction.unsure for prediction in other.predict_batch(images[:9])} == {None}
 
 
 def test_prior(subject, predictor, images, answers):
