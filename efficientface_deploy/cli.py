@@ -24,6 +24,7 @@ from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Predictor, load
+from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.draw import draw_faces
@@ -51,6 +52,11 @@ class PredictConfig:
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")
+    prior: str | None = option(
+        None,
+        metavar="uniform|LABEL=WEIGHT,...",
+        help="how often each class comes here, in the place of how often it came in training",
+    )
     detect: str | None = option(
         None,
         help="find the faces first: centerface, or yunet=FILE with OpenCV's model file",
@@ -93,11 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What OpenCV and FFmpeg cannot read is said by our own line.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    prior = None if config.prior is None else parse_prior(config.prior)
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images, VIDEO_SUFFIXES))
     detector = open_detector(config.detect, config.threads) if config.detect else None
     with load(
-        config.model, backend=config.backend, threads=config.threads, preset=config.preset
+        config.model,
+        backend=config.backend,
+        threads=config.threads,
+        preset=config.preset,
+        prior=prior,
     ) as predictor:
         if detector and predictor.spec.face_crop == "as-is":
             print(
@@ -107,6 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = None if config.json else PredictionTable(predictor.spec)
         checked = predictor.checked or _not_checked(predictor)
         title = f"{predictor}\n{checked}"
+        if predictor.spec.sure_precision is not None and prior is None:
+            right = f"{100 * predictor.spec.sure_precision:.0f} %"
+            title += (
+                f"\n?: unsure; of the others {right} are right, on pictures like the training's"
+            )
         if detector is None:
             title += "\neach picture is taken as one face; --detect centerface finds the faces"
         report = Report(table, len(names), title=title)
@@ -276,14 +292,14 @@ class PredictionTable:
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
             others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
             box = ",".join(f"{edge:.0f}" for edge in found.face.box)
-            rows.append(
-                self._row(prediction.label, f"{prediction.confidence:.2f}", others, box, name)
-            )
+            mark = "?" if prediction.unsure else ""
+            confidence = f"{prediction.confidence:.2f}{mark}"
+            rows.append(self._row(prediction.label, confidence, others, box, name))
         return rows or [self._row("no face", "", "", "", name)]
 
     def _row(self, label: str, probability: str, others: str, box: str, name: str) -> str:
         next_best = 2 * self._width + len(" 0.00,  0.00")
-        return f"{label:{self._width}}  {probability:4}  {others:{next_best}}  {box:>19}  {name}"
+        return f"{label:{self._width}}  {probability:5}  {others:{next_best}}  {box:>19}  {name}"
 
 
 class Gallery:

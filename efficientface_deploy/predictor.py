@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from efficientface_deploy.artifact import CHECKPOINT_SUFFIXES
 from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
 from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
 from efficientface_deploy.errors import ArtifactError, BackendError, ImageError, ProbeError
+from efficientface_deploy.prior import UNIFORM, Prior, adjust, log_ratios
 from efficientface_deploy.probe import Check
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
@@ -52,11 +53,35 @@ class Prediction:
         label: The most probable class.
         confidence: Its probability, 0 to 1.
         probabilities: Every class with its probability, in the order of the model's labels.
+        unsure: Whether the confidence is too low for the precision that the spec promises of sure
+            labels, ``sure_precision``; None where the model's file promises none, or where
+            another prior took the place of the training's.
     """
 
     label: str
     confidence: float
     probabilities: dict[str, float]
+    unsure: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: Float32Array,
+        labels: Sequence[str],
+        sure_above: float | None = None,
+    ) -> Prediction:
+        """What probabilities (C,) say.
+
+        Args:
+            probabilities: Of each class.
+            labels: The classes' names.
+            sure_above: As in :class:`ModelSpec`.
+        """
+        best = int(probabilities.argmax())
+        confidence = float(probabilities[best])
+        unsure = None if sure_above is None else confidence <= sure_above
+        named = dict(zip(labels, probabilities.tolist(), strict=True))
+        return cls(labels[best], confidence, named, unsure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +140,19 @@ class Predictor:
     Args:
         backend: An open backend.
         check: Whether to check what it computes by the file's probe.
+        prior: As for :func:`load`.
 
     Raises:
+        ConfigError: The prior does not suit the model.
         ProbeError: It computes something else.
     """
 
-    def __init__(self, backend: Backend, *, check: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, *, check: bool = False, prior: Prior | None = None
+    ) -> None:
         self._backend = backend
+        self._prior = dict(prior) if isinstance(prior, Mapping) else prior
+        self._log_ratios = None if prior is None else log_ratios(prior, backend.spec, backend.path)
         self._check = check
         self._checked = check_backend(backend) if check else None
         self._process = os.getpid()
@@ -242,13 +273,15 @@ class Predictor:
                 GPU, of PyTorch, CuPy and others, which is read where it is.
 
         Returns:
-            Logits and probabilities, float32 (N, C).
+            Logits and probabilities, float32 (N, C), under the prior that was asked for.
         """
         if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
             found = "one that was loaded before a fork"
             fix = "call load() in the child, or start processes by spawn"
             raise BackendError(self.path.name, "a model that this process loaded", found, fix)
         output = self._backend.infer(images)
+        if self._log_ratios is not None:
+            return adjust(output.logits, self._log_ratios)
         return output.logits, output.probabilities
 
     def close(self) -> None:
@@ -264,11 +297,9 @@ class Predictor:
         if not inputs:
             return []
         _, probabilities = self.infer(np.stack(inputs))  # (N, C)
-        labels = self.spec.labels
-        return [
-            Prediction(labels[best], float(row[best]), dict(zip(labels, row.tolist(), strict=True)))
-            for row, best in zip(probabilities, probabilities.argmax(axis=1), strict=True)
-        ]
+        spec = self.spec
+        sure_above = spec.sure_above if self._prior is None else None  # found with the training's
+        return [Prediction.of(row, spec.labels, sure_above) for row in probabilities]
 
     def _find_faces(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
         """Everything that comes before the network."""
@@ -308,11 +339,14 @@ class Predictor:
         del options["device"]  # part of the backend's name
         path = self.path.resolve()
         options["check"] = self._check
+        options["prior"] = self._prior
         return functools.partial(load, path, backend=self.backend, **options), ()
 
     def __repr__(self) -> str:
         spec = self.spec
         state = ", preliminary" if spec.preliminary else ""
+        if self._prior is not None:
+            state += f", {UNIFORM if self._prior == UNIFORM else 'own'} prior"
         return (
             f"Predictor({self.path.name!r}, backend={self.backend!r}, {spec.name}{state}, "
             f"{spec.num_classes} classes, {spec.input_size}x{spec.input_size})"
@@ -340,6 +374,7 @@ def load(
     preset: str | None = None,
     cuda_graphs: bool = True,
     check: bool = True,
+    prior: Prior | None = None,
 ) -> Predictor:
     """Load a model, and check that it computes here what its file says.
 
@@ -358,8 +393,13 @@ def load(
             to compare.
         check: Whether to run the probe; the environment variable ``EFFICIENTFACE_CHECK=0`` turns
             it off too.
+        prior: How often each class comes where the model is used, in the place of how often it
+            came in its training: ``"uniform"``, or a weight for each label. Rare classes are then
+            found more often, and frequent ones missed more often. None leaves it as it was trained.
 
     Raises:
+        ConfigError: The prior does not suit the labels, or the file does not say how often each
+            class came in its training.
         ProbeError: The file, or what runs it here, computes something else than it must.
         EfficientFaceError: The file is unusable or contradicts the preset, or the backend is not
             available here.
@@ -379,7 +419,8 @@ def load(
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))
     opened.open()
     try:
-        return Predictor(opened, check=check and os.environ.get(CHECK_VARIABLE) != "0")
+        check = check and os.environ.get(CHECK_VARIABLE) != "0"
+        return Predictor(opened, check=check, prior=prior)
     except BaseException:
         opened.close()
         raise

@@ -38,6 +38,11 @@ class ModelSpec:
             (whole image), ``box`` (a detector's box), ``aligned`` (warped by landmarks).
         name: Data set and network, for people to read.
         preliminary: True for weights that are meant to be replaced by better ones.
+        class_frequencies: Share of each class in the training set, in the order of the labels;
+            None where the file does not say.
+        sure_above: Probability above which a label is sure, 0 to 1; 1 where none ever is, None
+            where the file does not say.
+        sure_precision: How many of the sure labels are to be right, 0 to 1; None as before.
         schema: Version of this form; a file with another one is refused.
     """
 
@@ -51,6 +56,9 @@ class ModelSpec:
     face_crop: str = "as-is"
     name: str = ""
     preliminary: bool = False
+    class_frequencies: tuple[float, ...] | None = None
+    sure_above: float | None = None
+    sure_precision: float | None = None
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -77,6 +85,13 @@ class ModelSpec:
         self._check_normalisation()
         if not isinstance(self.name, str) or not isinstance(self.preliminary, bool):
             raise _bad("name/preliminary", "a text and a boolean", (self.name, self.preliminary))
+        self._check_class_frequencies()
+        for field in ("sure_above", "sure_precision"):
+            value = getattr(self, field)
+            if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+                raise _bad(field, "a number from 0 to 1", value)
+        if (self.sure_above is None) != (self.sure_precision is None):
+            raise _bad("sure_above/sure_precision", "both or none", (self.sure_above,))
 
     def _check_labels(self) -> None:
         labels = self.labels
@@ -94,6 +109,14 @@ class ModelSpec:
                 raise _bad(field, "three finite numbers", values)
         if min(self.std) <= 0:
             raise _bad("std", "three positive numbers", self.std)
+
+    def _check_class_frequencies(self) -> None:
+        shares = self.class_frequencies
+        if shares is None:
+            return
+        numbers = isinstance(shares, tuple) and all(_is_finite(x) for x in shares)
+        if not numbers or len(shares) != self.num_classes or not _are_shares(shares):
+            raise _bad("class_frequencies", "a positive share for each label, one in sum", shares)
 
     @property
     def num_classes(self) -> int:
@@ -117,8 +140,13 @@ class ModelSpec:
             raise ConfigError("--input-size", error.expected, error.found, fix) from None
 
     def to_json(self) -> str:
-        """The spec as one line of JSON, keys sorted, floats exact."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """The spec as one line of JSON, keys sorted, floats exact.
+
+        What is None is left out, so that older releases read it too.
+        """
+        fields = dataclasses.asdict(self)
+        known = {key: value for key, value in fields.items() if value is not None}
+        return json.dumps(known, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, source: object = "model spec") -> ModelSpec:
@@ -147,8 +175,8 @@ class ModelSpec:
             raise bad("keys of a ModelSpec", "unknown key " + ", ".join(unknown))
         if missing := sorted(required - set(fields)):
             raise bad("all keys of a ModelSpec", "no " + ", ".join(missing))
-        for key in ("labels", "mean", "std"):
-            if isinstance(fields[key], list):
+        for key in ("labels", "mean", "std", "class_frequencies"):
+            if isinstance(fields.get(key), list):
                 fields[key] = tuple(fields[key])
         try:
             return cls(**fields)
@@ -168,6 +196,10 @@ def _bad(field: str, expected: str, found: object, fix: str = _REMAKE) -> SpecEr
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return SpecError(f"ModelSpec.{field}", expected, shown, fix)
+
+
+def _are_shares(values: tuple[float, ...]) -> bool:
+    return min(values) > 0 and abs(sum(values) - 1) < 1e-3
 
 
 def _is_int(value: object) -> bool:

@@ -177,9 +177,19 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def model_files(once: Callable[..., Path], request: pytest.FixtureRequest) -> dict[str, Path]:
+def model_spec() -> ModelSpec:
+    """The spec of ``model_files``, with everything in it that a training writes."""
+    shares = (0.25, 0.3, 0.15, 0.12, 0.1, 0.05, 0.03)
+    spec = preset("rafdb").replace(input_size=64, name="test", class_frequencies=shares)
+    return spec.replace(sure_above=0.8, sure_precision=0.9)
+
+
+@pytest.fixture(scope="session")
+def model_files(
+    once: Callable[..., Path], request: pytest.FixtureRequest, model_spec: ModelSpec
+) -> dict[str, Path]:
     """One network as every file of ours: backend's name to path."""
-    spec = preset("rafdb").replace(input_size=64, name="test")
+    spec = model_spec
     names = {"torch": "model.safetensors", "onnx": "model.onnx", "onnx-float": "float.onnx"}
 
     def fill(folder: Path) -> None:

@@ -163,7 +163,7 @@ LAYERS = (  # of the runtime, from the ground
     ("spec", "command", "launch"),
     ("files",),
     ("artifact",),
-    ("vision", "probe", "backends"),
+    ("vision", "probe", "prior", "backends"),
     ("predictor",),
     ("cli",),
 )

@@ -149,6 +149,16 @@ def label_distributions(samples: Sequence[Sample], classes: int) -> npt.NDArray[
     return rows
 
 
+def class_frequencies(samples: Sequence[Sample], classes: int) -> tuple[float, ...] | None:
+    """The share of each of C classes among the labels of a training set.
+
+    Returns:
+        C positive numbers, one in sum; None where a class has no image.
+    """
+    counts = np.bincount([sample.label for sample in samples], minlength=classes)
+    return tuple((counts / counts.sum()).tolist()) if counts.all() else None
+
+
 def iterate_batches(
     samples: Sequence[Sample], spec: ModelSpec, batch_size: int
 ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:

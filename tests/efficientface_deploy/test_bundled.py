@@ -34,6 +34,9 @@ def test_spec(bundled):
     assert (bundled.spec.architecture, bundled.spec.colour) == ("efficientface", "grey")
     assert (bundled.spec.mean, bundled.spec.std) == (preset.mean, preset.std)
     assert bundled.spec.face_crop == preset.face_crop
+    frequencies = dict(zip(preset.labels, bundled.spec.class_frequencies, strict=True))
+    assert frequencies["Neutral"] > 0.3 and 0 < frequencies["Contempt"] < 0.01
+    assert (bundled.spec.sure_above, bundled.spec.sure_precision) == (0.84, 0.95)
 
 
 def test_weights_and_onnx_are_the_same_network(bundled, photo):

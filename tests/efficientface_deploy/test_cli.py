@@ -73,9 +73,56 @@ def test_row_has_the_predictors_answer(face, capsys):
     with load() as predictor:
         prediction = predictor(face)
     (line,) = lines_of(capsys)
+    assert not prediction.unsure
     first = [prediction.label, f"{prediction.confidence:.2f}"]
     assert line.split()[:2] == first
     assert line.split()[-2:] == ["0,0,104,104", str(face)]
+
+
+def test_unsure_labels_are_marked(face, capsys):
+    with Image.open(face) as image:
+        image.rotate(180).save(face.parent / "turned.png")
+    with load() as predictor:
+        sure, unsure = predictor.predict_batch([face, face.parent / "turned.png"])
+    assert unsure.unsure and not sure.unsure
+    assert main([str(face.parent)]) == 0
+    captured = capsys.readouterr()
+    _, *rows = captured.out.splitlines()
+    assert [row.split()[1] for row in rows] == [
+        f"{sure.confidence:.2f}",
+        f"{unsure.confidence:.2f}?",
+    ]
+    assert "?: unsure; of the others 95 % are right, on pictures like the" in captured.err
+    assert main([str(face.parent), "--json"]) == 0
+    records = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [record["faces"][0]["unsure"] for record in records] == [False, True]
+
+
+def test_prior(face, capsys):
+    assert main([str(face), "--prior", "uniform", "--json"]) == 0
+    with load(prior="uniform") as predictor:
+        prediction = predictor(face)
+    (found,) = json.loads(lines_of(capsys)[0])["faces"]
+    assert found["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-6)
+    assert found["unsure"] is None
+    weights = ",".join(f"{label}={int(label == 'Fear')}" for label in preset("ferplus").labels)
+    assert main([str(face), "--prior", weights]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split()[:2] == ["Fear", "1.00"]
+    assert "own prior" in captured.err and "unsure" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ("even", "expected uniform, or LABEL=WEIGHT for each label once, found 'even'; give"),
+        ("Fear=1", "expected a weight for each label, found none for Neutral, "),
+    ],
+)
+def test_prior_that_cannot_be(prior, said, face, capsys):
+    with pytest.raises(ConfigError, match=f"^prior: {said}"):
+        main([str(face), "--prior", prior])
+    assert capsys.readouterr().out == ""
 
 
 def test_table_is_aligned(face, capsys, halves):

@@ -71,6 +71,20 @@ def test_prediction(predictor):
         prediction.label = "dark"
 
 
+@pytest.mark.parametrize(
+    ("above", "unsure"), [(None, None), (0, False), (0.97, False), (0.99, True), (1, True)]
+)
+def test_unsure(predictor, above, unsure):
+    """Up to the threshold, and nobody knows where the file does not say."""
+    if above is not None:
+        predictor._backend.spec = SPEC.replace(sure_above=above, sure_precision=0.9)
+    prediction = predictor(flat(215))
+    assert 0.97 < prediction.confidence < 0.99
+    assert prediction.unsure is unsure
+    certain = ef.Prediction.of(np.array([0, 1], np.float32), ("a", "b"), 1.0)
+    assert certain == ef.Prediction("b", 1.0, {"a": 0.0, "b": 1.0}, unsure=True)
+
+
 def test_batch_keeps_its_order_beyond_the_largest_batch(predictor):
     values = [0, 255, 128] * 5
     predictions = predictor.predict_batch(flat(value) for value in values)
@@ -322,12 +336,14 @@ def test_fork(predictor):
 def test_pickle_loads_the_file_again(backend, model_files, again, monkeypatch):
     path = model_files[backend]
     monkeypatch.chdir(path.parent)
-    with ef.load(path.name, threads=1, preset="rafdb") as predictor:
+    prior = {label: 1 + index for index, label in enumerate(ef.PRESETS["rafdb"].labels)}
+    with ef.load(path.name, threads=1, preset="rafdb", prior=prior) as predictor:
         expected = predictor(flat(99))
         pickled = again(predictor)
     with pickled:  # the first is closed by now
         assert pickled(flat(99)) == expected
         assert (pickled.backend, pickled.spec) == (predictor.backend, predictor.spec)
+        assert repr(pickled) == repr(predictor) and ", own prior, " in repr(pickled)
         assert pickled._backend.options.threads == 1
         assert pickled._backend.options.preset == "rafdb"
         assert pickled.path.is_absolute()
@@ -362,10 +378,10 @@ def test_preset_reaches_a_published_checkpoint(make_network, tmp_path):
         assert predictor.spec.labels[:2] == ("class 0", "class 1")
 
 
-def test_preset_that_agrees_with_the_files_own_spec(backend, model_files):
+def test_preset_that_agrees_with_the_files_own_spec(backend, model_files, model_spec):
     # The labels are the same; size and normalisation stay those of the file.
     with ef.load(model_files[backend], preset="affectnet7") as predictor:
-        assert predictor.spec == ef.PRESETS["rafdb"].replace(input_size=64, name="test")
+        assert predictor.spec == model_spec
 
 
 @pytest.mark.parametrize(
@@ -418,6 +434,30 @@ def test_bundled_file_suits_the_backend(monkeypatch, requested, installed, expec
     reason = {name: None if name in installed else "missing" for name in ("onnx", "torch")}
     monkeypatch.setattr(module, "missing_reason", reason.get)
     assert module.bundled_model(requested) == expected
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ("even", "prior: expected uniform, or a weight for each label, found 'even'; "),
+        ({"Anger": 1}, "prior: expected a weight for each label, found none for Neutral, Happi"),
+    ],
+)
+def test_prior_that_cannot_be_leaves_nothing_open(backend, model_files, prior, said, monkeypatch):
+    closed = []
+    kind = type(create_backend(backend.partition("-")[0], model_files[backend], BackendOptions()))
+    close = kind._close
+    monkeypatch.setattr(kind, "_close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(EfficientFaceError, match=f"^{said}"):
+        ef.load(model_files[backend], prior=prior)
+    assert len(closed) == 1
+
+
+def test_prior_of_a_file_without_frequencies():
+    backend = Brightness(Path("folder/fake.x"), BackendOptions())
+    backend.open()
+    with pytest.raises(EfficientFaceError, match=r"of the training in fake\.x, found none; leave"):
+        ef.Predictor(backend, prior="uniform")
 
 
 def test_public_names():

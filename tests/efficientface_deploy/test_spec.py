@@ -76,6 +76,12 @@ WRONG = {
     "face_crop": ["tight", None, 0],
     "name": [None, 3, ["a"]],
     "preliminary": [0, 1, "yes", None],
+    "sure_above": [*(0.5, -0.1, 1.1, math.nan, "0.5", True, [0.5], 10**400)],
+    "sure_precision": [*(0.95, -0.1, 1.1, math.inf, "0.5", True, [0.5])],
+    "class_frequencies": [
+        *([], [1.0], [0.5, 0.5], [1 / 7] * 6, [1 / 6] * 6 + [0], [2 / 7] * 7, "1234567", 1.0),
+        *([-1.0] + [2 / 6] * 6, [math.nan] * 7, [True] + [0] * 6, [10**400] * 7, {"a": 1}),
+    ],
 }
 CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
@@ -105,6 +111,8 @@ def test_json_round_trip_is_exact(name):
     spec = PRESETS[name].replace(
         mean=(0.1, 1 / 3, 5e-324), name="Pr\u00e4z\n\u2028", preliminary=True
     )
+    shares = (1 / spec.num_classes,) * spec.num_classes
+    spec = spec.replace(class_frequencies=shares, sure_above=0.8, sure_precision=1 - 2e-16)
     text = spec.to_json()
     assert ModelSpec.from_json(text) == spec
     assert "\n" not in text and text.isascii()
@@ -116,6 +124,13 @@ def test_optional_keys_have_defaults():
     spec = ModelSpec.from_json(json.dumps({key: VALID[key] for key in required}))
     assert (spec.colour, spec.resize, spec.face_crop) == ("rgb", "bilinear", "as-is")
     assert (spec.name, spec.preliminary) == ("", False)
+
+
+def test_what_is_not_known_is_not_written():
+    """A release from before a field refuses what it does not know."""
+    unknown = dict.fromkeys(("class_frequencies", "sure_above", "sure_precision"))
+    assert not set(unknown) & set(VALID)
+    assert ModelSpec.from_json(json.dumps({**VALID, **unknown})) == PRESETS["rafdb"]
 
 
 @pytest.mark.parametrize(("key", "value"), CASES)

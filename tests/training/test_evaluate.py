@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from torchmetrics.functional import classification as tm
 
-from efficientface_deploy import PRESETS
+from efficientface_deploy import PRESETS, load
+from efficientface_deploy.artifact import SPEC_KEY, read_safetensors_metadata
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import ArtifactError, CheckpointError, ConfigError, DatasetError
 from efficientface_deploy.models import LabelDistributionGenerator, load_checkpoint, save_checkpoint
 from efficientface_deploy.vision.preprocess import normalise, to_model_input
 from efficientface_deploy.workbench import evaluation
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
-from efficientface_deploy.workbench.metrics import expected_calibration_error
+from efficientface_deploy.workbench.evaluation import labels_of
+from efficientface_deploy.workbench.metrics import confusion_matrix, expected_calibration_error
 from training import evaluate
-from training.evaluate import as_markdown, score
+from training.evaluate import as_markdown, score, score_sureness
 from training.trainer.loader import hold_out
 
 CLASSES = 7
@@ -161,6 +163,97 @@ def test_temperature_that_was_left_out_is_tried(
         assert found != figures["expected_calibration_error"]
 
 
+# ---- Another prior, and what is written into a checkpoint ---------------------------------------
+
+
+def weights_of(path: Path) -> bytes:
+    """All of a safetensors file behind its header."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_prior_scores_the_same_probabilities_anew(
+    student_file, face_set, tmp_path, capsys, probabilities
+):
+    spec, frequencies = read_dataset(face_set).spec, np.array([1, 1, 1, 2, 2, 2, 3]) / 12
+    weights = tmp_path / "student.safetensors"
+    given = spec.replace(input_size=64, class_frequencies=tuple(frequencies))
+    save_checkpoint(weights, load_checkpoint(student_file)[0], given)
+    figures = evaluate_json(weights, face_set, tmp_path, "--prior", "uniform")
+    labels = np.array([sample.label for sample in read_dataset(face_set).split("test")])
+    expected = confusion_matrix(labels, (probabilities.numpy() / frequencies).argmax(axis=1), 7)
+    assert figures["prior"]["confusion_matrix"] == expected.tolist() != figures["confusion_matrix"]
+    assert figures == {**evaluate_json(weights, face_set, tmp_path), "prior": figures["prior"]}
+    page = capsys.readouterr().out
+    assert "| value | 95 % interval | value, uniform prior | 95 % interval |" in page
+    accuracy, adjusted = figures["accuracy"], figures["prior"]["accuracy"]
+    row = rf"\| accuracy \| {accuracy:.4f} \| .* \| {adjusted:.4f} \| .* \|\n"
+    assert re.search(row, page)
+    with load(weights, prior="uniform") as predictor:  # the same road as a user's
+        assert predictor.spec.class_frequencies == tuple(frequencies)
+        paths = [sample.path for sample in read_dataset(face_set).split("test")]
+        found = [predictor.spec.labels.index(p.label) for p in predictor.predict_batch(paths)]
+    assert confusion_matrix(labels, np.array(found), 7).tolist() == expected.tolist()
+
+
+def test_fit_changes_the_spec_alone(trained_with, face_set, tmp_path, capsys):
+    weights = trained_with(select="holdout", seed=3)
+    before, metadata = weights_of(weights), read_safetensors_metadata(weights)
+    figures = evaluate_json(weights, face_set, tmp_path, "--fit")
+    assert figures["split"] == "holdout"
+    assert f"into {weights}" in capsys.readouterr().out
+    after = read_safetensors_metadata(weights)
+    spec, own = (json.loads(data.pop(SPEC_KEY)) for data in (after, metadata))
+    assert (spec.pop("sure_above"), spec.pop("sure_precision")) == (1, 0.95)
+    assert figures["sureness"]["promised"] == 0.95  # the figures are those of the new spec
+    assert spec.pop("class_frequencies") == pytest.approx([1 / 7] * 7)
+    assert (weights_of(weights), after, spec) == (before, metadata, own)
+
+
+def test_sure_labels(tmp_path):
+    """Two of three above 0.7; of class b one that is right, of class c none at all."""
+    probabilities = np.array(
+        [[0.9, 0.1, 0], [0.8, 0.2, 0], [0.6, 0.4, 0], [0.25, 0.75, 0]], np.float32
+    )
+    samples = [Sample(tmp_path, label) for label in (0, 1, 0, 1)]
+    spec = PRESETS["rafdb"].replace(labels=("a", "b", "c"))
+    curve = score_sureness(probabilities, labels_of(samples), spec)["curve"]
+    assert set(score_sureness(probabilities, labels_of(samples), spec)) == {"curve"}
+    kept = {row["above"]: (row["labels"], row["share"], row["right"]) for row in curve}
+    assert kept[0.0] == (4, 1, 0.75) and kept[0.7] == (3, 0.75, 2 / 3)
+    assert kept[0.85] == (1, 0.25, 1) and kept[0.95] == (0, 0, None)
+    spec = spec.replace(sure_above=0.7, sure_precision=0.9)
+    figures = score_sureness(probabilities, labels_of(samples), spec)
+    found = [(r["label"], r["labels"], r["share"], r["right"]) for r in figures["classes"]]
+    assert found == [("a", 2, 2 / 3, 0.5), ("b", 1, 1, 1), ("c", 0, None, None)]
+    assert figures["all"]["right"] == 2 / 3 and figures["all"]["labels"] == 3
+    named = {**score(probabilities, samples, spec.labels), **NAMES, "sureness": figures}
+    page = as_markdown(json.loads(json.dumps(named, allow_nan=False)))
+    assert "a confidence above 0.70, of which 90 % are promised to be right:" in page
+    assert "| b | 1 | 1.0000 | 1.0000 | " in page and "| c | 0 | - | - |  |" in page
+    assert "| 0.70 | 3 | 0.7500 | 0.6667 | " in page and "| all | 3 | 0.7500 | 0.6667 |" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("student.safetensors", ["--split", "validation"], "the tenth of train, found --split v"),
+        ("student.onnx", [], r"a \.safetensors file, found student\.onnx; fit the checkpoint, and"),
+    ],
+)
+def test_fit_that_cannot_be_is_refused_before_the_work(name, options, said, tmp_path):
+    with pytest.raises(ConfigError, match=f"^--fit: expected {said}"):
+        run(tmp_path / name, tmp_path / "no data set", "--fit", *options)
+
+
+def test_fit_on_images_that_were_trained_on(trained_with, face_set):
+    weights = trained_with(select="last", seed=0)
+    before = weights.read_bytes()
+    with pytest.raises(ConfigError, match="images that the model was not trained on"):
+        run(weights, face_set, "--fit")
+    assert weights.read_bytes() == before
+
+
 def test_other_labels_are_refused(face_set, make_network, tmp_path):
     labels = read_dataset(face_set).labels
     spec = read_dataset(face_set).spec.replace(input_size=64, labels=labels[::-1])
@@ -223,7 +316,7 @@ def test_out_holds_page_and_plots(student_file, face_set, tmp_path, capsys):
     page = (out / "evaluation.md").read_text()
     low, high = figures["accuracy_interval"]
     assert f"| accuracy | {figures['accuracy']:.4f} | {low:.4f} to {high:.4f} |" in page
-    assert page.count("\n| ") == 2 + 4 + 7  # heads, figures, classes
+    assert page.count("\n| ") == 3 + 4 + 7 + 10  # heads, figures, classes, the curve
     assert "(confusion.png)" in page and "(reliability.png)" in page
     assert f"wrote evaluation.json, evaluation.md and two plots to {out}" in capsys.readouterr().out
     assert sum(figures["reliability"]["count"]) == 28

@@ -15,10 +15,12 @@ from torch import nn
 from efficientface_deploy.errors import CheckpointError, ConfigError
 from efficientface_deploy.files import atomic_path, write_text
 from efficientface_deploy.models import save_checkpoint
+from efficientface_deploy.workbench.dataset import class_frequencies
 from efficientface_deploy.workbench.environment import made_by
 from efficientface_deploy.workbench.workspace import make_and_lock
 from training.trainer.config import CONFIG, Job, TrainerState
 from training.trainer.distributed import Distributed
+from training.trainer.sureness import PRECISION
 
 
 @contextlib.contextmanager
@@ -108,9 +110,26 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def save_result(job: Job, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the network with its spec and how it was made."""
-    save_checkpoint(job.result, model, job.spec, json.dumps(record, default=str))
+def save_result(
+    job: Job,
+    model: nn.Module,
+    record: dict[str, Any],
+    sure_above: float | None = None,
+) -> None:
+    """Write the network with how it was made and its spec, the class frequencies in it.
+
+    Args:
+        job: The run.
+        model: The network.
+        record: How it was made.
+        sure_above: From :func:`fit_threshold`, where it is known.
+    """
+    shares = class_frequencies(job.dataset.split("train"), job.spec.num_classes)
+    precision = None if sure_above is None else PRECISION
+    spec = job.spec.replace(
+        class_frequencies=shares, sure_above=sure_above, sure_precision=precision
+    )
+    save_checkpoint(job.result, model, spec, json.dumps(record, default=str))
 
 
 def provenance(job: Job, state: TrainerState) -> dict[str, Any]:

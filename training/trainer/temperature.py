@@ -18,6 +18,7 @@ from efficientface_deploy.workbench.metrics import IndexArray, expected_calibrat
 from training.trainer.checkpointing import save_result
 from training.trainer.config import Job
 from training.trainer.inference import infer_with
+from training.trainer.sureness import fit_threshold
 
 LOWEST, HIGHEST = 0.05, 20.0
 
@@ -73,7 +74,9 @@ def fold_temperature(model: nn.Module, temperature: float) -> None:
 
 
 def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> None:
-    """Fit the saved network's temperature on the images that chose it, and write it down.
+    """Fit the saved network's temperature and the threshold of its sure labels.
+
+    Both on the images that chose its epoch.
 
     A student's logits are divided by it, in the weights that are saved. A teacher's are not: the
     published recipe takes its distributions at temperature 1.
@@ -107,7 +110,8 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
         "ece_after": after,
         "folded": folded,
     }
-    save_result(job, model, record)
+    sure_above = fit_threshold(softmax(logits / (temperature if folded else 1)), labels)
+    save_result(job, model, record, sure_above)
     print(
         f"calibration error on {job.recipe.select}: {before:.4f}, {after:.4f} at temperature "
         f"{temperature:.3f}, which is {'now in' if folded else 'left out of'} the weights"

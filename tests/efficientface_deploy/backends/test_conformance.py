@@ -39,7 +39,9 @@ from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
 from efficientface_export.verification.parity import THRESHOLDS
 from tests.engines import write_engine
 
-SPEC = PRESETS["rafdb"].replace(input_size=64)
+FREQUENCIES = (0.25, 0.3, 0.15, 0.12, 0.1, 0.05, 0.03)  # of model_files
+SPEC = PRESETS["rafdb"].replace(input_size=64, class_frequencies=FREQUENCIES)
+SPEC = SPEC.replace(sure_above=0.8, sure_precision=0.9)
 SAME = 1e-4  # of a probability, between two runs of one backend in FP32
 PROFILE = 16  # largest batch of the engines: smaller than the largest here
 
@@ -322,6 +324,39 @@ def test_spec_provenance_and_names(subject, predictor):
         f"Predictor('{predictor.path.name}', backend='{predictor.backend}', test, 7 classes, 64x64)"
     )
     assert repr(predictor) == expected
+
+
+def test_labels_are_unsure_up_to_the_threshold(subject, predictor, images, answers):
+    expected = answers.max(axis=1) <= SPEC.sure_above
+    clear = np.abs(answers.max(axis=1) - SPEC.sure_above) > subject.same
+    assert 0.1 < expected.mean() < 0.9
+    found = [prediction.unsure for prediction in predictor.predict_batch(images)]
+    np.testing.assert_array_equal(np.array(found)[clear], expected[clear])
+    with subject.load(prior="uniform") as other:  # for which the threshold was not found
+        assert {prediction.unsure for prediction in other.predict_batch(images[:9])} == {None}
+
+
+def test_prior(subject, predictor, images, answers):
+    """Twice as much weight is twice the odds; that of the training changes nothing."""
+    own, fear = np.array(FREQUENCIES), np.array([1, 1, 1, 1, 2, 1, 1])
+    for prior, wanted in (
+        ("uniform", np.ones(7)),
+        (dict(zip(SPEC.labels, 2 * own, strict=True)), own),
+        (
+            dict(zip(SPEC.labels, own * fear, strict=True)),
+            own * fear,
+        ),
+    ):
+        weights = wanted / own
+        expected = answers * weights / (answers * weights).sum(axis=1, keepdims=True)
+        with subject.load(prior=prior) as other:
+            logits, probabilities = other.infer(images)
+            prediction = other(images[0])
+        np.testing.assert_allclose(probabilities, expected, rtol=0, atol=10 * subject.same)
+        np.testing.assert_array_equal(logits.argmax(axis=1), probabilities.argmax(axis=1))
+        assert prediction.confidence == pytest.approx(expected[0].max(), abs=10 * subject.same)
+        assert prediction.label == SPEC.labels[int(probabilities[0].argmax())]
+    assert (answers.argmax(axis=1) != (answers / own).argmax(axis=1)).any()
 
 
 def test_eight_threads_answer_as_one(subject, predictor, images, answers):

@@ -16,6 +16,7 @@ from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     MANIFEST,
     Sample,
+    class_frequencies,
     image_list_hash,
     iterate_batches,
     label_distributions,
@@ -388,6 +389,12 @@ def test_bad_description(root, content):
 
 
 # ---- distributions, hash, batches
+
+
+def test_class_frequencies_are_shares_of_labels():
+    samples = [Sample(Path("x"), label, votes=(9, 0, 1)) for label in (0, 2, 2, 1, 2)]
+    assert class_frequencies(samples, 3) == (0.2, 0.2, 0.6)
+    assert class_frequencies(samples, 4) is None
 
 
 def test_label_distributions():

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from efficientface_deploy.artifact import PROVENANCE_KEY, read_safetensors_metadata
-from efficientface_deploy.models import EfficientFace, LabelDistributionGenerator
+from efficientface_deploy.models import (
+    EfficientFace,
+    LabelDistributionGenerator,
+    load_checkpoint,
+)
 from efficientface_deploy.models.checkpoint import read_weights
+from efficientface_deploy.vision.preprocess import normalise, to_model_input
 from training.trainer import temperature
+from training.trainer.loader import hold_out
 from training.trainer.temperature import (
     HIGHEST,
     LOWEST,
@@ -108,9 +114,31 @@ def test_temperature_ends_up_in_the_weights_of_a_student(make_job, fit):
     record = provenance(job.result)["calibration"]
     assert record["folded"] and record["images"] == 7 and record["temperature"] != 1
     assert record["ece_after"] < record["ece_before"]
+    spec = load_checkpoint(job.result)[1]
+    assert spec.class_frequencies == pytest.approx([1 / 7] * 7)
+    assert (spec.sure_above, spec.sure_precision) == (1, 0.95)  # seven images show nothing
     for name in ("fc.weight", "fc.bias"):
         torch.testing.assert_close(after.pop(name) * record["temperature"], plain.pop(name))
     assert_same_bits(after, plain)
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_threshold_is_that_of_the_saved_networks_confidences(kind, make_job, fit, monkeypatch):
+    job = dataclasses.replace(make_job(epochs=1, learning_rate=0.1), kind=kind)
+    seen = []
+    monkeypatch.setattr(
+        temperature, "fit_threshold", lambda p, labels: seen.append((p, labels)) or 0.75
+    )
+    fit(job)
+    model, spec = load_checkpoint(job.result)
+    assert spec.sure_above == 0.75
+    ((probabilities, labels),) = seen
+    samples = hold_out(job.dataset.split("train"), job.config.seed)[1]
+    images = np.stack([to_model_input(sample.path, spec) for sample in samples])
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(normalise(images, spec))).softmax(dim=1).numpy()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-4)
+    assert labels.tolist() == [sample.label for sample in samples]
 
 
 def test_teacher_keeps_temperature_one(make_job, fit):
