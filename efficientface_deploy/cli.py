@@ -13,9 +13,10 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -31,6 +32,7 @@ from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.preprocess import STANDARD_INPUT, find_images, load_image
 from efficientface_deploy.vision.video import (
     VIDEO_SUFFIXES,
+    Video,
     is_stream,
     open_video,
     without_password,
@@ -166,6 +168,7 @@ class Labeller:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # its usual end
             policy = "newest" if video.live else "every"
             results = self.predictor.predict_stream(video, detector=self.detector, policy=policy)
+            stack.enter_context(_drop_outs_told(shown, video))
             try:
                 for result in stack.enter_context(contextlib.closing(results)):
                     count += 1
@@ -182,6 +185,19 @@ class Labeller:
                 raise ImageError(shown, "at least one frame", "none", "check the camera")
         if failure:
             raise failure
+
+
+@contextlib.contextmanager
+def _drop_outs_told(name: str, video: Video) -> Iterator[None]:
+    """Print each drop-out of a stream as it comes, and their count in the end."""
+    log, told = logging.getLogger(Video.__module__), logging.StreamHandler()
+    log.addHandler(told)
+    try:
+        yield
+    finally:
+        log.removeHandler(told)
+        if video.dropouts:
+            print(f"{name}: drop-outs: {video.dropouts}", file=sys.stderr)
 
 
 def _not_checked(predictor: Predictor) -> str:

@@ -169,8 +169,8 @@ class Video:
 
     def _read_stream(self) -> Iterator[VideoFrame]:
         """Frames over all drop-outs, until the end, or until nothing has come for too long."""
-        clock, last, wait = _LiveClock(), -math.inf, _FIRST_WAIT
-        seen = time.monotonic()  # when a frame last came
+        clock, last, name = _LiveClock(), -math.inf, self._source.name
+        seen, waits = time.monotonic(), _growing_waits()  # seen: when a frame last came
         while True:
             came, damaged = False, self.damaged
             try:
@@ -179,7 +179,9 @@ class Video:
                     moment = clock.time_of(frame.seconds) if self.live else frame.seconds
                     if moment <= last and not self.live:
                         continue  # of a recording that was connected again, what was given
-                    last, came, wait = moment, True, _FIRST_WAIT
+                    if not came and self.dropouts:
+                        _log.warning("%s: back after %.1f s", name, time.monotonic() - seen)
+                    last, came = moment, True
                     yield VideoFrame(frame.image, moment)
                     seen = time.monotonic()
                 if self._opened.is_at_its_end():
@@ -190,23 +192,41 @@ class Video:
             self._opened.close()
             if came:
                 self.dropouts += 1
-                _log.warning("%s: drop-out %d: %s", self._source.name, self.dropouts, reason)
-            clock.restart()
-            connected = False
-            while not connected:
-                if (quiet := time.monotonic() - seen) >= self._reconnect:
-                    expected, found = "a stream that goes on", f"none for {quiet:.1f} s: {reason}"
-                    raise ImageError(self._source.name, expected, found, self._source.fix)
-                if self._closing.wait(wait):
-                    return
-                wait = min(2 * wait, _LONGEST_WAIT)
-                try:
-                    self._opened = _Opened(self._source, self._timeout)
-                    connected = True
-                except ImageError as error:
-                    reason = error.found
+                _log.warning("%s: drop-out %d, %s", name, self.dropouts, reason)
+                clock.restart()
+                waits = _growing_waits()
+            if not self._connect_again(waits, seen, reason):
+                return
             if not self.live:
                 self._opened.seek(last)
+
+    def _connect_again(self, waits: Iterator[float], seen: float, reason: str) -> bool:
+        """Open the source anew, at growing intervals; False when it is closed meanwhile.
+
+        Raises:
+            ImageError: It has given nothing for too long since ``seen``, by ``time.monotonic``.
+        """
+        while True:
+            left = seen + self._reconnect - time.monotonic()
+            if left <= 0:
+                quiet = f"none for {time.monotonic() - seen:.1f} s: {reason}"
+                expected, fix = "a stream that goes on", self._source.fix
+                raise ImageError(self._source.name, expected, quiet, fix)
+            if self._closing.wait(min(next(waits), left)):
+                return False
+            try:
+                self._opened = _Opened(self._source, self._timeout)
+            except ImageError as error:
+                reason = error.found
+            else:
+                return True
+
+
+def _growing_waits() -> Iterator[float]:
+    wait = _FIRST_WAIT
+    while True:
+        yield wait
+        wait = min(2 * wait, _LONGEST_WAIT)
 
 
 class _LiveClock:
@@ -256,6 +276,7 @@ class _Opened:
         self._source = source
         self._timeout = timeout
         expected = "a video that FFmpeg can read"
+        self._began = time.monotonic()  # to open it, or to read
         try:
             options = dict(source.options)
             self._container = self._av.open(
@@ -272,6 +293,7 @@ class _Opened:
         self._converter = self._av.video.reformatter.VideoReformatter()
         self._start = (self._container.start_time or 0) / 1e6
         self.rate = _number(self._stream.average_rate) or _DEFAULT_RATE
+        self._last = -1 / self.rate  # the last frame's time
         self.count: int = self._stream.frames
         self.reached = 0.0
         self.damaged = 0
@@ -287,24 +309,21 @@ class _Opened:
         Raises:
             ImageError: It cannot be read any further, without ``go_on``.
         """
-        previous = -1 / self.rate
         failures = 0
         while failures < _MAX_FAILURES:
+            self._began = time.monotonic()
             try:
                 for packet in self._container.demux():
                     failures = 0
                     self._note_progress(packet)
-                    for frame in self._decode(packet):
-                        moment = self._moment(frame)
-                        previous = previous + 1 / self.rate if moment is None else moment
-                        yield VideoFrame(self._picture(frame), previous)
+                    yield from self._decode(packet)
+                    self._began = time.monotonic()
                 return
             except self._av.FFmpegError as error:
                 if not go_on:
-                    source = self._source
-                    raise ImageError(
-                        source.name, "more frames", self._words(error), source.fix
-                    ) from None
+                    yield from self._decode(None)  # what waits for frames that follow it
+                    name, fix = self._source.name, self._source.fix
+                    raise ImageError(name, "more frames", self._words(error), fix) from None
                 self.damaged += failures == 0
                 failures += 1
 
@@ -349,21 +368,24 @@ class _Opened:
             end = (moment + (packet.duration or 0)) * _number(packet.time_base)
             self.reached = max(self.reached, end - self._start)
 
-    def _decode(self, packet: Any) -> list[Any]:
-        if packet.stream.index != self._stream.index:
-            return []
+    def _decode(self, packet: Any | None) -> Iterator[VideoFrame]:
+        """The frames that a packet completes, or, without one, those that are not complete."""
+        if packet is not None and packet.stream.index != self._stream.index:
+            return
         frames: list[Any] = []
-        sound = not packet.is_corrupt
+        sound = packet is None or not packet.is_corrupt
         try:
-            frames = packet.decode()
+            frames = self._stream.codec_context.decode(packet)
         except self._av.FFmpegError:
             sound = False
         self.damaged += not (sound and not any(frame.is_corrupt for frame in frames))
-        return frames
-
-    def _moment(self, frame: Any) -> float | None:
-        moment = frame.dts if frame.pts is None else frame.pts
-        return None if moment is None else moment * _number(frame.time_base) - self._start
+        for frame in frames:
+            moment = frame.dts if frame.pts is None else frame.pts
+            if moment is None:
+                self._last += 1 / self.rate
+            else:
+                self._last = moment * _number(self._stream.time_base) - self._start
+            yield VideoFrame(self._picture(frame), self._last)
 
     def _picture(self, frame: Any) -> UInt8Array:
         """A frame as it is to be seen: upright, and with square pixels."""
@@ -372,7 +394,9 @@ class _Opened:
         return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
 
     def _words(self, error: Exception) -> str:
-        if isinstance(error, self._av.error.ExitError):
+        # Some demuxers take a read that was ended by the time-out for a damaged one.
+        late = time.monotonic() - self._began >= self._timeout
+        if late or isinstance(error, self._av.error.ExitError):
             return f"no answer for {self._timeout:g} s"
         return words_of(getattr(error, "strerror", None) or error)
 

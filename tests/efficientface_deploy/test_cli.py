@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -273,6 +274,7 @@ class Camera:
 
     rate = 25.0
     live = True
+    dropouts = 0
 
     def __init__(self, frames: list[np.ndarray], interrupted: bool) -> None:
         self.frames = frames
@@ -320,6 +322,31 @@ def test_camera_that_gives_nothing(camera, capsys):
     camera(0, False)
     assert main(["camera"]) == 2
     assert "at least one frame" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_drop_outs_are_told_and_counted(camera, capsys):
+    plugged, _ = camera(3, False)
+
+    def frames():
+        yield plugged.frames[0]
+        plugged.dropouts = 2
+        logging.getLogger("efficientface_deploy.vision.video").warning("camera: drop-out 2")
+        yield plugged.frames[0]
+
+    plugged.__class__ = type("Dropping", (Camera,), {"__iter__": lambda self: frames()})
+    assert main(["camera", "--json"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["camera: drop-out 2", "camera: drop-outs: 2"]
+
+
+def test_address_is_a_stream_and_its_password_stays_ours(camera, capsys, tmp_path):
+    _, asked = camera(1, False)
+    address = "rtsp://me:secret@host:554/live"
+    assert main([address, "--json", "--draw", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert asked == [address] and "secret" not in captured.out + captured.err
+    assert json.loads(captured.out)["image"] == "rtsp://me:***@host:554/live"
+    assert [path.name for path in tmp_path.iterdir()] == ["live.mp4"]
 
 
 @pytest.mark.parametrize("name", ["camera.jpg", "cameras", "./camera", "./camera:x"])

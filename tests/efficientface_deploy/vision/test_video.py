@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import http.server
 import importlib
 import itertools
 import math
+import os
 import re
+import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -391,3 +397,238 @@ def test_windows_has_no_numbers(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(ImageError, match=r"camera 0: .*video=Integrated Camera"):
         open_video(0)
+
+
+# ---- streams
+
+
+class Server:
+    """Serves one file over HTTP, as a misbehaving server may.
+
+    Attributes:
+        cuts: Bytes after which each answer breaks off, one after the other; then none does.
+        down: Whether it answers with 503.
+        address: Of the file.
+    """
+
+    def __init__(self, content: bytes, live: bool) -> None:
+        self.content = content
+        self.cuts: list[int] = []
+        self.down = self.silent = False
+        self.asked = 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0" if live else "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.answer(self, live)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.server.server_port}/clip"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler, live: bool) -> None:
+        self.asked += 1
+        if self.down:
+            request.send_error(503)
+            return
+        begin = 0
+        if not live and (wanted := request.headers.get("Range", "")):
+            begin = int(wanted.removeprefix("bytes=").split("-")[0])
+            request.send_response(206)
+            size = len(self.content)
+            request.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
+        else:
+            request.send_response(200)
+        if not live:
+            request.send_header("Content-Length", str(len(self.content) - begin))
+            request.send_header("Accept-Ranges", "bytes")
+        request.send_header("Connection", "close")
+        request.end_headers()
+        end = self.cuts.pop(0) if self.cuts else len(self.content)
+        with contextlib.suppress(ConnectionError):
+            request.wfile.write(self.content[begin:end])
+            request.wfile.flush()
+            if self.silent:
+                time.sleep(3)
+        request.close_connection = True
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers = []
+
+    def start(content: bytes, live: bool = False) -> Server:
+        servers.append(Server(content, live))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(video_module, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(video_module, "_LONGEST_WAIT", 0.1)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_http(long_clip, serve, tmp_path, suffix):
+    server = serve(remux(long_clip, tmp_path / f"a{suffix}").read_bytes())
+    with open_video(server.address) as video:
+        times = [frame.seconds for frame in video.timed()]
+        assert video.dropouts == 0
+    assert times == pytest.approx(np.arange(40) / 10)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_recording_goes_on_where_the_connection_broke(long_clip, serve, tmp_path, suffix):
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    server = serve(remux(long_clip, tmp_path / f"a{suffix}", **options).read_bytes())
+    server.cuts = [len(server.content) // 2]
+    with open_video(server.address) as video:
+        assert not video.live
+        frames = list(video.timed())
+        assert video.dropouts >= 1
+    seconds = np.array([frame.seconds for frame in frames])
+    assert seconds[0] == 0 and seconds[-1] == pytest.approx(3.9)
+    assert np.all(np.diff(seconds) > 0) and len(seconds) >= 38  # at most the broken one is lost
+
+
+@pytest.fixture
+def camera(long_clip, serve, tmp_path) -> Server:
+    """A stream without an end, which each answer begins anew."""
+    return serve(remux(long_clip, tmp_path / "live.ts").read_bytes(), live=True)
+
+
+def test_live_stream_is_connected_again(camera, caplog):
+    with open_video(camera.address, options={"f": "mpegts"}) as video:
+        assert video.live
+        began = time.monotonic()
+        seconds = [frame.seconds for frame, _ in zip(video.timed(), range(90), strict=False)]
+        took = time.monotonic() - began
+        assert video.dropouts == 2
+    assert camera.asked == 3 and seconds[0] == 0
+    assert np.all(np.diff(seconds) >= 0)  # its own clock began anew twice
+    assert seconds[-1] < took + 3 * 4.1
+    assert [record.message.split(": ")[1].split(",")[0] for record in caplog.records] == [
+        *("drop-out 1", caplog.records[1].message.split(": ")[1]),
+        *("drop-out 2", caplog.records[3].message.split(": ")[1]),
+    ]
+    assert all("back after" in caplog.records[at].message for at in (1, 3))
+
+
+def test_stream_that_does_not_come_back(camera):
+    with open_video(camera.address, reconnect=0.3) as video:
+        frames = video.timed()
+        next(frames)
+        camera.down = True
+        with pytest.raises(ImageError, match=r"a stream that goes on, found none for 0\.[3-9] s"):
+            list(frames)
+        assert video.dropouts == 1 and camera.asked > 2
+
+
+def test_stream_that_comes_back(camera):
+    with open_video(camera.address) as video:
+        frames = video.timed()
+        first = list(itertools.islice(frames, 40))
+        camera.down = True
+        threading.Timer(0.5, setattr, (camera, "down", False)).start()
+        after = next(frames)
+    assert len(first) == 40 and video.dropouts == 1 and camera.asked > 3
+    assert after.seconds >= 0.5  # of our clock, which went on
+
+
+def test_stream_that_stands_still(camera):
+    camera.silent, camera.cuts = True, [9000]
+    with (
+        pytest.raises(ImageError, match=r"no answer for 0\.5 s"),
+        open_video(camera.address, timeout=0.5, reconnect=0) as video,
+    ):
+        list(video)
+
+
+def test_closing_ends_the_tries_to_connect(camera):
+    with open_video(camera.address, reconnect=math.inf) as video:
+        frames = video.timed()
+        next(frames)
+        camera.down = True
+        threading.Timer(0.3, video._closing.set).start()
+        assert len(list(frames)) == 39
+
+
+def test_clock_of_a_sender_that_jumps(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(video_module.time, "monotonic", lambda: now)
+    clock, ours = video_module._LiveClock(), []
+    # Its clock, and how long ours goes on after each.
+    for moment, passes in [(7.0, 1), (8.0, 1), (9e9, 1), (9e9 + 1, 1), (3.0, 1), (4.0, 0)]:
+        ours.append(clock.time_of(moment))
+        now += passes
+    assert ours == [0, 1, 2, 3, 4, 5]
+    clock.restart()
+    now += 60
+    assert [clock.time_of(0.0), clock.time_of(0.5)] == [65, 65.5]
+
+
+RTSP_SERVER = Path(__file__).resolve().parents[2] / "rtsp_server.py"
+
+
+@contextlib.contextmanager
+def rtsp_server(port: int) -> Iterator[subprocess.Popen[str]]:
+    """A real one, of GStreamer, which the system's Python can use."""
+    command = ["/usr/bin/python3", "-u", str(RTSP_SERVER), str(port)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            if process.stdout.readline() != "ready\n":
+                packages = "gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good"
+                pytest.skip(f"needs an RTSP server: apt-get install {packages}")
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs Debian's Python")
+def test_rtsp_server_that_is_killed_and_started_again(capsys):
+    pytest.importorskip("av")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"rtsp://127.0.0.1:{port}/live"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(rtsp_server(port))
+        video = stack.enter_context(open_video(address, reconnect=20))
+        assert video.live and video.rate == 15
+        frames = video.timed()
+        before = list(itertools.islice(frames, 30))
+        server.kill()
+        killed = time.monotonic()
+        time.sleep(1)
+        server = stack.enter_context(rtsp_server(port))
+        between = []  # what had been received is still given
+        while video.dropouts == 0:
+            between.append(next(frames))
+        gap = time.monotonic() - killed
+        after = [between.pop(), *itertools.islice(frames, 29)]
+        server.kill()
+        video._reconnect = 1.0
+        with pytest.raises(ImageError, match="a stream that goes on, found none for"):
+            list(frames)
+        assert (video.dropouts, video.damaged) == (2, 0)
+    seconds = np.array([frame.seconds for frame in (*before, *between, *after)])
+    steps = np.diff(seconds)
+    assert np.all(steps > 0)
+    at = len(before) + len(between) - 1
+    assert 1 < steps[at] < gap + 3
+    assert np.median(np.delete(steps, at)) == pytest.approx(1 / 15, rel=0.1)
+    assert {frame.image.shape for frame in after} == {(120, 160, 3)}
