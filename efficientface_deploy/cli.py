@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -31,7 +33,14 @@ from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
 from efficientface_deploy.vision.preprocess import load_image
-from efficientface_deploy.vision.video import VIDEO_SUFFIXES, open_video, write_video
+from efficientface_deploy.vision.video import (
+    VIDEO_SUFFIXES,
+    Video,
+    is_stream,
+    open_video,
+    without_password,
+    write_video,
+)
 
 _JPEG_QUALITY = 90
 _LONGEST_STEM = 200  # bytes; a file being written has a longer name, of 255 at most
@@ -42,8 +51,8 @@ class PredictConfig:
     """Options of ``efficientface-predict``."""
 
     images: tuple[str, ...] = option(
-        help="pictures, folders of pictures, videos, camera or camera:NUMBER (until Ctrl-C), or - "
-        "for one picture on standard input",
+        help="pictures, folders of pictures, videos, addresses of streams (rtsp://, http://, ...), "
+        "camera or camera:NUMBER (until Ctrl-C), or - for one picture on standard input",
         metavar="IMAGE",
         positional=True,
         first=True,
@@ -76,7 +85,7 @@ class Answer:
         image: The picture's or video's name as it was given.
         faces: Its faces; without a detector the whole picture is one.
         frame: Place of a frame in its video, from 0; None for a picture.
-        seconds: Time of a frame in its video.
+        seconds: Time of a frame in its video, as the container says.
         latency: Seconds from reading a frame to its labels.
     """
 
@@ -96,9 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__ or "",
         example="photo.jpg --detect centerface",
     )
-    # What OpenCV and FFmpeg cannot read is said by our own line.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     prior = None if config.prior is None else parse_prior(config.prior)
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images, VIDEO_SUFFIXES))
@@ -157,14 +163,17 @@ class Labeller:
     tell: Callable[[Answer], None]
 
     def label(self, name: str) -> None:
-        """Label a file, ``camera``, ``camera:NUMBER`` or ``-``.
+        """Label a file, an address, ``camera``, ``camera:NUMBER`` or ``-``.
 
         Raises:
-            ImageError: It cannot be read.
+            ImageError: It cannot be read, or not to its end.
         """
         camera = camera_number(name)
-        if camera is not None or Path(name).suffix.lower() in VIDEO_SUFFIXES:
+        if camera is not None:
             self._label_frames(name, camera)
+            return
+        if is_stream(name) or Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            self._label_frames(name, name)
             return
         image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
         faces = self.predictor.predict_faces(image, self.detector)
@@ -172,25 +181,46 @@ class Labeller:
             self.gallery.add_picture(name, _annotated(image, faces))
         self.tell(Answer(name, faces))
 
-    def _label_frames(self, name: str, camera: int | None) -> None:
-        policy = "every" if camera is None else "newest"
+    def _label_frames(self, name: str, source: str | int) -> None:
+        shown, failure, count = without_password(name), None, 0
         with contextlib.ExitStack() as stack:
-            video = stack.enter_context(open_video(name if camera is None else camera))
+            video = stack.enter_context(open_video(source))
             if self.gallery:
-                draw = stack.enter_context(self.gallery.add_video(name, video.rate))
-            if camera is not None:
-                stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # a camera's usual end
+                draw = stack.enter_context(self.gallery.add_video(shown, video.rate))
+            if video.live:
+                stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # its usual end
+            policy = "newest" if video.live else "every"
             results = self.predictor.predict_stream(video, detector=self.detector, policy=policy)
-            start = None
-            for result in stack.enter_context(contextlib.closing(results)):
-                start = result.time if start is None else start
-                seconds = result.index / video.rate if camera is None else result.time - start
-                if self.gallery:
-                    draw(_annotated(result.image, result.faces))
-                self.tell(Answer(name, result.faces, result.index, seconds, result.latency))
-            if start is None:
-                fix = "copy the video again, or convert it to MP4 (H.264)"
-                raise ImageError(name, "at least one frame", "none that OpenCV can decode", fix)
+            stack.enter_context(_drop_outs_told(shown, video))
+            try:
+                for result in stack.enter_context(contextlib.closing(results)):
+                    count += 1
+                    if self.gallery:
+                        draw(_annotated(result.image, result.faces), result.seconds)
+                    self.tell(
+                        Answer(shown, result.faces, result.index, result.seconds, result.latency)
+                    )
+            except ImageError as error:
+                if not count:
+                    raise
+                failure = error  # said when the copy of what could be read is whole
+            if not count:
+                raise ImageError(shown, "at least one frame", "none", "check the camera")
+        if failure:
+            raise failure
+
+
+@contextlib.contextmanager
+def _drop_outs_told(name: str, video: Video) -> Iterator[None]:
+    """Print each drop-out of a stream as it comes, and their count in the end."""
+    log, told = logging.getLogger(Video.__module__), logging.StreamHandler()
+    log.addHandler(told)
+    try:
+        yield
+    finally:
+        log.removeHandler(told)
+        if video.dropouts:
+            print(f"{name}: drop-outs: {video.dropouts}", file=sys.stderr)
 
 
 def _not_checked(predictor: Predictor) -> str:
@@ -326,13 +356,13 @@ class Gallery:
 
     def add_video(
         self, name: str, rate: float
-    ) -> contextlib.AbstractContextManager[Callable[[Image.Image], None]]:
-        """Begin a copy as MPEG-4 under the video's name; see :func:`write_video`."""
+    ) -> contextlib.AbstractContextManager[Callable[[Image.Image, float], None]]:
+        """Begin a copy as MP4 under the video's name; see :func:`write_video`."""
         return write_video(self._free(name, ".mp4"), rate)
 
     def _free(self, name: str, suffix: str) -> Path:
         """A path that is not taken: two folders may hold pictures of one name."""
-        stem = "stdin" if name == STANDARD_INPUT else Path(name).stem.replace(":", "-")
+        stem = "stdin" if name == STANDARD_INPUT else re.sub(r'[:?*"<>|&=]', "-", Path(name).stem)
         stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
         path, number = self._folder / f"{stem}{suffix}", 1
         while path.exists():

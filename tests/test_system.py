@@ -367,7 +367,7 @@ print("done")
 
 def test_videos_and_detectors_in_a_folder_of_any_bytes(odd: Path) -> None:
     """OpenCV 5.0 ends the process by a segmentation fault when a name is no UTF-8."""
-    pytest.importorskip("cv2")
+    pytest.importorskip("av")
     shutil.copy(BUNDLED_ONNX, odd / "model.onnx")
     done = run("-c", VIDEO, odd, PYTHONIOENCODING="ascii:backslashreplace")
     lines = done.stdout.split()

@@ -1,12 +1,23 @@
-"""Video files and cameras, by OpenCV, which is imported only here and when it is needed."""
+"""Video files, streams and cameras, by PyAV (FFmpeg), imported only here and when it is needed.
+
+A file that does not reach its end is damaged, which is said after the frames that could be read. A
+stream that does not is connected again. Times are those of the container, not counted frames.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import math
 import os
+import re
+import stat
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +25,123 @@ import numpy as np
 from PIL import Image
 
 from efficientface_deploy.backends.base import import_package
-from efficientface_deploy.errors import BackendError, ImageError
+from efficientface_deploy.errors import ConfigError, ImageError, words_of
 from efficientface_deploy.files import atomic_path, why_not_a_file
-from efficientface_deploy.vision.preprocess import UInt8Array
+from efficientface_deploy.vision.preprocess import ImageSource, UInt8Array
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm"),
+    *(".3gp", ".flv", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv"),
+)
 
-_DEFAULT_RATE = 25.0  # frames per second, where a camera does not say
+# Demuxers that may touch a local file: not playlists, which make FFmpeg open other files.
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,nut,dv,mxf"
+_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "srt", "tcp")
+
+# Formats whose length is written in them; of the others it is a guess from the size.
+_MEASURED = ("mov", "avi", "matroska", "flv", "asf", "rtsp", "hls")
+
+_DEFAULT_RATE = 25.0  # frames per second, where a source does not say
+_SLACK = (
+    1.0  # seconds that a length may be wrong by, where it is of the whole and not of the frames
+)
+_JUMP = 10.0  # seconds by which a live stream's clock may run ahead of ours and be believed
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # seconds between two tries to connect again
+_MAX_FAILURES = 1000  # reads that fail one after the other, after which a file is given up
+
+_ENCODERS = ("libx264", "mpeg4")  # the second where FFmpeg was built without the first
+_TICK = Fraction(1, 60000)  # of written files: whole for 24, 25, 29.97, 30, 50 and 60 a second
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoFrame:
+    """A frame and its time.
+
+    Attributes:
+        image: From :func:`open_video` uint8 (H, W, 3), RGB, upright.
+        seconds: Its time from the start of its source.
+    """
+
+    image: ImageSource
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What FFmpeg is asked to open.
+
+    Attributes:
+        name: For messages.
+        address: FFmpeg's name for it.
+        format: Its demuxer; None to find out.
+        options: FFmpeg's, for demuxer and protocol.
+        drops_out: Whether it is a stream or a camera, which is connected again when it fails.
+        fix: What may help where it cannot be opened.
+    """
+
+    name: str
+    address: str
+    format: str | None
+    options: dict[str, str]
+    drops_out: bool
+    fix: str
 
 
 class Video:
-    """The frames of a video file or a camera, uint8 (H, W, 3) RGB each, made by ``open_video``.
+    """The frames of a video file, a stream or a camera, made by :func:`open_video`.
+
+    Iterating gives the images of :meth:`timed` without their times: uint8 (H, W, 3) RGB each. Both
+    give the frames that are left, none of them twice; no array is ever filled again.
 
     Attributes:
-        rate: Frames per second, as the file or the camera says; 25 where it does not.
+        rate: Frames per second on average, as the source says; 25 where it does not.
+        live: Whether it has no known end: a camera, or a stream of one.
+        dropouts: How often a stream or a camera stopped before its end.
+        damaged: At how many places something could not be read or decoded.
     """
 
-    def __init__(self, capture: Any, rate: float) -> None:
-        self.rate = rate
-        self._capture = capture
+    def __init__(self, source: _Source, timeout: float, reconnect: float) -> None:
+        self.dropouts = 0
+        self.damaged = 0
+        self._source = source
+        self._timeout = timeout
+        self._reconnect = reconnect
         self._lock = threading.Lock()  # a stream may be reading in its thread while this is closed
+        self._closing = threading.Event()
+        self._opened = _Opened(source, timeout)
+        self.rate = self._opened.rate
+        self.live = source.drops_out and self._opened.length is None
+        self._frames = self._read_stream() if source.drops_out else self._read_file()
 
     def __iter__(self) -> Iterator[UInt8Array]:
-        """The frames that are left; they end with the file, or when the camera is unplugged."""
+        """The images of :meth:`timed`."""
+        for frame in self.timed():
+            yield frame.image  # type: ignore[misc]
+
+    def timed(self) -> Iterator[VideoFrame]:
+        """The frames that are left, with their times.
+
+        The times are the container's; those of a live stream begin at 0, and a drop-out takes as
+        long as it took.
+
+        Raises:
+            ImageError: After the last frame that could be read: the file is damaged or cut off, or
+                the stream dropped out and did not come back.
+        """
         while True:
             with self._lock:
-                there, frame = self._capture.read()
-            if not there:
+                frame = None if self._closing.is_set() else next(self._frames, None)
+            if frame is None:
                 return
-            yield np.ascontiguousarray(frame[..., ::-1])  # OpenCV's order is BGR
+            yield frame
 
     def close(self) -> None:
-        """Free the file or the camera; there are no more frames then."""
+        """Free the source; there are no more frames then. It waits for a read that is under way."""
+        self._closing.set()
         with self._lock:
-            self._capture.release()
+            self._opened.close()
 
     def __enter__(self) -> Video:
         return self
@@ -55,68 +149,414 @@ class Video:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _read_file(self) -> Iterator[VideoFrame]:
+        """Every frame that can be read, then an error where others could not."""
+        opened, count = self._opened, 0
+        for frame in opened.frames(go_on=True):
+            self.damaged = opened.damaged
+            count += 1
+            yield frame
+        self.damaged = opened.damaged
+        name, fix = self._source.name, "copy or record it again"
+        faults = [f"damage at {opened.damaged} places"] if opened.damaged else []
+        if opened.is_short():
+            faults.append(f"no more after {opened.reached:.2f} of {opened.length:.2f} s")
+        if faults:
+            whole = f"all {opened.count} frames" if opened.count else "a whole video"
+            raise ImageError(name, whole, ", ".join([f"{count} that can be read", *faults]), fix)
+        if not count:
+            raise ImageError(name, "at least one frame", "none that FFmpeg can decode", fix)
 
-def open_video(source: str | Path | int) -> Video:
-    """Open a video file, or a camera by its number.
+    def _read_stream(self) -> Iterator[VideoFrame]:
+        """Frames over all drop-outs, until the end, or until nothing has come for too long."""
+        clock, last, name = _LiveClock(), -math.inf, self._source.name
+        seen, waits = time.monotonic(), _growing_waits()  # seen: when a frame last came
+        while True:
+            came, damaged = False, self.damaged
+            try:
+                for frame in self._opened.frames():
+                    self.damaged = damaged + self._opened.damaged
+                    moment = clock.time_of(frame.seconds) if self.live else frame.seconds
+                    if moment <= last and not self.live:
+                        continue  # of a recording that was connected again, what was given
+                    if not came and self.dropouts:
+                        _log.warning("%s: back after %.1f s", name, time.monotonic() - seen)
+                    last, came = moment, True
+                    yield VideoFrame(frame.image, moment)
+                    seen = time.monotonic()
+                if self._opened.is_at_its_end():
+                    return
+                reason = "it stopped before its end"
+            except ImageError as error:
+                reason = error.found
+            self._opened.close()
+            if came:
+                self.dropouts += 1
+                _log.warning("%s: drop-out %d, %s", name, self.dropouts, reason)
+                clock.restart()
+                waits = _growing_waits()
+            if not self._connect_again(waits, seen, reason):
+                return
+            if not self.live:
+                self._opened.seek(last)
+
+    def _connect_again(self, waits: Iterator[float], seen: float, reason: str) -> bool:
+        """Open the source anew, at growing intervals; False when it is closed meanwhile.
+
+        Raises:
+            ImageError: It has given nothing for too long since ``seen``, by ``time.monotonic``.
+        """
+        while True:
+            left = seen + self._reconnect - time.monotonic()
+            if left <= 0:
+                quiet = f"none for {time.monotonic() - seen:.1f} s: {reason}"
+                expected, fix = "a stream that goes on", self._source.fix
+                raise ImageError(self._source.name, expected, quiet, fix)
+            if self._closing.wait(min(next(waits), left)):
+                return False
+            try:
+                self._opened = _Opened(self._source, self._timeout)
+            except ImageError as error:
+                reason = error.found
+            else:
+                return True
+
+
+def _growing_waits() -> Iterator[float]:
+    wait = _FIRST_WAIT
+    while True:
+        yield wait
+        wait = min(2 * wait, _LONGEST_WAIT)
+
+
+class _LiveClock:
+    """Times of a live stream, from 0, over drop-outs and whatever its sender's clock does."""
+
+    def __init__(self) -> None:
+        self._first = self._seen = 0.0  # when the first and the last frame came
+        self._last = -1.0  # the last frame's time
+        self._offset: float | None = None  # from the sender's clock to ours
+
+    def restart(self) -> None:
+        """Another connection: the sender's clock may begin anew, and ours has gone on."""
+        self._offset = None
+
+    def time_of(self, moment: float) -> float:
+        """Ours for a frame that has just come, from its time by the sender's clock, seconds."""
+        now = time.monotonic()
+        if self._last < 0:
+            self._first, self._seen, self._last, self._offset = now, now, 0.0, -moment
+        believed = now - self._seen + _JUMP
+        if self._offset is None or not 0 <= moment + self._offset - self._last <= believed:
+            self._offset = max(now - self._first, self._last) - moment
+        self._seen, self._last = now, moment + self._offset
+        return self._last
+
+
+class _Opened:
+    """One container, open.
+
+    Args:
+        source: What to open.
+        timeout: Seconds that opening it, and then each read, may take.
+
+    Attributes:
+        rate: Frames per second.
+        count: Frames in all, where the container says so; else 0.
+        length: Where its frames end, seconds from its start; None where it does not say.
+        reached: How far its packets went.
+        damaged: At how many places something could not be read or decoded.
 
     Raises:
-        ImageError: It is neither, or OpenCV cannot read it.
-        BackendError: OpenCV is not installed.
+        ImageError: It cannot be opened, or holds no video.
     """
-    if not isinstance(source, (str, os.PathLike, int)):
+
+    def __init__(self, source: _Source, timeout: float) -> None:
+        self._av = import_pyav()
+        self._source = source
+        self._timeout = timeout
+        expected = "a video that FFmpeg can read"
+        self._began = time.monotonic()  # to open it, or to read
+        try:
+            options = dict(source.options)
+            self._container = self._av.open(
+                source.address, format=source.format, options=options, timeout=timeout
+            )
+        except (self._av.FFmpegError, ValueError) as error:
+            raise ImageError(source.name, expected, self._words(error), source.fix) from None
+        streams = self._container.streams.video
+        if not streams or streams[0].codec_context is None:
+            self.close()
+            found = "one of an unknown codec" if streams else "no video in it"
+            raise ImageError(source.name, expected, found, source.fix)
+        self._stream = streams[0]
+        self._converter = self._av.video.reformatter.VideoReformatter()
+        self._start = (self._container.start_time or 0) / 1e6
+        self.rate = _number(self._stream.average_rate) or _DEFAULT_RATE
+        self._last = -1 / self.rate  # the last frame's time
+        self.count: int = self._stream.frames
+        self.reached = 0.0
+        self.damaged = 0
+        self._own_length = self._stream.duration is not None and self._is_format("mov", "avi")
+        self.length = self._find_length()
+
+    def frames(self, *, go_on: bool = False) -> Iterator[VideoFrame]:
+        """The frames that are left.
+
+        Args:
+            go_on: Whether to count what cannot be read, and to go on behind it.
+
+        Raises:
+            ImageError: It cannot be read any further, without ``go_on``.
+        """
+        failures = 0
+        while failures < _MAX_FAILURES:
+            self._began = time.monotonic()
+            try:
+                for packet in self._container.demux():
+                    failures = 0
+                    self._note_progress(packet)
+                    yield from self._decode(packet)
+                    self._began = time.monotonic()
+                return
+            except self._av.FFmpegError as error:
+                if not go_on:
+                    yield from self._decode(None)  # what waits for frames that follow it
+                    name, fix = self._source.name, self._source.fix
+                    raise ImageError(name, "more frames", self._words(error), fix) from None
+                self.damaged += failures == 0
+                failures += 1
+
+    def is_short(self) -> bool:
+        """Whether there should have been more."""
+        slack = 2 / self.rate if self._own_length else _SLACK
+        return self.length is not None and self.reached < self.length - slack
+
+    def is_at_its_end(self) -> bool:
+        """Whether what ended was to end there: it has reached its length, or has a size."""
+        if self.length is None:
+            return (self._container.size or 0) > 0
+        return not self.is_short()
+
+    def seek(self, seconds: float) -> None:
+        """Go on near a time, before it where that can be; where it cannot, at the start."""
+        if seconds > 0:
+            with contextlib.suppress(self._av.FFmpegError):
+                self._container.seek(int((seconds + self._start) * 1e6))
+
+    def close(self) -> None:
+        """Free it."""
+        self._container.close()
+
+    def _is_format(self, *names: str) -> bool:
+        return not set(names).isdisjoint(self._container.format.name.split(","))
+
+    def _find_length(self) -> float | None:
+        if self._own_length:
+            stream, ticks = self._stream, self._stream.duration
+            if self._is_format("avi"):  # whose duration FFmpeg corrects to what is there
+                ticks = max(ticks, stream.frames)
+            end = ((stream.start_time or 0) + ticks) * _number(stream.time_base)
+            return float(end - self._start)
+        duration = self._container.duration
+        return duration / 1e6 if duration and self._is_format(*_MEASURED) else None
+
+    def _note_progress(self, packet: Any) -> None:
+        moment = packet.dts if packet.pts is None else packet.pts
+        of_video = packet.stream.index == self._stream.index
+        if moment is not None and (of_video or not self._own_length):
+            end = (moment + (packet.duration or 0)) * _number(packet.time_base)
+            self.reached = max(self.reached, end - self._start)
+
+    def _decode(self, packet: Any | None) -> Iterator[VideoFrame]:
+        """The frames that a packet completes, or, without one, those that are not complete."""
+        if packet is not None and packet.stream.index != self._stream.index:
+            return
+        frames: list[Any] = []
+        sound = packet is None or not packet.is_corrupt
+        try:
+            frames = self._stream.codec_context.decode(packet)
+        except self._av.FFmpegError:
+            sound = False
+        self.damaged += not (sound and not any(frame.is_corrupt for frame in frames))
+        for frame in frames:
+            moment = frame.dts if frame.pts is None else frame.pts
+            if moment is None:
+                self._last += 1 / self.rate
+            else:
+                self._last = moment * _number(self._stream.time_base) - self._start
+            yield VideoFrame(self._picture(frame), self._last)
+
+    def _picture(self, frame: Any) -> UInt8Array:
+        """A frame as it is to be seen: upright, and with square pixels."""
+        width = round(frame.width * (_number(self._stream.sample_aspect_ratio) or 1.0))
+        rgb = self._converter.reformat(frame, width=width, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+
+    def _words(self, error: Exception) -> str:
+        # Some demuxers take a read that was ended by the time-out for a damaged one.
+        late = time.monotonic() - self._began >= self._timeout
+        if late or isinstance(error, self._av.error.ExitError):
+            return f"no answer for {self._timeout:g} s"
+        return words_of(getattr(error, "strerror", None) or error)
+
+
+def open_video(
+    source: str | Path | int,
+    *,
+    timeout: float = 10.0,
+    reconnect: float = 60.0,
+    options: Mapping[str, str] | None = None,
+) -> Video:
+    """Open a video file, a stream or a camera.
+
+    Args:
+        source: A path; an address, ``rtsp://``, ``rtmp://``, ``http(s)://``, ``udp://`` or
+            ``srt://``; a camera's number, its device (``/dev/video0``) or, on Windows,
+            ``video=NAME``.
+        timeout: Seconds that opening a stream or a camera, and each read of it, may take.
+        reconnect: Seconds for which a stream or a camera that stopped before its end is connected
+            again, at growing intervals; 0 for never, ``math.inf`` for ever.
+        options: For FFmpeg, e.g. ``{"video_size": "1280x720"}`` of a camera, or
+            ``{"rtsp_transport": "udp"}``.
+
+    Raises:
+        ImageError: It is none of these, or FFmpeg cannot read it.
+        ConfigError: ``timeout`` or ``reconnect`` is no such number.
+        BackendError: PyAV is not installed.
+    """
+    for name, value, possible in (
+        ("timeout", timeout, 0 < timeout < math.inf),
+        ("reconnect", reconnect, reconnect >= 0),
+    ):
+        if not possible:
+            raise ConfigError(name, "seconds, at least 0", f"{value}", "leave it out")
+    return Video(_find_source(source, dict(options or {})), timeout, reconnect)
+
+
+def is_stream(name: str) -> bool:
+    """Whether a name is an address, or a camera's device, rather than a file."""
+    return _scheme_of(name) in _SCHEMES or _is_device(name)
+
+
+def without_password(name: str) -> str:
+    """An address as it may be shown."""
+    return re.sub(r"(?<=://)([^/@]*?):[^/]*@", r"\1:***@", name)
+
+
+def _find_source(source: str | Path | int, options: dict[str, str]) -> _Source:
+    if isinstance(source, bool) or not isinstance(source, (str, os.PathLike, int)):
         fix = "give e.g. 0, the first camera"
-        raise ImageError("video", "a path or a camera's number", repr(source)[:40], fix)
-    cv2 = import_opencv()
+        expected = "a path, an address or a camera's number"
+        raise ImageError("video", expected, repr(source)[:40], fix)
     if isinstance(source, int):
-        subject, expected = f"camera {source}", "a camera that OpenCV can open"
-        fix = "check its number, and who else uses it"
-    else:
-        subject, expected = str(source), "a video that OpenCV can read"
-        fix = "convert it to MP4 (H.264)"
-        if (reason := why_not_a_file(Path(source))) is not None:
-            raise ImageError(source, "a video file", reason, "check the path")
-    capture = cv2.VideoCapture(source if isinstance(source, int) else opencv_name(source))
-    if not capture.isOpened():
-        capture.release()
-        raise ImageError(subject, expected, "one that it cannot", fix)
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    return Video(capture, rate if math.isfinite(rate) and rate > 0 else _DEFAULT_RATE)
+        if source < 0:
+            raise ImageError("video", "a camera's number, from 0", f"{source}", "give e.g. 0")
+        return _camera(str(source), options)
+    name = os.fspath(source)
+    scheme = _scheme_of(name)
+    if scheme in _SCHEMES:
+        if scheme.startswith("rtsp"):  # packets by UDP get lost where a network is busy
+            options = {"rtsp_flags": "prefer_tcp", **options}
+        fix = "check the address, and whether the stream is on"
+        return _Source(without_password(name), name, None, options, True, fix)
+    if _is_device(name) or name.startswith("video="):
+        return _camera(name, options)
+    if (reason := why_not_a_file(Path(name))) is not None:
+        raise ImageError(name, "a video file", reason, "check the path")
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", **options}
+    return _Source(name, f"file:{name}", None, options, False, "convert it to MP4 (H.264)")
+
+
+def _camera(name: str, options: dict[str, str]) -> _Source:
+    """A camera by its number or by the system's name for it."""
+    shown, fix = f"camera {name}", "check its number, and who else uses it"
+    if sys.platform == "win32":
+        if name.isdecimal():
+            fix = "give its name as Windows has it, e.g. video=Integrated Camera"
+            raise ImageError(shown, "a camera's name on Windows", "a number", fix)
+        return _Source(shown, name, "dshow", options, True, fix)
+    if sys.platform == "darwin":
+        options = {"framerate": "30", **options}  # its own default is one that no camera has
+        return _Source(shown, name, "avfoundation", options, True, fix)
+    address = f"/dev/video{name}" if name.isdecimal() else name
+    return _Source(shown, address, "v4l2", options, True, fix)
+
+
+def _scheme_of(name: str) -> str:
+    scheme, mark, _ = name.partition("://")
+    return scheme.lower() if mark else ""
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return stat.S_ISCHR(os.stat(name).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _number(fraction: Any) -> float:
+    """A fraction of PyAV's as a number; 0 where it is unknown."""
+    return float(fraction.numerator / fraction.denominator) if fraction else 0.0
 
 
 @contextlib.contextmanager
-def write_video(path: str | Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
+def write_video(path: str | Path, rate: float = _DEFAULT_RATE) -> Iterator[Callable[..., None]]:
     """Write a video that appears under its name when the block ends without an error.
 
     Args:
-        path: An ``.mp4`` file, written as MPEG-4.
-        rate: Frames per second.
+        path: An ``.mp4`` file, written as H.264, or as MPEG-4 where FFmpeg has no encoder for it.
+        rate: Frames per second of pictures that come without a time.
 
     Yields:
-        What adds a picture, RGB, each of the same size.
+        What adds a picture: a PIL image, RGB, and its time in seconds, later than the last. All
+        are cut to the first one's size.
 
     Raises:
-        BackendError: This OpenCV cannot write such a video, or is not installed.
+        BackendError: PyAV is not installed.
     """
-    cv2 = import_opencv()
-    writer: Any = None
-    with atomic_path(path) as temporary:
+    av = import_pyav()
+    with atomic_path(path) as temporary, av.open(f"file:{temporary}", "w", "mp4") as container:
+        stream: Any = None
+        count, last = 0, -1
 
-        def write(image: Image.Image) -> None:
-            nonlocal writer
-            if writer is None:
-                code = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(opencv_name(temporary), code, rate, image.size)
-            if not writer.isOpened():
-                expected, found = "an OpenCV that writes MPEG-4 in .mp4", "one that does not"
-                fix = "install opencv-python-headless, which has FFmpeg with it"
-                raise BackendError(temporary.name, expected, found, fix)
-            writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+        def write(image: Image.Image, seconds: float | None = None) -> None:
+            nonlocal stream, count, last
+            if stream is None:
+                stream = _add_stream(av, container, rate, image.size)
+            # Chroma is of half the size: an odd side has a black line added.
+            whole = image.crop((0, 0, stream.width, stream.height))
+            frame = av.VideoFrame.from_ndarray(np.asarray(whole), "rgb24")
+            last = max(last + 1, round((count / rate if seconds is None else seconds) / _TICK))
+            count += 1
+            frame.pts, frame.time_base = last, _TICK
+            container.mux(stream.encode(frame))
 
-        try:
-            yield write
-        finally:
-            if writer is not None:
-                writer.release()
+        yield write
+        if stream is not None:
+            container.mux(stream.encode(None))
+
+
+def _add_stream(av: Any, container: Any, rate: float, size: tuple[int, int]) -> Any:
+    """A video stream with whole ticks for its times."""
+    codec = next(name for name in _ENCODERS if name in av.codecs_available)
+    options = {"preset": "veryfast", "crf": "20"} if codec == _ENCODERS[0] else {}
+    stream = container.add_stream(
+        codec, rate=Fraction(rate).limit_denominator(1001), options=options
+    )
+    stream.width, stream.height = (side + side % 2 for side in size)
+    stream.pix_fmt = "yuv420p"
+    stream.time_base = stream.codec_context.time_base = _TICK
+    return stream
+
+
+def import_pyav() -> Any:
+    """The module ``av``.
+
+    Raises:
+        BackendError: It is not installed, or cannot be loaded.
+    """
+    return import_package("av", "video", "PyAV, the module av", "video")
 
 
 def opencv_name(path: str | Path) -> str | bytes:

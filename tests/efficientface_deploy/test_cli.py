@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -286,7 +287,7 @@ def test_draw_into_a_folder_that_holds_something(face):
 @pytest.fixture
 def clip(photo, tmp_path) -> Path:
     """Six frames of a face, of which the last two are black; 10 a second."""
-    pytest.importorskip("cv2")
+    pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
     with write_video(path, 10) as write:
         for factor in (1, 1, 1, 1, 0, 0):
@@ -332,12 +333,41 @@ def test_video_in_the_table_and_drawn(clip, face, capsys, tmp_path):
         assert len(list(video)) == 6
 
 
+def test_times_are_the_containers_and_so_are_the_copys(photo, tmp_path, capsys):
+    pytest.importorskip("av")
+    times = [0.0, 0.1, 0.5, 2.0, 2.04]
+    with write_video(tmp_path / "clip.mp4", 25) as write:
+        for seconds in times:
+            write(Image.fromarray(photo), seconds)
+    assert main([str(tmp_path / "clip.mp4"), "--json", "--draw", str(tmp_path / "drawn")]) == 0
+    records = list(map(json.loads, lines_of(capsys)))
+    assert [record["seconds"] for record in records] == pytest.approx(times, abs=1e-4)
+    with open_video(tmp_path / "drawn/clip.mp4") as video:
+        copied = [frame.seconds for frame in video.timed()]
+    assert copied == pytest.approx(times, abs=1e-4)
+
+
+def test_damaged_video_is_read_as_far_as_it_goes(clip, capsys, tmp_path):
+    content = bytearray(clip.read_bytes())
+    end = content.index(b"moov") - 4  # of what FFmpeg calls mdat, the frames
+    content[end - 100 : end] = bytes(100)
+    clip.write_bytes(content)
+    assert main([str(clip), "--json", "--draw", str(tmp_path / "drawn")]) == 2
+    captured = capsys.readouterr()
+    frames = len(captured.out.splitlines())
+    assert 0 < frames <= 6
+    said = f"error: {clip}: expected all 6 frames, found {frames} that can be read, damage at "
+    assert captured.err.startswith(said) and captured.err.count("\n") == 1
+    with open_video(tmp_path / "drawn/clip.mp4") as video:  # the copy of these is whole
+        assert len(list(video)) == frames
+
+
 def test_video_that_is_none_is_counted_like_a_picture(face, capsys, tmp_path):
-    pytest.importorskip("cv2")
+    pytest.importorskip("av")
     (tmp_path / "bad.mp4").write_bytes(b"no video" * 99)
     assert main([str(tmp_path / "bad.mp4"), str(tmp_path / "missing.avi"), str(face)]) == 2
     captured = capsys.readouterr()
-    assert "a video that OpenCV can read" in captured.err and "no such file" in captured.err
+    assert "a video that FFmpeg can read" in captured.err and "no such file" in captured.err
     assert "2 of 3 pictures, videos or cameras could not be read" in captured.err
     assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
 
@@ -346,6 +376,8 @@ class Camera:
     """Gives a few frames; then its user presses Ctrl-C, or it is unplugged."""
 
     rate = 25.0
+    live = True
+    dropouts = 0
 
     def __init__(self, frames: list[np.ndarray], interrupted: bool) -> None:
         self.frames = frames
@@ -393,6 +425,31 @@ def test_camera_that_gives_nothing(camera, capsys):
     camera(0, False)
     assert main(["camera"]) == 2
     assert "at least one frame" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_drop_outs_are_told_and_counted(camera, capsys):
+    plugged, _ = camera(3, False)
+
+    def frames():
+        yield plugged.frames[0]
+        plugged.dropouts = 2
+        logging.getLogger("efficientface_deploy.vision.video").warning("camera: drop-out 2")
+        yield plugged.frames[0]
+
+    plugged.__class__ = type("Dropping", (Camera,), {"__iter__": lambda self: frames()})
+    assert main(["camera", "--json"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["camera: drop-out 2", "camera: drop-outs: 2"]
+
+
+def test_address_is_a_stream_and_its_password_stays_ours(camera, capsys, tmp_path):
+    _, asked = camera(1, False)
+    address = "rtsp://me:secret@host:554/live"
+    assert main([address, "--json", "--draw", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert asked == [address] and "secret" not in captured.out + captured.err
+    assert json.loads(captured.out)["image"] == "rtsp://me:***@host:554/live"
+    assert [path.name for path in tmp_path.iterdir()] == ["live.mp4"]
 
 
 @pytest.mark.parametrize("name", ["camera.jpg", "cameras", "./camera", "./camera:x"])

@@ -251,6 +251,63 @@ def test_stream_labels_frames_in_order(predictor):
     assert all(begin <= r.time <= r.time + r.latency <= end and r.latency > 0 for r in results)
 
 
+def refilled_array():
+    array = flat(0)
+    for value in (0, 255, 128, 0, 255):
+        array[:] = value
+        yield array
+
+
+def refilled_frame():
+    return (ef.VideoFrame(array, at / 2) for at, array in enumerate(refilled_array()))
+
+
+def refilled_picture():
+    picture = Image.fromarray(flat(0))
+    for array in refilled_array():
+        picture.paste(Image.fromarray(array))
+        yield picture
+
+
+def closed_picture():
+    for array in refilled_array():
+        with Image.fromarray(array) as picture:
+            yield picture
+
+
+def refilled_bytes():
+    buffer = bytearray()
+    for picture in refilled_picture():
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        buffer[:] = file.getvalue()
+        yield buffer
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("policy", ["every", "newest"])
+@pytest.mark.parametrize(
+    "source", [refilled_array, refilled_frame, refilled_picture, closed_picture, refilled_bytes]
+)
+def test_frames_are_kept_when_their_source_makes_the_next(predictor, source, policy):
+    values = (0, 255, 128, 0, 255)
+    results = list(predictor.predict_stream(source(), policy=policy))
+    assert results[-1].index == 4 and (len(results) == 5 or policy == "newest")
+    for result in results:
+        value = values[result.index]
+        assert np.asarray(result.image)[0, 0, 0] == value
+        label = {0: "dark", 128: "middle", 255: "bright"}[value]
+        assert result.faces[0].prediction.label == label
+
+
+@pytest.mark.timeout(60)
+def test_seconds_are_the_sources_or_ours(predictor):
+    timed = [ef.VideoFrame(flat(0), seconds) for seconds in (7.0, 7.1, 9.0)]
+    assert [r.seconds for r in predictor.predict_stream(timed)] == [7.0, 7.1, 9.0]
+    results = list(predictor.predict_stream([flat(0)] * 3))
+    assert [r.seconds for r in results] == [r.time - results[0].time for r in results]
+
+
 @pytest.mark.timeout(60)
 def test_stream_finds_faces(by_box):
     results = list(by_box.predict_stream([halves(255, 0)] * 3, detector=Halves(0.9, 0.8)))

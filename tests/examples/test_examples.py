@@ -111,7 +111,7 @@ def test_portrait_writes_no_file_that_was_not_asked_for(arguments, code, said, t
 
 
 def test_video(centerface, astronaut, tmp_path):
-    pytest.importorskip("cv2")
+    pytest.importorskip("av")
     face = Image.fromarray(astronaut).resize((256, 256))
     with write_video(tmp_path / "clip.mp4", 10) as write:
         for frame in (face, face, Image.new("RGB", face.size), face):
