@@ -159,11 +159,11 @@ def step_of(case: Case, config: TrainingBenchConfig, folder: Path) -> Call:
     trainer = Trainer(job, model, images, targets, dist)
     if not case.matrix_products:
         use_library_convolutions(model)
-    trainer.forward.train()
+    trainer.step.forward.train()
     batches = endless(trainer)
 
     def step() -> None:
-        trainer.train_step(*next(batches), TrainerState())
+        trainer.train_step(next(batches), TrainerState())
 
     return step
 

@@ -13,8 +13,8 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import contextlib
 import dataclasses
 import json
-import os
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence

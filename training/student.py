@@ -163,7 +163,11 @@ def choose_targets(
     """
     recipe, spec = job.recipe, job.spec
     votes = config.targets.endswith("votes")
-    images = TrainingImages(samples, spec, recipe.augmentation, config.seed, votes=votes)
+    images = TrainingImages(
+        *(samples, spec, recipe.augmentation, config.seed),
+        votes=votes,
+        on_device=config.data_on_device,
+    )
     if not config.teacher:
         return images, loaded_targets
     amp = AMP[config.amp if config.teacher_amp is None else config.teacher_amp]

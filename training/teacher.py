@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with checkpointing.lock(job, dist):
             samples, selection = choose_samples(job, dist)
             images = TrainingImages(
-                samples, spec, recipe.augmentation, config.seed, votes=config.votes
+                *(samples, spec, recipe.augmentation, config.seed),
+                votes=config.votes,
+                on_device=config.data_on_device,
             )
             torch.manual_seed(config.seed)
             model = LabelDistributionGenerator(spec.num_classes, config.arch)

@@ -53,6 +53,8 @@ _EXPORTING = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
+_MEMORY = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 # Clocks and power limit are read, never set.
 _GPU_FIELDS = (
     "name",
@@ -169,6 +171,16 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def available_memory_bytes() -> int | None:
+    """Main memory that a process can still have, bytes; in a container what its limit leaves."""
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", _read(_MEMORY) or "", re.MULTILINE)
+    limit, used = (_read(_CGROUP / f"memory.{name}") or "" for name in ("max", "current"))
+    left = [int(match[1]) << 10] if match else []
+    if limit.isdecimal() and used.isdecimal():  # without a limit it says "max"
+        left.append(max(0, int(limit) - int(used)))
+    return min(left, default=memory_bytes())
 
 
 def _cache_bytes(level: int) -> int | None:

@@ -28,10 +28,13 @@ from training.trainer.recipe import Recipe
 from training.trainer.targets import TargetFunction, loaded_targets
 
 
-@pytest.fixture(scope="package", autouse=True)
-def cpu_alone() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def cpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
     """No GPU for training, though ``auto`` would take one: results are the same on CPUs alone."""
     with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("gpu"):
+            yield
+            return
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes of their own
         yield

@@ -31,15 +31,16 @@ def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_goes_on_to_the_figures_that_it_would_have_had(old_run, capsys):
+def test_goes_on_with_other_views_and_says_so(old_run, capsys):
     assert student.main([*OPTIONS.split(), "--resume"]) == 0
-    assert "going on after epoch 1, step 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: begun by a version that drew its views otherwise" in said
+    assert "going on after epoch 1, step 0" in said
     with (old_run / "metrics.csv").open(newline="") as file:
         first, second = ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
     assert first["loss"] == pytest.approx(3.8196068) and second["epoch"] == 2
     assert first["accuracy"] == pytest.approx(0.2142857)
-    assert second["loss"] == pytest.approx(3.1036099, rel=1e-3)
-    assert second["accuracy"] == pytest.approx(0.142857, rel=1e-3)
+    assert 2.5 < second["loss"] < 4.5  # with its own views 3.10; others give 2.9 to 3.9
     assert load_checkpoint(old_run / "student.safetensors")[1].input_size == 64
 
 

@@ -23,7 +23,7 @@ from efficientface_deploy.predictor import BUNDLED_WEIGHTS
 from efficientface_deploy.workbench.dataset import read_dataset
 from training import student
 from training.trainer.label_store import STORE
-from training.trainer.loader import TrainingImages
+from training.trainer.loader import Renderer, TrainingImages
 from training.trainer.recipe import DEFAULT_STUDENT, FINE_TUNED_STUDENT
 from training.trainer.targets import Teacher
 
@@ -78,10 +78,10 @@ def test_targets_are_the_teachers_and_the_data_sets(
     job, _, images, _, target_function, _ = calls[0]
     assert job.recipe.views == views
 
-    keys = [(1, index) for index in range(5)]
-    batch, own = images.collate([images[key] for key in keys])
-    found = target_function(batch, own)
-    samples = [images.samples[index] for _, index in keys]
+    views = images.batch(1, list(range(5)))
+    batch = Renderer(images, CPU)(views)
+    found = target_function(batch, views.targets)
+    samples = images.samples[:5]
     plain = TrainingImages(
         samples, job.spec, images.augmentation, 0, votes=targets.endswith("votes")
     ).targets[0]

@@ -1,107 +1,238 @@
-"""Random views of a picture; the only user of torchvision in training."""
+"""Random views of pictures, in batches, on any device.
+
+A view is named by (seed, view, index) and by nothing else. Its random numbers are a formula of the
+three; what they mean, a row of parameters, is computed in float64 on the CPU; the pixels follow
+from the picture and its row, on a CPU and a GPU equal to rounding.
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
-from torchvision import transforms
+from torch import Tensor
+from torch.nn import functional
 
-from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import resize
+from efficientface_deploy.vision.preprocess import LUMA, Float32Array
 
-Augmentation = Callable[[Image.Image], Image.Image]
+Uniforms = npt.NDArray[np.float64]  # (N, NUMBERS), in [0, 1)
 
-
-def published_augmentation(spec: ModelSpec) -> Augmentation:
-    """The published recipe's: random resized crop at torchvision's default scale, and flip."""
-    crop = transforms.RandomResizedCrop(spec.input_size)
-    augmentation: Augmentation = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-    return augmentation
+NUMBERS = 24
+_GOLDEN = 0x9E3779B97F4A7C15
+_FLIP, _LEFT, _TOP, _TRIES = 0, 1, 2, 4  # columns of uniforms
+_SMALLEST_CROP, _LONGEST_CROP = 0.08, 4 / 3  # torchvision's defaults: share of the area, sides
 
 
-def flip_augmentation(spec: ModelSpec) -> Augmentation:
-    """Flip alone, for more pictures than a short training sees often."""
-    flip = transforms.RandomHorizontalFlip()
-    augmentation: Augmentation = transforms.Compose(
-        [functools.partial(_at_model_size, spec=spec), flip]
-    )
-    return augmentation
+def uniforms(seed: int, view: int, indices: npt.NDArray[np.int64]) -> Uniforms:
+    """The random numbers of a view of each picture.
 
+    SplitMix64 (Steele et al. 2014) by its counter: any row can be had without the others.
 
-def mild_augmentation(spec: ModelSpec) -> Augmentation:
-    """The whole face stays in the picture; small turns, shifts, sizes and light."""
-    return _moved(spec, degrees=15, shift=0.08, scale=(0.85, 1.15), shear=None, light=0.3)
+    Args:
+        seed: Of the training.
+        view: Of the pictures.
+        indices: N pictures.
 
-
-def strong_augmentation(spec: ModelSpec) -> Augmentation:
-    """Wider turns, shifts, sizes and light, and in half of the pictures a part is covered."""
-    moved = _moved(spec, degrees=20, shift=0.1, scale=(0.75, 1.25), shear=8, light=0.4)
-    covered = functools.partial(cover_a_part, colour=_mean_colour(spec))
-    augmentation: Augmentation = transforms.Compose([moved, covered])
-    return augmentation
-
-
-AUGMENTATIONS: dict[str, Callable[[ModelSpec], Augmentation]] = {
-    "published": published_augmentation,
-    "flip": flip_augmentation,
-    "mild": mild_augmentation,
-    "strong": strong_augmentation,
-}
-
-
-def _moved(
-    spec: ModelSpec,
-    degrees: float,
-    shift: float,
-    scale: tuple[float, float],
-    shear: float | None,
-    light: float,
-) -> Augmentation:
-    """Flip, turn, shift (a share of the side), scale, shear (degrees); then brightness, contrast.
-
-    The picture is resized first, so that all of it sees the model's pixels.
+    Returns:
+        float64 (N, NUMBERS), 0 to 1, 1 excluded.
     """
-    affine = transforms.RandomAffine(
-        degrees,
-        translate=(shift, shift),
-        scale=scale,
-        shear=shear,
-        interpolation=transforms.InterpolationMode.BILINEAR,
-        fill=_mean_colour(spec),
-    )
-    augmentation: Augmentation = transforms.Compose(
-        [
-            functools.partial(_at_model_size, spec=spec),
-            transforms.RandomHorizontalFlip(),
-            affine,
-            transforms.ColorJitter(brightness=light, contrast=light),
-        ]
-    )
-    return augmentation
+    name = _mix(_mix(np.array([seed + 1], np.uint64)) + np.array([view + 1], np.uint64))
+    columns = np.arange(1, NUMBERS + 1, dtype=np.uint64)
+    counters = indices.astype(np.uint64)[:, None] * np.uint64(NUMBERS) + columns
+    bits = _mix(name + counters * np.uint64(_GOLDEN))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _at_model_size(image: Image.Image, spec: ModelSpec) -> Image.Image:
-    """The runtime's own resize."""
-    return Image.fromarray(resize(image, spec))
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
-def _mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
-    red, green, blue = (round(255 * mean) for mean in spec.mean)
-    return red, green, blue
+class Augmentation(Protocol):
+    """A random change: what uniforms mean, and what that makes of pictures."""
+
+    def parameters(self, numbers: Uniforms) -> Float32Array:
+        """Rows (N, P) of uniforms (N, NUMBERS)."""
+
+    def __call__(self, pixels: Tensor, parameters: Tensor, fill: Tensor) -> Tensor:
+        """Views, float32 (N, C, S, S), 0 to 255.
+
+        Args:
+            pixels: float32 (N, C, H, W), 0 to 255; C is 1 or 3. S is H except in a crop.
+            parameters: Rows (N, P) on the same device.
+            fill: The mean colour (1, C, 1, 1), for what is not in the picture.
+        """
 
 
-def cover_a_part(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Random erasing (Zhong et al. 2020): in half of the pictures a rectangle of 2 to 25 %."""
-    chance, area, ratio, left, top = torch.rand(5).tolist()
-    if chance < 0.5:
-        return image
-    area, ratio = 0.02 + 0.23 * area, math.exp(math.log(3) * (2 * ratio - 1))
-    width = min(round(image.width * math.sqrt(area * ratio)), image.width)
-    height = min(round(image.height * math.sqrt(area / ratio)), image.height)
-    corner = round(left * (image.width - width)), round(top * (image.height - height))
-    image.paste(colour, (*corner, corner[0] + width, corner[1] + height))
-    return image
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """Mirror half of the pictures, for more of them than a short training sees often."""
+
+    def parameters(self, numbers: Uniforms) -> Float32Array:
+        """One column: whether to mirror."""
+        return (numbers[:, :1] < 0.5).astype(np.float32)
+
+    def __call__(self, pixels: Tensor, parameters: Tensor, fill: Tensor) -> Tensor:
+        """Exact: no value changes."""
+        return torch.where(parameters[:, :, None, None] > 0, pixels.flip(3), pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """The published recipe's: random resized crop at torchvision's default scale, and flip.
+
+    A resize is two matrix products, with the weights of Pillow's antialiased bilinear filter.
+
+    Attributes:
+        native: Side of the pictures as they are stored.
+        side: Side of a view.
+    """
+
+    native: int
+    side: int
+
+    def parameters(self, numbers: Uniforms) -> Float32Array:
+        """Left, top, width and height in pixels, and whether to mirror."""
+        boxes = crop_boxes(numbers, self.native, self.native)
+        return np.column_stack([boxes, numbers[:, _FLIP] < 0.5]).astype(np.float32)
+
+    def __call__(self, pixels: Tensor, parameters: Tensor, fill: Tensor) -> Tensor:
+        """The crops at the model's size."""
+        left, top, width, height, flip = parameters.unbind(1)
+        across = self._weights(left, width)  # (N, S, W)
+        across = torch.where(flip[:, None, None] > 0, across.flip(1), across)
+        down = self._weights(top, height)  # (N, S, H)
+        return down[:, None] @ pixels @ across.transpose(1, 2)[:, None]
+
+    def _weights(self, start: Tensor, length: Tensor) -> Tensor:
+        """What each of ``native`` pixels gives to each of ``side``: (N, side, native)."""
+        to = torch.arange(self.side, device=start.device) + 0.5
+        at = torch.arange(self.native, device=start.device) + 0.5
+        start, length = start[:, None, None], length[:, None, None]
+        scale = length / self.side
+        distance = (at - (start + to[:, None] * scale)).abs() / scale.clamp(min=1)
+        weights = (1 - distance).clamp(min=0) * ((at >= start) & (at < start + length))
+        return weights / weights.sum(dim=2, keepdim=True)
+
+
+def crop_boxes(numbers: Uniforms, width: int, height: int) -> npt.NDArray[np.float64]:
+    """Left, top, width and height (N, 4) of torchvision's RandomResizedCrop: ten tries for each."""
+    area = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * numbers[:, _TRIES::2]  # (N, 10)
+    ratio = np.exp(math.log(_LONGEST_CROP) * (2 * numbers[:, _TRIES + 1 :: 2] - 1))
+    pixels = width * height * area
+    sides = np.stack([np.rint(np.sqrt(pixels * ratio)), np.rint(np.sqrt(pixels / ratio))], axis=2)
+    fits = np.all((sides >= 1) & (sides <= (width, height)), axis=2)  # (N, 10)
+    chosen = sides[np.arange(len(sides)), fits.argmax(axis=1)]  # (N, 2)
+    largest = [min(width, round(height * _LONGEST_CROP)), min(height, round(width * _LONGEST_CROP))]
+    none = ~np.any(fits, axis=1)
+    chosen[none] = largest
+    free = (width, height) - chosen
+    corner = np.floor(numbers[:, [_LEFT, _TOP]] * (free + 1))
+    corner[none] = free[none] // 2
+    return np.column_stack([corner, chosen])
+
+
+def crop_randomly(image: Image.Image, numbers: Uniforms, side: int) -> Image.Image:
+    """The same crop (N = 1) of a picture of any size, by Pillow; it is not mirrored."""
+    left, top, width, height = crop_boxes(numbers, *image.size)[0]
+    box = int(left), int(top), int(left + width), int(top + height)
+    return image.crop(box).resize((side, side), Image.Resampling.BILINEAR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Flip, turn, shift, scale, shear; then brightness and contrast; then perhaps a cover.
+
+    Attributes:
+        degrees: Largest turn either way.
+        shift: Largest shift, as a share of the side.
+        smallest: Smallest factor of the size.
+        largest: Largest factor of the size.
+        light: Largest change of brightness and of contrast.
+        shear: Largest shear, degrees.
+        cover: Random erasing (Zhong et al. 2020): in half of the pictures a rectangle of 2 to 25 %.
+    """
+
+    degrees: float
+    shift: float
+    smallest: float
+    largest: float
+    light: float
+    shear: float = 0.0
+    cover: bool = False
+
+    def parameters(self, numbers: Uniforms) -> Float32Array:
+        """The inverse affine matrix (6), brightness, contrast, their order, the covered box (4).
+
+        Positions are relative: -1 to 1 in the matrix, 0 to 1 in the box.
+        """
+        u, symmetric = numbers.T, 2 * numbers.T - 1
+        angle = np.radians(self.degrees * symmetric[1])
+        tan = np.tan(np.radians(self.shear * symmetric[5]))
+        scale = self.smallest + (self.largest - self.smallest) * u[4]
+        cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+        # torchvision's matrix for RandomAffine, around the centre; the flip comes before it.
+        a, b, d, e = cos - sin * tan, cos * tan + sin, -sin, cos
+        x, y = 2 * self.shift * symmetric[2], 2 * self.shift * symmetric[3]
+        sign = np.where(u[_FLIP] < 0.5, -1, 1)
+        matrix = [sign * a, sign * b, -sign * (a * x + b * y), d, e, -(d * x + e * y)]
+        light = [1 + self.light * symmetric[6], 1 + self.light * symmetric[7], u[8] < 0.5]
+        area, ratio = 0.02 + 0.23 * u[10], np.exp(math.log(3) * symmetric[11])
+        there = u[9] >= 0.5 if self.cover else np.zeros(len(numbers), bool)
+        width = there * np.minimum(np.sqrt(area * ratio), 1)
+        height = there * np.minimum(np.sqrt(area / ratio), 1)
+        left, top = u[12] * (1 - width), u[13] * (1 - height)
+        box = [left, top, left + width, top + height]
+        return np.column_stack([*matrix, *light, *box]).astype(np.float32)
+
+    def __call__(self, pixels: Tensor, parameters: Tensor, fill: Tensor) -> Tensor:
+        """The whole picture is moved, so all of it sees the model's pixels."""
+        side = pixels.shape[2]
+        at = (torch.arange(side, device=pixels.device) + 0.5) / side  # pixel centres, 0 to 1
+        columns = parameters[:, :, None, None, None].unbind(1)  # each (N, 1, 1, 1)
+        a, b, c, d, e, f, brightness, contrast, first, *box = columns
+        x, y = 2 * at - 1, 2 * at[:, None] - 1
+        grid = torch.stack((a * x + (b * y + c), d * x + (e * y + f)), dim=4)[:, 0]  # (N, S, S, 2)
+        views = functional.grid_sample(pixels - fill, grid, align_corners=False).add_(fill)
+
+        # value * factor + (1 - factor) * level: brightness about black, contrast about the mean.
+        first = first > 0
+        for factor, of_mean in (
+            (torch.where(first, brightness, contrast), ~first),
+            (torch.where(first, contrast, brightness), first),
+        ):
+            level = luminance(views.mean(dim=(2, 3), keepdim=True)) * of_mean
+            views.mul_(factor).add_((1 - factor) * level).clamp_(0, 255)
+        if self.cover:
+            left, top, right, bottom = box
+            across, down = (
+                (at >= left) & (at < right),
+                (at[:, None] >= top) & (at[:, None] < bottom),
+            )
+            views = torch.where(across & down, fill, views)
+        return views
+
+
+def luminance(pixels: Tensor) -> Tensor:
+    """(N, 1, H, W) of (N, C, H, W); grey stays what it is, bit for bit."""
+    if pixels.shape[1] == 1:
+        return pixels
+    red, green, blue = pixels[:, :1], pixels[:, 1:2], pixels[:, 2:]
+    return green + LUMA[0] * (red - green) + LUMA[2] * (blue - green)
+
+
+# By name; "published" mirrors alone where its crop has been made before, of pictures of any size.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "published": Flip(),
+    "flip": Flip(),
+    "mild": Move(degrees=15, shift=0.08, smallest=0.85, largest=1.15, light=0.3),
+    "strong": Move(
+        degrees=20, shift=0.1, smallest=0.75, largest=1.25, light=0.4, shear=8, cover=True
+    ),
+}

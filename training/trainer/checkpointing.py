@@ -22,6 +22,9 @@ from training.trainer.config import CONFIG, Job, TrainerState
 from training.trainer.distributed import Distributed
 from training.trainer.sureness import PRECISION
 
+# By which formula a view's random numbers are drawn: 1 was torchvision's, picture by picture.
+VIEWS = 2
+
 
 @contextlib.contextmanager
 def lock(job: Job, dist: Distributed) -> Iterator[None]:
@@ -63,6 +66,7 @@ def save_state(job: Job, parts: dict[str, Any], state: TrainerState, processes: 
         "identity": job.identity(),
         "progress": dataclasses.asdict(state),
         "processes": processes,
+        "views": VIEWS,
         "made_by": made_by(),
     }
     encoded = io.BytesIO()  # torch reports a full disk as an error of its own, not as OSError
@@ -73,11 +77,11 @@ def save_state(job: Job, parts: dict[str, Any], state: TrainerState, processes: 
 
 def restore_state(
     job: Job, parts: dict[str, Any], device: torch.device
-) -> tuple[TrainerState, int]:
+) -> tuple[TrainerState, int, int]:
     """Put a run back to where :func:`save_state` left it.
 
     Returns:
-        How far it is, and how many processes trained it.
+        How far it is, how many processes trained it, and by which formula its views were drawn.
 
     Raises:
         CheckpointError: There is no such run, or its file is damaged.
@@ -86,7 +90,7 @@ def restore_state(
     content = _read_state(job, device)
     for name, part in parts.items():
         part.load_state_dict(content[name])
-    return TrainerState(**content["progress"]), content["processes"]
+    return TrainerState(**content["progress"]), content["processes"], content.get("views", 1)
 
 
 def _read_state(job: Job, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from efficientface_deploy.predictor import BUNDLED_WEIGHTS
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.dataset import Dataset
 from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.pictures import ON_DEVICE
 from training.trainer.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
@@ -27,7 +28,7 @@ AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16
 
 # What may change when a run goes on: it changes no result, rounding on another device aside.
 FREE_OPTIONS = (
-    *("out", "workers", "device", "resume"),
+    *("out", "workers", "device", "data_on_device", "resume"),
     *("save_minutes", "tensorboard", "compile", "store"),
 )
 
@@ -71,8 +72,15 @@ class TrainConfig:
     seed: int = option(
         0, minimum=0, maximum=LARGEST_SEED, help="of weights, order and augmentation"
     )
-    workers: int = option(1, minimum=0, help="processes that load images, per rank")
+    workers: int = option(
+        1, minimum=0, help="processes that read images which are not kept on the device, per rank"
+    )
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    data_on_device: str = option(
+        "auto",
+        choices=ON_DEVICE,
+        help="keep all pictures in the device's memory; auto: if they fit",
+    )
     amp: str = option("off", choices=tuple(AMP), help="mixed precision")
     channels_last: bool = option(True, help="memory format of images and weights")
     compile: bool = option(False, help="torch.compile the network")
@@ -134,7 +142,7 @@ class TrainConfig:
 
 
 def check_amp(name: str, amp: str, device: torch.device) -> None:
-    """Refuse a precision in which this device would not compute.
+    """Refuse a precision in which this device would not compute, or only pretend to.
 
     Args:
         name: The option.
@@ -142,10 +150,18 @@ def check_amp(name: str, amp: str, device: torch.device) -> None:
         device: Where the training computes.
 
     Raises:
-        ConfigError: fp16 on a CPU.
+        ConfigError: fp16 on a CPU, or bf16 on a GPU that has none.
     """
     if amp == "fp16" and device.type == "cpu":
         raise ConfigError(f"{name} fp16", "a CUDA device", "a CPU", f"leave {name} out")
+    if (
+        amp == "bf16"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        card = torch.cuda.get_device_name(device)
+        fix = f"give {name} fp16, or leave it out"
+        raise ConfigError(f"{name} bf16", "a GPU of compute capability 8.0 or newer", card, fix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,8 +60,8 @@ class Distributed:
         torch.distributed.all_gather_object(parts, part)
         return parts
 
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over the ranks; every rank must call it."""
+    def sum(self, *values: Any) -> list[Any]:
+        """Each scalar summed over the ranks; every rank must call it. One alone waits for none."""
         if self.world_size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -1,14 +1,13 @@
 """Stored label distributions: the teacher is queried once per view, not in every epoch.
 
-The file holds, for each view of each training image, the seed of its augmentation and the LDG's
-distribution for it. The pixels are not stored: the seed makes the same view again, bit for bit,
-and the file refuses another data set, teacher, augmentation or image library.
+The file holds the LDG's distribution for each view of each training image. The pixels are not
+stored: seed, view and index make the same view again, and the file refuses another data set,
+teacher or augmentation, and an image library that draws a few views, its probes, otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -22,15 +21,17 @@ import torch
 from efficientface_deploy.artifact import read_safetensors_metadata
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import atomic_path, make_folder
+from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.progress import track
 from training.trainer.distributed import Distributed
-from training.trainer.loader import Batch, TrainingImages, TrainingLoader, view_seed
+from training.trainer.loader import Batch, Renderer, TrainingImages, TrainingLoader
 from training.trainer.targets import Ensemble, Teacher
 
 STORE = "distributions.safetensors"
 BINDING_KEY = "efficientface.distributions"
 SECONDS_KEY = "efficientface.seconds"
 PROBES = 32
+_SAME_PIXEL = 0.1  # of 255: more than a device's rounding, less than another decoder's
 _BATCH = 64
 
 
@@ -90,16 +91,16 @@ def query(
     workers: int,
 ) -> np.ndarray:
     """The distributions of one view of all images, float32 (N, C); each rank does its share."""
-    keys = [(view, index) for index in range(dist.rank, len(images), dist.world_size)]
-    batches = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
+    indices = list(range(dist.rank, len(images), dist.world_size))
+    keys = [(view, indices[start : start + _BATCH]) for start in range(0, len(indices), _BATCH)]
     distributions = []
-    with contextlib.closing(TrainingLoader(images, batches, workers)) as loader:
+    loader = TrainingLoader(images, keys, workers, teacher.device, dist.world_size)
+    with contextlib.closing(loader):
         steps: Iterable[Batch] = loader
         if dist.is_main_process:
-            steps = track(loader, f"view {view + 1} of {views}", len(batches))
-        for batch, _ in steps:
-            batch = batch.to(teacher.device, memory_format=torch.channels_last)  # (B, 3, S, S)
-            distributions.append(teacher(batch).cpu().numpy())  # (B, C)
+            steps = track(loader, f"view {view + 1} of {views}", len(keys))
+        for batch in steps:
+            distributions.append(teacher(loader.render(batch)).cpu().numpy())  # (B, C)
     parts = dist.gather(np.concatenate(distributions))
     whole = np.empty((len(images), parts[0].shape[1]), dtype=np.float32)  # (N, C)
     for rank, part in enumerate(parts):
@@ -117,9 +118,6 @@ def seconds_per_view(path: Path) -> list[float]:
 
 def _binding(images: TrainingImages, teacher: Teacher | Ensemble, data_hash: str) -> dict[str, str]:
     """What stored distributions are only good for, by name."""
-    pixels = hashlib.sha256()  # of a few views: changes when a library renders them otherwise
-    for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
-        pixels.update(images[number % 4, int(index)][0].tobytes())
     return {
         "data": data_hash,
         "teacher": teacher.digest,
@@ -127,8 +125,18 @@ def _binding(images: TrainingImages, teacher: Teacher | Ensemble, data_hash: str
         "augmentation": images.augmentation,
         "seed": str(images.seed),
         "spec": images.spec.to_json(),
-        "pixels": pixels.hexdigest(),
     }
+
+
+def _probes(images: TrainingImages) -> Float32Array:
+    """Every few pixels of a few views, (PROBES, ...): another library draws them otherwise."""
+    render = Renderer(images, torch.device("cpu"))
+    step = images.spec.input_size // 16
+    views = []
+    for number, index in enumerate(np.linspace(0, len(images) - 1, PROBES, dtype=int)):
+        batch = images.batch(number % 4, [int(index)])
+        views.append(render.views(batch)[0, :, ::step, ::step].numpy())
+    return np.stack(views)
 
 
 def _write_store(
@@ -138,14 +146,7 @@ def _write_store(
     binding: dict[str, str],
     seconds: list[float],
 ) -> None:
-    seeds = [
-        [view_seed(images.seed, view, index) for index in range(len(images))]
-        for view in range(len(done))
-    ]
-    content = {
-        "distributions": np.stack(done),  # (views, N, C)
-        "seeds": np.array(seeds, dtype=np.int64),  # (views, N)
-    }
+    content = {"distributions": np.stack(done), "probes": _probes(images)}  # (views, N, C)
     metadata = {BINDING_KEY: json.dumps(binding), SECONDS_KEY: json.dumps(seconds)}
     encoded = safetensors.numpy.save(content, metadata)
     with atomic_path(path) as temporary:
@@ -156,13 +157,18 @@ def _read_store(path: Path, images: TrainingImages, binding: dict[str, str]) -> 
     metadata = read_safetensors_metadata(path)
     try:
         made_for = json.loads(metadata[BINDING_KEY])
-        distributions = safetensors.numpy.load_file(path)["distributions"]  # (views, N, C)
+        content = safetensors.numpy.load_file(path)
+        distributions = content["distributions"]  # (views, N, C)
         shape_fits = distributions.shape[1:] == (len(images), images.spec.num_classes)
     except (KeyError, ValueError, OSError, safetensors.SafetensorError):
         wanted, found = "stored label distributions", "something else or a damaged file"
         fix = "give another --store, or remove it"
         raise ArtifactError(path, wanted, found, fix) from None
-    if changed := [name for name in binding if made_for.get(name) != binding[name]]:
+    changed = [name for name in binding if made_for.get(name) != binding[name]]
+    probes, drawn = _probes(images), content.get("probes")
+    if drawn is None or drawn.shape != probes.shape or np.abs(drawn - probes).max() > _SAME_PIXEL:
+        changed.append("pixels")
+    if changed:
         wanted = "label distributions of these images, this teacher and this augmentation"
         fix = "give another --store, or remove it to query the teacher again"
         raise ArtifactError(path, wanted, "others for " + ", ".join(changed), fix)

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,24 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from efficientface_deploy.errors import ConfigError, DatasetError, EfficientFaceError
+from efficientface_deploy.errors import ConfigError, DatasetError, EfficientFaceError, words_of
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import load_image, normalise, resize
 from efficientface_deploy.workbench.dataset import Dataset, Sample, image_list_hash
-from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.augmentation import AUGMENTATIONS, Crop, Uniforms, uniforms
 from training.trainer.config import Job
 from training.trainer.distributed import Distributed
+from training.trainer.inference import NetworkInput
+from training.trainer.pictures import Pictures, common_side
 from training.trainer.targets import dataset_targets
 
 # The name of the tenth of train that chooses epochs, among the names of splits.
 HOLDOUT = "holdout"
 
-Item = tuple[np.ndarray, np.ndarray]  # image uint8 (S, S, 3), target float32 (C,)
-Batch = tuple[Tensor, Tensor]  # images float32 (N, 3, S, S), targets float32 (N, C)
-Key = tuple[int, int]  # view and index of an image
+Keys = tuple[int, list[int]]  # of a batch: the view, and which images
 
-# View 17 of image 5 must be the same picture in every run: two primes keep the seeds apart.
-_VIEW_STRIDE, _INDEX_STRIDE = 1_000_003, 7_919
+_EPOCH_STRIDE = 1_000_003  # between the seeds of two epochs' orders
 
 
 # ---- Which images
@@ -100,16 +99,29 @@ def check_batches(length: int, batch_size: int, world_size: int) -> None:
         raise DatasetError("training split", wanted, f"{length} images", fix)
 
 
-# ---- One image
+# ---- Views
 
 
-def view_seed(seed: int, view: int, index: int) -> int:
-    """Seed of the augmentation of one view of one image."""
-    return seed + _VIEW_STRIDE * view + _INDEX_STRIDE * index
+class Batch(NamedTuple):
+    """Views of N images, on one device, before their pixels are changed.
+
+    Attributes:
+        pixels: uint8 (N, H, W, 1 or 3).
+        rows: float32 (N, P), what each picture's augmentation is.
+        targets: float32 (N, C).
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; pinned memory is not waited for."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
-class TrainingImages(TorchDataset[Item]):
-    """Augmented images; an item is named by (view, index) and depends on nothing else.
+class TrainingImages(TorchDataset[Batch]):
+    """Augmented images; a view is named by (seed, view, index) and depends on nothing else.
 
     Args:
         samples: N images.
@@ -117,8 +129,10 @@ class TrainingImages(TorchDataset[Item]):
         augmentation: Name of the random change, of :data:`AUGMENTATIONS`.
         seed: Of the augmentation.
         votes: Take the votes as targets instead of the label.
+        on_device: Whether to keep the pictures on the device, of :data:`ON_DEVICE`.
 
     Attributes:
+        augment: What is done to the pixels of a batch.
         targets: float32 (V, N, C), of each view of each image; V is 1 for the data set's own.
     """
 
@@ -130,42 +144,55 @@ class TrainingImages(TorchDataset[Item]):
         seed: int,
         *,
         votes: bool = False,
+        on_device: str = "auto",
     ) -> None:
-        self.samples = samples
-        self.spec = spec
-        self.augmentation = augmentation
-        self.augment = AUGMENTATIONS[augmentation](spec)
-        self.seed = seed
+        self.samples, self.spec = samples, spec
+        self.augmentation, self.seed = augmentation, seed
         self.targets = dataset_targets(samples, spec.num_classes, votes=votes)[None]  # (1, N, C)
+        self.augment = AUGMENTATIONS[augmentation]
+        # Pictures of one moderate size are cropped in batches; others by who reads them.
+        side = common_side(samples) if augmentation == "published" else None
+        if native := side is not None and side <= 2 * spec.input_size:
+            self.augment = Crop(side, spec.input_size)
+        self.crops = augmentation == "published" and not native
+        if self.crops and on_device == "yes":
+            wanted = "pictures of one size, square and not far above --input-size, to crop from"
+            fix = "leave it out, or choose another --augmentation"
+            raise ConfigError("--data-on-device yes", wanted, "others", fix)
+        self.pictures = Pictures(samples, spec, "no" if self.crops else on_device, native=native)
         self._hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: Key) -> Item:
-        """Image uint8 (S, S, 3) and target float32 (C,) of one view."""
-        view, index = key
-        image = load_image(self.samples[index].path)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed also visits the devices, which takes longer than the augmentation.
-            torch.default_generator.manual_seed(view_seed(self.seed, view, index))
-            image = self.augment(image)
-        return resize(image, self.spec), self.targets[view % len(self.targets), index]
+    def rows(self, view: int, indices: Sequence[int]) -> Tensor:
+        """What the augmentation of one view of some images is: float32 (N, P)."""
+        numbers = uniforms(self.seed, view, np.asarray(indices))
+        return torch.from_numpy(self.augment.parameters(numbers))
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Item] | EfficientFaceError:
-        """A batch for a loader, or the error: what a worker raises arrives as a traceback."""
+    def batch(self, view: int, indices: Sequence[int]) -> Batch:
+        """One view of some images, read from their files.
+
+        Raises:
+            EfficientFaceError: One cannot be read, or has changed.
+        """
+        crops: Sequence[Uniforms | None] = [None] * len(indices)
+        if self.crops:
+            crops = np.split(uniforms(self.seed, view, np.asarray(indices)), len(indices))
+        pixels = [
+            self.pictures.read(index, crop) for index, crop in zip(indices, crops, strict=True)
+        ]
+        channels = max(picture.shape[2] for picture in pixels)
+        stacked = np.stack([np.broadcast_to(p, (*p.shape[:2], channels)) for p in pixels])
+        targets = torch.from_numpy(self.targets[view % len(self.targets), indices])  # (N, C)
+        return Batch(torch.from_numpy(stacked), self.rows(view, indices), targets)
+
+    def __getitems__(self, keys: Keys) -> Batch | EfficientFaceError:
+        """A batch for a worker, or the error: what a worker raises arrives as a traceback."""
         try:
-            return [self[key] for key in keys]
+            return self.batch(*keys)
         except EfficientFaceError as error:
             return error
-
-    def collate(self, items: list[Item] | EfficientFaceError) -> Batch | EfficientFaceError:
-        """Stack items into a normalised batch (N, 3, S, S) and targets (N, C)."""
-        if isinstance(items, EfficientFaceError):
-            return items
-        images = np.stack([image for image, _ in items])  # (N, S, S, 3)
-        targets = np.stack([target for _, target in items])  # (N, C)
-        return torch.from_numpy(normalise(images, self.spec)), torch.from_numpy(targets)
 
     def content_hash(self, root: Path) -> str:
         """Hash of the images' bytes and places below ``root``, in order; read once."""
@@ -174,10 +201,31 @@ class TrainingImages(TorchDataset[Item]):
         return self._hash
 
 
+class Renderer:
+    """Makes a network's input of a batch, on a device.
+
+    Args:
+        images: Whose batches.
+        device: Where they are.
+    """
+
+    def __init__(self, images: TrainingImages, device: torch.device) -> None:
+        self.augment = images.augment
+        self.input = NetworkInput(images.spec, device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """float32 (N, 3, S, S), normalised, channels last."""
+        return self.input.normalise(self.views(batch))
+
+    def views(self, batch: Batch) -> Tensor:
+        """The augmented pixels, float32 (N, C, S, S), 0 to 255."""
+        return self.augment(self.input.values(batch.pixels), batch.rows, self.input.fill)
+
+
 # ---- Batches
 
 
-class BatchOrder(Sampler[list[Key]]):
+class BatchOrder(Sampler[Keys]):
     """One process's part of every batch of an epoch, known from the seed and the epoch alone.
 
     Every epoch has its own permutation. Of each batch, rank r of n takes every n-th image from
@@ -233,51 +281,106 @@ class BatchOrder(Sampler[list[Key]]):
     def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        generator = torch.Generator().manual_seed(self.seed + _VIEW_STRIDE * self.epoch)
+    def __iter__(self) -> Iterator[Keys]:
+        generator = torch.Generator().manual_seed(self.seed + _EPOCH_STRIDE * self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()[: self.images]
         view = self.epoch % self.views if self.views else self.epoch
         for step in range(self.start, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(view, index) for index in batch[self.rank :: self.world_size]]
+            yield view, batch[self.rank :: self.world_size]
 
 
-class TrainingLoader(DataLoader[Batch]):
-    """Batches of images named by (view, index). Close it at the end.
+class TrainingLoader:
+    """Batches on a device, of pictures that are kept there, or from workers. Close it at the end.
 
     Args:
         images: The images.
-        batches: The keys of each batch.
-        workers: Processes that load images; an error of theirs is raised here as what it is.
+        batches: The keys of each batch; all of one iteration are of one view.
+        workers: Processes that read images which are not kept.
+        device: Where the batches go.
+        processes: How many keep pictures in this machine's memory.
+
+    Attributes:
+        render: Makes a network's input of a batch.
+        kept: The pictures where they are kept, uint8 (N, H, W, C).
+
+    Raises:
+        ConfigError: The pictures do not fit where they must be kept, or the workers' batches do not
+            fit into shared memory.
     """
 
-    def __init__(self, images: TrainingImages, batches: Iterable[list[Key]], workers: int) -> None:
-        super().__init__(
-            images,  # type: ignore[arg-type]  # items are named by (view, index)
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=images.collate,
-            worker_init_fn=_ignore_signals,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def __init__(
+        self,
+        images: TrainingImages,
+        batches: Iterable[Keys],
+        workers: int,
+        device: torch.device,
+        processes: int = 1,
+    ) -> None:
+        self.images, self.batches, self.device = images, batches, device
+        self.render = Renderer(images, device)
+        self.kept = images.pictures.keep(device, processes)
+        self._workers: DataLoader[Batch] | None = None
+        if self.kept is None:
+            self._workers = DataLoader(
+                images,
+                batch_sampler=batches,  # type: ignore[arg-type]  # of views and indices
+                num_workers=workers,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # a whole batch comes
+                worker_init_fn=_ignore_signals,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+            )
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """The batches.
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches, on the device.
 
         Raises:
-            EfficientFaceError: An image cannot be read.
+            EfficientFaceError: An image cannot be read, or a worker has died.
         """
-        for batch in super().__iter__():
-            if isinstance(batch, EfficientFaceError):
-                raise batch
-            yield batch
+        return self._kept_batches() if self._workers is None else self._read_batches()
+
+    def _kept_batches(self) -> Iterator[Batch]:
+        assert self.kept is not None
+        keys = list(self.batches)
+        if not keys:
+            return
+        view, order = keys[0][0], [index for _, indices in keys for index in indices]
+        targets = self.images.targets[view % len(self.images.targets), order]  # (n, C)
+        # Once an epoch, so that no step waits for the CPU.
+        parts = torch.tensor(order), self.images.rows(view, order), torch.from_numpy(targets)
+        sizes = [len(indices) for _, indices in keys]
+        splits = (torch.split(part.to(self.device), sizes) for part in parts)
+        for indices, rows, own in zip(*splits, strict=True):
+            yield Batch(self.kept[indices], rows, own)
+
+    def _read_batches(self) -> Iterator[Batch]:
+        assert self._workers is not None
+        try:
+            for batch in self._workers:
+                if isinstance(batch, EfficientFaceError):
+                    raise batch
+                yield batch.to(self.device)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise _worker_died(self._workers.num_workers, error) from None
 
     def close(self) -> None:
         """End the workers, which heed no signal; torch itself waits for the garbage collector."""
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
-            self._iterator = None
+        if self._workers is not None and self._workers._iterator is not None:
+            self._workers._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._workers._iterator = None
+
+
+def _as_it_is(batch: Batch | EfficientFaceError) -> Batch | EfficientFaceError:
+    return batch
+
+
+def _worker_died(workers: int, error: RuntimeError) -> ConfigError:
+    wanted, found = "workers that live as long as the training", words_of(error)
+    fix = "add --workers 0, or give more memory (in Docker --shm-size too)"
+    return ConfigError(f"--workers {workers}", wanted, found, fix)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -6,31 +6,33 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from efficientface_deploy.command import signals_handled_by
-from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.errors import ConfigError, EfficientFaceError, words_of
 from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.workbench.dataset import Sample
 from efficientface_deploy.workbench.evaluation import labels_of, predict
 from efficientface_deploy.workbench.metrics import IndexArray, accuracy, confusion_matrix, macro_f1
 from efficientface_deploy.workbench.progress import duration
 from training.trainer import checkpointing
-from training.trainer.config import AMP, Job, TrainerState
+from training.trainer.checkpointing import VIEWS
+from training.trainer.config import Job, TrainerState
 from training.trainer.distributed import Distributed
-from training.trainer.inference import infer_with
-from training.trainer.loader import HOLDOUT, BatchOrder, TrainingImages, TrainingLoader
-from training.trainer.small_maps import use_matrix_products
-from training.trainer.targets import LOSSES, TargetFunction
+from training.trainer.inference import infer_pixels, infer_with
+from training.trainer.loader import HOLDOUT, Batch, BatchOrder, TrainingImages, TrainingLoader
+from training.trainer.pictures import Pictures
+from training.trainer.step import TrainingStep
+from training.trainer.targets import TargetFunction
 from training.trainer.temperature import calibrate
 from training.trainer.tracking import EpochProgress, Tracker
+
+_SETTLE_SECONDS = 1.0  # between two looks at the loss, for which a GPU's queue must run empty
 
 
 class InterruptError(EfficientFaceError):
@@ -71,7 +73,7 @@ def train(
     state = trainer.start()
     tracker = None
     if dist.is_main_process:
-        _announce(job, images, selection, dist)
+        _announce(job, selection, trainer)
         title = f"{job.kind}, {job.dataset.name}"
         tracker = Tracker(out, title, recipe.select, job.config.tensorboard)
 
@@ -86,7 +88,7 @@ def train(
             row: dict[str, float] = {
                 "epoch": state.epoch + 1,
                 "loss": state.total_loss / trainer.order.steps,
-                "learning_rate": trainer.optimizer.param_groups[0]["lr"],  # the last step's
+                "learning_rate": trainer.rate_at(state.epoch, trainer.order.steps - 1),
                 "images_per_second": trainer.order.images / state.seconds,
             }
             if selection:
@@ -113,7 +115,7 @@ def train(
 
 
 class Trainer:
-    """The network and what changes with it in every step."""
+    """A training's batches and steps, and how far it is."""
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class Trainer:
         dist: Distributed,
     ) -> None:
         recipe, config = job.recipe, job.config
-        self.job, self.dist, self.target_function = job, dist, target_function
+        self.job, self.dist = job, dist
         self.order = BatchOrder(
             len(images),
             recipe.batch_size,
@@ -134,35 +136,21 @@ class Trainer:
             rank=dist.rank,
             world_size=dist.world_size,
         )
-        self.loader = TrainingLoader(images, self.order, config.workers)
-
-        if config.sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self.amp = AMP[config.amp]
-        use_matrix_products(model, dist.device, self.amp)
-        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(memory_format=self.format).to(dist.device)
-        self.optimizer = recipe.optimizer(self.model)
-        self.ema = None
-        if recipe.ema:
-            update = _ema_update(recipe.ema)
-            self.ema = AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.amp == "fp16")
-        self.forward = dist.wrap(self.model)
-        if config.compile:
-            self.forward.compile()
-        self.saved_at = time.monotonic()
+        self.loader = TrainingLoader(
+            images, self.order, config.workers, dist.device, dist.world_size
+        )
+        self.step = TrainingStep(recipe, config, model, target_function, self.loader.render, dist)
+        self.selection: Pictures | None = None
+        self.saved_at = self.settled_at = time.monotonic()
+        # Of this epoch, on the device: the sum of its losses, and after how many of its steps that
+        # was finite; once it is not, it stays so.
+        self.total = torch.zeros((), dtype=torch.float64, device=dist.device)
+        self.finite = torch.zeros((), dtype=torch.int64, device=dist.device)
 
     @property
     def eval_model(self) -> nn.Module:
         """The network that is evaluated and saved: the EMA where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What a state holds, by name."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return parts if self.ema is None else {**parts, "average": self.ema}
+        return self.step.model if self.step.ema is None else self.step.ema.module
 
     def start(self) -> TrainerState:
         """Write the run's options down, or go on where it stopped."""
@@ -172,13 +160,21 @@ class Trainer:
                 checkpointing.save_config(self.job)
             self.dist.barrier()
             return TrainerState()
-        state, processes = checkpointing.restore_state(self.job, self.parts, self.dist.device)
+        state, processes, views = checkpointing.restore_state(
+            self.job, self.step.parts, self.dist.device
+        )
+        self.step.restored()
         if self.dist.is_main_process:
             if processes != self.dist.world_size:
                 print(
                     f"note: begun by {processes} processes, now {self.dist.world_size}: batch norm "
                     "sees other parts of a batch, and the weights will not be those of an unbroken "
                     "run"
+                )
+            if views != VIEWS:
+                print(
+                    "note: begun by a version that drew its views otherwise: the weights will not "
+                    "be those of an unbroken run"
                 )
             print(f"going on after epoch {state.epoch}, step {state.step}")
         return state
@@ -191,7 +187,7 @@ class Trainer:
         """
         if self.dist.is_main_process:
             self.check_finite(state)
-            checkpointing.save_state(self.job, self.parts, state, self.dist.world_size)
+            checkpointing.save_state(self.job, self.step.parts, state, self.dist.world_size)
         self.saved_at = time.monotonic()
 
     def check_finite(self, state: TrainerState) -> None:
@@ -200,84 +196,106 @@ class Trainer:
         Raises:
             ConfigError: They are not finite.
         """
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
-            raise _diverged(self.job, "finite weights", "NaN or infinity", state)
+        weights = self.step.model.parameters()
+        if not torch.stack([torch.isfinite(weight).all() for weight in weights]).all():
+            raise _diverged(self.job, "finite weights", "NaN or infinity", state, state.step)
 
     def train_epoch(self, state: TrainerState, stops: list[int], tracker: Tracker | None) -> None:
         """The rest of an epoch's steps; keeps ``state`` up to date."""
-        recipe, steps = self.job.recipe, self.order.steps
+        recipe, config, steps = self.job.recipe, self.job.config, self.order.steps
         self.order.epoch, self.order.start = state.epoch, state.step
-        self.forward.train()
+        self.step.forward.train()
+        self.total.fill_(state.total_loss)
+        self.finite.fill_(state.step)
         since = time.perf_counter() - state.seconds
         bar = EpochProgress(
             state.epoch, recipe.epochs, steps, recipe.batch_size, state.step, silent=tracker is None
         )
         with bar:
-            for images, targets in self.loader:
+            for batch in self.loader:
                 if tracker and state.epoch == state.step == 0:
-                    tracker.add_views(images, self.job.spec)
-                loss = self.train_step(images, targets, state)
+                    tracker.add_views(self.loader.render(batch), self.job.spec)
+                loss = self.train_step(batch, state)
                 total, stop = self.dist.sum(loss, len(stops))
-                state.total_loss += total / self.dist.world_size
+                self.total += total / self.dist.world_size
+                self.finite += torch.isfinite(self.total)
                 state.step += 1
+                save = time.monotonic() - self.saved_at > 60 * config.save_minutes
+                last = state.step == steps
+                if stop or save or last or time.monotonic() - self.settled_at > _SETTLE_SECONDS:
+                    self._settle(state)
+                    bar.update(state.step, state.total_loss / state.step)
                 state.seconds = time.perf_counter() - since
-                bar.update(state.step, state.total_loss / state.step)
                 if stop:
                     self.save(state)
                     raise InterruptError(
-                        self.job.config.out,
+                        config.out,
                         f"{recipe.epochs} epochs",
                         f"an interrupt in epoch {state.epoch + 1} after step {state.step}",
                         "add --resume to go on from there",
                     )
-                if time.monotonic() - self.saved_at > 60 * self.job.config.save_minutes:
+                if save:
                     self.save(state)
 
-    def train_step(self, images: Tensor, targets: Tensor, state: TrainerState) -> float:
-        """One step of the optimiser on images (N, 3, S, S) with targets (N, C); its own loss."""
-        recipe, device = self.job.recipe, self.dist.device
-        dtype = next(self.model.parameters()).dtype
-        images = images.to(device, dtype, non_blocking=True, memory_format=self.format)
-        targets = targets.to(device, dtype, non_blocking=True)  # (N, C)
-        distribution = self.target_function(images, targets)  # (N, C)
-        with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-            logits = self.forward(images)  # (N, C)
-        loss = LOSSES[recipe.loss](logits.to(dtype), distribution)
-        if not torch.isfinite(loss):
-            raise _diverged(self.job, "a finite loss", str(loss.item()), state)
-        rate = recipe.learning_rate_at(state.epoch + state.step / self.order.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return float(loss.detach())
+    def rate_at(self, epoch: int, step: int) -> float:
+        """The learning rate of a step."""
+        return self.job.recipe.learning_rate_at(epoch + step / self.order.steps)
+
+    def train_step(self, batch: Batch, state: TrainerState) -> Tensor:
+        """One step on a batch of this process; its own loss, a scalar on the device.
+
+        Raises:
+            ConfigError: The GPU has not the memory for it.
+        """
+        rate = self.rate_at(state.epoch, state.step)
+        done = state.epoch * self.order.steps + state.step
+        try:
+            return self.step(batch, rate, done)
+        except torch.OutOfMemoryError as error:
+            found = words_of(error)
+        raise self._out_of_memory(batch, found)
+
+    def _out_of_memory(self, batch: Batch, found: str) -> ConfigError:
+        """Try smaller batches: the training is at its end, and its state lies on the disk."""
+        size = len(batch.pixels)
+        fix = "give a smaller --input-size"
+        while size > 2:
+            size //= 2
+            with contextlib.suppress(torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                self.step(Batch(*(part[:size] for part in batch)), 0.0, 0)
+                fix = f"give --batch-size {size * self.dist.world_size}, which fits"
+                break
+        name = f"--batch-size {self.job.recipe.batch_size}"
+        return ConfigError(name, "a GPU with the memory for it", found, fix)
+
+    def _settle(self, state: TrainerState) -> None:
+        """Wait for the device, and write down the loss so far.
+
+        Raises:
+            ConfigError: A step's loss was not finite; says which.
+        """
+        state.total_loss, finite = float(self.total), int(self.finite)
+        self.settled_at = time.monotonic()
+        if finite < state.step:
+            found = str(state.total_loss)
+            raise _diverged(self.job, "a finite loss", found, state, finite + 1)
 
     def evaluate(self, samples: Sequence[Sample]) -> tuple[Float32Array, IndexArray]:
         """Logits (N, C) and labels (N,) of the saved network; every rank does its share."""
         rank, world_size = self.dist.rank, self.dist.world_size
         self.dist.broadcast_buffers(self.eval_model)
-        infer = infer_with(self.eval_model, self.job.spec, self.dist.device)
-        parts = self.dist.gather(predict(infer, samples[rank::world_size], self.job.spec))
+        own, spec = samples[rank::world_size], self.job.spec
+        if self.selection is None:
+            self.selection = Pictures(own, spec, self.job.config.data_on_device)
+        kept = self.selection.keep(self.dist.device, world_size)
+        if kept is None:
+            logits = predict(infer_with(self.eval_model, spec, self.dist.device), own, spec)
+        else:
+            logits = infer_pixels(self.eval_model, spec, kept)
+        parts = self.dist.gather(logits)
         order = [sample for first in range(world_size) for sample in samples[first::world_size]]
         return np.concatenate(parts), labels_of(order)
-
-
-def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An average that forgets faster at first, so that the first weights soon have no share.
-
-    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage.
-    """
-
-    def update(averages: Any, weights: Any, steps: Any) -> None:
-        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
-
-    return update
 
 
 @contextlib.contextmanager
@@ -298,27 +316,29 @@ def _stop_requests() -> Iterator[list[int]]:
         yield requests
 
 
-def _diverged(job: Job, expected: str, found: str, state: TrainerState) -> ConfigError:
+def _diverged(job: Job, expected: str, found: str, state: TrainerState, step: int) -> ConfigError:
     again = "start again with a smaller --learning-rate or --weight-decay"
     good = f"; {job.result} is the best epoch before" if job.result.exists() else ""
     recipe = job.recipe
     return ConfigError(
         f"learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}",
         expected,
-        f"{found} in epoch {state.epoch + 1} step {state.step + 1}",
+        f"{found} in epoch {state.epoch + 1} step {step}",
         again + (" in a new --out" if job.state.exists() else "") + good,
     )
 
 
-def _announce(
-    job: Job, images: TrainingImages, selection: Sequence[Sample], dist: Distributed
-) -> None:
+def _announce(job: Job, selection: Sequence[Sample], trainer: Trainer) -> None:
+    dist, loader = trainer.dist, trainer.loader
     chosen = f"{len(selection):,} images of {job.recipe.select} choose the epoch"
     where = dist.device.type + (f", {dist.world_size} processes" if dist.world_size > 1 else "")
+    pictures = f"read in every epoch (--workers {job.config.workers})"
+    if loader.kept is not None:
+        pictures = f"{loader.kept.nbytes / 1e6:,.0f} MB, kept on the device"
     print(
         f"{job.kind}: {job.spec.architecture} at {job.spec.input_size}x{job.spec.input_size} on "
-        f"{len(images):,} images of {job.dataset.name}, {where};\n"
-        f"  {chosen if selection else 'the last epoch is kept'}",
+        f"{len(loader.images):,} images of {job.dataset.name}, {where};\n"
+        f"  {chosen if selection else 'the last epoch is kept'}; pictures: {pictures}",
         flush=True,
     )
 

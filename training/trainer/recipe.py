@@ -68,14 +68,15 @@ class Recipe:
     whole_batches: bool = True
     calibrate: bool = True
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD over all parameters."""
+    def optimizer(self, model: nn.Module, rate: torch.Tensor) -> torch.optim.Optimizer:
+        """SGD over all parameters, with a learning rate that lies on their device."""
         return torch.optim.SGD(
             model.parameters(),
-            lr=self.learning_rate,
+            lr=rate,
             momentum=0.9,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
+            fused=True,
         )
 
     def learning_rate_at(self, progress: float) -> float:

@@ -41,3 +41,24 @@ def test_versions_of_what_is_installed() -> None:
     found = environment.package_versions(("numpy", "no-such-package"))
     assert list(found) == ["numpy"]
     assert {"efficientface_deploy", "python"} <= set(environment.versions())
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [("max", "7", 2048), ("4000", "2976", 1024), ("9000", "1000", 2048), ("10", "20", 0)],
+)
+def test_available_memory_is_what_the_container_leaves(
+    limit, used, expected, tmp_path, monkeypatch
+):
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemFree: 1 kB\nMemAvailable:      2 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    monkeypatch.setattr(environment, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    assert environment.available_memory_bytes() == expected
+
+
+def test_available_memory_elsewhere_is_all_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    assert environment.available_memory_bytes() == environment.memory_bytes()

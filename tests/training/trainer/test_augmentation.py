@@ -1,49 +1,199 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as pillow
 
-from efficientface_deploy.spec import ModelSpec, preset
-from training.trainer.augmentation import AUGMENTATIONS, cover_a_part
+from training.trainer.augmentation import (
+    AUGMENTATIONS,
+    NUMBERS,
+    Crop,
+    Move,
+    crop_boxes,
+    crop_randomly,
+    luminance,
+    uniforms,
+)
 
-
-@pytest.fixture
-def spec() -> ModelSpec:
-    return preset("rafdb").replace(input_size=32)
-
-
-def test_published_augmentation_is_torchvisions_default_crop_and_flip(spec):
-    crop, flip = AUGMENTATIONS["published"](spec).transforms
-    assert (crop.scale, crop.ratio, crop.size) == ((0.08, 1.0), (3 / 4, 4 / 3), (32, 32))
-    assert type(flip).__name__ == "RandomHorizontalFlip" and flip.p == 0.5
-
-
-def test_flip_changes_nothing_else(spec):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    augment = AUGMENTATIONS["flip"](spec)
-    flipped = []
-    for number in range(40):
-        torch.manual_seed(number)
-        found = np.asarray(augment(Image.fromarray(pixels)))
-        flipped.append(np.array_equal(found, pixels[:, ::-1]))
-        assert flipped[-1] or np.array_equal(found, pixels)
-    assert 10 < sum(flipped) < 30
-    assert augment(Image.new("RGB", (50, 70))).size == (32, 32)
+SIDE = 48
+FILL = torch.tensor([120.0, 100.0, 90.0]).view(1, 3, 1, 1)
 
 
-def test_covered_part(spec):
+def faces(count: int, side: int = SIDE, channels: int = 3) -> torch.Tensor:
+    """Smooth pictures, float32 (N, C, S, S)."""
+    coarse = torch.rand(count, channels, 6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(255 * coarse, (side, side), mode="bicubic").clamp(0, 255)
+
+
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
+
+
+def as_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def rows(augmentation, numbers: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(augmentation.parameters(numbers))
+
+
+# ---- Random numbers
+
+
+def test_uniforms_are_named_by_seed_view_and_index_alone():
+    whole = uniforms(3, 2, np.arange(100))
+    assert whole.shape == (100, NUMBERS) and whole.dtype == np.float64
+    assert np.array_equal(uniforms(3, 2, np.array([70, 5])), whole[[70, 5]])
+    others = (
+        uniforms(4, 2, np.arange(100)),
+        uniforms(3, 1, np.arange(100)),
+        uniforms(2, 3, np.arange(100)),
+    )
+    for other in others:
+        assert not np.isin(other, whole).any()
+
+
+def test_uniforms_stay_the_same_for_ever():
+    """What is stored of a view is worth nothing if a later version draws it otherwise."""
+    digest = hashlib.sha256(uniforms(2**32 - 1, 400, np.arange(1000)).tobytes()).hexdigest()
+    assert digest[:16] == "a52625b88a96ac47"
+
+
+def test_uniforms_are_uniform_and_independent():
+    u = np.concatenate(
+        [uniforms(seed, view, np.arange(500)) for seed in (0, 1) for view in range(20)]
+    )
+    counts, _ = np.histogram(u, bins=20, range=(0, 1))
+    assert np.abs(counts / counts.mean() - 1).max() < 0.02
+    correlations = np.corrcoef(u, rowvar=False) - np.eye(NUMBERS)
+    assert np.abs(correlations).max() < 0.04  # five standard errors
+    assert np.abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.01
+
+
+# ---- Against Pillow, picture by picture
+
+
+@pytest.mark.parametrize("name", ["mild", "strong"])
+def test_move_is_what_pillow_draws_from_the_same_numbers(name):
+    """But for its rounding to whole grey levels and pixels: two levels of 255 on average."""
+    move = AUGMENTATIONS[name]
+    assert isinstance(move, Move)
+    numbers, pixels = uniforms(0, 0, np.arange(40)), faces(40)
+    numbers[:, 9] = 0  # not covered
+    views = move(pixels, rows(move, numbers), FILL)
+    fill = tuple(int(value) for value in FILL.flatten())
+    differences = []
+    for u, picture, view in zip(numbers, pixels, views, strict=True):
+        image = as_image(picture.flip(2) if u[0] < 0.5 else picture)
+        symmetric = 2 * u - 1
+        shift = [float(move.shift * SIDE * value) for value in symmetric[2:4]]
+        scale = move.smallest + (move.largest - move.smallest) * u[4]
+        shear = [move.shear * symmetric[5], 0.0]
+        angle, filtered = move.degrees * symmetric[1], InterpolationMode.BILINEAR
+        image = pillow.affine(image, angle, shift, scale, shear, filtered, list(fill))
+        steps = [
+            lambda image, u=symmetric: pillow.adjust_brightness(image, 1 + move.light * u[6]),
+            lambda image, u=symmetric: pillow.adjust_contrast(image, 1 + move.light * u[7]),
+        ]
+        for step in steps if u[8] < 0.5 else steps[::-1]:
+            image = step(image)
+        differences.append((as_pixels(image) - view).abs().mean())
+    assert np.mean(differences) < 2 and np.max(differences) < 6
+
+
+def test_move_of_nothing_changes_nothing():
+    still = np.full((2, NUMBERS), 0.5)
+    still[:, 9] = 0
+    pixels = faces(2)
+    move = Move(degrees=0, shift=0, smallest=1, largest=1, light=0)
+    torch.testing.assert_close(move(pixels, rows(move, still), FILL), pixels, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("native", [30, 48, 90])
+def test_crop_is_pillows_crop_and_resize(native):
+    """Enlarged and shrunk, mirrored and not, within a grey level or two of its rounding."""
+    crop, pixels = Crop(native, SIDE), faces(40, native)
+    numbers = uniforms(1, 0, np.arange(40))
+    views = crop(pixels.round(), rows(crop, numbers), FILL)
+    assert views.shape == (40, 3, SIDE, SIDE)
+    for index, view in enumerate(views):
+        image = crop_randomly(as_image(pixels[index]), numbers[index : index + 1], SIDE)
+        expected = as_pixels(image)
+        expected = expected.flip(2) if numbers[index, 0] < 0.5 else expected
+        assert (view - expected).abs().max() < 2
+
+
+def test_crops_are_drawn_as_torchvision_draws_them():
+    """Its scale and sides, in shares of their area and of their corners, over many crops."""
+    boxes = crop_boxes(uniforms(0, 0, np.arange(4000)), 120, 80)
+    torch.manual_seed(0)
+    image, reference = Image.new("RGB", (120, 80)), transforms.RandomResizedCrop(8)
+    theirs = [reference.get_params(image, reference.scale, reference.ratio) for _ in range(4000)]
+    top, left, height, width = np.array(theirs).T
+    ours = boxes[:, 0] / 120, boxes[:, 1] / 80, boxes[:, 2] / 120, boxes[:, 3] / 80
+    for own, other in zip(ours, (left / 120, top / 80, width / 120, height / 80), strict=True):
+        shares = [0.1, 0.25, 0.5, 0.75, 0.9]
+        np.testing.assert_allclose(np.quantile(own, shares), np.quantile(other, shares), atol=0.02)
+    assert (boxes[:, 0] + boxes[:, 2] <= 120).all() and (boxes[:, 1] + boxes[:, 3] <= 80).all()
+    assert (boxes[:, 2:] >= 1).all()
+
+
+@pytest.mark.parametrize("size", [(200, 10), (10, 200), (1, 1)])
+def test_crop_of_an_odd_picture_lies_in_it(size):
+    boxes = crop_boxes(uniforms(0, 0, np.arange(300)), *size)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
+
+
+# ---- What each does
+
+
+def test_flip_changes_nothing_else():
+    flip, pixels = AUGMENTATIONS["flip"], faces(40)
+    views = flip(pixels, rows(flip, uniforms(0, 0, np.arange(40))), FILL)
+    flipped = [torch.equal(view, own.flip(2)) for view, own in zip(views, pixels, strict=True)]
+    same = [torch.equal(view, own) for view, own in zip(views, pixels, strict=True)]
+    assert [not value for value in same] == flipped and 10 < sum(flipped) < 30
+
+
+def test_covered_part():
     """About half of the strong views have a rectangle of the mean colour; the rest is the face."""
-    mean = tuple(round(255 * value) for value in spec.mean)
-    areas = []
-    for number in range(300):
-        torch.manual_seed(number)
-        image = Image.new("RGB", (60, 60), (1, 2, 3))
-        covered = np.all(np.array(cover_a_part(image, mean)) == mean, axis=2)
-        areas.append(covered.mean())
-        rows, columns = covered.any(axis=1).sum(), covered.any(axis=0).sum()
-        assert covered.sum() == rows * columns  # one rectangle
-    areas = np.array(areas)
+    pixels = torch.full((300, 1, 60, 60), 7.0)
+    strong = Move(degrees=0, shift=0, smallest=1, largest=1, light=0, cover=True)
+    fill = torch.full((1, 1, 1, 1), 120.0)
+    views = strong(pixels, rows(strong, uniforms(0, 0, np.arange(300))), fill)
+    covered = views[:, 0] == 120
+    areas = covered.float().mean(dim=(1, 2)).numpy()
+    for mask in covered:  # one rectangle
+        assert mask.sum() == mask.any(dim=0).sum() * mask.any(dim=1).sum()
+    torch.testing.assert_close(
+        views[~covered[:, None]], pixels[~covered[:, None]], atol=1e-3, rtol=0
+    )
     assert 0.4 < (areas > 0).mean() < 0.6
     assert 0.015 < areas[areas > 0].min() < 0.05 and 0.2 < areas.max() < 0.27
+
+
+@pytest.mark.parametrize("name", ["flip", "mild", "strong"])
+def test_grey_needs_one_channel(name):
+    """What three equal channels give, one gives; luminance leaves grey alone, bit for bit."""
+    augment, grey = AUGMENTATIONS[name], faces(20, channels=1).round()
+    assert torch.equal(luminance(grey.expand(-1, 3, -1, -1)), grey)
+    row, fill = rows(augment, uniforms(0, 0, np.arange(20))), FILL[:, :1]
+    one = augment(grey, row, fill)
+    three = augment(grey.repeat(1, 3, 1, 1), row, fill.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(three, one.expand(-1, 3, -1, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", [*AUGMENTATIONS.values(), Crop(SIDE, 64)])
+def test_a_gpu_draws_the_same(augment):
+    pixels, row = faces(64), rows(augment, uniforms(0, 0, np.arange(64)))
+    ours = augment(pixels, row, FILL)
+    theirs = augment(pixels.cuda(), row.cuda(), FILL.cuda()).cpu()
+    torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ import torch
 
 from efficientface_deploy.errors import ConfigError, DatasetError, ImageError
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import normalise, to_model_input
+from efficientface_deploy.vision.preprocess import load_image, to_model_input
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
-from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.augmentation import AUGMENTATIONS, crop_randomly, uniforms
 from training.trainer.distributed import Distributed
 from training.trainer.loader import (
+    Batch,
     BatchOrder,
+    Renderer,
     TrainingImages,
     TrainingLoader,
     choose_samples,
@@ -23,7 +27,8 @@ from training.trainer.loader import (
 )
 
 BATCH = 8
-ALONE = Distributed(torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Distributed(CPU)
 
 
 @pytest.fixture
@@ -48,31 +53,39 @@ def make_images(dataset, spec, name: str = "mild", seed: int = 3, **options) -> 
 # ---- TrainingImages ------------------------------------------------------------------------------
 
 
-def test_item_depends_on_epoch_index_and_seed_alone(images, dataset, spec, request):
+def views_of(images: TrainingImages, *keys: tuple[int, int]) -> list[np.ndarray]:
+    """Pixels of views by (view, index), float32 (C, S, S), 0 to 255."""
+    render = Renderer(images, CPU)
+    return [render.views(images.batch(view, [index]))[0].numpy() for view, index in keys]
+
+
+def test_view_depends_on_seed_view_and_index_alone(images, dataset, spec, request):
     name = request.node.callspec.params["images"]
     keys = [(0, 0), (0, 5), (1, 5), (7, 0)]
-    first = {key: images[key][0] for key in keys}
-    other = make_images(dataset, spec, name)
-    for number, key in enumerate(reversed(keys)):  # another object, order and global state
-        torch.manual_seed(number)
-        np.testing.assert_array_equal(other[key][0], first[key])
-    reseeded = make_images(dataset, spec, name, seed=4)
-    assert not np.array_equal(reseeded[0, 0][0], first[0, 0])
+    first = views_of(images, *keys)
+    few = TrainingImages(dataset.split("train")[:6], spec, name, 3)  # fewer, in another order
+    for view, other in zip(first, reversed(views_of(few, *reversed(keys))), strict=True):
+        np.testing.assert_array_equal(view, other)
+    together = Renderer(images, CPU).views(images.batch(0, [5, 3, 0]))
+    np.testing.assert_allclose(together[2], first[0], atol=1e-3)
+    np.testing.assert_allclose(together[0], first[1], atol=1e-3)
+    reseeded = views_of(make_images(dataset, spec, name, seed=5), *keys)
+    assert any(not np.array_equal(*pair) for pair in zip(reseeded, first, strict=True))
 
 
 def test_every_view_is_another_picture(images, spec):
-    views = [images[epoch, 2][0] for epoch in range(6)]
-    plain = to_model_input(images.samples[2].path, spec)
+    views = views_of(images, *((epoch, 2) for epoch in range(6)))
+    plain = to_model_input(images.samples[2].path, spec).transpose(2, 0, 1).astype(np.float32)
     found = {view.tobytes() for view in views}
     if images.augmentation == "flip":
-        assert found == {plain.tobytes(), plain[:, ::-1].tobytes()}
+        assert found == {plain.tobytes(), plain[:, :, ::-1].tobytes()}
     else:
         assert len(found | {plain.tobytes()}) == 7
-    assert all(view.shape == (32, 32, 3) and view.dtype == np.uint8 for view in views)
+    assert all(view.shape == (3, 32, 32) and view.dtype == np.float32 for view in views)
     # Changed, but the same face: no view is nearer to noise than to the picture or its mirror.
+    mirrored = plain[:, :, ::-1]
     for view in views:
-        centred = view.astype(float) - view.mean()
-        likeness = [np.corrcoef(centred.ravel(), p.ravel())[0, 1] for p in (plain, plain[:, ::-1])]
+        likeness = [np.corrcoef(view.ravel(), p.ravel())[0, 1] for p in (plain, mirrored)]
         assert max(likeness) > 0.2
 
 
@@ -81,19 +94,40 @@ def test_global_random_numbers_are_left_alone(images):
     np.random.seed(11)
     random.seed(11)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    images[2, 3]
+    views_of(images, (2, 3))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("sizes", [{(60, 50), (48, 48)}, {(150, 150)}])
+def test_pictures_of_other_sizes_are_cropped_by_who_reads_them(sizes, dataset, spec, tmp_path):
+    """The same crop, mirrored where the others are."""
+    samples = []
+    for number in range(4):
+        image = load_image(dataset.split("train")[number].path)
+        samples.append(Sample(tmp_path / f"{number}.png", number))
+        image.resize(sorted(sizes)[number % len(sizes)]).save(samples[-1].path)
+    images = TrainingImages(samples, spec, "published", 0)
+    assert images.pictures.keep(CPU) is None
+    batch = images.batch(1, [0, 1, 2, 3])
+    numbers = uniforms(0, 1, np.arange(4))
+    for index, view in enumerate(Renderer(images, CPU).views(batch)):
+        image = crop_randomly(load_image(samples[index].path), numbers[index : index + 1], 32)
+        expected = np.asarray(image).transpose(2, 0, 1)
+        expected = expected[:, :, ::-1] if numbers[index, 0] < 0.5 else expected
+        np.testing.assert_array_equal(view, expected)
+    with pytest.raises(ConfigError, match="--data-on-device yes: expected pictures of one size"):
+        TrainingImages(samples, spec, "published", 0, on_device="yes")
 
 
 def test_targets_are_labels_or_votes(dataset, spec):
     index, sample = next(
         (i, sample) for i, sample in enumerate(dataset.split("train")) if max(sample.votes) < 0.9
     )
-    one_hot = make_images(dataset, spec)[0, index][1]
+    one_hot = make_images(dataset, spec).batch(0, [index]).targets[0].numpy()
     np.testing.assert_array_equal(one_hot, np.eye(7, dtype=np.float32)[sample.label])
-    votes = make_images(dataset, spec, votes=True)[0, index][1]
+    votes = make_images(dataset, spec, votes=True).batch(0, [index]).targets[0].numpy()
     np.testing.assert_allclose(votes, np.array(sample.votes) / sum(sample.votes), atol=1e-6)
     assert votes.dtype == np.float32
 
@@ -104,23 +138,12 @@ def test_votes_without_votes_are_refused(dataset, spec):
         TrainingImages(plain, spec, "mild", 0, votes=True)
 
 
-@pytest.mark.parametrize("colour", ["rgb", "grey"])
-def test_batch_is_normalised_as_the_runtime_does(colour, dataset, spec):
-    images = make_images(dataset, spec.replace(colour=colour))
-    items = [images[0, index] for index in range(4)]
-    batch, targets = images.collate(items)
-    expected = normalise(np.stack([image for image, _ in items]), images.spec)
-    np.testing.assert_array_equal(batch.numpy(), expected)
-    assert batch.shape == (4, 3, 32, 32) and batch.dtype == torch.float32
-    assert targets.shape == (4, 7) and torch.equal(targets.sum(dim=1), torch.ones(4))
-
-
 # ---- Order and batches ---------------------------------------------------------------------------
 
 
 def keys_of(order: BatchOrder, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
     order.epoch, order.start = epoch, start
-    return list(order)
+    return [[(view, index) for index in indices] for view, indices in order]
 
 
 def test_each_epoch_has_its_own_permutation_and_views():
@@ -189,49 +212,73 @@ def test_published_code_keeps_the_last_batch(length, ranks, rest):
     assert {len(epoch[-1]) for epoch in epochs} == {(rest or batch) // ranks}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [None, 0, 1])
 def test_damaged_image_is_one_line_from_a_worker_too(workers, dataset, spec, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     samples = [*dataset.split("train")[:7], Sample(broken, 0)]
-    images = TrainingImages(samples, spec, "mild", 0)
-    with (
-        contextlib.closing(TrainingLoader(images, BatchOrder(8, 4, 0), workers)) as loader,
-        pytest.raises(ImageError, match=r"^\S*broken\.png: expected an image") as caught,
-    ):
-        list(loader)
+    images = TrainingImages(samples, spec, "mild", 0, on_device="yes" if workers is None else "no")
+    with pytest.raises(ImageError, match=r"^\S*broken\.png: expected an image") as caught:
+        batches_of(images, BatchOrder(8, 4, 0), workers or 0)
     assert "Traceback" not in str(caught.value)
 
 
-def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[tuple[torch.Tensor, ...]]:
+def epoch_of(images: TrainingImages, epoch: int, workers: int) -> list[Batch]:
     order = BatchOrder(len(images), BATCH, 5)
     order.epoch = epoch
-    return [tuple(part.clone() for part in b) for b in TrainingLoader(images, order, workers)]
+    return batches_of(images, order, workers)
 
 
-def test_workers_give_the_same_bits(dataset, spec):
-    images = make_images(dataset, spec)
-    runs = [epoch_of(images, 1, workers) for workers in (0, 2)]
-    assert len(runs[0]) == len(images) // BATCH
-    for ours, theirs in zip(*runs, strict=True):
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+def batches_of(images: TrainingImages, order: BatchOrder, workers: int) -> list[Batch]:
+    with contextlib.closing(TrainingLoader(images, order, workers, CPU)) as loader:
+        return list(loader)
 
 
-def test_worker_follows_the_epoch(dataset, spec):
-    images = make_images(dataset, spec)
+def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
+    for own, other in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, own, other))
+
+
+@pytest.mark.parametrize("augmentation", ["published", "mild"])
+def test_workers_and_kept_pictures_give_the_same_bits(augmentation, dataset, spec):
+    grey = spec.replace(colour="grey")
+    for own in (spec, grey):
+        images = {on: make_images(dataset, own, augmentation, on_device=on) for on in ("yes", "no")}
+        kept = epoch_of(images["yes"], 1, 0)
+        assert len(kept) == len(images["yes"]) // BATCH
+        for workers in (0, 2):
+            assert_same_batches(epoch_of(images["no"], 1, workers), kept)
+
+
+@pytest.mark.parametrize("on_device", ["yes", "no"])
+def test_loader_follows_the_epoch(on_device, dataset, spec):
+    images = make_images(dataset, spec, on_device=on_device)
     order = BatchOrder(len(images), BATCH, 5)
-    loader = TrainingLoader(images, order, workers=1)
-    for epoch in (0, 1):  # the worker lives on between them
-        order.epoch = epoch
-        expected = epoch_of(make_images(dataset, spec), epoch, workers=0)
-        for ours, theirs in zip(loader, expected, strict=True):
-            assert torch.equal(ours[0], theirs[0])
+    with contextlib.closing(TrainingLoader(images, order, 1, CPU)) as loader:
+        for epoch in (0, 1):  # a worker lives on between them
+            order.epoch, order.start = epoch, 0
+            assert_same_batches(
+                list(loader), epoch_of(make_images(dataset, spec), epoch, workers=0)
+            )
+            order.start = order.steps
+            assert list(loader) == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGBUS])
+def test_worker_that_dies_is_one_line(end, dataset, spec, monkeypatch):
+    """As by the system when memory runs out, or by itself when /dev/shm is full."""
+    images = make_images(dataset, spec, on_device="no")
+    monkeypatch.setattr(TrainingImages, "batch", lambda *_: os.kill(os.getpid(), end))
+    loader = TrainingLoader(images, BatchOrder(len(images), BATCH, 5), 1, CPU)
+    wanted = "--workers 1: expected workers that live .*; add --workers 0"
+    with contextlib.closing(loader), pytest.raises(ConfigError, match=wanted):
+        list(loader)
 
 
 def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
     images = make_images(dataset, spec)
-    loader = TrainingLoader(images, BatchOrder(len(images), 15, 0), workers=0)
-    assert [len(batch) for batch, _ in loader] == [15, 15, 15]  # of 56
+    loader = TrainingLoader(images, BatchOrder(len(images), 15, 0), 0, CPU)
+    assert [len(batch.pixels) for batch in loader] == [15, 15, 15]  # of 56
 
 
 def test_too_few_images_for_one_batch():
@@ -244,7 +291,8 @@ def test_stored_targets_follow_the_view(dataset, spec):
     images = make_images(dataset, spec)
     images.targets = stored
     for view, index in ((0, 0), (1, 0), (1, 55), (2, 3)):
-        np.testing.assert_array_equal(images[view, index][1], stored[view % 2, index])
+        found = images.batch(view, [index]).targets[0]
+        np.testing.assert_array_equal(found, stored[view % 2, index])
 
 
 # ---- Hold-out ------------------------------------------------------------------------------------

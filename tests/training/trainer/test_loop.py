@@ -90,7 +90,7 @@ def test_schedule_reaches_the_optimizer(make_job, fit, monkeypatch):
     step = torch.optim.SGD.step
 
     def spy(self, *arguments, **keywords):
-        rates.append(self.param_groups[0]["lr"])
+        rates.append(float(self.param_groups[0]["lr"]))
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
@@ -120,6 +120,47 @@ def test_loss_that_is_not_finite_stops_the_training(make_job, fit):
     ):
         fit(job)
     assert not job.result.exists()
+
+
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2])
+def test_step_whose_loss_was_not_finite_is_named(step, make_job, fit, monkeypatch):
+    """The device is asked for it only now and then, here at an epoch's end."""
+    calls = []
+
+    def spoil(images, targets):
+        calls.append(None)
+        return targets * math.nan if len(calls) == step else targets
+
+    job = make_job()
+    where = f"epoch {(step - 1) // STEPS + 1} step {(step - 1) % STEPS + 1}; start again"
+    monkeypatch.setattr(loop, "_SETTLE_SECONDS", 1000)
+    with pytest.raises(ConfigError, match=f"a finite loss, found nan in {where}"):
+        fit(job, spoil)
+    assert len(calls) == -(-step // STEPS) * STEPS and job.state.exists() == (step > STEPS)
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("holds", "fix"), [(5, "--batch-size 4, which fits"), (1, "--input-size")])
+def test_batch_that_does_not_fit(holds, fix, make_job, fit):
+    def full(images, targets):
+        if len(images) > holds:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+            )
+        return targets
+
+    with pytest.raises(ConfigError, match=f"--batch-size 16: expected .*2.00 GiB.* give .*{fix}"):
+        fit(make_job(), full)
+
+
+def test_bits_do_not_depend_on_where_the_pictures_are(make_job, fit, tmp_path):
+    kept, read = (
+        weights(fit(make_job(epochs=1, out=tmp_path / name, data_on_device=name)))
+        for name in ("yes", "no")
+    )
+    assert_same_bits(kept, read)
 
 
 # ---- What a run leaves ---------------------------------------------------------------------------
@@ -310,10 +351,10 @@ def test_weights_that_a_step_has_spoilt_are_not_saved(make_job, fit, monkeypatch
     job = make_job(epochs=2, save_minutes=0)
     step = loop.Trainer.train_step
 
-    def spoil(trainer, images, targets, state):
-        loss = step(trainer, images, targets, state)
+    def spoil(trainer, batch, state):
+        loss = step(trainer, batch, state)
         if state.epoch == 1:
-            next(trainer.model.parameters()).data[0] = math.nan
+            next(trainer.step.model.parameters()).data[0] = math.nan
         return loss
 
     monkeypatch.setattr(loop.Trainer, "train_step", spoil)

@@ -49,11 +49,11 @@ def test_steps():
 
 def test_optimizer_is_sgd_over_all_parameters():
     model = EfficientFace(7)
-    optimizer = recipe(nesterov=True).optimizer(model)
+    optimizer = recipe(nesterov=True).optimizer(model, torch.tensor(0.25))
     assert type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1
     group = optimizer.param_groups[0]
     settings = [group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")]
-    assert settings == [0.2, 0.9, 1e-4, True]
+    assert settings == [0.25, 0.9, 1e-4, True]
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
@@ -86,7 +86,7 @@ def test_published_recipe():
     assert published.augmentation == "published"
     assert (published.select, published.ema, published.views) == ("test", 0, 0)
     assert (published.temperature, published.calibrate) == (1, False)
-    group = published.optimizer(EfficientFace(7)).param_groups[0]
+    group = published.optimizer(EfficientFace(7), torch.tensor(0.25)).param_groups[0]
     settings = [group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")]
-    assert settings == [0.1, 0.9, 1e-4, False]
+    assert settings == [0.25, 0.9, 1e-4, False]
     assert published_student("ferplus") == published  # not published: RAF-DB's
