@@ -404,7 +404,7 @@ def load(
     threads: int | None = None,
     preset: str | None = None,
     cuda_graphs: bool = True,
-    check: bool = True,
+    check: bool | None = None,
     prior: Prior | None = None,
 ) -> Predictor:
     """Load a model, and check that it computes here what its file says.
@@ -422,8 +422,8 @@ def load(
             normalisation and input size. Every other file carries its own; the labels must agree.
         cuda_graphs: Whether an engine may run through CUDA graphs. They are faster; turn them off
             to compare.
-        check: Whether to run the probe; the environment variable ``EFFICIENTFACE_CHECK=0`` turns
-            it off too.
+        check: Whether to run the probe; None does, unless the environment has
+            ``EFFICIENTFACE_CHECK=0``.
         prior: How often each class comes where the model is used, in the place of how often it
             came in its training: ``"uniform"``, or a weight for each label. Rare classes are then
             found more often, and frequent ones missed more often. None leaves it as it was trained.
@@ -450,7 +450,8 @@ def load(
     opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))
     opened.open()
     try:
-        check = check and os.environ.get(CHECK_VARIABLE) != "0"
+        if check is None:
+            check = os.environ.get(CHECK_VARIABLE) != "0"
         return Predictor(opened, check=check, prior=prior)
     except BaseException:
         opened.close()

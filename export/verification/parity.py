@@ -305,7 +305,7 @@ def _open_runner(path: Path) -> Iterator[_Runner]:
         BackendError: Nothing here can run it.
     """
     try:
-        predictor = ef.load(path)
+        predictor = ef.load(path, check=True)  # whatever the environment says
     except ef.ProbeError as error:
         yield _emulator(path, error)
         return

@@ -147,6 +147,8 @@ class TestLoad:
         monkeypatch.setenv(CHECK_VARIABLE, "0")
         with ef.load() as predictor:
             assert predictor.checked is None
+        with pytest.raises(ef.ProbeError):
+            ef.load(check=True)  # what is asked for goes before the environment
         monkeypatch.setenv(CHECK_VARIABLE, "1")
         with pytest.raises(ef.ProbeError):
             ef.load()
