@@ -151,8 +151,10 @@ def _list_class(cls: type) -> dict[str, Any]:
             properties[name] = [_returned(type_name), "w" if value.fset else ""]
         elif _is_enum(type(value)):
             constants[name] = value.name
-        elif not inspect.isclass(value) and (signatures := _signatures(value.__doc__ or "")):
-            methods[name] = signatures
+        elif not inspect.isclass(value):
+            function = getattr(value, "__func__", value)  # of a static method
+            if signatures := _signatures(function.__doc__ or ""):
+                methods[name] = signatures
     bases = [base.__name__ for base in cls.__bases__ if not base.__name__.startswith("pybind11")]
     content = {"bases": [base for base in bases if base != "object"], "methods": methods}
     return content | {"properties": properties, "constants": constants}
