@@ -87,6 +87,7 @@ def test_array_and_file_differ_by_the_profile_alone(pixels):
     once = load_image(opened)
     np.testing.assert_array_equal(once, load_image(data))
     np.testing.assert_array_equal(load_image(once), once)  # not applied again
+    assert "icc_profile" not in once.info
     np.testing.assert_array_equal(opened, pixels)  # nor to the caller's own
 
 
