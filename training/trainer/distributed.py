@@ -14,7 +14,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import ConfigError, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +82,40 @@ def init(device: str) -> Iterator[Distributed]:
         device: ``auto`` takes a GPU where there is one, ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: ``cuda`` was asked for and there is none.
+        ConfigError: ``cuda`` was asked for and there is none, or the GPU cannot be used.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda", "a CUDA device", "none", "leave --device out")
-    cuda = device != "cpu" and torch.cuda.is_available()
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if cuda:
+        _open_cuda(int(os.environ["LOCAL_RANK"]) if world_size > 1 else 0, device)
     if world_size == 1:
         yield Distributed(torch.device("cuda" if cuda else "cpu"))
         return
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         own = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         yield Distributed(own, torch.distributed.get_rank(), world_size)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _open_cuda(number: int, asked: str) -> None:
+    """Take a GPU and compute on it once: its driver may be too old, or PyTorch too new for it.
+
+    Raises:
+        ConfigError: It cannot be used; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a GPU that this PyTorch was not built for
+            torch.cuda.set_device(number)
+            torch.ones(1, device="cuda").sin_().item()
+    except (RuntimeError, AssertionError) as error:
+        built = torch.version.cuda
+        wanted = f"a GPU for PyTorch {torch.__version__}, built for " + (
+            f"CUDA {built}" if built else "no CUDA"
+        )
+        fix = "give --device cpu, or install a driver and a PyTorch that fit it"
+        raise ConfigError(f"--device {asked}", wanted, words_of(error), fix) from None
+    # A convolution's fastest algorithm is looked for once, since all batches have one size.
+    torch.backends.cudnn.benchmark = True

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from efficientface_deploy.errors import ConfigError, DatasetError, EfficientFaceError, words_of
@@ -190,9 +190,17 @@ class TrainingImages(TorchDataset[Batch]):
     def __getitems__(self, keys: Keys) -> Batch | EfficientFaceError:
         """A batch for a worker, or the error: what a worker raises arrives as a traceback."""
         try:
-            return self.batch(*keys)
+            batch = self.batch(*keys)
         except EfficientFaceError as error:
             return error
+        if (worker := get_worker_info()) is not None:
+            # Here, since torch does it in a thread, whose error would leave the training waiting.
+            try:
+                for part in batch:
+                    part.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                return _no_workers(worker.num_workers, "room for their batches in /dev/shm", error)
+        return batch
 
     def content_hash(self, root: Path) -> str:
         """Hash of the images' bytes and places below ``root``, in order; read once."""
@@ -364,7 +372,8 @@ class TrainingLoader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise _worker_died(self._workers.num_workers, error) from None
+            wanted = "workers that live as long as the training"
+            raise _no_workers(self._workers.num_workers, wanted, error) from None
 
     def close(self) -> None:
         """End the workers, which heed no signal; torch itself waits for the garbage collector."""
@@ -377,10 +386,9 @@ def _as_it_is(batch: Batch | EfficientFaceError) -> Batch | EfficientFaceError:
     return batch
 
 
-def _worker_died(workers: int, error: RuntimeError) -> ConfigError:
-    wanted, found = "workers that live as long as the training", words_of(error)
+def _no_workers(workers: int, wanted: str, error: RuntimeError) -> ConfigError:
     fix = "add --workers 0, or give more memory (in Docker --shm-size too)"
-    return ConfigError(f"--workers {workers}", wanted, found, fix)
+    return ConfigError(f"--workers {workers}", wanted, words_of(error), fix)
 
 
 def _ignore_signals(worker: int) -> None:

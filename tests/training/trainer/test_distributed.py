@@ -12,6 +12,7 @@ import torch
 
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import load_checkpoint
+from training.trainer import distributed
 from training.trainer.distributed import Distributed, init
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -146,21 +147,40 @@ def test_command_under_torchrun(face_set, tmp_path):
 
 
 def test_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("auto", "cpu"):
         with init(name) as dist:
             assert dist == Distributed(torch.device("cpu"), 0, 1) and dist.is_main_process
-    with (
-        pytest.raises(ConfigError, match="--device cuda: expected a CUDA device, found none"),
-        init("cuda"),
-    ):
-        pass
+    opened = []
+    monkeypatch.setattr(distributed, "_open_cuda", lambda *args: opened.append(args))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("auto", "cuda"):
         with init(name) as dist:
             assert dist.device == torch.device("cuda")
     with init("cpu") as dist:
         assert dist.device == torch.device("cpu")
+    assert opened == [(0, "auto"), (0, "cuda")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Found no NVIDIA driver on your system. Please check"),
+        RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease"),
+        RuntimeError("CUDA error: no kernel image is available for execution on the device\nUse"),
+        AssertionError("Torch not compiled with CUDA enabled"),
+    ],
+)
+def test_gpu_that_cannot_be_used_is_one_line_with_the_reason(error, monkeypatch):
+    def fail(number):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "set_device", fail)
+    wanted = "--device cuda: expected a GPU for PyTorch"
+    with pytest.raises(ConfigError, match=wanted) as caught, init("cuda"):
+        pass
+    message = str(caught.value)
+    assert str(error).partition("\n")[0] in message and "give --device cpu" in message
+    assert "\n" not in message
 
 
 def test_one_process_needs_nobody():

@@ -275,6 +275,23 @@ def test_worker_that_dies_is_one_line(end, dataset, spec, monkeypatch):
         list(loader)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_shared_memory_is_one_line(workers, dataset, spec, monkeypatch):
+    """torch shares in a thread, whose error nobody hears: the training would wait for ever."""
+
+    def full(tensor):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left"
+        )
+
+    images = make_images(dataset, spec, on_device="no")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    wanted = f"--workers {workers}: expected room .* in /dev/shm, found unable .*; add --workers 0"
+    with pytest.raises(ConfigError, match=wanted):
+        batches_of(images, BatchOrder(len(images), BATCH, 5), workers)
+    assert len(batches_of(images, BatchOrder(len(images), BATCH, 5), 0)) == 7
+
+
 def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
     images = make_images(dataset, spec)
     loader = TrainingLoader(images, BatchOrder(len(images), 15, 0), 0, CPU)
