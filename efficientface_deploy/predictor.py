@@ -388,7 +388,7 @@ class Predictor:
                 smooth, best = steady.update(track, seconds, values)
                 confidence, unsure = float(smooth[best]), raw.unsure
                 if unsure is not None and spec.sure_above is not None:
-                    unsure = confidence <= spec.sure_above[best]
+                    unsure = confidence <= spec.sure_above
                 named = dict(zip(spec.labels, smooth.tolist(), strict=True))
                 prediction = Prediction(spec.labels[best], confidence, named, unsure)
             followed.append(FacePrediction(found.face, prediction, track, raw))
