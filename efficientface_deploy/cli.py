@@ -33,6 +33,7 @@ from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
 from efficientface_deploy.vision.preprocess import load_image
+from efficientface_deploy.vision.steady import TIME_CONSTANT, Event, Events
 from efficientface_deploy.vision.video import (
     VIDEO_SUFFIXES,
     Video,
@@ -75,6 +76,15 @@ class PredictConfig:
         None, metavar="DIR", help="new or empty folder for copies with boxes and labels"
     )
     json: bool = option(False, help="print one JSON object a picture or frame")
+    events: bool = option(
+        False, help="of videos, print from when to when each face has which label, not each frame"
+    )
+    smooth: float = option(
+        TIME_CONSTANT,
+        metavar="SECONDS",
+        minimum=0,
+        help="time over which a face's labels in a video are steadied; 0 for each frame's own",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if detector is None:
             title += "\neach picture is taken as one face; --detect centerface finds the faces"
-        report = Report(table, len(names), title=title)
-        labeller = Labeller(predictor, detector, gallery, report.tell)
+        report = Report(table, len(names), title, Events() if config.events else None)
+        labeller = Labeller(predictor, detector, gallery, report.tell, config.smooth)
         for name in names:
             try:
                 labeller.label(name)
@@ -142,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if len(names) == 1 or Path(name).suffix.lower() not in VIDEO_SUFFIXES:
                     raise
                 report.tell_unreadable(error)
-            report.done += 1
+            report.end_one(name)
         return report.end()
 
 
@@ -155,12 +165,14 @@ class Labeller:
         detector: Finds the faces; without one the whole picture is a face.
         gallery: Where to draw; None for nowhere.
         tell: Called with the answer for a picture, or for each frame.
+        smooth: Seconds over which labels of videos are steadied; 0 for none.
     """
 
     predictor: Predictor
     detector: FaceDetector | None
     gallery: Gallery | None
     tell: Callable[[Answer], None]
+    smooth: float
 
     def label(self, name: str) -> None:
         """Label a file, an address, ``camera``, ``camera:NUMBER`` or ``-``.
@@ -190,7 +202,9 @@ class Labeller:
             if video.live:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # its usual end
             policy = "newest" if video.live else "every"
-            results = self.predictor.predict_stream(video, detector=self.detector, policy=policy)
+            results = self.predictor.predict_stream(
+                video, detector=self.detector, policy=policy, smooth=self.smooth
+            )
             stack.enter_context(_drop_outs_told(shown, video))
             try:
                 for result in stack.enter_context(contextlib.closing(results)):
@@ -243,10 +257,20 @@ def camera_number(name: str) -> int | None:
 
 
 def as_json(answer: Answer) -> str:
-    """One line of JSON: the name, and every face with its box and all probabilities."""
+    """One line of JSON: the name, and every face with its box and all probabilities.
+
+    A face of a video has its track too, and where its label is steady the frame's own, ``raw``.
+    """
     record = {key: value for key, value in vars(answer).items() if value is not None}
     del record["faces"]  # they come last
-    faces = [{**vars(found.prediction), **vars(found.face)} for found in answer.faces]
+    faces = []
+    for found in answer.faces:
+        row = {**vars(found.prediction), **vars(found.face)}
+        if found.track is not None:
+            row["track"] = found.track
+        if found.raw is not None:
+            row["raw"] = found.raw.probabilities
+        faces.append(row)
     return json.dumps({**record, "faces": faces})
 
 
@@ -257,27 +281,55 @@ class Report:
         table: Lays the answers out; None for JSON.
         total: Pictures and videos in all.
         title: What answers, said before the first answer of a table.
+        events: Joins the frames' labels, where these are to be printed; None for each answer.
 
     Attributes:
         done: How many of them are done.
     """
 
-    def __init__(self, table: PredictionTable | None, total: int, title: str) -> None:
+    def __init__(
+        self, table: PredictionTable | None, total: int, title: str, events: Events | None = None
+    ) -> None:
         self.done = 0
         self._table = table
         self._total = total
         self._unreadable = 0
         self._title = title
+        self._events = events
 
     def tell(self, answer: Answer) -> None:
-        """Print an answer."""
+        """Print an answer, or the events that ended before it.
+
+        Raises:
+            ImageError: Events are to be printed, and a picture has none.
+        """
+        if self._events and answer.seconds is None:
+            expected = "a video, a stream or a camera, since --events was given"
+            raise ImageError(answer.image, expected, "a picture", "leave --events out")
         if self._table and self._title:
             print(self._title, file=sys.stderr)
-            print(self._table.header())
+            if not self._events:
+                print(self._table.header())
             self._title = ""
-        print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
+        if self._events and answer.seconds is not None:
+            labels = {one.track or 0: one.prediction.label for one in answer.faces}
+            self._print_events(answer.image, self._events.update(answer.seconds, labels))
+        else:
+            print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
+
+    def end_one(self, name: str) -> None:
+        """A picture or video is done: print the events that its end has ended."""
+        if self._events:
+            self._print_events(without_password(name), self._events.end())
+        self.done += 1
+
+    def _print_events(self, name: str, events: Sequence[Event]) -> None:
+        for one in events:
+            prefix = f"{name}: " if self._total > 1 else ""
+            text = f"face {one.track}: {one.label} from {one.start:.1f} s to {one.end:.1f} s"
+            print(prefix + text if self._table else json.dumps({"image": name, **vars(one)}))
 
     def tell_unreadable(self, error: ImageError | BackendError) -> None:
         """Name a file that cannot be read, and count it."""
@@ -324,7 +376,8 @@ class PredictionTable:
             box = ",".join(f"{edge:.0f}" for edge in found.face.box)
             mark = "?" if prediction.unsure else ""
             confidence = f"{prediction.confidence:.2f}{mark}"
-            rows.append(self._row(prediction.label, confidence, others, box, name))
+            where = name if found.track is None else f"{name} face {found.track}"
+            rows.append(self._row(prediction.label, confidence, others, box, where))
         return rows or [self._row("no face", "", "", "", name)]
 
     def _row(self, label: str, probability: str, others: str, box: str, name: str) -> str:
@@ -373,4 +426,5 @@ class Gallery:
 
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
     texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
-    return draw_faces(image, zip([one.face for one in faces], texts, strict=True))
+    tracks = [one.track for one in faces]
+    return draw_faces(image, zip([one.face for one in faces], texts, tracks, strict=True))

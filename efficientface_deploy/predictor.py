@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -18,7 +19,13 @@ from PIL import Image
 from efficientface_deploy.artifact import CHECKPOINT_SUFFIXES
 from efficientface_deploy.backends import create_backend, missing_reason, resolve_backend
 from efficientface_deploy.backends.base import Backend, BackendOptions, DeviceArray
-from efficientface_deploy.errors import ArtifactError, BackendError, ImageError, ProbeError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    ImageError,
+    ProbeError,
+)
 from efficientface_deploy.prior import UNIFORM, Prior, adjust, log_ratios
 from efficientface_deploy.probe import Check
 from efficientface_deploy.spec import ModelSpec
@@ -31,7 +38,9 @@ from efficientface_deploy.vision.preprocess import (
     resize,
     to_model_input,
 )
+from efficientface_deploy.vision.steady import TIME_CONSTANT, SteadyLabels
 from efficientface_deploy.vision.stream import check_policy, overlap
+from efficientface_deploy.vision.tracks import Tracker
 from efficientface_deploy.vision.video import Video, VideoFrame
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -91,11 +100,15 @@ class FacePrediction:
 
     Attributes:
         face: Where it is.
-        prediction: Its label.
+        prediction: Its label; in a stream the steady one, unless that is turned off.
+        track: In a stream its number, from 1, which stays with it; None in a picture.
+        raw: Where the label is steady, what the network says about this frame alone.
     """
 
     face: Face
     prediction: Prediction
+    track: int | None = None
+    raw: Prediction | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +122,8 @@ class FrameResult:
         time: When it came, seconds by ``time.monotonic``.
         latency: Seconds from there to its labels, waiting included.
         image: The frame, PIL, RGB.
-        faces: Its faces, the most confident first; empty where none was found. Without a detector
-            the whole frame is one face.
+        faces: Its faces, the one first that has been followed for longest; empty where none was
+            found. Without a detector the whole frame is one face.
     """
 
     index: int
@@ -241,8 +254,11 @@ class Predictor:
         detector: FaceDetector | None = None,
         policy: str = "every",
         queue_size: int = 4,
+        smooth: float | None = TIME_CONSTANT,
     ) -> Generator[FrameResult, None, None]:
         """Label frames while the next ones are read, searched and resized in the background.
+
+        Each face has a number that stays with it, and a label that does not flicker.
 
         Args:
             frames: A video or camera from :func:`open_video`, or any source of images, or of
@@ -252,6 +268,8 @@ class Predictor:
             policy: ``every`` labels each frame, and lets the source wait; ``newest`` drops what
                 a camera gave while the frame before was worked on.
             queue_size: Frames that may wait at each of two places, under ``every``.
+            smooth: Seconds over which a face's probabilities are averaged, whatever the frame
+                rate; 0 or None gives each frame's own.
 
         Returns:
             The results, in the order of the frames. Its threads end when it does, with the last
@@ -259,13 +277,16 @@ class Predictor:
             blocks for more than five seconds is left behind, in a daemon thread.
 
         Raises:
-            ConfigError: There is no such policy, or the queue holds nothing.
+            ConfigError: There is no such policy, the queue holds nothing, or ``smooth`` is no time.
             ImageError: At its turn, a frame that cannot be used, or the damage of a video; it ends
                 the stream.
         """
         _check_several(frames)
         check_policy(policy, queue_size)
-        return self._stream(frames, detector, policy, queue_size)
+        if smooth and not 0 <= smooth < math.inf:
+            raise ConfigError("smooth", "seconds, or 0 for none", f"{smooth}", "leave it out")
+        steady = SteadyLabels(smooth) if smooth else None
+        return self._stream(frames, detector, policy, queue_size, steady)
 
     def preprocess(self, image: ImageSource) -> UInt8Array:
         """The model's input for an image: uint8 (S, S, 3), RGB."""
@@ -331,7 +352,9 @@ class Predictor:
         detector: FaceDetector | None,
         policy: str,
         queue_size: int,
+        steady: SteadyLabels | None,
     ) -> Generator[FrameResult, None, None]:
+        tracker = Tracker()
         prepare = functools.partial(self._find_faces, detector=detector)
         # Copied in the thread that reads, before the source is asked for its next frame.
         kept = frames.timed() if isinstance(frames, Video) else map(_copy, frames)
@@ -341,11 +364,35 @@ class Predictor:
                 picture = arrival.item
                 start = arrival.time if start is None else start
                 seconds = arrival.time - start if picture.seconds is None else picture.seconds
-                faces = tuple(self._label_faces(picture))
+                faces = self._follow(self._label_faces(picture), seconds, tracker, steady)
                 latency = time.monotonic() - arrival.time
                 yield FrameResult(
                     arrival.index, seconds, arrival.time, latency, picture.image, faces
                 )
+
+    def _follow(
+        self,
+        faces: Sequence[FacePrediction],
+        seconds: float,
+        tracker: Tracker,
+        steady: SteadyLabels | None,
+    ) -> tuple[FacePrediction, ...]:
+        """The faces of a frame with their numbers and steady labels, in the numbers' order."""
+        tracks = tracker.update([one.face for one in faces], seconds)
+        followed = []
+        for track, found in sorted(zip(tracks, faces, strict=True), key=lambda pair: pair[0]):
+            raw, prediction = None, found.prediction
+            if steady:
+                raw, spec = prediction, self.spec
+                values = np.array(list(raw.probabilities.values()), np.float32)
+                smooth, best = steady.update(track, seconds, values)
+                confidence, unsure = float(smooth[best]), raw.unsure
+                if unsure is not None and spec.sure_above is not None:
+                    unsure = confidence <= spec.sure_above
+                named = dict(zip(spec.labels, smooth.tolist(), strict=True))
+                prediction = Prediction(spec.labels[best], confidence, named, unsure)
+            followed.append(FacePrediction(found.face, prediction, track, raw))
+        return tuple(followed)
 
     def __enter__(self) -> Predictor:
         return self

@@ -1,13 +1,12 @@
-"""Follow the faces of a video file, or of a camera until Ctrl-C.
+"""Follow the faces of a video, of a stream's address, or of a camera until Ctrl-C.
 
-pip install 'efficientface-deploy[cpu,detect]', then: python examples/video.py [FILE]
+pip install 'efficientface-deploy[cpu,detect,video]', then: python examples/video.py [SOURCE]
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 import efficientface_deploy as ef
 from efficientface_deploy.command import option, parse_config, run_command
@@ -17,7 +16,9 @@ from efficientface_deploy.command import option, parse_config, run_command
 class Options:
     """What may be typed."""
 
-    file: Path | None = option(None, positional=True, help="a video; without it, the first camera")
+    source: str | None = option(
+        None, positional=True, help="a video or rtsp://...; without it, the first camera"
+    )
 
 
 def main() -> None:
@@ -25,15 +26,16 @@ def main() -> None:
     options = parse_config(
         Options, None, prog="python examples/video.py", description=__doc__ or "", example="a.mp4"
     )
-    # A file is worked through; of a camera only what it shows now is of interest.
-    source, policy = (options.file, "every") if options.file else (0, "newest")
     detector = ef.open_detector("centerface")
-    with ef.load() as predictor, ef.open_video(source) as video:
+    with ef.load() as predictor, ef.open_video(options.source or 0) as video:
+        # A file is worked through; of a camera only what it shows now is of interest.
+        policy = "newest" if video.live else "every"
         results = predictor.predict_stream(video, detector=detector, policy=policy)
         with contextlib.closing(results), contextlib.suppress(KeyboardInterrupt):
             for result in results:
-                labels = ", ".join(found.prediction.label for found in result.faces)
-                print(f"{result.index:6} {result.latency * 1000:5.0f} ms  {labels or 'nobody'}")
+                faces = [f"{found.track} {found.prediction.label}" for found in result.faces]
+                latency = f"{result.latency * 1000:5.0f} ms"
+                print(f"{result.seconds:8.2f} s {latency}  {', '.join(faces) or 'nobody'}")
 
 
 if __name__ == "__main__":

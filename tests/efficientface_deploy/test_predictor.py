@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import pickle
 import shutil
@@ -243,7 +244,7 @@ def test_aligned_model_wants_a_detector_with_landmarks(predictor):
 def test_stream_labels_frames_in_order(predictor):
     values = [0, 255, 128] * 6
     begin = time.monotonic()
-    results = list(predictor.predict_stream(flat(value) for value in values))
+    results = list(predictor.predict_stream(map(flat, values), smooth=None))
     end = time.monotonic()
     assert [r.faces[0].prediction.label for r in results] == ["dark", "bright", "middle"] * 6
     assert [r.index for r in results] == list(range(18))
@@ -291,7 +292,7 @@ def refilled_bytes():
 )
 def test_frames_are_kept_when_their_source_makes_the_next(predictor, source, policy):
     values = (0, 255, 128, 0, 255)
-    results = list(predictor.predict_stream(source(), policy=policy))
+    results = list(predictor.predict_stream(source(), policy=policy, smooth=0))
     assert results[-1].index == 4 and (len(results) == 5 or policy == "newest")
     for result in results:
         value = values[result.index]
@@ -315,6 +316,51 @@ def test_stream_finds_faces(by_box):
     assert labels == [["bright", "dark"]] * 3
     (nobody,) = by_box.predict_stream([halves(255, 0)], detector=Halves())
     assert nobody.faces == ()
+
+
+class Swapped:
+    """Finds both halves, now the one first and now the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def detect(self, image):
+        self.count += 1
+        height, half = image.shape[0], image.shape[1] / 2
+        faces = [ef.Face((0, 0, half, height), 0.9), ef.Face((half, 0, 2 * half, height), 0.8)]
+        return faces[:: (-1) ** self.count]
+
+
+@pytest.mark.timeout(60)
+def test_faces_of_a_stream_keep_their_numbers_and_their_places(by_box):
+    frames = [ef.VideoFrame(halves(255, 0), at / 25) for at in range(20)]
+    results = list(by_box.predict_stream(frames, detector=Swapped()))
+    places = {found.track: found.face.box[0] for found in results[0].faces}
+    assert len(places) == 2
+    for result in results:
+        assert [found.track for found in result.faces] == [1, 2]
+        assert {found.track: found.face.box[0] for found in result.faces} == places
+    assert by_box.predict_faces(halves(255, 0), Swapped())[0].track is None
+
+
+@pytest.mark.timeout(60)
+def test_labels_of_a_stream_are_steady_and_the_raw_ones_stay(predictor):
+    values = [*[0] * 10, 255, *[0] * 10, *[255] * 20]  # one frame flickers, then all change
+    frames = [ef.VideoFrame(flat(value), at / 25) for at, value in enumerate(values)]
+    found = [result.faces[0] for result in predictor.predict_stream(frames)]
+    raw = ["dark" if value == 0 else "bright" for value in values]
+    labels = [one.prediction.label for one in found]
+    assert [one.raw.label for one in found] == raw
+    change = labels.index("bright")
+    assert labels == ["dark"] * change + ["bright"] * (len(labels) - change)
+    assert 21 <= change <= 21 + 0.3 * 25
+    for one in found:
+        assert one.prediction.confidence == one.prediction.probabilities[one.prediction.label]
+        assert sum(one.prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    for smooth in (0, None):
+        plain = [one.faces[0] for one in predictor.predict_stream(frames, smooth=smooth)]
+        assert [one.prediction.label for one in plain] == raw
+        assert {one.raw for one in plain} == {None}
 
 
 @pytest.mark.timeout(60)
@@ -355,6 +401,8 @@ def threads() -> list[str]:
         (flat(0), {}, "a single one"),
         ([], {"policy": "oldest"}, "every or newest"),
         ([], {"queue_size": 0}, "at least 1"),
+        ([], {"smooth": -1}, "smooth: expected seconds, or 0 for none"),
+        ([], {"smooth": math.nan}, "smooth: expected seconds, or 0 for none"),
     ],
 )
 def test_stream_that_cannot_be_is_refused_at_once(predictor, frames, keywords, message):
