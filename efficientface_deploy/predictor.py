@@ -91,11 +91,16 @@ class FacePrediction:
 
     Attributes:
         face: Where it is.
-        prediction: Its label.
+        prediction: Its label, which is no better than a guess where the face is small.
     """
 
     face: Face
     prediction: Prediction
+
+    @property
+    def small(self) -> bool:
+        """Whether the face has too few pixels to be judged."""
+        return self.face.small
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
