@@ -52,8 +52,8 @@ from benchmarks.measure.roofline import (
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, new_result
 from efficientface_deploy.command import option
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 
 FEWEST_CALLS_FOR_P99 = 100

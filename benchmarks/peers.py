@@ -56,8 +56,9 @@ from benchmarks.measure.toolchains import (
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import COMPUTE, new_result
 from efficientface_deploy.command import option
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
-from efficientface_deploy.workbench.environment import package_versions, usable_cpus
+from efficientface_deploy.workbench.environment import package_versions
 from efficientface_deploy.workbench.timing import Samples, measure, speedup
 
 MAX_EXTRA_CPUS = 0.1  # of a turn, beside its threads: Python, and what others leave running

@@ -43,9 +43,9 @@ from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.predictor import BUNDLED_ONNX, CHECK_VARIABLE, load
 from efficientface_deploy.vision.preprocess import load_image, resize
-from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
 
 HEAVY = ("torch", "torchvision", "cv2", "onnx", "matplotlib", "scipy")

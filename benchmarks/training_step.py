@@ -29,9 +29,9 @@ from torch import nn
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.models import EfficientFace, load_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
-from efficientface_deploy.workbench.environment import usable_cpus
 from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
 from training.trainer.config import Job, TrainConfig, TrainerState
 from training.trainer.distributed import Distributed

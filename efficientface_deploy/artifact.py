@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -324,6 +325,93 @@ def _varint(file: BinaryIO) -> int:
         if byte[0] < 0x80:
             return value
     raise ValueError("something else")
+
+
+# ---- ONNX: the same model for pictures of any size
+
+_GRAPH_OUTPUT, _GRAPH_INNER = 12, 13  # what is said of outputs, and of what lies between
+_VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_SIDE = 2, 1, 2, 1
+_CHANNELS = 1  # place of the channels among an input's sides
+
+
+def free_sizes(model: bytes, input_name: str) -> bytes:
+    """The same ONNX model for any number of pictures of any height and width.
+
+    Args:
+        model: Content of a file that :func:`external_files` has passed.
+        input_name: Of its sides only the channels are kept; what the model says of the shapes of
+            other inputs is kept too, and of all other shapes is left out.
+
+    Raises:
+        ValueError: This is no ONNX model.
+    """
+    name = _field(_VALUE_NAME, input_name.encode())
+
+    def in_model(number: int, graph: bytes) -> bytes:
+        return _edited(graph, in_graph) if number == _MODEL_GRAPH else graph
+
+    def in_graph(number: int, value: bytes) -> bytes | None:
+        if number == _GRAPH_OUTPUT:
+            return _edit_shape(value, lambda shape: None)
+        if number == _GRAPH_INPUT and name in value:
+            return _edit_shape(value, _free_sides)
+        return None if number == _GRAPH_INNER else value
+
+    return _edited(model, in_model)
+
+
+def _edit_shape(value: bytes, edit: Callable[[bytes], bytes | None]) -> bytes:
+    """What is said of an input or output, with another shape."""
+
+    def in_value(number: int, kind: bytes) -> bytes:
+        return _edited(kind, in_type) if number == _VALUE_TYPE else kind
+
+    def in_type(number: int, tensor: bytes) -> bytes:
+        return _edited(tensor, in_tensor) if number == _TYPE_TENSOR else tensor
+
+    def in_tensor(number: int, shape: bytes) -> bytes | None:
+        return edit(shape) if number == _TENSOR_SHAPE else shape
+
+    return _edited(value, in_value)
+
+
+def _free_sides(shape: bytes) -> bytes:
+    places = itertools.count()
+    return _edited(shape, lambda number, side: side if next(places) == _CHANNELS else b"")
+
+
+def _edited(message: bytes, edit: Callable[[int, bytes], bytes | None]) -> bytes:
+    """A message with other content in its fields of bytes; None leaves a field out."""
+    file, parts = io.BytesIO(message), []
+    while (start := file.tell()) < len(message):
+        number, kind = divmod(_varint(file), 8)
+        if kind == _BYTES:
+            size = _varint(file)
+            content = file.read(size)
+            if len(content) < size:
+                raise ValueError("a truncated or damaged one")
+            edited = edit(number, content)
+            parts.append(b"" if edited is None else _field(number, edited))
+            continue
+        if kind == _VARINT:
+            _varint(file)
+        elif kind in (_FIXED32, _FIXED64):
+            file.seek(4 if kind == _FIXED32 else 8, io.SEEK_CUR)
+        else:
+            raise ValueError("something else")
+        parts.append(message[start : file.tell()])
+    return b"".join(parts)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes."""
+    parts = bytearray()
+    for value in (8 * number + _BYTES, len(content)):
+        while value > 0x7F:
+            parts.append(value & 0x7F | 0x80)
+            value >>= 7
+        parts.append(value)
+    return bytes(parts) + content
 
 
 # ---- an engine's sidecar

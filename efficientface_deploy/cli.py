@@ -1,6 +1,6 @@
 """efficientface-predict: label the faces in pictures, videos and from a camera.
 
-Without --detect a picture should show one face, cut as the model's training pictures were.
+Without --faces a picture should show one face, cut as the model's training pictures were.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
 from efficientface_deploy.vision.preprocess import load_image
+from efficientface_deploy.vision.search import MAX_SIDE, MIN_FACE, MIN_SCORE
 from efficientface_deploy.vision.steady import TIME_CONSTANT, Event, Events
 from efficientface_deploy.vision.video import (
     VIDEO_SUFFIXES,
@@ -45,6 +46,8 @@ from efficientface_deploy.vision.video import (
 
 _JPEG_QUALITY = 90
 _LONGEST_STEM = 200  # bytes; a file being written has a longer name, of 255 at most
+
+TOO_SMALL = "too small"  # what is said in place of a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +70,24 @@ class PredictConfig:
         metavar="uniform|LABEL=WEIGHT,...",
         help="how often each class comes here, in the place of how often it came in training",
     )
+    faces: bool = option(
+        False, help="find the faces first, by YuNet, which is fetched once (233 KB)", first=True
+    )
     detect: str | None = option(
-        None,
-        help="find the faces first: centerface, or yunet=FILE with OpenCV's model file",
-        first=True,
+        None, help="find them by another detector: centerface, yunet or yunet=FILE"
+    )
+    min_face: float = option(
+        MIN_FACE,
+        metavar="PIXELS",
+        minimum=1,
+        help="smallest face that is looked for; a larger number is faster",
+    )
+    min_score: float = option(MIN_SCORE, minimum=0, maximum=1, help="smallest score of a face")
+    max_side: int = option(
+        MAX_SIDE,
+        metavar="PIXELS",
+        minimum=32,
+        help="longer side that large pictures are shrunk to for the search",
     )
     draw: Path | None = option(
         None, metavar="DIR", help="new or empty folder for copies with boxes and labels"
@@ -113,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog="efficientface-predict",
         description=__doc__ or "",
-        example="photo.jpg --detect centerface",
+        example="photo.jpg --faces",
     )
     prior = None if config.prior is None else parse_prior(config.prior)
     gallery = Gallery(config.draw) if config.draw else None
     names = list(find_images(config.images, VIDEO_SUFFIXES))
-    detector = open_detector(config.detect, config.threads) if config.detect else None
+    detector = _open_detector(config)
     with load(
         config.model,
         backend=config.backend,
@@ -140,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"\n?: unsure; of the others {right} are right, on pictures like the training's"
             )
         if detector is None:
-            title += "\neach picture is taken as one face; --detect centerface finds the faces"
+            title += "\neach picture is taken as one face; --faces finds the faces"
         report = Report(table, len(names), title, Events() if config.events else None)
         labeller = Labeller(predictor, detector, gallery, report.tell, config.smooth)
         for name in names:
@@ -154,6 +171,29 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report.tell_unreadable(error)
             report.end_one(name)
         return report.end()
+
+
+def _open_detector(config: PredictConfig) -> FaceDetector | None:
+    """The detector that is asked for; what its weights are fetched from is said."""
+    if not config.faces and config.detect is None:
+        for name in ("min_face", "min_score", "max_side"):
+            if getattr(config, name) != getattr(PredictConfig, name):
+                option_name = f"--{name.replace('_', '-')}"
+                fix = f"add --faces, or leave {option_name} out"
+                raise ConfigError(option_name, "a search for faces", "none", fix)
+        return None
+    log, told = logging.getLogger("efficientface_deploy.download"), logging.StreamHandler()
+    log.addHandler(told)
+    try:
+        return open_detector(
+            config.detect or "yunet",
+            config.threads,
+            min_face=config.min_face,
+            min_score=config.min_score,
+            max_side=config.max_side,
+        )
+    finally:
+        log.removeHandler(told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +299,16 @@ def camera_number(name: str) -> int | None:
 def as_json(answer: Answer) -> str:
     """One line of JSON: the name, and every face with its box and all probabilities.
 
-    A face of a video has its track too, and where its label is steady the frame's own, ``raw``.
+    A face too small to be judged has no label. One of a video has its track too, and where its
+    label is steady the frame's own, ``raw``.
     """
     record = {key: value for key, value in vars(answer).items() if value is not None}
     del record["faces"]  # they come last
     faces = []
     for found in answer.faces:
-        row = {**vars(found.prediction), **vars(found.face)}
+        row = {**vars(found.prediction), **vars(found.face), "small": found.small}
+        if found.small:
+            row["label"] = row["confidence"] = None
         if found.track is not None:
             row["track"] = found.track
         if found.raw is not None:
@@ -312,7 +355,8 @@ class Report:
                 print(self._table.header())
             self._title = ""
         if self._events and answer.seconds is not None:
-            labels = {one.track or 0: one.prediction.label for one in answer.faces}
+            judged = [one for one in answer.faces if not one.small]
+            labels = {one.track or 0: one.prediction.label for one in judged}
             self._print_events(answer.image, self._events.update(answer.seconds, labels))
         else:
             print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
@@ -359,7 +403,7 @@ class PredictionTable:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._width = max(map(len, (*spec.labels, "no face")))
+        self._width = max(map(len, (*spec.labels, TOO_SMALL)))
 
     def header(self) -> str:
         """The columns' names."""
@@ -371,9 +415,12 @@ class PredictionTable:
         rows = []
         for found in answer.faces:
             prediction = found.prediction
+            box = ",".join(f"{edge:.0f}" for edge in found.face.box)
+            if found.small:
+                rows.append(self._row(TOO_SMALL, "", "", box, name))
+                continue
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
             others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
-            box = ",".join(f"{edge:.0f}" for edge in found.face.box)
             mark = "?" if prediction.unsure else ""
             confidence = f"{prediction.confidence:.2f}{mark}"
             where = name if found.track is None else f"{name} face {found.track}"
@@ -425,6 +472,9 @@ class Gallery:
 
 
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
-    texts = [f"{one.prediction.label} {one.prediction.confidence:.2f}" for one in faces]
+    texts = [
+        TOO_SMALL if one.small else f"{one.prediction.label} {one.prediction.confidence:.2f}"
+        for one in faces
+    ]
     tracks = [one.track for one in faces]
     return draw_faces(image, zip([one.face for one in faces], texts, tracks, strict=True))

@@ -100,7 +100,8 @@ class FacePrediction:
 
     Attributes:
         face: Where it is.
-        prediction: Its label; in a stream the steady one, unless that is turned off.
+        prediction: Its label, which is no better than a guess where the face is small; in a
+            stream the steady one, unless that is turned off.
         track: In a stream its number, from 1, which stays with it; None in a picture.
         raw: Where the label is steady, what the network says about this frame alone.
     """
@@ -109,6 +110,11 @@ class FacePrediction:
     prediction: Prediction
     track: int | None = None
     raw: Prediction | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether the face has too few pixels to be judged."""
+        return self.face.small
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -382,7 +388,7 @@ class Predictor:
         followed = []
         for track, found in sorted(zip(tracks, faces, strict=True), key=lambda pair: pair[0]):
             raw, prediction = None, found.prediction
-            if steady:
+            if steady and not found.small:  # a guess would spoil what larger frames showed
                 raw, spec = prediction, self.spec
                 values = np.array(list(raw.probabilities.values()), np.float32)
                 smooth, best = steady.update(track, seconds, values)

@@ -25,9 +25,10 @@ import pytest
 from efficientface_deploy import Predictor, load
 from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.tensorrt import cuda
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.spec import ModelSpec, preset
-from efficientface_deploy.vision.detectors import CenterFace
-from efficientface_deploy.workbench.environment import usable_cpus
+from efficientface_deploy.vision.centerface import CenterFace
+from efficientface_deploy.vision.yunet import WEIGHTS, YuNet
 
 if TYPE_CHECKING:
     from fake_cuda import FakeCuda
@@ -297,6 +298,21 @@ def astronaut(once: Callable[..., Path]) -> np.ndarray:
 
     picture: np.ndarray = np.load(once("astronaut", fill) / "astronaut.npy")
     return picture
+
+
+@pytest.fixture(scope="session")
+def yunet_file(shared: Path) -> Path:
+    """OpenCV's model file of YuNet, which is not in the repository."""
+    path = shared / "reference" / WEIGHTS.name
+    if not path.is_file():
+        pytest.skip(f"needs {path.name} of OpenCV's model zoo in {path.parent}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def yunet_detector(yunet_file: Path) -> YuNet:
+    """The real detector."""
+    return YuNet(yunet_file, threads=1)
 
 
 @pytest.fixture(scope="session")

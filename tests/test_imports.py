@@ -160,7 +160,7 @@ def measure_and_report_are_strangers(source: str, target: str) -> bool:
 
 LAYERS = (  # of the runtime, from the ground
     ("errors",),
-    ("spec", "command", "launch"),
+    ("spec", "command", "launch", "cpus"),
     ("files",),
     ("artifact",),
     ("vision", "probe", "prior", "backends"),

@@ -350,7 +350,7 @@ VIDEO = """
 import sys
 from PIL import Image
 import efficientface_deploy as ef
-from efficientface_deploy.vision.detectors import YuNet
+from efficientface_deploy.vision.yunet import YuNet
 from efficientface_deploy.vision.video import write_video
 with write_video(sys.argv[1] + "/video.mp4", 5) as write:
     for shade in (10, 100, 200):
@@ -358,7 +358,7 @@ with write_video(sys.argv[1] + "/video.mp4", 5) as write:
 with ef.open_video(sys.argv[1] + "/video.mp4") as video:
     print(len(list(video)))
 try:
-    YuNet(sys.argv[1] + "/model.onnx")  # another network: whatever OpenCV says, it has opened it
+    YuNet(sys.argv[1] + "/model.onnx")  # another network: what is said is of its outputs
 except ef.EfficientFaceError as error:
     print(error)
 print("done")

@@ -27,6 +27,7 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.backends.base import Backend, Output, import_library
+from efficientface_deploy.cpus import default_threads
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.probe import Probe
@@ -98,16 +99,8 @@ class OnnxBackend(Backend):
         self.provenance = provenance_from_metadata(metadata, self.path)
         self.probe = Probe.from_text(metadata.get(PROBE_KEY), self.path, self.spec.num_classes)
         device = self.options.device or "cpu"
-        provider = PROVIDERS[device]
-        if device in ("cuda", "tensorrt"):
-            _preload_cuda()
-        plugin_devices = _plugin_devices(device)
-        if not plugin_devices and provider.name not in onnxruntime.get_available_providers():
-            raise _missing_provider(device, "one which this onnxruntime was not built with")
+        plugin_devices = find_provider(device)
         session = self._load(device, plugin_devices)
-        # A GPU provider that cannot start is replaced by the CPU without an error.
-        if provider.name not in session.get_providers():
-            raise _missing_provider(device, "one which could not be started on this machine")
         try:
             self._check_signature(session)
         except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
@@ -122,39 +115,26 @@ class OnnxBackend(Backend):
         self.instead = _instead(device)
 
     def _load(self, device: str, plugin_devices: list[Any]) -> Any:
-        import onnxruntime
-
-        provider = PROVIDERS[device]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong we raise; 1.18 would print it, too
-        if self.options.threads is not None:
-            options.intra_op_num_threads = self.options.threads
-        # Threads that wait by spinning: for a picture every 10 ms they took 14 ms of the CPU where
-        # sleeping ones took 3, without a measurable difference in speed (benchmarks/runtime.py).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if provider.whole_graph:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        keywords: dict[str, Any] = {"enable_fallback": 0}  # no second try on the CPU
+        keywords: dict[str, Any] = {}
         # Only such files have INT8 convolutions in an FP32 graph.
         if (self.provenance.get("precision"), self.provenance.get("target")) != ("int8", "cpu"):
             keywords["disabled_optimizers"] = _UNSAFE_FOR_FP16_SCALES
-        settings = self._settings(device)
-        if plugin_devices:
-            options.add_provider_for_devices(plugin_devices, settings)
-        else:
-            keywords["providers"] = [(provider.name, settings)]
         model: str | bytes = str(self.path)
         if not str(self.path).isprintable() and not external_files(self.path):
             model = self.path.read_bytes()  # its name may be no UTF-8
         try:
-            return onnxruntime.InferenceSession(model, sess_options=options, **keywords)
-        except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
-            found = f"{type(error).__name__} ({_first_line(error)})"
-            if device != "cpu":
-                raise _missing_provider(device, found) from None
+            return open_session(
+                model,
+                device,
+                plugin_devices,
+                threads=self.options.threads,
+                settings=self._settings(device),
+                **keywords,
+            )
+        except SessionError as error:
             expected = "an ONNX model that this onnxruntime can load"
             fix = "export the model again, or update onnxruntime"
-            raise ArtifactError(self.path, expected, found, fix) from None
+            raise ArtifactError(self.path, expected, str(error), fix) from None
 
     def _settings(self, device: str) -> dict[str, str]:
         """The provider's options; what is not set here is as the provider has it."""
@@ -171,8 +151,8 @@ class OnnxBackend(Backend):
                 # network sees grey (four tried of four), and wrongly without it where it sees
                 # colour (three of three); those for CPUs it wants as they are.
                 settings["LP_TRANSFORMS_MODE"] = "NO"
-            if self.options.threads is not None:
-                settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
+            if (threads := self.options.threads or default_threads()) is not None:
+                settings["INFERENCE_NUM_THREADS"] = str(threads)
             return {"load_config": json.dumps({"CPU": settings})}
         if device in ("tensorrt", "tensorrt-rtx"):
             self.max_batch = _BATCHES["max"]
@@ -237,6 +217,87 @@ class OnnxBackend(Backend):
 
     def _close(self) -> None:
         self._session = None
+
+
+class SessionError(Exception):
+    """What ONNX Runtime says of a model that it cannot load."""
+
+
+def find_provider(device: str) -> list[Any]:
+    """Make an execution provider ready.
+
+    Args:
+        device: A key of :data:`PROVIDERS`.
+
+    Returns:
+        Its devices, where it is a plugin; else nothing.
+
+    Raises:
+        BackendError: It is not here.
+    """
+    import onnxruntime
+
+    if device in ("cuda", "tensorrt"):
+        _preload_cuda()
+    plugin_devices = _plugin_devices(device)
+    name = PROVIDERS[device].name
+    if not plugin_devices and name not in onnxruntime.get_available_providers():
+        raise _missing_provider(device, "one which this onnxruntime was not built with")
+    return plugin_devices
+
+
+def open_session(
+    model: str | bytes,
+    device: str,
+    plugin_devices: list[Any],
+    *,
+    threads: int | None = None,
+    settings: dict[str, str] | None = None,
+    **keywords: Any,
+) -> Any:
+    """A session on the provider that is asked for, and on no other.
+
+    Args:
+        model: Path or content of an ONNX file.
+        device: A key of :data:`PROVIDERS`.
+        plugin_devices: From :func:`find_provider`.
+        threads: On the CPU; None takes the CPUs that this process may use.
+        settings: The provider's options.
+        **keywords: Further arguments of the session.
+
+    Raises:
+        BackendError: The provider cannot be started.
+        SessionError: The CPU's provider cannot load the model.
+    """
+    import onnxruntime
+
+    provider = PROVIDERS[device]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong we raise; 1.18 would print it, too
+    # By itself it counts the machine's cores, of which a container may have one.
+    if (threads := threads or default_threads()) is not None:
+        options.intra_op_num_threads = threads
+    # Threads that wait by spinning: for a picture every 10 ms they took 14 ms of the CPU where
+    # sleeping ones took 3, without a measurable difference in speed (benchmarks/runtime.py).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if provider.whole_graph:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    keywords["enable_fallback"] = 0  # no second try on the CPU
+    if plugin_devices:
+        options.add_provider_for_devices(plugin_devices, settings or {})
+    else:
+        keywords["providers"] = [(provider.name, settings or {})]
+    try:
+        session = onnxruntime.InferenceSession(model, sess_options=options, **keywords)
+    except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
+        found = f"{type(error).__name__} ({_first_line(error)})"
+        if device == "cpu":
+            raise SessionError(found) from None
+        raise _missing_provider(device, found) from None
+    # A GPU provider that cannot start is replaced by the CPU without an error.
+    if provider.name not in session.get_providers():
+        raise _missing_provider(device, "one which could not be started on this machine")
+    return session
 
 
 _registered: set[str] = set()

@@ -14,7 +14,11 @@ it:
 ``as-is``    As ``box``, which is a guess: training pictures were used whole (CAER-S, your own).
 ===========  ======================================================================================
 
-What lies outside the picture becomes black; a face at the border is padded, never squeezed.
+A face at the border is padded, never squeezed: the picture's edge goes on. (Black in its place cost
+one point of accuracy on close-ups, of which nearly every square reaches beyond the picture.) Beyond
+an aligned face it is black.
+
+A head that is turned by more than 45 degrees is set upright, by its points.
 """
 
 from __future__ import annotations
@@ -38,6 +42,16 @@ Float64Array = npt.NDArray[np.float64]
 # How far FER+'s 48x48 pictures reach beyond CenterFace's boxes: the median over 137 of 150 random
 # faces (those found with a score above 0.6), whose centres agree with the boxes' to 1 %.
 BOX_SCALE = 1.04
+
+# Pixels of a box's longer side below which a face is marked rather than judged. Faces of FER+'s
+# validation split, made smaller, were labelled right: at 48 pixels 87 %, 32 84 %, 24 80 %, 16 64 %,
+# 12 55 %.
+SMALL = 20.0
+
+# A head that is turned by more is set upright, exactly. Of the photographs that were found after a
+# turn by 60 degrees, 59 % were labelled right as they were, 84 % after the nearest quarter turn and
+# 87 % so; by 90 degrees 45, 92 and 92 %.
+MAX_TILT = math.radians(45)
 
 # Left eye, right eye, tip of the nose, left and right corner of the mouth, in a square of side 1:
 # the template of InsightFace (Deng et al., ArcFace, CVPR 2019), given there for 112x112 pixels.
@@ -87,6 +101,17 @@ class Face:
             found = f"box {self.box}, landmarks {self.landmarks}"
             raise ImageError("face", expected, found, "check the detector that made it")
 
+    @property
+    def side(self) -> float:
+        """The box's longer side, pixels."""
+        left, top, right, bottom = self.box
+        return max(right - left, bottom - top)
+
+    @property
+    def small(self) -> bool:
+        """Whether it has too few pixels to be judged: see ``SMALL``."""
+        return self.side < SMALL
+
 
 class FaceDetector(Protocol):
     """What finds faces; :func:`efficientface_deploy.open_detector` opens those that we know."""
@@ -125,9 +150,40 @@ def cut_face(image: Image.Image, face: Face, spec: ModelSpec) -> Image.Image:
     if spec.face_crop == "aligned":
         return _align(image, face)
     left, top, right, bottom = face.box
-    side = _side(BOX_SCALE * max(right - left, bottom - top), image)
-    corner = round((left + right - side) / 2), round((top + bottom - side) / 2)
-    return image.crop((*corner, corner[0] + side, corner[1] + side))
+    side = _side(BOX_SCALE * face.side, image)
+    angle = 0.0 if face.landmarks is None else tilt(np.array(face.landmarks))
+    upright = abs(angle) <= MAX_TILT
+    around = side if upright else math.ceil(side * math.sqrt(2))  # corners come in when it turns
+    corner = round((left + right - around) / 2), round((top + bottom - around) / 2)
+    cut = cut_square(image, *corner, around)
+    if upright:
+        return cut
+    turned = cut.rotate(math.degrees(angle), Image.Resampling.BILINEAR)
+    inset = (around - side) // 2
+    return turned.crop((inset, inset, inset + side, inset + side))
+
+
+def cut_square(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
+    """A square of a picture, whose edge goes on where the square reaches beyond it."""
+    ends = left + side, top + side
+    square = image.crop((left, top, *ends))  # black beyond the picture
+    inside = max(left, 0), max(top, 0), min(ends[0], image.width), min(ends[1], image.height)
+    whole = inside == (left, top, *ends)
+    if whole or inside[0] >= inside[2] or inside[1] >= inside[3]:
+        return square
+    beyond = [(inside[1] - top, ends[1] - inside[3]), (inside[0] - left, ends[0] - inside[2])]
+    shown = np.asarray(image.crop(inside))
+    return Image.fromarray(np.pad(shown, [*beyond, (0, 0)], mode="edge"))
+
+
+def tilt(landmarks: Float64Array) -> float:
+    """By what angle a face is turned clockwise, radians, -pi to pi.
+
+    Args:
+        landmarks: (5, 2), in the order of :class:`Face`.
+    """
+    warp = similarity(TEMPLATE, landmarks)
+    return math.atan2(warp[1, 0], warp[0, 0])
 
 
 def similarity(source: Float64Array, target: Float64Array) -> Float64Array:

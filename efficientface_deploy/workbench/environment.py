@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import efficientface_deploy
+from efficientface_deploy.cpus import usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,13 +147,6 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
 def now() -> str:
     """The time in UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use; fewer than the machine has inside a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def l2_bytes() -> int:

@@ -22,6 +22,7 @@ from efficientface_deploy.artifact import (
     check_preset,
     describe_file,
     external_files,
+    free_sizes,
     provenance_from_metadata,
     read_onnx_input,
     read_onnx_metadata,
@@ -423,3 +424,39 @@ def test_any_bytes_after_a_model(tmp_path_factory: pytest.TempPathFactory, conte
     path.write_bytes(external_model(("location", "../a")).SerializeToString() + content)
     with pytest.raises(ArtifactError):
         external_files(path)
+
+
+# ---- pictures of any size
+
+
+def test_sizes_are_freed(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = helper.make_tensor("w", kind, [2, 3, 1, 1], [1.0] * 6)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["z"])]
+    shapes = {"x": [10, 3, 32, 48], "w": [2, 3, 1, 1], "y": [10, 2, 32, 48], "z": [10, 2, 32, 48]}
+    x, w, y, z = (helper.make_tensor_value_info(name, kind, of) for name, of in shapes.items())
+    graph = helper.make_graph(nodes, "g", [x, w], [z], [weight], value_info=[y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    model.metadata_props.add(key="kept", value="x" * 300)
+    freed = onnx.load_from_string(free_sizes(model.SerializeToString(), "x"))
+
+    def sides(value):
+        shape = value.type.tensor_type.shape
+        return [side.dim_value or None for side in shape.dim]
+
+    assert [sides(value) for value in freed.graph.input] == [[None, 3, None, None], [2, 3, 1, 1]]
+    assert not freed.graph.output[0].type.tensor_type.HasField("shape")
+    assert freed.graph.output[0].type.tensor_type.elem_type == kind
+    assert not freed.graph.value_info
+    freed.graph.ClearField("input")
+    for field in ("output", "value_info", "input"):
+        model.graph.ClearField(field)
+        freed.graph.ClearField(field)
+    assert freed == model  # nothing else
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 9, b"\x0f\x01", b"\x3a\x05ab"])
+def test_sizes_of_what_is_no_model(data):
+    with pytest.raises(ValueError, match=r"something else|truncated"):
+        free_sizes(data, "x")

@@ -56,7 +56,9 @@ class Halves:
 def halves(monkeypatch) -> list[tuple[object, ...]]:
     """Stands in for the detector; holds what it was asked for with."""
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(cli, "open_detector", lambda *given: (asked.append(given), Halves())[1])
+    monkeypatch.setattr(
+        cli, "open_detector", lambda *given, **options: (asked.append(given), Halves())[1]
+    )
     return asked
 
 
@@ -241,6 +243,57 @@ def test_progress_only_where_a_terminal_would_show_nothing_else(
     monkeypatch.setattr("sys.stdout.isatty", lambda: out)
     assert main([str(face.parent)]) == 0
     assert ("1/2" in capsys.readouterr().err) == shown
+
+
+# ---- detectors
+
+
+def test_faces_takes_no_value_and_swallows_no_path(face, halves, capsys):
+    assert main(["--faces", str(face)]) == main([str(face), "--faces"]) == 0
+    assert halves == [("yunet", None)] * 2
+    assert names_of(lines_of(capsys)[:2]) == ["face.png"] * 2
+
+
+def test_options_of_the_detector(face, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        cli, "open_detector", lambda *_, **given: (asked.update(given), Halves())[1]
+    )
+    options = ["--min-face", "40", "--min-score", "0.7", "--max-side", "900"]
+    assert main([str(face), "--detect", "centerface", *options]) == 0
+    assert asked == {"min_face": 40, "min_score": 0.7, "max_side": 900}
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        with pytest.raises(ConfigError, match=f"{name}: expected a search for faces.*--faces"):
+            main([str(face), name, value])
+
+
+def test_title_says_how_faces_are_found(face, capsys, halves):
+    assert main([str(face)]) == 0
+    assert "--faces finds the faces" in capsys.readouterr().err
+    assert main([str(face), "--faces"]) == 0
+    assert "--faces" not in capsys.readouterr().err
+
+
+def test_what_is_fetched_is_said(face, capsys, monkeypatch):
+    def open_detector(*_: object, **options: object) -> Halves:
+        logging.getLogger("efficientface_deploy.download").warning("fetching it")
+        return Halves()
+
+    monkeypatch.setattr(cli, "open_detector", open_detector)
+    assert main([str(face), "--faces"]) == 0
+    assert main([str(face), "--faces"]) == 0
+    assert capsys.readouterr().err.count("fetching it") == 2  # once each time
+
+
+def test_small_face_has_no_label(face, capsys, halves, tmp_path):
+    Image.open(face).resize((30, 15)).save(face)  # halves of 15x15
+    assert main([str(face), "--faces", "--draw", str(tmp_path / "drawn")]) == 0
+    first, _ = lines_of(capsys)
+    assert first.split()[:3] == ["too", "small", "0,0,15,15"]
+    assert main([str(face), "--faces", "--json"]) == 0
+    (record,) = map(json.loads, lines_of(capsys))
+    for found in record["faces"]:
+        assert found["small"] and found["label"] is None and found["confidence"] is None
 
 
 # ---- annotated copies

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.errors import ConfigError, DatasetError
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import FORMATS, UInt8Array, load_image, resize
 from efficientface_deploy.workbench.dataset import Sample
-from efficientface_deploy.workbench.environment import available_memory_bytes, usable_cpus
+from efficientface_deploy.workbench.environment import available_memory_bytes
 from efficientface_deploy.workbench.progress import track
 from training.trainer.augmentation import Uniforms, crop_randomly
 

@@ -57,9 +57,15 @@ def test_box_becomes_a_square_around_its_middle(noise, crop):
 def test_face_at_the_border_is_padded_not_squeezed(noise, box, inside):
     cut = np.array(cut_face(noise, Face(box), BOX))
     assert cut.shape == (52, 52, 3)
-    assert cut[inside].min() > 0
-    cut[inside] = 0
-    assert cut.max() == 0
+    rows, columns = (slice(*part.indices(52)) for part in inside)
+    shown = cut[rows, columns]
+    left, top = round((box[0] + box[2] - 52) / 2), round((box[1] + box[3] - 52) / 2)
+    picture = np.asarray(noise)
+    np.testing.assert_array_equal(
+        shown, picture[top + rows.start :, left + columns.start :][: len(shown), : shown.shape[1]]
+    )
+    beyond = [(rows.start, 52 - rows.stop), (columns.start, 52 - columns.stop), (0, 0)]
+    np.testing.assert_array_equal(cut, np.pad(shown, beyond, mode="edge"))
 
 
 def test_face_smaller_than_a_pixel(noise):
@@ -150,6 +156,40 @@ def test_aligned_face_at_the_border_is_padded(noise):
 def test_aligned_model_needs_landmarks(noise):
     with pytest.raises(ImageError, match=r"five landmarks.*found a box alone.*centerface"):
         cut_face(noise, Face((10, 10, 50, 50)), ALIGNED)
+
+
+@pytest.mark.parametrize("crop", ["box", "as-is"])
+@pytest.mark.parametrize("degrees", [0, 30, -40])
+def test_head_that_is_hardly_tilted_is_cut_as_it_is(noise, crop, degrees):
+    face = face_at(30, degrees, (60, 40))
+    cut = cut_face(noise, face, BOX.replace(face_crop=crop))
+    assert cut == cut_face(noise, Face(face.box), BOX)
+
+
+@pytest.mark.parametrize("crop", ["box", "as-is"])
+@pytest.mark.parametrize("degrees", [50, 90, 135, 180, -60, -90])
+def test_tilted_head_is_set_upright(crop, degrees):
+    face = face_at(100, degrees, (150, 140))
+    pixels = np.zeros((300, 300, 3), np.uint8)
+    for x, y in face.landmarks[:2]:  # the eyes
+        pixels[round(y) - 2 : round(y) + 2, round(x) - 2 : round(x) + 2] = 255
+    cut = np.asarray(cut_face(Image.fromarray(pixels), face, BOX.replace(face_crop=crop)))
+    assert cut.shape == (round(BOX_SCALE * face.side),) * 2 + (3,)
+    bright = np.argwhere(cut[..., 0] > 100)
+    left, right = (
+        part.mean(axis=0)
+        for part in (
+            bright[bright[:, 1] < cut.shape[0] / 2],
+            bright[bright[:, 1] > cut.shape[0] / 2],
+        )
+    )
+    assert left[0] == pytest.approx(right[0], abs=1.5)  # level
+    assert left[0] < cut.shape[0] / 2  # and above
+
+
+@pytest.mark.parametrize(("side", "small"), [(19.9, True), (20, False), (200, False)])
+def test_small_face(side, small):
+    assert Face((5, 5, 6, 5 + side)).small == Face((5, 5, 5 + side, 6)).small == small
 
 
 # ---- what cannot be a face

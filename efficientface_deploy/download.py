@@ -1,0 +1,111 @@
+"""Files that are fetched once, checked by their hash, and kept in the user's cache.
+
+Nothing is fetched by an import or by loading a model; only what is asked for by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from efficientface_deploy.errors import BackendError, words_of
+from efficientface_deploy.files import atomic_path
+
+CACHE_VARIABLE = "EFFICIENTFACE_CACHE"
+"""Environment variable: the folder for files that were fetched."""
+
+_TIMEOUT = 20.0  # seconds without a byte
+_LONGEST = 120.0  # seconds in all
+_CHUNK = 1 << 16
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A file that others publish.
+
+    Attributes:
+        name: In the cache.
+        url: Where it is.
+        sha256: Of its content, in hexadecimal.
+        size: Bytes.
+    """
+
+    name: str
+    url: str
+    sha256: str
+    size: int
+
+
+def cache_folder() -> Path:
+    """Where files are kept: ``EFFICIENTFACE_CACHE``, else the system's place for a user's cache."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "efficientface"
+
+
+def fetch(wanted: Download, subject: str, instead: str) -> bytes:
+    """The content of a file, from the cache or from where it is published.
+
+    Args:
+        wanted: The file.
+        subject: What needs it, for messages.
+        instead: What else one can do, for messages.
+
+    Raises:
+        BackendError: It is not in the cache, and cannot be fetched; the error says where it
+            belongs. What is fetched and cannot be kept is given all the same, with a warning.
+    """
+    path = cache_folder() / wanted.name
+    try:
+        content = path.read_bytes()
+        if _is(content, wanted):
+            return content
+    except OSError:
+        pass
+    _log.warning("fetching %s (%d KB) to %s", wanted.url, wanted.size // 1000, path)
+    try:
+        content = _download(wanted)
+        found = "" if _is(content, wanted) else f"{len(content)} bytes with another hash"
+    except Exception as error:  # noqa: BLE001 - of the system, SSL, HTTP and addresses
+        found = words_of(error)
+    if found:
+        fix = f"put the file at {path} (sha256 {wanted.sha256}), or {instead}"
+        raise BackendError(subject, f"its weights from {wanted.url}", found, fix)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        _log.warning("%s: cannot be kept, and is fetched again next time (%s)", path, error)
+    return content
+
+
+def _download(wanted: Download) -> bytes:
+    """What is there, one byte longer than wanted at most."""
+    import urllib.request  # here, since it loads SSL and more
+
+    deadline = time.monotonic() + _LONGEST
+    content = b""
+    with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT) as response:
+        while chunk := response.read1(min(_CHUNK, wanted.size + 1 - len(content))):
+            content += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no more than {len(content)} bytes in {_LONGEST:.0f} s")
+    return content
+
+
+def _is(content: bytes, wanted: Download) -> bool:
+    import hashlib  # here, since it loads OpenSSL
+
+    return hashlib.sha256(content).hexdigest() == wanted.sha256
