@@ -25,6 +25,7 @@ from efficientface_deploy.errors import (
     EfficientFaceError,
     ImageError,
 )
+from efficientface_deploy.vision.faces import SMALL
 
 LABELS = ("dark", "middle", "bright")
 SPEC = ef.PRESETS["rafdb"].replace(labels=LABELS, input_size=32, name="brightness")
@@ -361,6 +362,32 @@ def test_labels_of_a_stream_are_steady_and_the_raw_ones_stay(predictor):
         plain = [one.faces[0] for one in predictor.predict_stream(frames, smooth=smooth)]
         assert [one.prediction.label for one in plain] == raw
         assert {one.raw for one in plain} == {None}
+
+
+@pytest.mark.timeout(60)
+def test_small_faces_of_a_stream_are_marked_and_spoil_no_label(by_box):
+    """A face goes away until it cannot be judged, and comes back."""
+    sides = [64] * 10 + [SMALL - 1] * 10 + [64] * 2
+
+    values = [0 if side > SMALL else 255 for side in sides]
+    pictures = [np.full((64, 64, 3), value, np.uint8) for value in values]
+    frames = [ef.VideoFrame(picture, at / 25) for at, picture in enumerate(pictures)]
+    results = by_box.predict_stream(frames, detector=ByOrder(sides))
+    found = [result.faces[0] for result in results]
+    assert [one.small for one in found] == [side < SMALL for side in sides]
+    assert {one.prediction.label for one in found if not one.small} == {"dark"}
+    assert {one.raw for one in found if one.small} == {None}
+
+
+class ByOrder:
+    """One square face in the corner of every frame, of the sides given."""
+
+    def __init__(self, sides):
+        self.sides = iter(sides)
+
+    def detect(self, image):
+        side = next(self.sides)
+        return [ef.Face((0.0, 0.0, side, side))]
 
 
 @pytest.mark.timeout(60)
