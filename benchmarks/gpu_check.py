@@ -144,7 +144,13 @@ class Check:
         self._end = time.monotonic() + 60 * options.minutes
 
     def step(
-        self, name: str, seconds: float, *command: str | Path, skip: str = "", remark: str = ""
+        self,
+        name: str,
+        seconds: float,
+        *command: str | Path,
+        skip: str = "",
+        remark: str = "",
+        line: str = "[",
     ) -> bool:
         """Run a command of the steps' Python within a time limit; write down what became of it.
 
@@ -154,6 +160,7 @@ class Check:
             command: Its arguments.
             skip: Why it cannot run here.
             remark: What to say of it when it is done, in place of its last line.
+            line: How the line begins that says what it has done; else its last one.
 
         Returns:
             Whether it is done.
@@ -166,7 +173,7 @@ class Check:
         try:
             if not skip:
                 printed = self.run(*command, seconds=seconds)
-                status, said = DONE, remark or _last_line(printed, "[").strip("= ") or "done"
+                status, said = DONE, remark or _last_line(printed, line).strip("= ") or "done"
         except StepError as error:
             status, said = error.status, str(error)
         finally:
@@ -274,20 +281,39 @@ def check_everything(check: Check) -> None:
             skip = "" if engine == "onnx" else no_gpu
             skip = skip if path.exists() else "was not made"
             check.step(f"verify {path.name}", 40, "-m", _EXPORT, "--verify", path, skip=skip)
-    # The tests that a machine without a GPU skips are the runtime's and the export's. A test file
-    # that needs what is not here must not keep the others from running.
+    # The tests that a machine without a GPU skips. A test file that needs what is not here must not
+    # keep the others from running.
     tests = ("-m", "pytest", "-m", "gpu", "--continue-on-collection-errors")
-    folders = ("tests/efficientface_deploy", "tests/export")
     cache = ("-o", f"cache_dir={check.out / 'pytest-cache'}")
+    folders = ("tests/efficientface_deploy", "tests/export")
     reason = no_gpu or check.lacks("pytest")
-    check.step("pytest -m gpu", 120, *tests, *folders, *cache, skip=reason)
-    reason = no_gpu or ("" if artifacts.is_dir() else "nothing was exported")
+    check.step("pytest -m gpu", 120, *tests, *cache, *folders, skip=reason)
+    reason = reason or check.lacks("training.student")
+    check.step("pytest -m gpu, training", 120, *tests, *cache, "tests/training", skip=reason)
+    train_on_gpu(check, data, no_gpu or check.lacks("training.student"))
+    reason = no_gpu or check.lacks("benchmarks.latency")
+    reason = reason or ("" if artifacts.is_dir() else "nothing was exported")
     models = (weights, artifacts, "--backends", _BACKENDS, "--out")
     latency = ("benchmarks/latency.py", *models, check.out / "latency", "--batch", "1,8,32")
     check.step("latency", 240, *latency, "--seconds", "1", "--cold", "1", skip=reason)
     if options.data:  # synthetic faces have no expressions to get right
         accuracy = ("benchmarks/accuracy.py", *models, check.out / "accuracy")
         check.step("accuracy", 100, *accuracy, "--data", options.data, skip=reason)
+
+
+def train_on_gpu(check: Check, data: Path | None, reason: str) -> None:
+    """An LDG, and a student that queries it in every step; each says how many images a second."""
+    reason = reason or ("" if data else "needs images to train on")
+    common: list[str | Path] = ["--data", str(data), "--select", "last", "--epochs", "4"]
+    common += ["--device", "cuda", "--data-on-device", "yes", "--amp", "bf16", "--no-tensorboard"]
+    teacher, student = ("-m", "training.teacher", *common), ("-m", "training.student", *common)
+    ldg = check.out / "ldg"
+    given: tuple[str | Path, ...] = (*teacher, "--arch", "resnet18", "--out", ldg)
+    made = check.step("train an LDG", 90, *given, skip=reason, line="epoch")
+    reason = reason or ("" if made else "there is no LDG")
+    given = (*student, "--teacher", ldg / "teacher.safetensors", "--views", "0")
+    given = (*given, "--out", check.out / "student")
+    check.step("train a student beside it", 90, *given, skip=reason, line="epoch")
 
 
 def look_for_gpu(check: Check) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.report.kinds import BLOCKS, JOINED
+from benchmarks.report.kinds import BLOCKS, JOINED, PARTS
 from benchmarks.report.result import damage_named, read_result
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import write_text
@@ -77,8 +77,7 @@ def render(text: str, path: Path, root: Path = ROOT) -> str:
 def _table(name: str, paths: Sequence[Path]) -> str:
     results = [read_result(path) for path in paths]
     found = {result["kind"]: result for result in results}
-    # Goals and a profile are parts of results of several kinds.
-    kinds = JOINED.get(name) or (tuple(found)[:1] if name in ("goals", "profile") else (name,))
+    kinds = JOINED.get(name) or (tuple(found)[:1] if name in PARTS else (name,))
     if sorted(kinds) != sorted(result["kind"] for result in results):
         expected = f"a result of kind {' and of '.join(kinds)}, as the comment says"
         raise ArtifactError(paths[0], expected, " and ".join(found), "name a result of each kind")

@@ -380,6 +380,26 @@ TRAINING = TableForm(
     notes={">cost (95 %)": "time of a step by that of {baseline!r}"},
 )
 
+LIMITS = TableForm(
+    "What a training step could take at least",
+    lambda result: [row for row in result["cases"] if row.get("limits")],
+    {
+        "Step": of("name"),
+        ">M multiply-adds an image": of("multiply_adds", scaled(1e-6, 0)),
+        ">MB an image": of("bytes", scaled(1e-6, 0)),
+        ">arithmetic, ms": lambda row: digits(row["limits"]["arithmetic_ms"]),
+        ">memory, ms": lambda row: digits(row["limits"]["memory_ms"]),
+        ">measured, ms": of("p50_ms", digits),
+        ">reached, %": lambda row: f"{100 * row['limits']['reached']:.0f}",
+    },
+    notes={
+        ">arithmetic, ms": "of a step's multiply-adds at the rate of a large matrix product",
+        ">memory, ms": "of all bytes that its operators read and write, one after another and "
+        "nothing staying in a cache, at the rate of a large copy",
+        ">reached, %": "the larger of the two by what was measured",
+    },
+)
+
 FINE_TUNING = TableForm(
     "Pictures of one's own, {config[input_size]}x{config[input_size]}",
     lambda result: result["cases"],
@@ -508,13 +528,13 @@ TABLES = {
     "peers": (CASES, PEER_SETTINGS),
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
     "graphs": (GRAPHS,),
-    "training": (TRAINING,),
+    "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
-# What stands in README.md and docs/, by the name in the block's comment: the result's kind, or
-# ``goals`` and ``profile`` for one table of it.
+# What stands in README.md and docs/, by the name in the block's comment: the result's kind, or one
+# of ``PARTS`` for one table of it.
 BLOCKS = {
     "latency": LATENCY_SUMMARY,
     "accuracy": ACCURACY,
@@ -522,12 +542,16 @@ BLOCKS = {
     "peers": PEERS_SUMMARY,
     "graphs": GRAPHS,
     "training": TRAINING,
+    "limits": LIMITS,
     "finetuning": FINE_TUNING,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,
     "versions": VERSIONS,
 }
+
+# The blocks that are not named by their result's kind: it may be another, or have several tables.
+PARTS = ("goals", "profile", "limits")
 
 # The blocks whose table joins several results, one of each of these kinds.
 JOINED = {"models": ("accuracy", "export", "latency")}

@@ -54,6 +54,8 @@ elif "--engine" in line:
     print(f"[ok] {{name}}: made\\n  [ok] precision")
 elif "--verify" in line:
     print("[ok] verified by the fake")
+elif "training." in line and "--amp" in line:
+    print("epoch 3/4: loss 1\\nepoch 4/4: loss 0.5, 9000 images/s, 1 s\\nstudent: it")
 elif "pytest" in line:
     print("=== 3 passed, 1 skipped in 2.00s ===")
 """
@@ -106,7 +108,8 @@ def test_without_a_gpu_what_can_be_done_is_done(fake, tmp_path, machine, capsys)
     skipped = {name: step["remark"] for name, step in steps.items() if step["status"] == SKIPPED}
     assert len(done) + len(skipped) == len(steps)
     assert skipped["GPU"] == NO_GPU
-    for name in ("TensorRT engine, fp16", "pytest -m gpu", "latency"):
+    tests = ("pytest -m gpu", "pytest -m gpu, training")
+    for name in ("TensorRT engine, fp16", *tests, "train an LDG", "latency"):
         assert skipped[name] == f"needs a GPU: {NO_GPU}"
     assert skipped["verify efficientface-fp16-gpu.engine"] == "was not made"
     assert skipped["verify efficientface-fp16-gpu.rtx.engine"] == f"needs a GPU: {NO_GPU}"
@@ -128,6 +131,8 @@ def test_with_a_gpu_everything_is_done(fake, tmp_path, machine):
     assert result["machine"]["usable_cpus"] and "commit" in result["git"]
     assert steps["environment"]["remark"] == "Python 3.12.1 in /venv"
     assert steps["pytest -m gpu"]["remark"] == "3 passed, 1 skipped in 2.00s"
+    for name in ("train an LDG", "train a student beside it"):
+        assert steps[name]["remark"] == "epoch 4/4: loss 0.5, 9000 images/s, 1 s"
     assert steps["TensorRT engine, int8"]["remark"] == "[ok] efficientface-int8-gpu.engine: made"
     calls = calls_of(fake)
     for call in calls:

@@ -287,7 +287,9 @@ class Trainer:
         self.dist.broadcast_buffers(self.eval_model)
         own, spec = samples[rank::world_size], self.job.spec
         if self.selection is None:
-            self.selection = Pictures(own, spec, self.job.config.data_on_device)
+            # It may be read in every epoch though the training images must be kept.
+            on_device = "no" if self.job.config.data_on_device == "no" else "auto"
+            self.selection = Pictures(own, spec, on_device)
         kept = self.selection.keep(self.dist.device, world_size)
         if kept is None:
             logits = predict(infer_with(self.eval_model, spec, self.dist.device), own, spec)

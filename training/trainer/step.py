@@ -69,9 +69,9 @@ class TrainingStep:
         if config.compile:
             self.forward.compile()
         self.graph: RecordedStep | None = None
-        self._unrecorded = self.device.type == "cuda"
-        if self._unrecorded and (self.scaler.is_enabled() or dist.world_size > 1):
-            self._unrecorded = False
+        self.recordable = self.device.type == "cuda"
+        if self.recordable and (self.scaler.is_enabled() or dist.world_size > 1):
+            self.recordable = False
             if dist.is_main_process:
                 what = "--amp fp16" if self.scaler.is_enabled() else "several processes"
                 print(f"note: with {what} a step is no CUDA graph, and takes longer", flush=True)
@@ -103,14 +103,15 @@ class TrainingStep:
         self.follow.fill_(1 - min(self.decay, (1 + done) / (10 + done)) if done else 1.0)
         if self.ema is not None:
             self.ema.n_averaged.fill_(done + 1)
-        if self._unrecorded:
-            self._unrecorded = False
+        if self.recordable:
+            self.recordable = False
             self._record(batch)
         if self.graph is None or batch.pixels.shape != self.graph.batch.pixels.shape:
-            return self._step(batch)
+            return self.do(batch)
         return self.graph(batch)
 
-    def _step(self, batch: Batch) -> Tensor:
+    def do(self, batch: Batch) -> Tensor:
+        """One step, operator by operator, at the rate that is set; its loss."""
         images = self.render(batch).to(self.dtype, memory_format=self.format)  # (N, 3, S, S)
         distribution = self.target_function(images, batch.targets.to(self.dtype))  # (N, C)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
@@ -146,7 +147,7 @@ class TrainingStep:
         before = [tensor.clone() for tensor in changing]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
-                self.graph = RecordedStep(self._step, batch)
+                self.graph = RecordedStep(self.do, batch)
             except RuntimeError as error:  # also when memory does not hold a graph beside the rest
                 print(f"note: a step is no CUDA graph here: {words_of(error)}", flush=True)
                 self.optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from efficientface_deploy.files import write_text
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.progress import duration
-from training.plots import plot_curves
+from efficientface_deploy.workbench.requirements import is_installed
 
 METRICS = "metrics.csv"
 CURVES = "curves.png"
@@ -35,6 +35,9 @@ class Tracker:
 
     def __init__(self, out: Path, title: str, select: str, tensorboard: bool) -> None:
         self.out, self.title, self.select = out, title, select
+        self.draws = is_installed("matplotlib")
+        if not self.draws:  # nothing else of a training needs it
+            print(f"note: there will be no {CURVES}: matplotlib is not installed")
         self.events = None
         if tensorboard:  # a second to import: only where it is wanted
             from torch.utils.tensorboard import SummaryWriter
@@ -60,7 +63,10 @@ class Tracker:
         writer.writeheader()
         writer.writerows(history)
         write_text(self.out / METRICS, table.getvalue())
-        plot_curves(self.out / CURVES, history, self.title, self.select)
+        if self.draws:
+            from training.plots import plot_curves
+
+            plot_curves(self.out / CURVES, history, self.title, self.select)
         if self.events:
             for name, value in history[-1].items():
                 if name != "epoch":

@@ -41,3 +41,16 @@ def test_fp16_needs_a_gpu():
     check_amp("--amp", "fp16", torch.device("cuda"))
     with pytest.raises(ConfigError, match="--amp fp16: expected a CUDA device, found a CPU"):
         check_amp("--amp", "fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bf16_needs_a_gpu_that_has_it(capability, has, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    check_amp("--amp", "bf16", torch.device("cpu"))
+    if has:
+        check_amp("--amp", "bf16", torch.device("cuda"))
+        return
+    wanted = "--amp bf16: expected a GPU of compute capability 8.0 or newer, found Tesla T4; give"
+    with pytest.raises(ConfigError, match=wanted):
+        check_amp("--amp", "bf16", torch.device("cuda"))

@@ -95,7 +95,7 @@ def test_recording_leaves_all_as_it_was(make_step, monkeypatch):
 def test_step_that_cannot_be_recorded_says_so_once_and_goes_on(make_step, monkeypatch, capsys):
     expected = run(*make_step("cpu"))
     step, batches = make_step("cpu")
-    step._unrecorded = True  # as on a GPU
+    step.recordable = True  # as on a GPU
 
     def refuse(do, batch):
         do(batch)
@@ -126,7 +126,7 @@ def test_recorded_steps_do_what_single_kernels_do(network, changes, make_step, m
     found = run(recorded, batches)
     assert isinstance(recorded.graph, RecordedStep)
     plain, _ = make_step("cuda", network, **changes)
-    plain._unrecorded = False
+    plain.recordable = False
     assert found == pytest.approx(run(plain, batches), rel=0.02)
     assert (
         found[0]
@@ -145,7 +145,7 @@ def test_recording_a_step_changes_nothing(make_step):
     step, batches = make_step("cuda")
     run(step, batches[:1])  # recorded, then done once
     plain, _ = make_step("cuda")
-    plain._unrecorded = False
+    plain.recordable = False
     run(plain, batches[:1])
     for name, value in tensors_of(step).items():
         torch.testing.assert_close(value, tensors_of(plain)[name], rtol=1e-2, atol=1e-3)

@@ -87,3 +87,14 @@ def test_tensorboard_has_scalars_and_the_views(make_job, fit):
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     with Image.open(io.BytesIO(events.Images("views")[0].encoded_image_string)) as sheet:
         assert sheet.size == (8 * 32, 2 * 32)  # sixteen views
+
+
+def test_without_matplotlib_all_but_the_plot_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "is_installed", lambda name: name != "matplotlib")
+    tracker = tracking.Tracker(tmp_path, "a run", "holdout", tensorboard=False)
+    assert (
+        "note: there will be no curves.png: matplotlib is not installed" in capsys.readouterr().out
+    )
+    tracker.add_epoch([{"epoch": 1, "loss": 0.5}])
+    tracker.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
