@@ -597,6 +597,20 @@ class TestTensorRT:
         assert "tensorrt-sm86.timings" in names(out), "for the next build, not for the bin"
         assert not list(out.glob("*.log"))
 
+    def test_engine_gives_features(
+        self, library: Library, student: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ("--engine", "trt", "--weights", student, "--features", "--out", tmp_path)
+        code, output, _ = exit_code(*command)
+        assert code == 0 and output.count("  [ok] features: ") == 2  # of the ONNX file, too
+        engine = tmp_path / "efficientface-fp16-gpu.engine"
+        with load(engine) as ours, load(tmp_path / "efficientface-fp16-gpu.onnx") as theirs:
+            pictures = [np.full((64, 64, 3), value, np.uint8) for value in (0, 99)]
+            features = ours.features(pictures)
+            expected = theirs.features(pictures)
+        assert features.shape == (2, 1024)
+        np.testing.assert_allclose(features, expected, atol=0.02 * expected.max())
+
     def test_failed_build_leaves_its_log(
         self, library: Library, artifacts: Path, tmp_path: Path, exit_code: Run
     ) -> None:
