@@ -42,7 +42,7 @@ exclude_patterns = [
 ]
 exclude_patterns += ["README.md"]  # the repository's front page; docs/index.md is the site's
 
-_aliases = ("DeviceArray", "Float32Array", "ImageSource", "UInt8Array")
+_aliases = ("DeviceArray", "Float32Array", "ImageSource", "Prior", "UInt8Array")
 
 highlight_language = "bash"
 myst_heading_anchors = 3  # as GitHub makes them

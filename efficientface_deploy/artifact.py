@@ -38,6 +38,7 @@ PROBE_KEY = "efficientface.probe"
 UINT8_INPUT = "image"  # uint8 (N, S, S, 3), RGB
 FLOAT_INPUT = "input"  # float32 (N, 3, S, S), normalised
 OUTPUTS = ("logits", "probabilities")  # float32 (N, C) each
+FEATURES = "features"  # a third output, of files exported with --features: float32 (N, F)
 
 
 # ---- the kind of a file

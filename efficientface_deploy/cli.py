@@ -151,11 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = None if config.json else PredictionTable(predictor.spec)
         checked = predictor.checked or _not_checked(predictor)
         title = f"{predictor}\n{checked}"
-        if predictor.spec.sure_precision is not None and prior is None:
-            right = f"{100 * predictor.spec.sure_precision:.0f} %"
-            title += (
-                f"\n?: unsure; of the others {right} are right, on pictures like the training's"
-            )
+        if prior is None:
+            title += _legend(predictor.spec)
         if detector is None:
             title += "\neach picture is taken as one face; --faces finds the faces"
         report = Report(table, len(names), title, Events() if config.events else None)
@@ -275,6 +272,16 @@ def _drop_outs_told(name: str, video: Video) -> Iterator[None]:
         log.removeHandler(told)
         if video.dropouts:
             print(f"{name}: drop-outs: {video.dropouts}", file=sys.stderr)
+
+
+def _legend(spec: ModelSpec) -> str:
+    """What the mark of unsure labels means; empty where none is promised."""
+    if spec.sure_precision is None:
+        return ""
+    if spec.sure_above == 1:
+        return "\n?: unsure, as all are: the training's images were too few to promise any"
+    right = f"{100 * spec.sure_precision:.0f} %"
+    return f"\n?: unsure; of the others {right} are right, on pictures like the training's"
 
 
 def _not_checked(predictor: Predictor) -> str:

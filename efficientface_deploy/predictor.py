@@ -202,6 +202,11 @@ class Predictor:
         return self._backend.provenance
 
     @property
+    def feature_size(self) -> int | None:
+        """Length of a face's :meth:`features`; None where the file does not give them."""
+        return self._backend.feature_size
+
+    @property
     def checked(self) -> Check | None:
         """What the file's probe showed at load; None where it has none, or was not asked."""
         return self._checked
@@ -233,6 +238,31 @@ class Predictor:
         """
         _check_several(images)
         return self._label([self.preprocess(image) for image in images])
+
+    def features(self, images: Iterable[ImageSource]) -> Float32Array:
+        """What the network's last layer is given for faces: a description of each by numbers.
+
+        Their distances, or a small classifier on them, serve other tasks than the network's own
+        labels. ``*.safetensors`` always gives them; an exported file does if it was exported with
+        ``--features``, as the bundled one.
+
+        Args:
+            images: As for :meth:`predict_batch`.
+
+        Returns:
+            float32 (N, 1024), 0 or more each; 512 or 2,048 numbers for an LDG.
+
+        Raises:
+            ImageError: One of the images cannot be used, or what was given is a single image.
+            BackendError: The file does not give them; the error says how to export it again.
+        """
+        _check_several(images)
+        inputs = [self.preprocess(image) for image in images]
+        self._check_process()
+        side = self.spec.input_size
+        return self._backend.features(
+            np.stack(inputs) if inputs else np.empty((0, side, side, 3), np.uint8)
+        )
 
     def predict_faces(
         self, image: ImageSource, detector: FaceDetector | None = None
@@ -308,10 +338,7 @@ class Predictor:
         Returns:
             Logits and probabilities, float32 (N, C), under the prior that was asked for.
         """
-        if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
-            found = "one that was loaded before a fork"
-            fix = "call load() in the child, or start processes by spawn"
-            raise BackendError(self.path.name, "a model that this process loaded", found, fix)
+        self._check_process()
         output = self._backend.infer(images)
         if self._log_ratios is not None:
             return adjust(output.logits, self._log_ratios)
@@ -321,6 +348,12 @@ class Predictor:
         """Free the model; using the predictor afterwards is an error."""
         if not self._is_forked():  # a call under way in the parent never ends in the child
             self._backend.close()
+
+    def _check_process(self) -> None:
+        if self._is_forked():  # ONNX Runtime would wait for threads that only the parent has
+            found = "one that was loaded before a fork"
+            fix = "call load() in the child, or start processes by spawn"
+            raise BackendError(self.path.name, "a model that this process loaded", found, fix)
 
     def _is_forked(self) -> bool:
         return os.getpid() != self._process

@@ -65,7 +65,7 @@ def log_ratios(prior: Prior, spec: ModelSpec, path: Path) -> Float32Array:
     """
     weights = _weights(prior, spec.labels)
     if spec.class_frequencies is None:
-        fix = "leave it out, or train and export the model again with this version"
+        fix = "leave it out, or add them: python -m training.evaluate --fit, then export it again"
         expected = f"the class frequencies of the training in {path.name}"
         raise ConfigError("prior", expected, "none", fix)
     with np.errstate(divide="ignore"):

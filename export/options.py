@@ -48,6 +48,9 @@ class ExportConfig:
     float_input: bool = option(
         False, help="input float32 (N, 3, S, S), normalised, for toolchains without uint8"
     )
+    features: bool = option(
+        False, help="a third output, what the last layer is given, for Predictor.features"
+    )
     calib: Path | None = option(None, help="training images, required for int8", first=True)
     calib_method: str = option(
         "percentile", choices=CALIBRATION_METHODS, help="how int8 ranges are chosen"

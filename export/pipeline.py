@@ -18,7 +18,7 @@ from efficientface_deploy.errors import ConfigError, ExportError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.environment import now
 from efficientface_deploy.workbench.workspace import Workspace, open_workspace
-from efficientface_export.graph.io import OnnxFile, write_onnx
+from efficientface_export.graph.io import OnnxFile, with_features, write_onnx
 from efficientface_export.graph.precision import require_fp16_range, require_precision, to_fp16
 from efficientface_export.int8.calibration import read_images
 from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
@@ -106,7 +106,7 @@ def load_data(plan: Plan, source: Source) -> Data:
         print(f"calibration: {record['count']} images of {record['dataset']} ({record['split']})")
         images = read_images(chosen.chosen, source.spec)
         held_out = read_images(chosen.held_out, source.spec)
-    test_set, logits = source.reference(plan.val, plan.preset)
+    test_set, logits = source.reference(plan.val, plan.preset, features=plan.features)
     if chosen is None:
         images, held_out = test_set.images[:_RANGE_IMAGES], test_set.images[:0]
     return Data(images, held_out, test_set, logits)
@@ -265,8 +265,11 @@ class Converter:
     def graph(self) -> onnx.ModelProto:
         """FP32."""
         if self.plan.graph == "deploy" and self.source.lay_out is not None:
-            return self.source.lay_out(self.plan.float_input, self.plan.target)
-        return self.source.trace(self.plan.float_input)
+            graph = self.source.lay_out(self.plan.float_input, self.plan.target)
+        else:
+            graph = self.source.trace(self.plan.float_input)
+        wanted = self.plan.features and not self.source.gives_features
+        return with_features(graph) if wanted else graph
 
     @functools.cached_property
     def ranges(self) -> dict[str, float]:

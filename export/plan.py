@@ -50,6 +50,7 @@ class Plan:
         graph: ``plain`` or ``deploy``; what an ONNX source records.
         missing: Why the engine that was asked for cannot be made here; empty when it can.
         float_input: Whether the graph takes float32 (N, 3, S, S), normalised.
+        features: Whether the graph gives features, too.
         calibration: Images for INT8's ranges; None where none are given.
         calib_method: How ranges are chosen from them.
         exclude: Layers that INT8 leaves out in any case.
@@ -70,6 +71,7 @@ class Plan:
     graph: str
     missing: str
     float_input: bool
+    features: bool
     calibration: Calibration | None
     calib_method: str
     exclude: frozenset[str]
@@ -126,6 +128,7 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
         graph=graph,
         missing=missing,
         float_input=options.float_input,
+        features=options.features or source.gives_features,
         calibration=calibration,
         calib_method=options.calib_method,
         exclude=frozenset(options.exclude),
@@ -207,6 +210,10 @@ def _check_options(options: ExportConfig, source: Source, precisions: tuple[str,
         if given and source.is_onnx:
             fix = "give the checkpoint that the ONNX file was made from"
             raise ConfigError(name, "a checkpoint as --weights", source.path.name, fix)
+    if options.features and source.is_onnx and not source.gives_features:
+        expected = "a checkpoint, or an ONNX file that has them, as --weights"
+        fix = "give the checkpoint that the ONNX file was made from"
+        raise ConfigError("--features", expected, source.path.name, fix)
     quantises = "int8" in precisions and source.precision == "fp32"
     if quantises and options.calib is None:
         fix = "give the data set that the network was trained on, e.g. --calib RAF-DB"
@@ -281,6 +288,8 @@ def _request(
         "weights": source.weights,
         "versions": versions(),
     }
+    if options.features or source.gives_features:
+        decided["features"] = True
     if source.size_note:
         decided["trained_size"] = source.trained_size
     if precision == "int8" and calibration is not None:
@@ -328,7 +337,8 @@ def _differences(found: OnnxFile, source: Source, wanted: Mapping[str, Any]) -> 
     weights = found.provenance.get("weights")
     sha256 = weights.get("sha256") if isinstance(weights, dict) else None  # its name says nothing
     record = {**found.provenance, "weights": {**wanted["weights"], "sha256": sha256}}
-    differing = [key for key, value in wanted.items() if record.get(key) != value]
+    keys = dict.fromkeys([*wanted, "features"])  # which only those files record that have them
+    differing = [key for key in keys if record.get(key) != wanted.get(key)]
     return differing + (["labels or input size"] if found.spec != source.spec else [])
 
 
@@ -344,7 +354,7 @@ def _keeps_reference(options: ExportConfig, source: Source) -> bool:
     if options.val is not None or options.overwrite:
         return False
     try:
-        read_reference(options.out, source.spec, source.weights["sha256"])
+        kept, _ = read_reference(options.out, source.spec, source.weights["sha256"])
     except ArtifactError:
         return False
-    return True
+    return kept.features is not None or not (options.features or source.gives_features)

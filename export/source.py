@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -13,6 +14,7 @@ import efficientface_deploy as ef
 from efficientface_deploy.artifact import (
     CHECKPOINT_SUFFIXES,
     ENGINE_SUFFIX,
+    FEATURES,
     ONNX_SUFFIX,
     WEIGHTS_SUFFIX,
     check_preset,
@@ -63,6 +65,8 @@ class Source:
         infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
             nothing here can run the network.
         probe: What an ONNX file must give; None where it does not say, and for a checkpoint.
+        features: As ``infer``, what the last layer is given, float32 (N, F); None where nothing
+            here can run the network, and for an ONNX file without them.
     """
 
     path: Path
@@ -74,6 +78,13 @@ class Source:
     lay_out: Callable[[bool, str], onnx.ModelProto] | None
     infer: Infer | None
     probe: Probe | None = None
+    features: Infer | None = None
+
+    @property
+    def gives_features(self) -> bool:
+        """Whether it is an ONNX file with the output ``features``."""
+        outputs = self.trace(False).graph.output if self.is_onnx else ()
+        return any(value.name == FEATURES for value in outputs)
 
     @property
     def is_onnx(self) -> bool:
@@ -110,7 +121,9 @@ class Source:
         """Whether it is an ONNX file of this precision, which is then taken as it is."""
         return self.is_onnx and self.precision == precision
 
-    def reference(self, val: Path | None, preset: str | None) -> tuple[TestSet, Float32Array]:
+    def reference(
+        self, val: Path | None, preset: str | None, *, features: bool = False
+    ) -> tuple[TestSet, Float32Array]:
         """Images, and the logits on them that artifacts are compared with.
 
         They come from the FP32 network where it can be run. For an ONNX file of lower precision,
@@ -119,6 +132,7 @@ class Source:
         Args:
             val: A labelled data set, or None.
             preset: What its numbered folders mean.
+            features: Whether the reference's features are wanted, too.
 
         Raises:
             ConfigError: ``val`` is given where nothing can run the FP32 network.
@@ -131,6 +145,9 @@ class Source:
             if self.infer is None or (self.path.parent / REFERENCE_FILE).is_file():
                 return read_reference(self.path.parent, self.spec, self.weights["sha256"])
         test_set = load_test_set(val, self.spec, preset)
+        if features and self.features is not None:
+            found = self.features(test_set.images)
+            test_set = dataclasses.replace(test_set, features=found)
         return test_set, self.infer(test_set.images)
 
     def verify(self) -> Verification:
@@ -225,10 +242,15 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     if input_size is not None:
         spec = spec.resized(input_size)
 
-    def infer_batch(batch: UInt8Array) -> Float32Array:
-        with torch.inference_mode():
-            logits: Float32Array = model(torch.from_numpy(normalise(batch, spec))).numpy()
-        return logits
+    network: Any = model  # an EfficientFace or an LDG
+
+    def run(function: Callable[[torch.Tensor], torch.Tensor]) -> Infer:
+        @torch.inference_mode()
+        def infer(batch: UInt8Array) -> Float32Array:
+            found: Float32Array = function(torch.from_numpy(normalise(batch, spec))).numpy()
+            return found
+
+        return lambda images: run_in_batches(infer, images)
 
     def graph(float_input: bool) -> onnx.ModelProto:
         return trace(model, spec, float_input=float_input)
@@ -245,7 +267,8 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
         trained_size=trained_size,
         trace=graph,
         lay_out=deploy if spec.architecture == "efficientface" else None,
-        infer=lambda images: run_in_batches(infer_batch, images),
+        infer=run(network),
+        features=run(network.features),
     )
 
 
@@ -260,6 +283,13 @@ def _open_onnx(path: Path, preset: str | None) -> Source:
         with ef.load(path) as predictor:
             return run_in_batches(lambda batch: predictor.infer(batch)[0], images)
 
+    def features(images: UInt8Array) -> Float32Array:
+        with ef.load(path) as predictor:
+            return run_in_batches(predictor.features, images)
+
+    runs = missing_reason("onnx") is None
+    has_features = any(value.name == FEATURES for value in graph.graph.output)
+
     return Source(
         path=path,
         spec=spec,
@@ -268,6 +298,7 @@ def _open_onnx(path: Path, preset: str | None) -> Source:
         trained_size=made.trained_size or spec.input_size,
         trace=lambda float_input: graph,
         lay_out=None,
-        infer=infer if missing_reason("onnx") is None else None,
+        infer=infer if runs else None,
         probe=file.probe,
+        features=features if runs and has_features else None,
     )

@@ -197,7 +197,7 @@ def model_files(
         from efficientface_deploy.models import save_checkpoint
         from efficientface_export.graph.channel_layout import PROFILES
         from efficientface_export.graph.efficientface import deploy_graph
-        from efficientface_export.graph.io import write_onnx
+        from efficientface_export.graph.io import with_features, write_onnx
 
         model, made = request.getfixturevalue("make_network")(), {"epoch": 3}
         save_checkpoint(folder / names["torch"], model, spec, json.dumps(made))
@@ -205,7 +205,7 @@ def model_files(
         for name in ("onnx", "onnx-float"):
             float_input = name == "onnx-float"
             graph = deploy_graph(weights, spec, PROFILES["cpu"], float_input=float_input)
-            write_onnx(graph, folder / names[name], spec, made)
+            write_onnx(with_features(graph), folder / names[name], spec, made)
 
     folder = once("model-files", fill)
     return {backend: folder / name for backend, name in names.items()}

@@ -10,14 +10,14 @@ import io
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.artifact import check_preset
+from efficientface_deploy.artifact import FEATURES, check_preset
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
@@ -29,6 +29,8 @@ from efficientface_deploy.errors import (
 from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +116,14 @@ class Backend(abc.ABC):
         max_batch: Largest batch of one call into the library; None when there is no limit.
         library: What ran it, with its release: ``onnxruntime 1.32.0``; known once open.
         probe: What the file must give, for the check at load; None where it does not say.
+        feature_size: Length of a picture's features; None where the file does not give them.
     """
 
     name: str = ""
     max_batch: int | None = None
     library: str = ""
     probe: Probe | None = None
+    feature_size: int | None = None
 
     # What to do where the library computes a file wrongly; a subclass knows better.
     instead: str = "choose another backend"
@@ -141,6 +145,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _infer(self, images: UInt8Array) -> Output:
         """Run one checked, contiguous, non-empty batch of at most ``max_batch`` images."""
+
+    def _features(self, images: UInt8Array) -> Float32Array:
+        """As :meth:`_infer`, what comes before the last layer; for who sets ``feature_size``."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def _close(self) -> None:
@@ -199,6 +207,34 @@ class Backend(abc.ABC):
                 return self._infer_all(self._take(images))
             return self._infer_all(images)
 
+    def features(self, images: UInt8Array) -> Float32Array:
+        """What the network's last layer is given for a batch.
+
+        Args:
+            images: As for :meth:`infer`, in host memory.
+
+        Returns:
+            float32 (N, feature_size).
+
+        Raises:
+            ImageError: Another type or shape.
+            BackendError: The backend is closed, the file does not give them, or they are not
+                finite.
+        """
+        with self._in_use():
+            if self.feature_size is None:
+                fix = "export it again: efficientface-export --features --weights CHECKPOINT"
+                expected = f"a model with the output {FEATURES}"
+                raise BackendError(self.path.name, expected, "one without", fix)
+            self._check_input(images)
+            parts = self._in_parts(images, self._features)
+            none = np.empty((0, self.feature_size), np.float32)
+            if wrong := [part.shape for part in parts if part.shape[1:] != none.shape[1:]]:
+                raise self._wrong_shapes(f"(N, {self.feature_size})", str(wrong[0]))
+            features: Float32Array = np.concatenate([none, *parts])
+            self._check_finite(features)
+            return features
+
     def _take(self, images: DeviceArray) -> DeviceImages:
         """Take an array on a GPU where it is; a backend that can do so overrides this."""
         expected = f"an array in host memory, which is what {self.name} takes"
@@ -225,16 +261,20 @@ class Backend(abc.ABC):
         if len(images) == 0:
             empty = np.zeros((0, self.spec.num_classes), dtype=np.float32)
             return Output(empty, empty.copy())
-        if isinstance(images, np.ndarray):
-            images = np.ascontiguousarray(images)
-        step = self.max_batch or len(images)
-        parts = [self._infer(images[at : at + step]) for at in range(0, len(images), step)]
+        parts = self._in_parts(images, self._infer)
         output = parts[0]
         if len(parts) > 1:
             logits = np.concatenate([part.logits for part in parts])
             output = Output(logits, np.concatenate([part.probabilities for part in parts]))
         self._check_output(output, len(images))
         return output
+
+    def _in_parts(self, images: Any, run: Callable[[Any], T]) -> list[T]:
+        """What a function of contiguous batches that the model takes gives for each of them."""
+        if isinstance(images, np.ndarray):
+            images = np.ascontiguousarray(images)
+        step = self.max_batch or len(images) or 1
+        return [run(images[at : at + step]) for at in range(0, len(images), step)]
 
     def _check_input(self, images: Any) -> None:
         side = self.spec.input_size
@@ -254,10 +294,15 @@ class Backend(abc.ABC):
         shape = (batch, self.spec.num_classes)
         shapes = {output.logits.shape, output.probabilities.shape}
         if shapes != {shape}:
-            found = " and ".join(map(str, sorted(shapes)))
-            fix = "export the model again with efficientface-export"
-            raise BackendError(self.path.name, f"outputs of shape {shape}", found, fix)
-        if not (np.isfinite(output.logits).all() and np.isfinite(output.probabilities).all()):
+            raise self._wrong_shapes(str(shape), " and ".join(map(str, sorted(shapes))))
+        self._check_finite(output.logits, output.probabilities)
+
+    def _wrong_shapes(self, expected: str, found: str) -> BackendError:
+        fix = "export the model again with efficientface-export"
+        return BackendError(self.path.name, f"outputs of shape {expected}", found, fix)
+
+    def _check_finite(self, *outputs: Float32Array) -> None:
+        if not all(np.isfinite(values).all() for values in outputs):
             fix = "export the model again in a higher precision (--precision fp32)"
             raise BackendError(self.path.name, "finite outputs", "NaN or infinity", fix)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientface_deploy.artifact import (
+    FEATURES,
     FLOAT_INPUT,
     OUTPUTS,
     PROBE_KEY,
@@ -31,7 +32,7 @@ from efficientface_deploy.cpus import default_threads
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.probe import Probe
-from efficientface_deploy.vision.preprocess import UInt8Array, normalise
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class OnnxBackend(Backend):
         except UnicodeDecodeError:  # protobuf's texts are not checked before they are strings here
             fix = "copy the file again, or export the model again"
             raise ArtifactError(self.path, "names in UTF-8", "other bytes", fix) from None
+        if len(session.get_outputs()) > len(OUTPUTS):
+            self.feature_size = session.get_outputs()[-1].shape[1]
         self._input_name = session.get_inputs()[0].name
         self._session: Any = session
         self._run_options = onnxruntime.RunOptions()
@@ -188,14 +191,17 @@ class OnnxBackend(Backend):
             FLOAT_INPUT: ("tensor(float)", [3, side, side]),
         }
         inputs, outputs = session.get_inputs(), session.get_outputs()
+        names = tuple(output.name for output in outputs)
+        widths = [list(output.shape[1:]) for output in outputs]
         valid = (
             len(inputs) == 1
             and inputs[0].name in signatures
             and (inputs[0].type, list(inputs[0].shape[1:])) == signatures[inputs[0].name]
             and not isinstance(inputs[0].shape[0], int)  # N is dynamic
-            and tuple(output.name for output in outputs) == OUTPUTS
+            and names in (OUTPUTS, (*OUTPUTS, FEATURES))
             and all(output.type == "tensor(float)" for output in outputs)
-            and all(list(output.shape[1:]) == [classes] for output in outputs)
+            and widths[: len(OUTPUTS)] == [[classes]] * len(OUTPUTS)
+            and all(len(width) == 1 and type(width[0]) is int for width in widths)
         )
         if not valid:
             described = [f"{node.name} {node.type} {node.shape}" for node in inputs + outputs]
@@ -205,10 +211,18 @@ class OnnxBackend(Backend):
             raise ArtifactError(self.path, f"{expected}, as its spec says", found, fix)
 
     def _infer(self, images: UInt8Array) -> Output:
+        return Output(*self._run(OUTPUTS, images))
+
+    def _features(self, images: UInt8Array) -> Float32Array:
+        (features,) = self._run((FEATURES,), images)
+        return features
+
+    def _run(self, outputs: tuple[str, ...], images: UInt8Array) -> list[Float32Array]:
         takes_floats = self._input_name == FLOAT_INPUT
         feed = {self._input_name: normalise(images, self.spec) if takes_floats else images}
         try:
-            return Output(*self._session.run(OUTPUTS, feed, self._run_options))
+            values: list[Float32Array] = self._session.run(outputs, feed, self._run_options)
+            return values
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
             expected = f"a batch of {len(images)} to run on {self.name}"
             found = f"{type(error).__name__} ({_first_line(error)})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from efficientface_deploy.artifact import (
@@ -12,7 +14,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.backends.base import Backend, Output
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.models import load_checkpoint
-from efficientface_deploy.vision.preprocess import UInt8Array, normalise
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 
 
 class TorchBackend(Backend):
@@ -37,15 +39,23 @@ class TorchBackend(Backend):
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         self._device = torch.device(device)
-        self._model = model.to(self._device)
+        self._model = cast(Any, model.to(self._device))  # an EfficientFace or an LDG
+        self.feature_size = self._model.feature_size
         self.name, self.library = f"torch:{device}", f"torch {torch.__version__}"
 
     def _infer(self, images: UInt8Array) -> Output:
-        batch = torch.from_numpy(normalise(images, self.spec)).to(self._device)  # (N, 3, S, S)
         with torch.inference_mode():
-            logits = self._model(batch)  # (N, C)
+            logits = self._model(self._batch(images))  # (N, C)
             probabilities = logits.softmax(dim=1)
         return Output(logits.cpu().numpy(), probabilities.cpu().numpy())
+
+    def _features(self, images: UInt8Array) -> Float32Array:
+        with torch.inference_mode():
+            features: Float32Array = self._model.features(self._batch(images)).cpu().numpy()
+        return features
+
+    def _batch(self, images: UInt8Array) -> torch.Tensor:
+        return torch.from_numpy(normalise(images, self.spec)).to(self._device)  # (N, 3, S, S)
 
     def _close(self) -> None:
         del self._model

@@ -48,6 +48,11 @@ class EfficientFace(nn.Module):
         )
         self.fc = nn.Linear(FEATURES, num_classes)
 
+    @property
+    def feature_size(self) -> int:
+        """Length of what :meth:`features` gives for a picture."""
+        return FEATURES
+
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits.
 
@@ -57,15 +62,19 @@ class EfficientFace(nn.Module):
         Returns:
             float (N, num_classes) logits.
         """
+        logits: Tensor = self.fc(self.features(image))  # (N, num_classes)
+        return logits
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the last layer is given, float (N, 1024), for images as :meth:`forward` takes."""
         x = self.conv1(image)  # (N, 29, 112, 112)
         x = self.maxpool(x)  # (N, 29, 56, 56)
         x = self.modulator(self.stage2(x)) + self.local(x)  # (N, 116, 28, 28)
         x = self.stage3(x)  # (N, 232, 14, 14)
         x = self.stage4(x)  # (N, 464, 7, 7)
         x = self.conv5(x)  # (N, 1024, 7, 7)
-        x = x.mean(dim=(2, 3))  # (N, 1024)
-        logits: Tensor = self.fc(x)  # (N, num_classes)
-        return logits
+        features: Tensor = x.mean(dim=(2, 3))  # (N, 1024)
+        return features
 
 
 class ShuffleUnit(nn.Module):

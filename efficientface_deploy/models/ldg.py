@@ -30,6 +30,11 @@ class LabelDistributionGenerator(nn.Module):
             raise ConfigError("LDG architecture", known, repr(architecture), "choose one of these")
         self.backbone = getattr(torchvision.models, architecture)(num_classes=num_classes)
 
+    @property
+    def feature_size(self) -> int:
+        """Length of what :meth:`features` gives for a picture: 512 or 2,048."""
+        return int(self.backbone.fc.in_features)
+
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits; their softmax is the label distribution.
 
@@ -41,3 +46,10 @@ class LabelDistributionGenerator(nn.Module):
         """
         logits: Tensor = self.backbone(image)
         return logits
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the last layer is given, float (N, F), for images as :meth:`forward` takes."""
+        *layers, _ = self.backbone.children()  # the head is the last
+        for layer in layers:
+            image = layer(image)
+        return image.flatten(1)  # (N, F)

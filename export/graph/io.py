@@ -12,6 +12,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from efficientface_deploy.artifact import (
+    FEATURES,
+    OUTPUTS,
     PROBE_KEY,
     PROVENANCE_KEY,
     SPEC_KEY,
@@ -107,6 +109,35 @@ def write_onnx(
         raise ExportError(path, "a valid ONNX graph", found, fix) from None
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+def with_features(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with a third output, ``features``: what the last layer is given.
+
+    Args:
+        graph: FP32, with a linear layer that makes the logits.
+
+    Returns:
+        A new graph.
+    """
+    found = onnx.ModelProto()
+    found.CopyFrom(graph)
+    (head,) = (node for node in found.graph.node if OUTPUTS[0] in node.output)
+    before, weight = head.input[0], head.input[1]
+    for node in found.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [FEATURES if name == before else name for name in names]
+    for value in [one for one in found.graph.value_info if one.name == before]:
+        found.graph.value_info.remove(value)
+    (shape,) = (list(one.dims) for one in found.graph.initializer if one.name == weight)
+    transposed = any(one.name == "transB" and one.i for one in head.attribute)
+    batch = found.graph.output[0].type.tensor_type.shape.dim[0].dim_param
+    found.graph.output.append(
+        onnx.helper.make_tensor_value_info(
+            FEATURES, onnx.TensorProto.FLOAT, [batch, shape[1 if transposed else 0]]
+        )
+    )
+    return found
 
 
 def multiply_adds(graph: onnx.ModelProto) -> int:

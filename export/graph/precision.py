@@ -39,13 +39,13 @@ _QUANTISES = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *_F
 
 
 def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """FP16 from the picture to the logits; softmax and both outputs stay FP32.
+    """FP16 from the picture to the logits; softmax and all outputs stay FP32.
 
     Args:
         graph: FP32, or FP32 with Q/DQ pairs.
 
     Returns:
-        A new graph; only the conversion of the picture, the logits' cast back and the softmax
+        A new graph; only the conversion of the picture, the outputs' casts back and the softmax
         touch other types.
     """
     half = onnx.ModelProto()
@@ -54,8 +54,10 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
     del half.graph.value_info[:]  # types of before; shape inference makes them anew
     for weight in half.graph.initializer:
         _round(weight)
-    logits, probabilities = OUTPUTS
-    inside = {logits: f"{logits}_fp16"}  # names inside of what is FP32 outside
+    probabilities = OUTPUTS[1]
+    # Names inside of what is FP32 outside; softmax takes the FP32 logits: they sum to one.
+    outside = [value.name for value in graph.graph.output if value.name != probabilities]
+    inside = {name: f"{name}_fp16" for name in outside}
     (image,) = graph.graph.input
     if image.type.tensor_type.elem_type == TensorProto.FLOAT:
         inside[image.name] = f"{image.name}_fp16"
@@ -63,7 +65,7 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
     for original in graph.graph.node:
         node = half.graph.node.add()
         node.CopyFrom(original)
-        if node.output[0] == probabilities:  # softmax, of the FP32 logits: they sum to one
+        if node.output[0] == probabilities:
             continue
         node.input[:] = [inside.get(name, name) for name in node.input]
         node.output[:] = [inside.get(name, name) for name in node.output]
@@ -72,8 +74,8 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
                 attribute.i = TensorProto.FLOAT16  # of the picture: it holds 0 to 255 exactly
             elif attribute.type == onnx.AttributeProto.TENSOR:
                 _round(attribute.t)
-        if original.output[0] == logits:
-            half.graph.node.append(_cast(inside[logits], logits, TensorProto.FLOAT))
+        if (name := original.output[0]) in outside:
+            half.graph.node.append(_cast(inside[name], name, TensorProto.FLOAT))
     return onnx.shape_inference.infer_shapes(half)
 
 

@@ -34,11 +34,13 @@ class TestSet:
         images: uint8 (N, S, S, 3), RGB.
         labels: int64 (N,), or None where nobody knows them.
         source: Where they come from.
+        features: The reference's for them, float32 (N, F); None where they are not compared.
     """
 
     images: UInt8Array
     labels: npt.NDArray[np.int64] | None
     source: str
+    features: Float32Array | None = None
 
     __test__ = False  # the name begins like a test's
 
@@ -95,8 +97,10 @@ def write_reference(folder: Path, test_set: TestSet, logits: Float32Array, paren
     kept = np.linspace(0, total - 1, count).round().astype(int)  # sets are sorted by class
     source = test_set.source if count == total else f"{count} of {test_set.source}"
     buffer = io.BytesIO()
-    images, logits = test_set.images[kept], logits[kept]
-    np.savez_compressed(buffer, images=images, logits=logits, source=source, parent=parent)
+    arrays = {"images": test_set.images[kept], "logits": logits[kept]}
+    if test_set.features is not None:
+        arrays["features"] = test_set.features[kept]
+    np.savez_compressed(buffer, source=source, parent=parent, **arrays)
     with atomic_path(folder / REFERENCE_FILE) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -131,7 +135,7 @@ def read_reference(
     found = _shapes(arrays["images"].shape[1:], arrays["logits"].shape[1])
     if found != wanted:
         raise ArtifactError(path, wanted, found, _COPY_REFERENCE)
-    test_set = TestSet(arrays["images"], None, str(arrays["source"]))
+    test_set = TestSet(arrays["images"], None, str(arrays["source"]), arrays.get("features"))
     return test_set, arrays["logits"].astype(np.float32)
 
 
@@ -147,13 +151,17 @@ def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "logits", "source", "parent")}
+            if "features" in file.files:
+                arrays["features"] = file["features"].astype(np.float32)
         images, logits = arrays["images"], arrays["logits"]
+        features = arrays.get("features", logits)
         valid = (
             images.dtype == np.uint8
             and images.ndim == 4
             and logits.ndim == 2
             and logits.dtype.kind == "f"
             and len(logits) == len(images) > 0
+            and (features.ndim, len(features)) == (2, len(images))
         )
     except Exception:  # noqa: BLE001 - numpy fails on damaged archives in many ways
         valid = False

@@ -110,6 +110,10 @@ class ReportRow:
             "FAILED" if result.exceeds("difference") or result.exceeds("KL") else "ok",
             f"parity: largest difference {differs[0]:.2g}, KL {differs[1]:.2g} {limits}",
         )
+        if result.features is not None:
+            text = f"features: {result.features:.2g} of their length off"
+            mark = "FAILED" if result.exceeds("features") else "ok"
+            yield mark, f"{text} (at most {threshold.max_features:g})"
         text = f"agreement: {result.agreement_text} (at least {threshold.min_agreement:g})"
         if result.exceeds("agreement"):
             yield "FAILED", text

@@ -49,5 +49,18 @@ def test_weights_and_onnx_are_the_same_network(bundled, photo):
     np.testing.assert_allclose(bundled.infer(inputs)[1], expected, rtol=0, atol=2e-5)
 
 
+def test_features(bundled, photo):
+    """Of the weights, to the rounding; and a face is nearer to its mirror than to another."""
+    turned = np.ascontiguousarray(photo[::-1])
+    features = bundled.features([photo, photo[:, ::-1], turned])
+    assert features.shape == (3, 1024) and features.min() >= 0
+    same, other = (np.linalg.norm(features[0] - features[index]) for index in (1, 2))
+    assert same < other / 2
+    pytest.importorskip("torch")
+    with ef.load(backend="torch") as weights:
+        expected = weights.features([photo, photo[:, ::-1], turned])
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-4 * expected.max())
+
+
 def test_mirrored_smile_is_a_smile(bundled, photo):
     assert bundled(photo[:, ::-1]).label == "Happiness"

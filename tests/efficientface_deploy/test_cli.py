@@ -101,6 +101,16 @@ def test_unsure_labels_are_marked(face, capsys):
     assert [record["faces"][0]["unsure"] for record in records] == [False, True]
 
 
+def test_model_that_promises_nothing(face, model_spec, make_network, tmp_path, capsys):
+    models = pytest.importorskip("efficientface_deploy.models")
+    path = tmp_path / "model.safetensors"
+    models.save_checkpoint(path, make_network(), model_spec.replace(sure_above=1))
+    assert main([str(face), "--model", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "?: unsure, as all are" in captured.err
+    assert captured.out.splitlines()[1].split()[1].endswith("?")
+
+
 def test_prior(face, capsys):
     assert main([str(face), "--prior", "uniform", "--json"]) == 0
     with load(prior="uniform") as predictor:

@@ -167,6 +167,32 @@ def test_context_manager_closes_on_errors_too(predictor):
         predictor(flat(0))
 
 
+def test_features_of_a_file_without_them(predictor):
+    assert predictor.feature_size is None
+    with pytest.raises(BackendError) as caught:
+        predictor.features([flat(0)])
+    assert str(caught.value) == (
+        "fake.x: expected a model with the output features, found one without; export it again: "
+        "efficientface-export --features --weights CHECKPOINT"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([1, np.nan], "finite outputs, found NaN or infinity"),
+        ([1, np.inf], "finite outputs, found NaN or infinity"),
+        ([1, 2, 3], r"outputs of shape \(N, 2\), found \(1, 3\)"),
+        ([[1, 2]], r"outputs of shape \(N, 2\), found \(1, 1, 2\)"),
+    ],
+)
+def test_features_that_cannot_be(predictor, row, said):
+    predictor._backend.feature_size = 2
+    predictor._backend._features = lambda images: np.array([row] * len(images), np.float32)
+    with pytest.raises(BackendError, match=f"expected {said}"):
+        predictor.features([flat(0)])
+
+
 # ---- faces in pictures
 
 
@@ -449,13 +475,15 @@ def test_fork(predictor):
             signal.alarm(20)
             predictor._backend._running = 1  # as if a thread of the parent had been at work
             predictor.close()
-            predictor(flat(0))
-        except BackendError as error:
-            os.write(tell, str(error).encode())
+            for use in (lambda: predictor.features([flat(0)]), lambda: predictor(flat(0))):
+                try:
+                    use()
+                except BackendError as error:
+                    os.write(tell, str(error).encode())
         finally:
             os._exit(0)  # as multiprocessing ends its children
     os.waitpid(child, 0)
-    assert os.read(told, 9999).decode() == (
+    assert os.read(told, 9999).decode() == 2 * (
         "fake.x: expected a model that this process loaded, found one that was loaded before a "
         "fork; call load() in the child, or start processes by spawn"
     )

@@ -414,6 +414,26 @@ class TestOptions:
         assert record["calibration"]["apart"]["count"] == 35
         assert exit_code("--verify", artifacts / INT8)[0] == 0
 
+    def test_features(self, student: Path, tmp_path: Path, exit_code: Run) -> None:
+        """They are compared with PyTorch's now, and by ``--verify`` and the next export later."""
+        command = ["--engine", "onnx", "--weights", student, "--out", tmp_path]
+        code, output, _ = exit_code(*command, "--features")
+        assert code == 0 and "  [ok] features: " in output
+        found = report(tmp_path)[FP32]["verification"]["features"]
+        assert 0 < found < 1e-5
+        assert read_onnx(tmp_path / FP32).provenance["features"] is True
+        assert "  [ok] features: " in exit_code("--verify", tmp_path / FP32)[1]
+        with load(tmp_path / FP32) as ours, load(student) as theirs:
+            pictures = [np.full((64, 64, 3), value, np.uint8) for value in (0, 99)]
+            expected = theirs.features(pictures)
+            np.testing.assert_allclose(ours.features(pictures), expected, atol=1e-4)
+        # One without them is another file, and a file with them hands them on.
+        code, _, error = exit_code(*command)
+        assert code == 2 and "an earlier export of other features" in one_line(error)
+        again = ["--engine", "onnx", "--weights", tmp_path / FP32, "--precision", "fp16"]
+        code, output, _ = exit_code(*again, "--out", tmp_path / "fp16")
+        assert code == 0 and "  [ok] features: " in output
+
     def test_accuracy(self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run) -> None:
         command = ["--engine", "onnx", "--weights", artifacts / FP32, "--precision", "fp16"]
         code, output, _ = exit_code(*command, "--val", faces, "--out", tmp_path / "out")
@@ -436,7 +456,7 @@ class TestOptions:
 class TestFailedVerification:
     @pytest.fixture(autouse=True)
     def strict(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        nothing = parity.Threshold(0, 1, 0)
+        nothing = parity.Threshold(0, 1, 0, 0)
         monkeypatch.setattr(parity, "THRESHOLDS", dict.fromkeys(parity.THRESHOLDS, nothing))
 
     def test_it_is_kept_under_another_name(
@@ -576,6 +596,20 @@ class TestTensorRT:
         assert read_sidecar(engine)[1]["verification"]["status"] == "verified"
         assert "tensorrt-sm86.timings" in names(out), "for the next build, not for the bin"
         assert not list(out.glob("*.log"))
+
+    def test_engine_gives_features(
+        self, library: Library, student: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ("--engine", "trt", "--weights", student, "--features", "--out", tmp_path)
+        code, output, _ = exit_code(*command)
+        assert code == 0 and output.count("  [ok] features: ") == 2  # of the ONNX file, too
+        engine = tmp_path / "efficientface-fp16-gpu.engine"
+        with load(engine) as ours, load(tmp_path / "efficientface-fp16-gpu.onnx") as theirs:
+            pictures = [np.full((64, 64, 3), value, np.uint8) for value in (0, 99)]
+            features = ours.features(pictures)
+            expected = theirs.features(pictures)
+        assert features.shape == (2, 1024)
+        np.testing.assert_allclose(features, expected, atol=0.02 * expected.max())
 
     def test_failed_build_leaves_its_log(
         self, library: Library, artifacts: Path, tmp_path: Path, exit_code: Run

@@ -130,6 +130,22 @@ def test_a_plan_is_not_changed_afterwards(make_source: Any, tmp_path: Path) -> N
         found.target = "gpu"
 
 
+def test_features(make_source: Any, tmp_path: Path) -> None:
+    """On request, or where an ONNX file has them; files without stay equal to older ones."""
+    found = plan(make_source(), tmp_path, engine="onnx", features=True)
+    assert found.features and found.requests["fp32"]["features"] is True
+    found = plan(make_source(), tmp_path, engine="onnx")
+    assert not found.features and "features" not in found.requests["fp32"]
+    source = make_source("model.onnx", precision="fp32", target="gpu")
+    with pytest.raises(ConfigError, match="--features: expected a checkpoint, or an ONNX file th"):
+        plan(source, tmp_path, engine="trt", features=True)
+    assert not plan(source, tmp_path, engine="trt").features
+    graph = onnx.ModelProto()
+    graph.graph.output.add().name = "features"
+    source = dataclasses.replace(source, trace=lambda _: graph)
+    assert plan(source, tmp_path, engine="trt").features
+
+
 def test_nothing_to_make(make_source: Any, tmp_path: Path) -> None:
     source = make_source("model.onnx", precision="fp32", target="cpu")
     with pytest.raises(ConfigError, match=r"--engine onnx: .* model\.onnx, an ONNX file in fp32"):

@@ -49,6 +49,7 @@ def mean_graph(
         helper.make_node("Cast", ["sum"], ["logits"], to=logits),
         helper.make_node("Softmax", ["sum"], ["probabilities"], axis=1),
         helper.make_node("Identity", ["sum"], ["extra"]),
+        helper.make_node("Identity", ["sum"], ["features"]),
     ]
     one = numpy_helper.from_array(np.array([1]), "one")
     values = [

@@ -37,7 +37,7 @@ from efficientface_deploy.backends.tensorrt.library import (
 from efficientface_deploy.backends.tensorrt.session import Session
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.probe import Probe
-from efficientface_deploy.vision.preprocess import UInt8Array
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,7 @@ class TensorRTBackend(Backend):
                 raise
         self.spec, self.provenance = spec, provenance
         self.max_batch = self._session.max_batch
+        self.feature_size = engine.feature_size
         self.name = self.kind
         self.library = f"{module.__name__} {version_of(module)} on {gpu}"
         self.instead = self._rebuild(record, gpu)
@@ -203,6 +204,10 @@ class TensorRTBackend(Backend):
     def _infer(self, images: UInt8Array | DeviceImages) -> Output:
         with self._turn:
             return self._opened().run(images)
+
+    def _features(self, images: UInt8Array) -> Float32Array:
+        with self._turn:
+            return self._opened().features(images)
 
     def _opened(self) -> Session:
         if self._session is None:  # closed by another thread since infer() looked

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT, sidecar_path
+from efficientface_deploy.artifact import (
+    FEATURES,
+    FLOAT_INPUT,
+    OUTPUTS,
+    UINT8_INPUT,
+    sidecar_path,
+)
 from efficientface_deploy.backends.tensorrt.library import first_line, make_logger, version_of
 from efficientface_deploy.errors import ArtifactError, BackendError, EfficientFaceError
 from efficientface_deploy.files import atomic_path
@@ -31,6 +37,7 @@ class Engine:
 
     Attributes:
         input_name: ``image`` or, for an engine of a ``--float-input`` graph, ``input``.
+        feature_size: Length of its features; None where it does not give them.
         memory_bytes: What a context needs for its intermediate results.
         captures_itself: Whether a context can be told to capture its own CUDA graphs.
 
@@ -65,6 +72,9 @@ class Engine:
         self.memory_bytes = max(int(self.plan.device_memory_size_v2), 1)
         self._tensors = [self.plan.get_tensor_name(i) for i in range(self.plan.num_io_tensors)]
         self.input_name = FLOAT_INPUT if FLOAT_INPUT in self._tensors else UINT8_INPUT
+        self.feature_size: int | None = None
+        if FEATURES in self._tensors:
+            self.feature_size = (0, *self.plan.get_tensor_shape(FEATURES))[-1]
         self._config: Any = None
         self._cache: RuntimeCache | None = None
         self._user_managed = module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -170,6 +180,8 @@ class Engine:
         }
         wanted: dict[str, Any] = {self.input_name: inputs[self.input_name]}
         wanted |= {name: (types.FLOAT, (classes,)) for name in OUTPUTS}
+        if self.feature_size is not None:
+            wanted[FEATURES] = (types.FLOAT, (max(self.feature_size, 1),))
         found = {
             name: (self.plan.get_tensor_dtype(name), tuple(self.plan.get_tensor_shape(name))[1:])
             for name in self._tensors

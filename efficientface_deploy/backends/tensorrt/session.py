@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS
+from efficientface_deploy.artifact import FEATURES, FLOAT_INPUT, OUTPUTS
 from efficientface_deploy.backends.base import DeviceArray, DeviceImages, Output
 from efficientface_deploy.backends.tensorrt.cuda import Buffer, Cuda
 from efficientface_deploy.backends.tensorrt.device_array import read_device_array
 from efficientface_deploy.backends.tensorrt.engine import Engine
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import UInt8Array, normalise
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,12 @@ class Session:
 
             self._input = buffer(largest, np.float32 if self._takes_floats else np.uint8)
             outputs = self.max_batch, spec.num_classes
-            self._outputs = [buffer(outputs, np.float32) for _ in OUTPUTS]
+            self._outputs = {name: buffer(outputs, np.float32) for name in OUTPUTS}
+            # Written by every inference, and copied to the host for who asks for them.
+            self._asked_for: dict[str, Buffer] = {}
+            if engine.feature_size is not None:
+                size = self.max_batch, engine.feature_size
+                self._asked_for = {FEATURES: buffer(size, np.float32)}
             self._context: Any = self._new_context(graphs=False)
             self._resources = stack.pop_all()
         engine.keep_kernels()
@@ -137,10 +142,23 @@ class Session:
                 self._replay(capture, key)
             self._cuda.synchronize(self._stream)
             # The pinned memory is overwritten by the next call: hand out copies.
-            output = Output(*(buffer.host[: key.batch].copy() for buffer in self._outputs))
+            found = (buffer.host[: key.batch].copy() for buffer in self._outputs.values())
+            output = Output(*found)
             if capture is None and self._can_capture:
                 self._capture_if_repeated(key)
         return output
+
+    def features(self, images: UInt8Array) -> Float32Array:
+        """As :meth:`run`, what comes before the last layer, float32 (N, F); without a graph."""
+        with self._cuda.active():
+            key = _Key(len(images), self._place(images))
+            self._set(self._context, key)
+            self._enqueue(self._context, key)
+            buffer = self._asked_for[FEATURES]
+            buffer.to_host(key.batch, self._stream)
+            self._cuda.synchronize(self._stream)
+            features: Float32Array = buffer.host[: key.batch].copy()
+        return features
 
     def _place(self, images: UInt8Array | DeviceImages) -> int:
         """Address of the images on the device, where the caller's or our own copy will lie."""
@@ -157,7 +175,7 @@ class Session:
     def _new_context(self, *, graphs: bool) -> Any:
         """A context that writes to our buffers."""
         context = self._engine.new_context(self._memory, graphs=graphs)
-        for name, buffer in zip(OUTPUTS, self._outputs, strict=True):
+        for name, buffer in (self._outputs | self._asked_for).items():
             self._set_address(context, name, buffer.address)
         return context
 
@@ -178,7 +196,7 @@ class Session:
             self._input.to_device(key.batch, self._stream)
         if not context.execute_async_v3(self._stream):
             raise self._engine.failure("run the engine")
-        for buffer in self._outputs:
+        for buffer in self._outputs.values():
             buffer.to_host(key.batch, self._stream)
 
     def _capture_if_repeated(self, key: _Key) -> None:

@@ -326,6 +326,42 @@ def test_spec_provenance_and_names(subject, predictor):
     assert repr(predictor) == expected
 
 
+@pytest.fixture(scope="module")
+def expected_features(once, model_files, images) -> np.ndarray:
+    """What PyTorch's last layer is given, (64, 1024)."""
+
+    def fill(folder: Path) -> None:
+        import torch
+
+        from efficientface_deploy.models import load_checkpoint
+
+        model, given = load_checkpoint(model_files["torch"])[0], []
+        model.fc.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+        with torch.inference_mode():
+            model(torch.from_numpy(normalise(images, SPEC)))
+        np.save(folder / "features.npy", given[0].numpy())
+
+    return np.load(once("conformance-features", fill) / "features.npy")
+
+
+def test_features(subject, predictor, images, answers, expected_features):
+    """In turns with labels, so that an engine's CUDA graphs run in between."""
+    scale = expected_features.std()
+    for count in (64, 3, 3, 3, PROFILE, 1, 64):
+        features = predictor.features(images[:count])
+        assert (features.dtype, features.shape) == (np.float32, (count, 1024))
+        off = np.abs(features - expected_features[:count]).max() / scale
+        assert off < (1e-4 if subject.tolerance < 0.01 else 0.1)
+        probabilities = predictor.infer(images[:count])[1]
+        np.testing.assert_allclose(probabilities, answers[:count], atol=subject.same)
+    kept = features.copy()
+    predictor.features(images[3:9])
+    np.testing.assert_array_equal(features, kept)
+    assert predictor.features([]).shape == (0, 1024) and predictor.feature_size == 1024
+    with pytest.raises(ImageError, match="several images"):
+        predictor.features(images[0])
+
+
 def test_labels_are_unsure_up_to_the_threshold(subject, predictor, images, answers):
     expected = answers.max(axis=1) <= SPEC.sure_above
     clear = np.abs(answers.max(axis=1) - SPEC.sure_above) > subject.same
@@ -398,6 +434,7 @@ def test_use_after_close(subject, images):
         lambda: predictor.infer(images[:0]),
         lambda: predictor(images[0]),
         lambda: predictor.predict_batch(list(images[:2])),
+        lambda: predictor.features(images[:2]),
     ):
         with pytest.raises(BackendError, match="an open backend, found a closed one"):
             use()

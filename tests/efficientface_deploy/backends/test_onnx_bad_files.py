@@ -445,7 +445,7 @@ def test_onnx_with_other_inputs(open_graph, kind, name, shape):
     assert "as its spec says" in message and f"found {name} tensor" in message
 
 
-@pytest.mark.parametrize("change", ["input", "outputs", "order", "type"])
+@pytest.mark.parametrize("change", ["input", "outputs", "order", "type", "rank", "fourth"])
 def test_onnx_with_another_signature(graph, open_graph, change):
     if change == "input":
         graph.graph.input.append(tensor("extra", FLOAT, 1))
@@ -455,6 +455,11 @@ def test_onnx_with_another_signature(graph, open_graph, change):
         outputs = list(graph.graph.output)[::-1]
         del graph.graph.output[:]
         graph.graph.output.extend(outputs)
+    elif change == "rank":  # of the features
+        graph.graph.output[2].CopyFrom(tensor("pool:0", FLOAT, "N", 1024, 1, 1))
+        graph.graph.node.add(op_type="Identity", input=["pool:0"], output=["again"])
+    elif change == "fourth":
+        graph.graph.output.append(tensor("pool:0", FLOAT, "N", 1024, 1, 1))
     else:
         graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     assert "as its spec says" in open_graph(graph)

@@ -57,6 +57,15 @@ def test_any_multiple_of_16(make_network, side):
     assert logits.shape == (2, 7) and bool(torch.isfinite(logits).all())
 
 
+def test_features_are_what_the_last_layer_is_given(make_network):
+    model = make_network()
+    with torch.inference_mode():
+        image = torch.randn(2, 3, 64, 64)
+        features = model.features(image)
+        assert features.shape == (2, model.feature_size) == (2, 1024)
+        assert torch.equal(model.fc(features), model(image))
+
+
 def test_images_of_a_batch_do_not_see_one_another(make_network):
     model, images = make_network(), torch.randn(5, 3, 64, 64)
     with torch.inference_mode():

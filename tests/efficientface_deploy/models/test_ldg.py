@@ -48,6 +48,16 @@ def test_safetensors_have_torchvisions_keys(tmp_path):
         assert torch.equal(again(image), model.eval()(image))
 
 
+@pytest.mark.parametrize(("architecture", "size"), [("resnet18", 512), ("resnet50", 2048)])
+def test_features_are_what_the_last_layer_is_given(architecture, size):
+    model = build_model(architecture, 5).eval()
+    with torch.inference_mode():
+        image = torch.randn(2, 3, 64, 64)
+        features = model.features(image)
+        assert features.shape == (2, model.feature_size) == (2, size)
+        assert torch.equal(model.backbone.fc(features), model(image))
+
+
 def test_build_model():
     assert isinstance(build_model("efficientface", 5), EfficientFace)
     assert build_model("resnet18", 5)(torch.zeros(2, 3, 32, 32)).shape == (2, 5)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 
-from efficientface_deploy.artifact import PROVENANCE_KEY, SPEC_KEY
+from efficientface_deploy.artifact import FEATURES, OUTPUTS, PROVENANCE_KEY, SPEC_KEY
 from efficientface_deploy.errors import ArtifactError, ExportError, SpecError
+from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.spec import ModelSpec
-from efficientface_export.graph.io import multiply_adds, read_onnx, write_onnx
+from efficientface_deploy.vision.preprocess import normalise
+from efficientface_export.graph.io import multiply_adds, read_onnx, with_features, write_onnx
+from efficientface_export.graph.precision import to_fp16
+from efficientface_export.verification.parity import features_difference
 
 
 @pytest.fixture
@@ -37,6 +44,49 @@ def test_round_trip(tiny: onnx.ModelProto, small_spec: ModelSpec, tmp_path: Path
     assert graph.graph == tiny.graph
     assert spec == small_spec
     assert provenance == {"precision": "fp32", "nested": {"a": [1, 2.5]}}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8 cpu", "int8 gpu"])
+def test_features(
+    kind: str,
+    graph: onnx.ModelProto,
+    network: EfficientFace,
+    small_spec: ModelSpec,
+    images: np.ndarray,
+    int8_of: Callable[..., onnx.ModelProto],
+) -> None:
+    """A third output, of every precision, beside the same first two."""
+
+    def convert(graph: onnx.ModelProto) -> onnx.ModelProto:
+        precision, _, target = kind.partition(" ")
+        if precision == "int8":
+            graph = int8_of(graph, images, target=target)
+        return to_fp16(graph) if precision == "fp16" or target == "gpu" else graph
+
+    before = graph.SerializeToString()
+    found = convert(with_features(graph))
+    assert graph.SerializeToString() == before
+    onnx.checker.check_model(found, full_check=True)
+    assert [value.name for value in found.graph.output] == [*OUTPUTS, FEATURES]
+    logits, _, features = run(found, images)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(normalise(images, small_spec))
+        expected = network.features(pixels).numpy()
+    assert (features.dtype, features.shape) == (np.float32, (len(images), 1024))
+    off = features_difference(expected, features)
+    assert off < {"fp32": 1e-5, "fp16": 0.05}.get(kind, 0.5)
+    np.testing.assert_array_equal(logits, run(convert(graph), images)[0])
+
+
+def run(graph: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
+    """Every output, computed as the graph is written."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found: list[np.ndarray] = session.run(None, {"image": images})
+    return found
 
 
 def test_foreign_metadata_goes(

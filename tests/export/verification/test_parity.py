@@ -54,6 +54,20 @@ class TestThresholds:
         assert found.status == "FAILED"
         assert found.problems
 
+    @pytest.mark.parametrize(
+        ("precision", "harmless", "harmful"),
+        [("fp32", 1e-5, 1e-3), ("fp16", 1e-3, 0.1), ("int8", 0.1, 0.8)],
+    )
+    def test_features(self, precision: str, harmless: float, harmful: float) -> None:
+        right = np.abs(np.random.default_rng(1).standard_normal((200, 64))).astype(np.float32)
+        given = dataclasses.replace(BLANK, features=right)
+        for size, fails in ((harmless, False), (harmful, True), (np.nan, True)):
+            features = (right * (1 + size)).astype(np.float32)
+            found = compare(softmax(LOGITS), LOGITS, given, precision, "onnx:cpu", features)
+            assert found.features == pytest.approx(size, rel=1e-2, nan_ok=True)
+            assert found.exceeds("features") == fails == bool(found.problems)
+        assert judge(softmax(LOGITS), precision, given).features is None
+
     def test_one_image_is_enough_for_fp32_and_fp16(self) -> None:
         probabilities = softmax(LOGITS)
         probabilities[7] = np.roll(probabilities[7], 1)

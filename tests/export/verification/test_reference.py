@@ -83,6 +83,18 @@ class TestStoredReference:
             np.testing.assert_array_equal(logits[kept], LOGITS[where])
         assert stored_parent(tmp_path) == PARENT
 
+    def test_features_are_kept(self, tmp_path: Path, small_spec: ModelSpec) -> None:
+        images = RANDOM.integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
+        features = RANDOM.standard_normal((20, 1024)).astype(np.float32)
+        test_set = TestSet(images, None, "faces", features)
+        write_reference(tmp_path, test_set, LOGITS[:20], PARENT)
+        again, logits = read_reference(tmp_path, small_spec, PARENT)
+        assert again.features is not None and again.features.shape == (16, 1024)
+        kept = [int(np.flatnonzero((LOGITS[:20] == row).all(axis=1))[0]) for row in logits]
+        np.testing.assert_array_equal(again.features, features[kept])
+        self.write(tmp_path)
+        assert read_reference(tmp_path, small_spec, PARENT)[0].features is None
+
     def test_written_again_it_stays(self, tmp_path: Path, small_spec: ModelSpec) -> None:
         self.write(tmp_path)
         first, logits = read_reference(tmp_path, small_spec, PARENT)

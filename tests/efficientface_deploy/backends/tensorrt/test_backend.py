@@ -379,6 +379,7 @@ def test_checks_come_before_the_plan_is_read(
         {"classes": 8},
         {"logits": TensorProto.FLOAT16},
         {"outputs": ("logits", "probabilities", "extra")},
+        {"outputs": ("logits", "features")},
         {"outputs": ("logits",)},
     ],
 )

@@ -45,6 +45,31 @@ def test_graph_from_the_third_time_on(engine: Path, library: Library, fake_cuda:
         assert len(set(fake_cuda.launches)) == 1
 
 
+@every_release
+def test_features_between_graphs(
+    tmp_path: Path, spec: ModelSpec, library: Library, fake_cuda: FakeCuda
+) -> None:
+    """They are copied for who asks, and the graphs that are there go on to be right."""
+    path = tmp_path / "model.engine"
+    write_plan(path, spec, library, outputs=("logits", "probabilities", "features"))
+    with make(path) as backend:
+        assert backend.feature_size == 7
+        for seed in range(4):
+            check(backend, 3, seed)
+            batch = images(3, seed + 9)
+            features = backend.features(batch)
+            np.testing.assert_allclose(features, expected_logits(batch), rtol=1e-6)
+        assert len(fake_cuda.launches) == 2, "as without them"
+        batch = images(9, 1)  # beyond the largest batch
+        np.testing.assert_allclose(backend.features(batch), expected_logits(batch), rtol=1e-6)
+    assert not fake_cuda.allocations
+
+
+def test_engine_without_features(engine: Path, library: Library) -> None:
+    with make(engine) as backend, pytest.raises(BackendError, match="efficientface-export --fe"):
+        backend.features(images(1))
+
+
 def test_one_graph_for_each_batch_size(engine: Path, library: Library, fake_cuda: FakeCuda) -> None:
     """In any order: each graph has a context of its own, whose shape never changes."""
     with make(engine) as backend:
