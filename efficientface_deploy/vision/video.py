@@ -278,9 +278,13 @@ class _Opened:
         expected = "a video that FFmpeg can read"
         self._began = time.monotonic()  # to open it, or to read
         try:
-            options = dict(source.options)
+            # Not ``options``, which PyAV gives to each stream too: the process ended by a
+            # segmentation fault where a stream is found later, as in FLV (PyAV 14 to 17).
             self._container = self._av.open(
-                source.address, format=source.format, options=options, timeout=timeout
+                source.address,
+                format=source.format,
+                container_options=source.options,
+                timeout=timeout,
             )
         except (self._av.FFmpegError, ValueError) as error:
             raise ImageError(source.name, expected, self._words(error), source.fix) from None
