@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import importlib
 import itertools
@@ -632,3 +633,19 @@ def test_rtsp_server_that_is_killed_and_started_again(capsys):
     assert 1 < steps[at] < gap + 3
     assert np.median(np.delete(steps, at)) == pytest.approx(1 / 15, rel=0.1)
     assert {frame.image.shape for frame in after} == {(120, 160, 3)}
+
+
+def test_device_that_gives_frames(monkeypatch):
+    """FFmpeg's virtual device in the place of a camera, which this machine has not."""
+    pytest.importorskip("av")
+    source = dataclasses.replace(
+        video_module._find_source(0, {}), address="testsrc=size=64x48:rate=50:d=1", format="lavfi"
+    )
+    monkeypatch.setattr(video_module, "_find_source", lambda *_: source)
+    with open_video(0, reconnect=0) as video:
+        assert video.live and video.rate == 50
+        frames = list(itertools.islice(video.timed(), 20))
+        with pytest.raises(ImageError, match="camera 0: expected a stream that goes on"):
+            list(video.timed())
+    assert [frame.seconds for frame in frames] == pytest.approx(np.arange(20) / 50)
+    assert frames[0].image.shape == (48, 64, 3) and frames[0].image.std() > 50
