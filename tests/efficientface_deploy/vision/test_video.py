@@ -274,6 +274,7 @@ def test_file_that_is_cut_off(long_clip, tmp_path, name, whole):
     (tmp_path / name).write_bytes(content if whole else content[: len(content) // 2])
     times, error = read(tmp_path / name)
     assert len(times) == 40 if whole else 0 < len(times) < 40
+    assert times[0] == 0  # not the 1.4 or 0.2 seconds at which a broadcast's clock begins
     if name != "a.ts":  # made to be cut anywhere, it does not say its length
         assert (error == "") == whole
         assert whole or "no more after" in error
@@ -326,9 +327,13 @@ def test_sound_without_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "a%03d.mp4", "café 中.mp4"])
-def test_any_name_of_a_file(clip, name):
+def test_any_name_of_a_file(clip, name, monkeypatch):
     clip.rename(clip.with_name(name))
-    assert len(read(clip.with_name(name))[0]) == 5
+    monkeypatch.chdir(clip.parent)
+    assert len(read(name)[0]) == 5
+    with write_video(f"copy {name}") as write:
+        write(picture(0))
+    assert len(read(f"copy {name}")[0]) == 1
 
 
 @pytest.mark.parametrize("keywords", [{"timeout": 0}, {"timeout": math.inf}, {"reconnect": -1}])
@@ -576,7 +581,13 @@ def test_clock_of_a_sender_that_jumps(monkeypatch):
     assert ours == [0, 1, 2, 3, 4, 5]
     clock.restart()
     now += 60
-    assert [clock.time_of(0.0), clock.time_of(0.5)] == [65, 65.5]
+    assert [clock.time_of(30.0), clock.time_of(30.5)] == [65, 65.5]
+
+
+def test_waits_grow(monkeypatch):
+    monkeypatch.undo()
+    waits = list(itertools.islice(video_module._growing_waits(), 8))
+    assert waits == [0.25, 0.5, 1, 2, 4, 8, 8, 8]
 
 
 RTSP_SERVER = Path(__file__).resolve().parents[2] / "rtsp_server.py"
