@@ -385,7 +385,9 @@ class _Opened:
         self.damaged += not (sound and not any(frame.is_corrupt for frame in frames))
         for frame in frames:
             moment = frame.dts if frame.pts is None else frame.pts
-            if moment is None:
+            if self._is_format("mpjpeg"):  # a web camera's, without times: FFmpeg's are a guess
+                self._last = time.monotonic()
+            elif moment is None:
                 self._last += 1 / self.rate
             else:
                 self._last = moment * _number(self._stream.time_base) - self._start
@@ -561,18 +563,3 @@ def import_pyav() -> Any:
         BackendError: It is not installed, or cannot be loaded.
     """
     return import_package("av", "video", "PyAV, the module av", "video")
-
-
-def opencv_name(path: str | Path) -> str | bytes:
-    """A file's name as OpenCV takes it: a text that is no UTF-8 ends the process (5.0)."""
-    name = str(path)
-    return name if name.isprintable() else os.fsencode(name)
-
-
-def import_opencv() -> Any:
-    """The module ``cv2``.
-
-    Raises:
-        BackendError: It is not installed, or cannot be loaded.
-    """
-    return import_package("cv2", "OpenCV", "the module cv2", "video")

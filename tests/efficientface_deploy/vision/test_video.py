@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.server
 import importlib
+import io
 import itertools
 import math
 import os
@@ -414,6 +415,8 @@ class Server:
     Attributes:
         cuts: Bytes after which each answer breaks off, one after the other; then none does.
         down: Whether it answers with 503.
+        silent: Whether it says nothing for long in the end.
+        parts: What is sent instead, with a pause after each.
         address: Of the file.
     """
 
@@ -421,6 +424,8 @@ class Server:
         self.content = content
         self.cuts: list[int] = []
         self.down = self.silent = False
+        self.parts: list[bytes] = []
+        self.kind = "application/octet-stream"
         self.asked = 0
         outer = self
 
@@ -455,11 +460,14 @@ class Server:
             request.send_header("Content-Length", str(len(self.content) - begin))
             request.send_header("Accept-Ranges", "bytes")
         request.send_header("Connection", "close")
+        request.send_header("Content-Type", self.kind)
         request.end_headers()
         end = self.cuts.pop(0) if self.cuts else len(self.content)
         with contextlib.suppress(ConnectionError):
-            request.wfile.write(self.content[begin:end])
-            request.wfile.flush()
+            for part in self.parts or [self.content[begin:end]]:
+                request.wfile.write(part)
+                request.wfile.flush()
+                time.sleep(0.2 if self.parts else 0)
             if self.silent:
                 time.sleep(3)
         request.close_connection = True
@@ -529,6 +537,21 @@ def test_live_stream_is_connected_again(camera, caplog):
         *("drop-out 2", caplog.records[3].message.split(": ")[1]),
     ]
     assert all("back after" in caplog.records[at].message for at in (1, 3))
+
+
+def test_web_camera_whose_pictures_have_no_times(serve):
+    parts = []
+    for at in range(6):
+        file = io.BytesIO()
+        picture(at).save(file, "JPEG")
+        head = f"--part\r\nContent-Type: image/jpeg\r\nContent-Length: {file.tell()}\r\n\r\n"
+        parts.append(head.encode() + file.getvalue() + b"\r\n")
+    server = serve(b"", live=True)
+    server.parts, server.kind = parts, "multipart/x-mixed-replace; boundary=part"
+    with open_video(server.address) as video:
+        frames = list(itertools.islice(video.timed(), 6))
+    assert [shade(frame.image) for frame in frames] == list(range(6))
+    assert 0.5 < frames[-1].seconds - frames[1].seconds < 3  # 0.8 s, where FFmpeg says 0.16
 
 
 def test_stream_that_does_not_come_back(camera):
