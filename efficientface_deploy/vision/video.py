@@ -546,7 +546,8 @@ def write_video(path: str | Path, rate: float = _DEFAULT_RATE) -> Iterator[Calla
 def _add_stream(av: Any, container: Any, rate: float, size: tuple[int, int]) -> Any:
     """A video stream with whole ticks for its times."""
     codec = next(name for name in _ENCODERS if name in av.codecs_available)
-    options = {"preset": "veryfast", "crf": "20"} if codec == _ENCODERS[0] else {}
+    # Frames that refer to later ones would make the length wrong where the rate varies.
+    options = {"preset": "veryfast", "crf": "20", "bf": "0"} if codec == _ENCODERS[0] else {}
     stream = container.add_stream(
         codec, rate=Fraction(rate).limit_denominator(1001), options=options
     )

@@ -206,6 +206,7 @@ def test_times_are_the_containers(tmp_path):
         for at, seconds in enumerate(TIMES):
             write(picture(at), seconds)
     with open_video(tmp_path / "phone.mp4") as video:
+        assert 2.04 < video._opened.length < 2.1
         frames = list(video.timed())
     assert [frame.seconds for frame in frames] == pytest.approx(TIMES, abs=1e-4)
     assert [shade(frame.image) for frame in frames] == list(range(5))
