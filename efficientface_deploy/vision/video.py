@@ -288,12 +288,12 @@ class _Opened:
             )
         except (self._av.FFmpegError, ValueError) as error:
             raise ImageError(source.name, expected, self._words(error), source.fix) from None
-        streams = self._container.streams.video
-        if not streams or streams[0].codec_context is None:
+        stream = self._container.streams.best("video")  # not the cover, which is one too
+        if stream is None or stream.codec_context is None:
             self.close()
-            found = "one of an unknown codec" if streams else "no video in it"
+            found = "no video in it" if stream is None else "one of an unknown codec"
             raise ImageError(source.name, expected, found, source.fix)
-        self._stream = streams[0]
+        self._stream = stream
         self._converter = self._av.video.reformatter.VideoReformatter()
         self._start = (self._container.start_time or 0) / 1e6
         self.rate = _number(self._stream.average_rate) or _DEFAULT_RATE
@@ -360,8 +360,8 @@ class _Opened:
             stream, ticks = self._stream, self._stream.duration
             if self._is_format("avi"):  # whose duration FFmpeg corrects to what is there
                 ticks = max(ticks, stream.frames)
-            end = ((stream.start_time or 0) + ticks) * _number(stream.time_base)
-            return float(end - self._start)
+            end = (stream.start_time or 0) + ticks
+            return _seconds(end, stream.time_base) - self._start
         duration = self._container.duration
         return duration / 1e6 if duration and self._is_format(*_MEASURED) else None
 
@@ -369,7 +369,7 @@ class _Opened:
         moment = packet.dts if packet.pts is None else packet.pts
         of_video = packet.stream.index == self._stream.index
         if moment is not None and (of_video or not self._own_length):
-            end = (moment + (packet.duration or 0)) * _number(packet.time_base)
+            end = _seconds(moment + (packet.duration or 0), packet.time_base)
             self.reached = max(self.reached, end - self._start)
 
     def _decode(self, packet: Any | None) -> Iterator[VideoFrame]:
@@ -390,7 +390,7 @@ class _Opened:
             elif moment is None:
                 self._last += 1 / self.rate
             else:
-                self._last = moment * _number(self._stream.time_base) - self._start
+                self._last = _seconds(moment, self._stream.time_base) - self._start
             yield VideoFrame(self._picture(frame), self._last)
 
     def _picture(self, frame: Any) -> UInt8Array:
@@ -504,6 +504,11 @@ def _is_device(name: str) -> bool:
 def _number(fraction: Any) -> float:
     """A fraction of PyAV's as a number; 0 where it is unknown."""
     return float(fraction.numerator / fraction.denominator) if fraction else 0.0
+
+
+def _seconds(ticks: int, unit: Any) -> float:
+    """A time in units of PyAV's, in seconds."""
+    return ticks * unit.numerator / unit.denominator if unit else 0.0
 
 
 @contextlib.contextmanager
