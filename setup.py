@@ -33,7 +33,7 @@ PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 DOCS = ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"]
 # Where the packages of [dev] that have wheels for Linux and Windows on x86-64 alone are installed.
 X86 = "platform_machine in 'x86_64 AMD64' and sys_platform != 'darwin'"
-VIDEO = ["av>=14"]  # PyAV, with FFmpeg in its wheels
+VIDEO = ["av>=16"]  # PyAV, with FFmpeg in its wheels
 
 setup(
     name="efficientface-deploy",

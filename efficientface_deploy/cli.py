@@ -366,7 +366,8 @@ class Report:
             labels = {one.track or 0: one.prediction.label for one in judged}
             self._print_events(answer.image, self._events.update(answer.seconds, labels))
         else:
-            print("\n".join(self._table.rows(answer)) if self._table else as_json(answer))
+            text = "\n".join(self._table.rows(answer)) if self._table else as_json(answer)
+            print(text, flush=answer.frame is not None)  # who reads a camera's wants it now
         frame = "" if answer.frame is None else f", frame {answer.frame}"
         self._show_progress(f"{self.done}/{self._total}{frame}")
 
@@ -380,7 +381,8 @@ class Report:
         for one in events:
             prefix = f"{name}: " if self._total > 1 else ""
             text = f"face {one.track}: {one.label} from {one.start:.1f} s to {one.end:.1f} s"
-            print(prefix + text if self._table else json.dumps({"image": name, **vars(one)}))
+            line = prefix + text if self._table else json.dumps({"image": name, **vars(one)})
+            print(line, flush=True)
 
     def tell_unreadable(self, error: ImageError | BackendError) -> None:
         """Name a file that cannot be read, and count it."""

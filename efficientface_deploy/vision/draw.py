@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +24,7 @@ _INK = (0, 0, 0)
 
 _SMALLEST_FONT = 8  # pixels
 
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int]
 
 
 def draw_faces(image: Image.Image, faces: Iterable[tuple[Face, str, int | None]]) -> Image.Image:
@@ -57,10 +58,10 @@ def draw_faces(image: Image.Image, faces: Iterable[tuple[Face, str, int | None]]
     return copy
 
 
-def _within(box: Box, size: tuple[int, int]) -> Box | None:
-    """What of a box is in a picture of a width and height; None where nothing is."""
-    left, top = max(0.0, box[0]), max(0.0, box[1])
-    right, bottom = min(size[0] - 1.0, box[2]), min(size[1] - 1.0, box[3])
+def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> Box | None:
+    """What of a box is in a picture of a width and height, in whole pixels; None for nothing."""
+    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    right, bottom = min(size[0] - 1, math.ceil(box[2])), min(size[1] - 1, math.ceil(box[3]))
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
@@ -94,17 +95,17 @@ def _place_for(
         (left, bottom - height),
     ]
     most = max(0, picture[0] - width), max(0, picture[1] - height)
-    inside = [(round(min(max(0, x), most[0])), round(min(max(0, y), most[1]))) for x, y in places]
+    inside = [(min(max(0, x), most[0]), min(max(0, y), most[1])) for x, y in places]
 
-    def hidden(place: tuple[int, int]) -> float:
+    def hidden(place: tuple[int, int]) -> int:
         text = (*place, place[0] + width, place[1] + height)
         return sum(_overlap(text, other) for other in taken)
 
     return min(inside, key=hidden)
 
 
-def _overlap(one: Box, other: Box) -> float:
+def _overlap(one: Box, other: Box) -> int:
     """The area that two boxes share, in pixels."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
+    return max(0, width) * max(0, height)

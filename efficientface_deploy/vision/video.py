@@ -278,18 +278,22 @@ class _Opened:
         expected = "a video that FFmpeg can read"
         self._began = time.monotonic()  # to open it, or to read
         try:
-            options = dict(source.options)
+            # Not ``options``, which PyAV gives to each stream too: the process ended by a
+            # segmentation fault where a stream is found later, as in FLV (PyAV 14 to 17).
             self._container = self._av.open(
-                source.address, format=source.format, options=options, timeout=timeout
+                source.address,
+                format=source.format,
+                container_options=source.options,
+                timeout=timeout,
             )
         except (self._av.FFmpegError, ValueError) as error:
             raise ImageError(source.name, expected, self._words(error), source.fix) from None
-        streams = self._container.streams.video
-        if not streams or streams[0].codec_context is None:
+        stream = self._container.streams.best("video")  # not the cover, which is one too
+        if stream is None or stream.codec_context is None:
             self.close()
-            found = "one of an unknown codec" if streams else "no video in it"
+            found = "no video in it" if stream is None else "one of an unknown codec"
             raise ImageError(source.name, expected, found, source.fix)
-        self._stream = streams[0]
+        self._stream = stream
         self._converter = self._av.video.reformatter.VideoReformatter()
         self._start = (self._container.start_time or 0) / 1e6
         self.rate = _number(self._stream.average_rate) or _DEFAULT_RATE
@@ -356,8 +360,8 @@ class _Opened:
             stream, ticks = self._stream, self._stream.duration
             if self._is_format("avi"):  # whose duration FFmpeg corrects to what is there
                 ticks = max(ticks, stream.frames)
-            end = ((stream.start_time or 0) + ticks) * _number(stream.time_base)
-            return float(end - self._start)
+            end = (stream.start_time or 0) + ticks
+            return _seconds(end, stream.time_base) - self._start
         duration = self._container.duration
         return duration / 1e6 if duration and self._is_format(*_MEASURED) else None
 
@@ -365,7 +369,7 @@ class _Opened:
         moment = packet.dts if packet.pts is None else packet.pts
         of_video = packet.stream.index == self._stream.index
         if moment is not None and (of_video or not self._own_length):
-            end = (moment + (packet.duration or 0)) * _number(packet.time_base)
+            end = _seconds(moment + (packet.duration or 0), packet.time_base)
             self.reached = max(self.reached, end - self._start)
 
     def _decode(self, packet: Any | None) -> Iterator[VideoFrame]:
@@ -381,10 +385,12 @@ class _Opened:
         self.damaged += not (sound and not any(frame.is_corrupt for frame in frames))
         for frame in frames:
             moment = frame.dts if frame.pts is None else frame.pts
-            if moment is None:
+            if self._is_format("mpjpeg"):  # a web camera's, without times: FFmpeg's are a guess
+                self._last = time.monotonic()
+            elif moment is None:
                 self._last += 1 / self.rate
             else:
-                self._last = moment * _number(self._stream.time_base) - self._start
+                self._last = _seconds(moment, self._stream.time_base) - self._start
             yield VideoFrame(self._picture(frame), self._last)
 
     def _picture(self, frame: Any) -> UInt8Array:
@@ -500,6 +506,11 @@ def _number(fraction: Any) -> float:
     return float(fraction.numerator / fraction.denominator) if fraction else 0.0
 
 
+def _seconds(ticks: int, unit: Any) -> float:
+    """A time in units of PyAV's, in seconds."""
+    return ticks * unit.numerator / unit.denominator if unit else 0.0
+
+
 @contextlib.contextmanager
 def write_video(path: str | Path, rate: float = _DEFAULT_RATE) -> Iterator[Callable[..., None]]:
     """Write a video that appears under its name when the block ends without an error.
@@ -540,7 +551,8 @@ def write_video(path: str | Path, rate: float = _DEFAULT_RATE) -> Iterator[Calla
 def _add_stream(av: Any, container: Any, rate: float, size: tuple[int, int]) -> Any:
     """A video stream with whole ticks for its times."""
     codec = next(name for name in _ENCODERS if name in av.codecs_available)
-    options = {"preset": "veryfast", "crf": "20"} if codec == _ENCODERS[0] else {}
+    # Frames that refer to later ones would make the length wrong where the rate varies.
+    options = {"preset": "veryfast", "crf": "20", "bf": "0"} if codec == _ENCODERS[0] else {}
     stream = container.add_stream(
         codec, rate=Fraction(rate).limit_denominator(1001), options=options
     )
@@ -557,18 +569,3 @@ def import_pyav() -> Any:
         BackendError: It is not installed, or cannot be loaded.
     """
     return import_package("av", "video", "PyAV, the module av", "video")
-
-
-def opencv_name(path: str | Path) -> str | bytes:
-    """A file's name as OpenCV takes it: a text that is no UTF-8 ends the process (5.0)."""
-    name = str(path)
-    return name if name.isprintable() else os.fsencode(name)
-
-
-def import_opencv() -> Any:
-    """The module ``cv2``.
-
-    Raises:
-        BackendError: It is not installed, or cannot be loaded.
-    """
-    return import_package("cv2", "OpenCV", "the module cv2", "video")

@@ -38,6 +38,13 @@ def test_box_has_its_edges_and_its_label_above():
     assert 25 < rows.min() < 40 and changed[rows.min() : 50, 101:150].mean() > 0.5  # the label
 
 
+def test_label_stays_above_a_box_that_moves_by_parts_of_a_pixel():
+    image = Image.new("RGB", (400, 300))
+    for part in np.arange(0, 1, 0.1):
+        rows, _ = np.nonzero(drawn(image, (100.3, 100 + part, 200.7, 200)))
+        assert rows.min() < 90
+
+
 @pytest.mark.parametrize(
     "box",
     [

@@ -60,6 +60,13 @@ def test_two_who_pass_each_other(speed):
     assert follow(hidden) == [[1, 2][: len(frame)] for frame in hidden]
 
 
+def test_two_who_pass_each_other_behind_a_wall():
+    """When they come out, each is where the other one went in."""
+    frames = [[face(160 + 80 * at / 25), face(260 - 80 * at / 25)] for at in range(30)]
+    frames[10:22] = [[]] * 12
+    assert follow(frames) == [[1, 2]] * 10 + [[]] * 12 + [[1, 2]] * 8
+
+
 def test_neighbours_keep_their_numbers_when_one_leaves():
     frames = [[face(100), face(170), face(240)]] * 10 + [[face(100), face(240)]] * 80
     numbers = follow(frames)
@@ -85,10 +92,10 @@ def test_a_face_elsewhere_or_of_another_size_is_another(other):
 
 def test_a_face_that_was_just_seen_goes_before_one_that_was_lost():
     tracker = Tracker()
-    tracker.update([face(100), face(145)], 0)
+    tracker.update([face(100), face(125, 101)], 0)
     for at in range(1, 26):
-        tracker.update([face(145 - at)], at / 25)
-    assert tracker.update([face(119)], 26 / 25) == [2]
+        tracker.update([face(125, 101)], at / 25)
+    assert tracker.update([face(111, 100)], 26 / 25) == [2]  # though it is nearer to the first
 
 
 def test_times_that_stand_still():

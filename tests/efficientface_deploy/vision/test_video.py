@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import importlib
+import io
 import itertools
 import math
 import os
@@ -204,6 +206,7 @@ def test_times_are_the_containers(tmp_path):
         for at, seconds in enumerate(TIMES):
             write(picture(at), seconds)
     with open_video(tmp_path / "phone.mp4") as video:
+        assert 2.04 < video._opened.length < 2.1
         frames = list(video.timed())
     assert [frame.seconds for frame in frames] == pytest.approx(TIMES, abs=1e-4)
     assert [shade(frame.image) for frame in frames] == list(range(5))
@@ -273,9 +276,37 @@ def test_file_that_is_cut_off(long_clip, tmp_path, name, whole):
     (tmp_path / name).write_bytes(content if whole else content[: len(content) // 2])
     times, error = read(tmp_path / name)
     assert len(times) == 40 if whole else 0 < len(times) < 40
+    assert times[0] == 0  # not the 1.4 or 0.2 seconds at which a broadcast's clock begins
     if name != "a.ts":  # made to be cut anywhere, it does not say its length
         assert (error == "") == whole
         assert whole or "no more after" in error
+
+
+def test_video_that_was_trimmed_without_being_written_anew(long_clip, tmp_path):
+    """Its edit list says that half of its frames are not shown: they are not missing."""
+    content = bytearray(long_clip.read_bytes())
+    length = content.index(b"elst") + 12
+    assert struct.unpack_from(">I", content, length) == (4000,)  # ms
+    struct.pack_into(">I", content, length, 2000)
+    (tmp_path / "trimmed.mp4").write_bytes(content)
+    times, error = read(tmp_path / "trimmed.mp4")
+    assert error == "" and times == pytest.approx(np.arange(20) / 10, abs=0.11)
+
+
+def test_cover_is_not_the_video(long_clip, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(long_clip)) as source, av.open(str(tmp_path / "a.mp4"), "w") as container:
+        cover = container.add_stream("mjpeg", width=32, height=32, pix_fmt="yuvj420p")
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream_from_template(source.streams.video[0])
+        image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")
+        container.mux([*cover.encode(image), *cover.encode(None)])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    with open_video(tmp_path / "a.mp4") as video:
+        assert [frame.shape for frame in video] == [(48, 64, 3)] * 40
 
 
 # ---- sources
@@ -325,9 +356,13 @@ def test_sound_without_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "a%03d.mp4", "café 中.mp4"])
-def test_any_name_of_a_file(clip, name):
+def test_any_name_of_a_file(clip, name, monkeypatch):
     clip.rename(clip.with_name(name))
-    assert len(read(clip.with_name(name))[0]) == 5
+    monkeypatch.chdir(clip.parent)
+    assert len(read(name)[0]) == 5
+    with write_video(f"copy {name}") as write:
+        write(picture(0))
+    assert len(read(f"copy {name}")[0]) == 1
 
 
 @pytest.mark.parametrize("keywords", [{"timeout": 0}, {"timeout": math.inf}, {"reconnect": -1}])
@@ -408,6 +443,8 @@ class Server:
     Attributes:
         cuts: Bytes after which each answer breaks off, one after the other; then none does.
         down: Whether it answers with 503.
+        silent: Whether it says nothing for long in the end.
+        parts: What is sent instead, with a pause after each.
         address: Of the file.
     """
 
@@ -415,6 +452,8 @@ class Server:
         self.content = content
         self.cuts: list[int] = []
         self.down = self.silent = False
+        self.parts: list[bytes] = []
+        self.kind = "application/octet-stream"
         self.asked = 0
         outer = self
 
@@ -449,11 +488,14 @@ class Server:
             request.send_header("Content-Length", str(len(self.content) - begin))
             request.send_header("Accept-Ranges", "bytes")
         request.send_header("Connection", "close")
+        request.send_header("Content-Type", self.kind)
         request.end_headers()
         end = self.cuts.pop(0) if self.cuts else len(self.content)
         with contextlib.suppress(ConnectionError):
-            request.wfile.write(self.content[begin:end])
-            request.wfile.flush()
+            for part in self.parts or [self.content[begin:end]]:
+                request.wfile.write(part)
+                request.wfile.flush()
+                time.sleep(0.2 if self.parts else 0)
             if self.silent:
                 time.sleep(3)
         request.close_connection = True
@@ -525,6 +567,21 @@ def test_live_stream_is_connected_again(camera, caplog):
     assert all("back after" in caplog.records[at].message for at in (1, 3))
 
 
+def test_web_camera_whose_pictures_have_no_times(serve):
+    parts = []
+    for at in range(6):
+        file = io.BytesIO()
+        picture(at).save(file, "JPEG")
+        head = f"--part\r\nContent-Type: image/jpeg\r\nContent-Length: {file.tell()}\r\n\r\n"
+        parts.append(head.encode() + file.getvalue() + b"\r\n")
+    server = serve(b"", live=True)
+    server.parts, server.kind = parts, "multipart/x-mixed-replace; boundary=part"
+    with open_video(server.address) as video:
+        frames = list(itertools.islice(video.timed(), 6))
+    assert [shade(frame.image) for frame in frames] == list(range(6))
+    assert 0.5 < frames[-1].seconds - frames[1].seconds < 3  # 0.8 s, where FFmpeg says 0.16
+
+
 def test_stream_that_does_not_come_back(camera):
     with open_video(camera.address, reconnect=0.3) as video:
         frames = video.timed()
@@ -575,7 +632,13 @@ def test_clock_of_a_sender_that_jumps(monkeypatch):
     assert ours == [0, 1, 2, 3, 4, 5]
     clock.restart()
     now += 60
-    assert [clock.time_of(0.0), clock.time_of(0.5)] == [65, 65.5]
+    assert [clock.time_of(30.0), clock.time_of(30.5)] == [65, 65.5]
+
+
+def test_waits_grow(monkeypatch):
+    monkeypatch.undo()
+    waits = list(itertools.islice(video_module._growing_waits(), 8))
+    assert waits == [0.25, 0.5, 1, 2, 4, 8, 8, 8]
 
 
 RTSP_SERVER = Path(__file__).resolve().parents[2] / "rtsp_server.py"
@@ -632,3 +695,19 @@ def test_rtsp_server_that_is_killed_and_started_again(capsys):
     assert 1 < steps[at] < gap + 3
     assert np.median(np.delete(steps, at)) == pytest.approx(1 / 15, rel=0.1)
     assert {frame.image.shape for frame in after} == {(120, 160, 3)}
+
+
+def test_device_that_gives_frames(monkeypatch):
+    """FFmpeg's virtual device in the place of a camera, which this machine has not."""
+    pytest.importorskip("av")
+    source = dataclasses.replace(
+        video_module._find_source(0, {}), address="testsrc=size=64x48:rate=50:d=1", format="lavfi"
+    )
+    monkeypatch.setattr(video_module, "_find_source", lambda *_: source)
+    with open_video(0, reconnect=0) as video:
+        assert video.live and video.rate == 50
+        frames = list(itertools.islice(video.timed(), 20))
+        with pytest.raises(ImageError, match="camera 0: expected a stream that goes on"):
+            list(video.timed())
+    assert [frame.seconds for frame in frames] == pytest.approx(np.arange(20) / 50)
+    assert frames[0].image.shape == (48, 64, 3) and frames[0].image.std() > 50
