@@ -182,8 +182,10 @@ def tilt(landmarks: Float64Array) -> float:
     Args:
         landmarks: (5, 2), in the order of :class:`Face`.
     """
-    warp = similarity(TEMPLATE, landmarks)
-    return math.atan2(warp[1, 0], warp[0, 0])
+    # The rotation of the best similarity, as a complex number: this is done for every face.
+    source, target = (points[:, 0] + 1j * points[:, 1] for points in (TEMPLATE, landmarks))
+    turn = np.vdot(source - source.mean(), target)
+    return math.atan2(turn.imag, turn.real)
 
 
 def similarity(source: Float64Array, target: Float64Array) -> Float64Array:
