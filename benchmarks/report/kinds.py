@@ -507,6 +507,7 @@ TABLES = {
     "export": (EXPORT,),
     "peers": (CASES, PEER_SETTINGS),
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
+    "faces": tuple(map(_part, ("speed", "photographs", "squares"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING,),
     "finetuning": (FINE_TUNING,),
