@@ -38,6 +38,7 @@ from efficientface_deploy.vision.preprocess import (
     resize,
     to_model_input,
 )
+from efficientface_deploy.vision.search import OnnxDetector
 from efficientface_deploy.vision.steady import TIME_CONSTANT, SteadyLabels
 from efficientface_deploy.vision.stream import check_policy, overlap
 from efficientface_deploy.vision.tracks import Tracker
@@ -377,7 +378,11 @@ class Predictor:
         image = load_image(source)
         if detector is None:
             return _Picture(image, [whole_picture(image)], [resize(image, self.spec)])
-        faces = detector.detect(np.asarray(image))
+        faces: Sequence[Face]
+        if isinstance(detector, OnnxDetector):  # ours take the picture as it is
+            faces = detector.detect(image)
+        else:
+            faces = detector.detect(np.asarray(image))
         cuts = (cut_face(image, face, self.spec) for face in faces)
         return _Picture(image, faces, [resize(cut, self.spec) for cut in cuts])
 

@@ -123,7 +123,7 @@ TRAINING_COMMANDS = {
 BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"
     for name in (
-        *("latency", "accuracy", "peers", "runtime"),
+        *("latency", "accuracy", "peers", "runtime", "faces"),
         *("graph_layouts", "training_step", "versions", "gpu_check", "report.__main__"),
     )
 }

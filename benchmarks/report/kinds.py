@@ -527,6 +527,7 @@ TABLES = {
     "export": (EXPORT,),
     "peers": (CASES, PEER_SETTINGS),
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
+    "faces": tuple(map(_part, ("speed", "photographs", "squares"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),

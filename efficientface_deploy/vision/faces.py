@@ -132,13 +132,16 @@ def whole_picture(image: Image.Image) -> Face:
     return Face((0.0, 0.0, float(image.width), float(image.height)))
 
 
-def cut_face(image: Image.Image, face: Face, spec: ModelSpec) -> Image.Image:
+def cut_face(
+    image: Image.Image, face: Face, spec: ModelSpec, *, scale: float = BOX_SCALE
+) -> Image.Image:
     """Cut a face as the model's training faces were cut; see the module's description.
 
     Args:
         image: PIL image of mode RGB.
         face: A face in it.
         spec: Gives ``face_crop``.
+        scale: Side of the square by the box's longer side; without a meaning for aligned faces.
 
     Returns:
         A square PIL image of mode RGB, about as many pixels wide as the face is in the picture.
@@ -150,7 +153,7 @@ def cut_face(image: Image.Image, face: Face, spec: ModelSpec) -> Image.Image:
     if spec.face_crop == "aligned":
         return _align(image, face)
     left, top, right, bottom = face.box
-    side = _side(BOX_SCALE * face.side, image)
+    side = _side(scale * face.side, image)
     angle = 0.0 if face.landmarks is None else tilt(np.array(face.landmarks))
     upright = abs(angle) <= MAX_TILT
     around = side if upright else math.ceil(side * math.sqrt(2))  # corners come in when it turns
@@ -182,8 +185,10 @@ def tilt(landmarks: Float64Array) -> float:
     Args:
         landmarks: (5, 2), in the order of :class:`Face`.
     """
-    warp = similarity(TEMPLATE, landmarks)
-    return math.atan2(warp[1, 0], warp[0, 0])
+    # The rotation of the best similarity, as a complex number: this is done for every face.
+    source, target = (points[:, 0] + 1j * points[:, 1] for points in (TEMPLATE, landmarks))
+    turn = np.vdot(source - source.mean(), target)
+    return math.atan2(turn.imag, turn.real)
 
 
 def similarity(source: Float64Array, target: Float64Array) -> Float64Array:

@@ -33,7 +33,7 @@ MAX_SIDE = 2048  # pixels of the finest copy; it takes 100 MB
 MAX_OVERLAP = 0.3  # intersection over union from which two boxes are one face; both authors'
 _MAX_WITHIN = 0.8  # of a box that lies in another one's: then it is a part of that face
 
-_ORDINARY = 640  # pixels: pictures up to here are searched as they are
+_ORDINARY = 512  # pixels: pictures up to here are searched as they are
 _LEAST = 192  # smaller ones are enlarged to this
 _STEP = 4  # from one copy to the next
 _COARSEST = 256  # no further copy below this
@@ -142,22 +142,26 @@ class OnnxDetector(abc.ABC):
     def _fix(self) -> str:
         return "install its package again"
 
-    def detect(self, image: UInt8Array) -> list[Face]:
-        """Find faces, the most confident first; see :class:`FaceDetector`."""
+    def detect(self, image: UInt8Array | Image.Image) -> list[Face]:
+        """Find faces, the most confident first; see :class:`FaceDetector`.
+
+        Args:
+            image: As there, or a PIL image of mode RGB, which spares a copy.
+        """
         if os.getpid() != self._process:  # ONNX Runtime would wait for the parent's threads
             told, fix = "one that was opened before a fork", "open it in the child"
             raise BackendError(
                 f"face detector {self.name}", "one that this process opened", told, fix
             )
-        original = picture = Image.fromarray(image)
+        original = picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         scales = self._scales(max(original.size))
         min_score = min(self.min_score, _CANDIDATE) if self.doubtful else self.min_score
         copies = []
         for scale in scales:
-            picture = _resized(picture, image.shape, scale)
+            picture = _resized(picture, original.size, scale)
             found = self.search(np.asarray(picture), min_score)
-            ratio = np.array(picture.size) / image.shape[1::-1]  # width's, height's
-            boxes, points = found.boxes / np.tile(ratio, 2), found.points / ratio
+            ratio = np.divide(picture.size, original.size)  # width's, height's
+            boxes, points = found.boxes / (*ratio, *ratio), found.points / ratio
             copies.append(Found(boxes, found.scores, points))
         found = merge(copies, [self.largest / scale for scale in scales], self.min_score)
         found = found.of(_sides(found.boxes) >= self.min_face)
@@ -288,9 +292,9 @@ def _shared(boxes: Float64Array, others: Float64Array) -> Float64Array:
     return parts
 
 
-def _resized(picture: Image.Image, shape: tuple[int, ...], scale: float) -> Image.Image:
-    """A picture, or a finer copy of it, brought to a scale of the picture's own shape."""
-    size = max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+def _resized(picture: Image.Image, full: tuple[int, int], scale: float) -> Image.Image:
+    """A picture, or a finer copy of it, brought to a scale of the picture's own size."""
+    size = max(1, round(full[0] * scale)), max(1, round(full[1] * scale))
     if size == picture.size:
         return picture
     return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.0)
