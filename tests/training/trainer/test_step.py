@@ -44,6 +44,10 @@ def tensors_of(step: TrainingStep) -> dict[str, torch.Tensor]:
     }
 
 
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
 def run(step: TrainingStep, batches: list[Batch]) -> list[float]:
     return [float(step(batch, RATE, done)) for done, batch in enumerate(batches)]
 
@@ -55,6 +59,7 @@ def test_a_step_is_sgd_and_a_moving_average(make_step):
     plain = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4, nesterov=True)
     average: dict[str, torch.Tensor] = {}
     for done, batch in enumerate(batches):
+        before = flat(model)
         loss = step(batch, RATE, done)
         logits = model(step.render(batch))
         expected = -(batch.targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
@@ -62,6 +67,8 @@ def test_a_step_is_sgd_and_a_moving_average(make_step):
         expected.backward()
         plain.step()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-4)
+        ours, theirs = flat(step.model), flat(model)
+        assert (ours - theirs).norm() < 0.001 * (theirs - before).norm()
         decay = min(0.7, (1 + done) / (10 + done)) if done else 0
         model.load_state_dict(step.model.state_dict())  # rounding grows through batch norm
         for name, value in step.model.state_dict().items():
