@@ -57,7 +57,7 @@ class TrainingStep:
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(memory_format=self.format).to(self.device)
         self.dtype = next(self.model.parameters()).dtype
-        self.decay, self.loss = recipe.ema, recipe.loss
+        self.decay, self.loss, self.size = recipe.ema, recipe.loss, recipe.batch_size
         # Numbers that change from step to step lie on the device, where a graph finds them.
         # float32 is what the fused SGD of CUDA takes.
         exact = torch.float64 if self.device.type == "cpu" else torch.float32
@@ -103,7 +103,7 @@ class TrainingStep:
         self.follow.fill_(1 - min(self.decay, (1 + done) / (10 + done)) if done else 1.0)
         if self.ema is not None:
             self.ema.n_averaged.fill_(done + 1)
-        if self.recordable:
+        if self.recordable and len(batch.pixels) == self.size:  # an epoch's last may be smaller
             self.recordable = False
             self._record(batch)
         if self.graph is None or batch.pixels.shape != self.graph.batch.pixels.shape:
@@ -140,10 +140,8 @@ class TrainingStep:
             for weight, state in self.optimizer.state.items()
             if state.get("momentum_buffer") is not None
         }
-        changing = list(_state(self.model)) + (
-            [] if self.ema is None else [*_state(self.ema.module)]
-        )
-        changing += [b for b in self.model.buffers() if not b.is_floating_point()]
+        changing = [*self.model.parameters(), *self.model.buffers()]
+        changing += [] if self.ema is None else _state(self.ema.module)
         before = [tensor.clone() for tensor in changing]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:

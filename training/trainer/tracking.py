@@ -38,6 +38,8 @@ class Tracker:
         self.draws = is_installed("matplotlib")
         if not self.draws:  # nothing else of a training needs it
             print(f"note: there will be no {CURVES}: matplotlib is not installed")
+        self._history: list[dict[str, float]] = []  # that is not drawn yet
+        self._drawn_at = -LOG_SECONDS
         self.events = None
         if tensorboard:  # a second to import: only where it is wanted
             from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +55,7 @@ class Tracker:
             self.events.add_images("views", pixels, 0)
 
     def add_epoch(self, history: list[dict[str, float]]) -> None:
-        """Write all epochs' figures as a table and a plot, and TensorBoard's of the last.
+        """Write all epochs' figures as a table, now and then as a plot, and the last's for TensorBoard.
 
         Args:
             history: One row per epoch; all have the keys of the first.
@@ -63,18 +65,26 @@ class Tracker:
         writer.writeheader()
         writer.writerows(history)
         write_text(self.out / METRICS, table.getvalue())
-        if self.draws:
-            from training.plots import plot_curves
-
-            plot_curves(self.out / CURVES, history, self.title, self.select)
+        self._history = history
+        # Drawing takes as long as an epoch may on a GPU.
+        if time.perf_counter() - self._drawn_at >= LOG_SECONDS:
+            self._draw()
         if self.events:
             for name, value in history[-1].items():
                 if name != "epoch":
                     self.events.add_scalar(name, value, int(history[-1]["epoch"]))
             self.events.flush()
 
+    def _draw(self) -> None:
+        if self.draws and self._history:
+            from training.plots import plot_curves
+
+            plot_curves(self.out / CURVES, self._history, self.title, self.select)
+        self._history, self._drawn_at = [], time.perf_counter()
+
     def close(self) -> None:
         """Write out what is left."""
+        self._draw()
         if self.events:
             self.events.close()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from training import plots
 from training.trainer import tracking
 from training.trainer.tracking import EpochProgress
 
@@ -43,6 +44,7 @@ def test_log_gets_a_plain_line_now_and_then(clock, capsys):
 
 ON_A_TERMINAL = """
 import time
+from training import plots
 from training.trainer import tracking
 from training.trainer.tracking import EpochProgress
 tracking.LOG_SECONDS = 0
@@ -98,3 +100,15 @@ def test_without_matplotlib_all_but_the_plot_is_written(tmp_path, monkeypatch, c
     tracker.add_epoch([{"epoch": 1, "loss": 0.5}])
     tracker.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_curves_are_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch, clock):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_curves", lambda out, history, *_: drawn.append(len(history)))
+    tracker = tracking.Tracker(tmp_path, "a run", "holdout", tensorboard=False)
+    for epoch in range(1, 9):
+        tracker.add_epoch([{"epoch": number, "loss": 0.5} for number in range(epoch)])
+        clock.now += 10
+    tracker.close()
+    tracker.close()
+    assert drawn == [1, 4, 7, 8]
