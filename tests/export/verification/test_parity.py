@@ -222,7 +222,7 @@ class TestArtifact:
     ) -> None:
         logits, test_set = self.reference(exported, images, infer)
 
-        def missing(path: Path) -> None:
+        def missing(path: Path, **_: Any) -> None:
             raise ef.BackendError("backend onnx", expected="x", found="not installed", fix="y")
 
         monkeypatch.setattr(ef, "load", missing)
