@@ -285,28 +285,12 @@ def test_file_that_is_cut_off(long_clip, tmp_path, name, whole):
 def test_video_that_was_trimmed_without_being_written_anew(long_clip, tmp_path):
     """Its edit list says that half of its frames are not shown: they are not missing."""
     content = bytearray(long_clip.read_bytes())
-    length = content.index(b"elst") + 12
-    assert struct.unpack_from(">I", content, length) == (4000,)  # ms
-    struct.pack_into(">I", content, length, 2000)
+    place = content.index(b"elst") + 12
+    (length,) = struct.unpack_from(">I", content, place)
+    struct.pack_into(">I", content, place, length // 2)
     (tmp_path / "trimmed.mp4").write_bytes(content)
     times, error = read(tmp_path / "trimmed.mp4")
     assert error == "" and times == pytest.approx(np.arange(20) / 10, abs=0.11)
-
-
-def test_cover_is_not_the_video(long_clip, tmp_path):
-    av = pytest.importorskip("av")
-    with av.open(str(long_clip)) as source, av.open(str(tmp_path / "a.mp4"), "w") as container:
-        cover = container.add_stream("mjpeg", width=32, height=32, pix_fmt="yuvj420p")
-        cover.disposition = av.stream.Disposition.attached_pic
-        stream = container.add_stream_from_template(source.streams.video[0])
-        image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")
-        container.mux([*cover.encode(image), *cover.encode(None)])
-        for packet in source.demux():
-            if packet.dts is not None:
-                packet.stream = stream
-                container.mux(packet)
-    with open_video(tmp_path / "a.mp4") as video:
-        assert [frame.shape for frame in video] == [(48, 64, 3)] * 40
 
 
 # ---- sources
