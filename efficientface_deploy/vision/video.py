@@ -418,8 +418,8 @@ def open_video(
 
     Args:
         source: A path; an address, ``rtsp://``, ``rtmp://``, ``http(s)://``, ``udp://`` or
-            ``srt://``; a camera's number, its device (``/dev/video0``) or, on Windows,
-            ``video=NAME``.
+            ``srt://``; a camera's number, its device (``/dev/video0``) or, on Windows, its name
+            (``video=NAME``).
         timeout: Seconds that opening a stream or a camera, and each read of it, may take.
         reconnect: Seconds for which a stream or a camera that stopped before its end is connected
             again, at growing intervals; 0 for never, ``math.inf`` for ever.
@@ -479,14 +479,24 @@ def _camera(name: str, options: dict[str, str]) -> _Source:
     shown, fix = f"camera {name}", "check its number, and who else uses it"
     if sys.platform == "win32":
         if name.isdecimal():
-            fix = "give its name as Windows has it, e.g. video=Integrated Camera"
-            raise ImageError(shown, "a camera's name on Windows", "a number", fix)
+            name = f"video={_windows_camera(int(name))}"
         return _Source(shown, name, "dshow", options, True, fix)
     if sys.platform == "darwin":
         options = {"framerate": "30", **options}  # its own default is one that no camera has
         return _Source(shown, name, "avfoundation", options, True, fix)
     address = f"/dev/video{name}" if name.isdecimal() else name
     return _Source(shown, address, "v4l2", options, True, fix)
+
+
+def _windows_camera(number: int) -> str:
+    """The name of a camera by its place among Windows' cameras."""
+    listing = getattr(import_pyav(), "enumerate_input_devices", None)  # since PyAV 17
+    devices = listing("dshow") if listing else []
+    names = [device.name for device in devices if "video" in device.media_types]
+    if number >= len(names):
+        found, fix = f"{len(names)} cameras", "give its name, e.g. video=Integrated Camera"
+        raise ImageError(f"camera {number}", "a camera that Windows lists", found, fix)
+    return str(names[number])
 
 
 def _scheme_of(name: str) -> str:

@@ -412,10 +412,18 @@ def test_cameras_of_each_system(monkeypatch, platform, source, address, demuxer)
     assert found.options["video_size"] == "640x480"
 
 
-def test_windows_has_no_numbers(monkeypatch):
+def test_numbers_of_windows_cameras(monkeypatch):
+    kinds = {"@mic": ["audio"], "@first": ["video"], "@second": ["video", "audio"]}
+    devices = [types.SimpleNamespace(name=name, media_types=kind) for name, kind in kinds.items()]
+    listing = types.SimpleNamespace(enumerate_input_devices={"dshow": devices}.__getitem__)
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(ImageError, match=r"camera 0: .*video=Integrated Camera"):
-        open_video(0)
+    monkeypatch.setattr(video_module, "import_pyav", lambda: listing)
+    assert video_module._find_source(1, {}).address == "video=@second"
+    with pytest.raises(ImageError, match=r"camera 2: .*, found 2 cameras; .*video=Integrated"):
+        video_module._find_source(2, {})
+    monkeypatch.setattr(video_module, "import_pyav", types.SimpleNamespace)  # PyAV 16
+    with pytest.raises(ImageError, match="found 0 cameras"):
+        video_module._find_source(0, {})
 
 
 # ---- streams
