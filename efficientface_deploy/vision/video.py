@@ -151,14 +151,18 @@ class Video:
 
     def _read_file(self) -> Iterator[VideoFrame]:
         """Every frame that can be read, then an error where others could not."""
-        opened, count = self._opened, 0
-        for frame in opened.frames(go_on=True):
-            self.damaged = opened.damaged
+        count = 0
+        for frame in self._opened.frames(go_on=True):
+            self.damaged = self._opened.damaged
             count += 1
             yield frame
-        self.damaged = opened.damaged
-        name, fix = self._source.name, "copy or record it again"
-        faults = [f"damage at {opened.damaged} places"] if opened.damaged else []
+        self.damaged = self._opened.damaged
+        self._check_end(count)
+
+    def _check_end(self, count: int) -> None:
+        """Say what could not be read of a file or a recording that gave so many frames."""
+        opened, name, fix = self._opened, self._source.name, "copy or record it again"
+        faults = [f"damage at {self.damaged} places"] if self.damaged else []
         if opened.is_short():
             faults.append(f"no more after {opened.reached:.2f} of {opened.length:.2f} s")
         if faults:
@@ -171,6 +175,7 @@ class Video:
         """Frames over all drop-outs, until the end, or until nothing has come for too long."""
         clock, last, name = _LiveClock(), -math.inf, self._source.name
         seen, waits = time.monotonic(), _growing_waits()  # seen: when a frame last came
+        count = 0
         while True:
             came, damaged = False, self.damaged
             try:
@@ -181,14 +186,17 @@ class Video:
                         continue  # of a recording that was connected again, what was given
                     if not came and self.dropouts:
                         _log.warning("%s: back after %.1f s", name, time.monotonic() - seen)
-                    last, came = moment, True
+                    last, came, count = moment, True, count + 1
                     yield VideoFrame(frame.image, moment)
                     seen = time.monotonic()
-                if self._opened.is_at_its_end():
-                    return
-                reason = "it stopped before its end"
+                reason = "" if self._opened.is_at_its_end() else "it stopped before its end"
             except ImageError as error:
                 reason = error.found
+            self.damaged = damaged + self._opened.damaged
+            if not reason:
+                if not self.live:
+                    self._check_end(count)
+                return
             self._opened.close()
             if came:
                 self.dropouts += 1
@@ -378,6 +386,8 @@ class _Opened:
             return
         frames: list[Any] = []
         sound = packet is None or not packet.is_corrupt
+        if not sound and self._source.drops_out and self.length is not None:
+            return  # half a frame of a recording whose connection broke: it comes again
         try:
             frames = self._stream.codec_context.decode(packet)
         except self._av.FFmpegError:

@@ -533,7 +533,18 @@ def test_recording_goes_on_where_the_connection_broke(long_clip, serve, tmp_path
         assert video.dropouts >= 1
     seconds = np.array([frame.seconds for frame in frames])
     assert seconds[0] == 0 and seconds[-1] == pytest.approx(3.9)
-    assert np.all(np.diff(seconds) > 0) and len(seconds) >= 38  # at most the broken one is lost
+    assert np.all(np.diff(seconds) > 0)  # none twice
+    # FFmpeg's reader of Matroska may itself go on behind a block that it has half of.
+    assert len(seconds) >= (40 if suffix == ".mp4" else 39)
+
+
+def test_damage_of_a_recording_is_said_too(long_clip, serve):
+    content = bytearray(long_clip.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 9000] = bytes(9000)
+    times, error = read(serve(bytes(content)).address)
+    assert times[0] == 0 and times[-1] == pytest.approx(3.9)
+    assert "expected all 40 frames, found" in error and "damage at" in error
 
 
 @pytest.fixture
