@@ -112,7 +112,7 @@ class Video:
         self._closing = threading.Event()
         self._opened = _Opened(source, timeout)
         self.rate = self._opened.rate
-        self.live = source.drops_out and self._opened.length is None
+        self.live = source.drops_out and not self._opened.ends
         self._frames = self._read_stream() if source.drops_out else self._read_file()
 
     def __iter__(self) -> Iterator[UInt8Array]:
@@ -272,6 +272,7 @@ class _Opened:
         rate: Frames per second.
         count: Frames in all, where the container says so; else 0.
         length: Where its frames end, seconds from its start; None where it does not say.
+        ends: Whether it has an end: a length or, as a file over HTTP, a size.
         reached: How far its packets went.
         damaged: At how many places something could not be read or decoded.
 
@@ -311,6 +312,7 @@ class _Opened:
         self.damaged = 0
         self._own_length = self._stream.duration is not None and self._is_format("mov", "avi")
         self.length = self._find_length()
+        self.ends = self.length is not None or (self._container.size or 0) > 0
 
     def frames(self, *, go_on: bool = False) -> Iterator[VideoFrame]:
         """The frames that are left.
@@ -345,10 +347,8 @@ class _Opened:
         return self.length is not None and self.reached < self.length - slack
 
     def is_at_its_end(self) -> bool:
-        """Whether what ended was to end there: it has reached its length, or has a size."""
-        if self.length is None:
-            return (self._container.size or 0) > 0
-        return not self.is_short()
+        """Whether what ended was to end there."""
+        return self.ends and not self.is_short()
 
     def seek(self, seconds: float) -> None:
         """Go on near a time, before it where that can be; where it cannot, at the start."""
@@ -386,7 +386,7 @@ class _Opened:
             return
         frames: list[Any] = []
         sound = packet is None or not packet.is_corrupt
-        if not sound and self._source.drops_out and self.length is not None:
+        if not sound and self._source.drops_out and self.ends:
             return  # half a frame of a recording whose connection broke: it comes again
         try:
             frames = self._stream.codec_context.decode(packet)
