@@ -112,7 +112,7 @@ class Video:
         self._closing = threading.Event()
         self._opened = _Opened(source, timeout)
         self.rate = self._opened.rate
-        self.live = source.drops_out and self._opened.length is None
+        self.live = source.drops_out and not self._opened.ends
         self._frames = self._read_stream() if source.drops_out else self._read_file()
 
     def __iter__(self) -> Iterator[UInt8Array]:
@@ -151,14 +151,18 @@ class Video:
 
     def _read_file(self) -> Iterator[VideoFrame]:
         """Every frame that can be read, then an error where others could not."""
-        opened, count = self._opened, 0
-        for frame in opened.frames(go_on=True):
-            self.damaged = opened.damaged
+        count = 0
+        for frame in self._opened.frames(go_on=True):
+            self.damaged = self._opened.damaged
             count += 1
             yield frame
-        self.damaged = opened.damaged
-        name, fix = self._source.name, "copy or record it again"
-        faults = [f"damage at {opened.damaged} places"] if opened.damaged else []
+        self.damaged = self._opened.damaged
+        self._check_end(count)
+
+    def _check_end(self, count: int) -> None:
+        """Say what could not be read of a file or a recording that gave so many frames."""
+        opened, name, fix = self._opened, self._source.name, "copy or record it again"
+        faults = [f"damage at {self.damaged} places"] if self.damaged else []
         if opened.is_short():
             faults.append(f"no more after {opened.reached:.2f} of {opened.length:.2f} s")
         if faults:
@@ -171,6 +175,7 @@ class Video:
         """Frames over all drop-outs, until the end, or until nothing has come for too long."""
         clock, last, name = _LiveClock(), -math.inf, self._source.name
         seen, waits = time.monotonic(), _growing_waits()  # seen: when a frame last came
+        count = 0
         while True:
             came, damaged = False, self.damaged
             try:
@@ -181,14 +186,17 @@ class Video:
                         continue  # of a recording that was connected again, what was given
                     if not came and self.dropouts:
                         _log.warning("%s: back after %.1f s", name, time.monotonic() - seen)
-                    last, came = moment, True
+                    last, came, count = moment, True, count + 1
                     yield VideoFrame(frame.image, moment)
                     seen = time.monotonic()
-                if self._opened.is_at_its_end():
-                    return
-                reason = "it stopped before its end"
+                reason = "" if self._opened.is_at_its_end() else "it stopped before its end"
             except ImageError as error:
                 reason = error.found
+            self.damaged = damaged + self._opened.damaged
+            if not reason:
+                if not self.live:
+                    self._check_end(count)
+                return
             self._opened.close()
             if came:
                 self.dropouts += 1
@@ -264,6 +272,7 @@ class _Opened:
         rate: Frames per second.
         count: Frames in all, where the container says so; else 0.
         length: Where its frames end, seconds from its start; None where it does not say.
+        ends: Whether it has an end: a length or, as a file over HTTP, a size.
         reached: How far its packets went.
         damaged: At how many places something could not be read or decoded.
 
@@ -303,6 +312,7 @@ class _Opened:
         self.damaged = 0
         self._own_length = self._stream.duration is not None and self._is_format("mov", "avi")
         self.length = self._find_length()
+        self.ends = self.length is not None or (self._container.size or 0) > 0
 
     def frames(self, *, go_on: bool = False) -> Iterator[VideoFrame]:
         """The frames that are left.
@@ -337,10 +347,8 @@ class _Opened:
         return self.length is not None and self.reached < self.length - slack
 
     def is_at_its_end(self) -> bool:
-        """Whether what ended was to end there: it has reached its length, or has a size."""
-        if self.length is None:
-            return (self._container.size or 0) > 0
-        return not self.is_short()
+        """Whether what ended was to end there."""
+        return self.ends and not self.is_short()
 
     def seek(self, seconds: float) -> None:
         """Go on near a time, before it where that can be; where it cannot, at the start."""
@@ -378,6 +386,8 @@ class _Opened:
             return
         frames: list[Any] = []
         sound = packet is None or not packet.is_corrupt
+        if not sound and self._source.drops_out and self.ends:
+            return  # half a frame of a recording whose connection broke: it comes again
         try:
             frames = self._stream.codec_context.decode(packet)
         except self._av.FFmpegError:
@@ -418,8 +428,8 @@ def open_video(
 
     Args:
         source: A path; an address, ``rtsp://``, ``rtmp://``, ``http(s)://``, ``udp://`` or
-            ``srt://``; a camera's number, its device (``/dev/video0``) or, on Windows,
-            ``video=NAME``.
+            ``srt://``; a camera's number, its device (``/dev/video0``) or, on Windows, its name
+            (``video=NAME``).
         timeout: Seconds that opening a stream or a camera, and each read of it, may take.
         reconnect: Seconds for which a stream or a camera that stopped before its end is connected
             again, at growing intervals; 0 for never, ``math.inf`` for ever.
@@ -479,14 +489,24 @@ def _camera(name: str, options: dict[str, str]) -> _Source:
     shown, fix = f"camera {name}", "check its number, and who else uses it"
     if sys.platform == "win32":
         if name.isdecimal():
-            fix = "give its name as Windows has it, e.g. video=Integrated Camera"
-            raise ImageError(shown, "a camera's name on Windows", "a number", fix)
+            name = f"video={_windows_camera(int(name))}"
         return _Source(shown, name, "dshow", options, True, fix)
     if sys.platform == "darwin":
         options = {"framerate": "30", **options}  # its own default is one that no camera has
         return _Source(shown, name, "avfoundation", options, True, fix)
     address = f"/dev/video{name}" if name.isdecimal() else name
     return _Source(shown, address, "v4l2", options, True, fix)
+
+
+def _windows_camera(number: int) -> str:
+    """The name of a camera by its place among Windows' cameras."""
+    listing = getattr(import_pyav(), "enumerate_input_devices", None)  # since PyAV 17
+    devices = listing("dshow") if listing else []
+    names = [device.name for device in devices if "video" in device.media_types]
+    if number >= len(names):
+        found, fix = f"{len(names)} cameras", "give its name, e.g. video=Integrated Camera"
+        raise ImageError(f"camera {number}", "a camera that Windows lists", found, fix)
+    return str(names[number])
 
 
 def _scheme_of(name: str) -> str:

@@ -543,6 +543,7 @@ def test_drop_outs_are_told_and_counted(camera, capsys):
 
 
 def test_address_is_a_stream_and_its_password_stays_ours(camera, capsys, tmp_path):
+    pytest.importorskip("av")
     _, asked = camera(1, False)
     address = "rtsp://me:secret@host:554/live"
     assert main([address, "--json", "--draw", str(tmp_path)]) == 0

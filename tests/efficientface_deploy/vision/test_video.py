@@ -285,28 +285,12 @@ def test_file_that_is_cut_off(long_clip, tmp_path, name, whole):
 def test_video_that_was_trimmed_without_being_written_anew(long_clip, tmp_path):
     """Its edit list says that half of its frames are not shown: they are not missing."""
     content = bytearray(long_clip.read_bytes())
-    length = content.index(b"elst") + 12
-    assert struct.unpack_from(">I", content, length) == (4000,)  # ms
-    struct.pack_into(">I", content, length, 2000)
+    place = content.index(b"elst") + 12
+    (length,) = struct.unpack_from(">I", content, place)
+    struct.pack_into(">I", content, place, length // 2)
     (tmp_path / "trimmed.mp4").write_bytes(content)
     times, error = read(tmp_path / "trimmed.mp4")
     assert error == "" and times == pytest.approx(np.arange(20) / 10, abs=0.11)
-
-
-def test_cover_is_not_the_video(long_clip, tmp_path):
-    av = pytest.importorskip("av")
-    with av.open(str(long_clip)) as source, av.open(str(tmp_path / "a.mp4"), "w") as container:
-        cover = container.add_stream("mjpeg", width=32, height=32, pix_fmt="yuvj420p")
-        cover.disposition = av.stream.Disposition.attached_pic
-        stream = container.add_stream_from_template(source.streams.video[0])
-        image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")
-        container.mux([*cover.encode(image), *cover.encode(None)])
-        for packet in source.demux():
-            if packet.dts is not None:
-                packet.stream = stream
-                container.mux(packet)
-    with open_video(tmp_path / "a.mp4") as video:
-        assert [frame.shape for frame in video] == [(48, 64, 3)] * 40
 
 
 # ---- sources
@@ -428,10 +412,18 @@ def test_cameras_of_each_system(monkeypatch, platform, source, address, demuxer)
     assert found.options["video_size"] == "640x480"
 
 
-def test_windows_has_no_numbers(monkeypatch):
+def test_numbers_of_windows_cameras(monkeypatch):
+    kinds = {"@mic": ["audio"], "@first": ["video"], "@second": ["video", "audio"]}
+    devices = [types.SimpleNamespace(name=name, media_types=kind) for name, kind in kinds.items()]
+    listing = types.SimpleNamespace(enumerate_input_devices={"dshow": devices}.__getitem__)
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(ImageError, match=r"camera 0: .*video=Integrated Camera"):
-        open_video(0)
+    monkeypatch.setattr(video_module, "import_pyav", lambda: listing)
+    assert video_module._find_source(1, {}).address == "video=@second"
+    with pytest.raises(ImageError, match=r"camera 2: .*, found 2 cameras; .*video=Integrated"):
+        video_module._find_source(2, {})
+    monkeypatch.setattr(video_module, "import_pyav", types.SimpleNamespace)  # PyAV 16
+    with pytest.raises(ImageError, match="found 0 cameras"):
+        video_module._find_source(0, {})
 
 
 # ---- streams
@@ -525,6 +517,7 @@ def _short_waits(monkeypatch):
 def test_http(long_clip, serve, tmp_path, suffix):
     server = serve(remux(long_clip, tmp_path / f"a{suffix}").read_bytes())
     with open_video(server.address) as video:
+        assert not video.live  # MPEG-TS has no length, but the server says its size
         times = [frame.seconds for frame in video.timed()]
         assert video.dropouts == 0
     assert times == pytest.approx(np.arange(40) / 10)
@@ -541,7 +534,18 @@ def test_recording_goes_on_where_the_connection_broke(long_clip, serve, tmp_path
         assert video.dropouts >= 1
     seconds = np.array([frame.seconds for frame in frames])
     assert seconds[0] == 0 and seconds[-1] == pytest.approx(3.9)
-    assert np.all(np.diff(seconds) > 0) and len(seconds) >= 38  # at most the broken one is lost
+    assert np.all(np.diff(seconds) > 0)  # none twice
+    # FFmpeg's reader of Matroska may itself go on behind a block that it has half of.
+    assert len(seconds) >= (40 if suffix == ".mp4" else 39)
+
+
+def test_damage_of_a_recording_is_said_too(long_clip, serve):
+    content = bytearray(long_clip.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 9000] = bytes(9000)
+    times, error = read(serve(bytes(content)).address)
+    assert times[0] == 0 and times[-1] == pytest.approx(3.9)
+    assert "expected all 40 frames, found" in error and "damage at" in error
 
 
 @pytest.fixture
@@ -568,6 +572,7 @@ def test_live_stream_is_connected_again(camera, caplog):
 
 
 def test_web_camera_whose_pictures_have_no_times(serve):
+    pytest.importorskip("av")
     parts = []
     for at in range(6):
         file = io.BytesIO()
