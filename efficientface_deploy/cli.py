@@ -33,7 +33,7 @@ from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
 from efficientface_deploy.vision.preprocess import load_image
-from efficientface_deploy.vision.search import MAX_SIDE, MIN_FACE, MIN_SCORE
+from efficientface_deploy.vision.search import MAX_SIDE, MIN_SCORE
 from efficientface_deploy.vision.steady import TIME_CONSTANT, Event, Events
 from efficientface_deploy.vision.video import (
     VIDEO_SUFFIXES,
@@ -76,11 +76,11 @@ class PredictConfig:
     detect: str | None = option(
         None, help="find them by another detector: centerface, yunet or yunet=FILE"
     )
-    min_face: float = option(
-        MIN_FACE,
+    min_face: float | None = option(
+        None,
         metavar="PIXELS",
         minimum=1,
-        help="smallest face that is looked for; a larger number is faster",
+        help="smallest face that is wanted, 28 is usual; a larger number is faster",
     )
     min_score: float = option(MIN_SCORE, minimum=0, maximum=1, help="smallest score of a face")
     max_side: int = option(

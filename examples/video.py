@@ -1,6 +1,6 @@
 """Follow the faces of a video, of a stream's address, or of a camera until Ctrl-C.
 
-pip install 'efficientface-deploy[cpu,detect,video]', then: python examples/video.py [SOURCE]
+pip install 'efficientface-deploy[cpu,video]', then: python examples/video.py [SOURCE]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     options = parse_config(
         Options, None, prog="python examples/video.py", description=__doc__ or "", example="a.mp4"
     )
-    detector = ef.open_detector("centerface")
+    detector = ef.open_detector()  # fetches YuNet once, 233 KB
     with ef.load() as predictor, ef.open_video(options.source or 0) as video:
         # A file is worked through; of a camera only what it shows now is of interest.
         policy = "newest" if video.live else "every"

@@ -28,7 +28,7 @@ from efficientface_deploy.backends.tensorrt import cuda
 from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.centerface import CenterFace
-from efficientface_deploy.vision.yunet import WEIGHTS, YuNet
+from efficientface_deploy.vision.yunet import FILE_VARIABLE, WEIGHTS, YuNet
 
 if TYPE_CHECKING:
     from fake_cuda import FakeCuda
@@ -313,6 +313,12 @@ def yunet_file(shared: Path) -> Path:
 def yunet_detector(yunet_file: Path) -> YuNet:
     """The real detector."""
     return YuNet(yunet_file, threads=1)
+
+
+@pytest.fixture
+def yunet_named(yunet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``open_detector()``, in new processes too, takes OpenCV's model file, and fetches nothing."""
+    monkeypatch.setenv(FILE_VARIABLE, str(yunet_file))
 
 
 @pytest.fixture(scope="session")

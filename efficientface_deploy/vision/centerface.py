@@ -28,7 +28,7 @@ class CenterFace(OnnxDetector):
     name = "centerface"
     input_name = "input.1"
     outputs = ("537", "538", "539", "540")  # centres, sizes, offsets, landmarks
-    smallest, largest = 8.0, 300.0
+    smallest, largest = 14.0, 300.0
 
     def search(self, picture: UInt8Array, min_score: float) -> Found:
         """Find faces in a picture as it is; see :meth:`OnnxDetector.search`."""

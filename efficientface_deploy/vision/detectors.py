@@ -6,7 +6,7 @@ from typing import Any
 
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.vision.centerface import CenterFace
-from efficientface_deploy.vision.search import MAX_SIDE, MIN_FACE, MIN_SCORE, OnnxDetector
+from efficientface_deploy.vision.search import MAX_SIDE, MIN_SCORE, OnnxDetector
 from efficientface_deploy.vision.yunet import YuNet
 
 
@@ -15,7 +15,7 @@ def open_detector(
     threads: int | None = None,
     *,
     min_score: float = MIN_SCORE,
-    min_face: float = MIN_FACE,
+    min_face: float | None = None,
     max_side: int = MAX_SIDE,
     backend: str = "onnx",
 ) -> OnnxDetector:
@@ -27,8 +27,9 @@ def open_detector(
             brings.
         threads: CPU threads; None takes the CPUs that this process may use.
         min_score: Smallest score of a face, 0 to 1.
-        min_face: Longer side of the smallest face that is wanted, pixels. The search is as fine as
-            that asks for, so a larger number makes it faster, and a smaller one slower.
+        min_face: Longer side of the smallest face that is wanted, pixels: the search is as fine as
+            that takes, and smaller ones are left out. None searches as fine as is cheap, and leaves
+            none out: faces of 28 pixels are found, and some smaller ones.
         max_side: Longer side that a large picture is shrunk to for the search, pixels.
         backend: ``onnx``, ``onnx:cuda``, ``onnx:openvino``: the providers of ONNX Runtime.
 

@@ -27,12 +27,12 @@ from efficientface_deploy.vision.faces import MAX_TILT, Face, Float64Array, cut_
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
 MIN_SCORE = 0.5  # CenterFace's published demo; YuNet's authors take 0.6 to 0.9
-MIN_FACE = 16.0  # pixels; smaller ones cannot be judged (see faces.SMALL)
 MAX_SIDE = 2048  # pixels of the finest copy; it takes 100 MB
 
 MAX_OVERLAP = 0.3  # intersection over union from which two boxes are one face; both authors'
 _MAX_WITHIN = 0.8  # of a box that lies in another one's: then it is a part of that face
 
+_CHEAP = 0.5  # scale: shrinking by halves is ten times as fast as by anything near
 _ORDINARY = 512  # pixels: pictures up to here are searched as they are
 _LEAST = 192  # smaller ones are enlarged to this
 _STEP = 4  # from one copy to the next
@@ -75,7 +75,9 @@ class OnnxDetector(abc.ABC):
     Args:
         min_score: Smallest score of a face, 0 to 1.
         max_side: Longer side of the largest copy that is searched, pixels.
-        min_face: Longer side of the smallest face that is wanted, pixels of the picture.
+        min_face: Longer side of the smallest face that is wanted, pixels of the picture: the search
+            is as fine as that takes, and smaller ones are left out. None searches as fine as is
+            cheap, and leaves none out: faces of 28 pixels are found, and some smaller ones.
         threads: CPU threads; None takes the CPUs that this process may use.
         backend: ``onnx``, ``onnx:cuda``, ...: what a predictor takes.
 
@@ -88,7 +90,7 @@ class OnnxDetector(abc.ABC):
     name: ClassVar[str]
     input_name: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]]
-    smallest: ClassVar[float]  # pixels of a copy; smaller faces are not found
+    smallest: ClassVar[float]  # pixels of a copy; of smaller faces many are not found
     largest: ClassVar[float]  # larger ones are found in part, or not
     doubtful: ClassVar[float] = 0.0  # score below which a head may be one that lies or hangs
 
@@ -97,13 +99,14 @@ class OnnxDetector(abc.ABC):
         *,
         min_score: float = MIN_SCORE,
         max_side: int = MAX_SIDE,
-        min_face: float = MIN_FACE,
+        min_face: float | None = None,
         threads: int | None = None,
         backend: str = "onnx",
     ) -> None:
         _check("min_score", min_score, 0, 1)
         _check("max_side", max_side, _MULTIPLE, 1 << 14)
-        _check("min_face", min_face, 1, 1 << 14)
+        if min_face is not None:
+            _check("min_face", min_face, 1, 1 << 14)
         self.min_score, self.max_side, self.min_face = min_score, max_side, min_face
         self._options: dict[str, Any] = {
             **{"min_score": min_score, "max_side": max_side, "min_face": min_face},
@@ -164,7 +167,8 @@ class OnnxDetector(abc.ABC):
             boxes, points = found.boxes / (*ratio, *ratio), found.points / ratio
             copies.append(Found(boxes, found.scores, points))
         found = merge(copies, [self.largest / scale for scale in scales], self.min_score)
-        found = found.of(_sides(found.boxes) >= self.min_face)
+        if self.min_face is not None:
+            found = found.of(_sides(found.boxes) >= self.min_face)
         found = self._look_again(original, found)
         return list(map(_face, *found.of(found.scores >= self.min_score)))
 
@@ -199,8 +203,11 @@ class OnnxDetector(abc.ABC):
 
     def _scales(self, longest: int) -> list[float]:
         """By what factors a picture is copied, the finest first."""
-        wanted = longest * self.smallest / self.min_face
-        side = min(max(wanted, _LEAST, min(longest, _ORDINARY)), self.max_side)
+        if self.min_face is None:
+            wanted = max(_CHEAP * longest, min(longest, _ORDINARY))
+        else:
+            wanted = longest * self.smallest / self.min_face
+        side = min(max(wanted, _LEAST), self.max_side)
         scales = [side / longest]
         while scales[-1] * longest > _COARSEST:
             scales.append(scales[-1] / _STEP)

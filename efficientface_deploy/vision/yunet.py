@@ -47,7 +47,7 @@ class YuNet(OnnxDetector):
     name = "yunet"
     input_name = "input"
     outputs = tuple(f"{kind}_{stride}" for stride, kind in itertools.product(_STRIDES, _KINDS))
-    smallest, largest = 8.0, 300.0
+    smallest, largest = 14.0, 300.0
     # It takes the points of a head that lies or hangs where an upright one's would be. Of a hundred
     # photographs nine in ten had 0.90 and more upright, and 0.86 and less upside down.
     doubtful = 0.88

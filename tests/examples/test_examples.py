@@ -47,7 +47,7 @@ def run(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedPro
         ("service", ("99999",), "PORT: expected at most 65535, found 99999"),
     ],
 )
-def test_wrong_use_is_one_line(name, arguments, said, centerface):
+def test_wrong_use_is_one_line(name, arguments, said, yunet_named):
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py", *arguments],
         cwd=ROOT,
@@ -69,7 +69,7 @@ def test_port_in_use_is_one_line():
     assert done.stderr.count("\n") == 1
 
 
-def test_photos(centerface, astronaut, tmp_path):
+def test_photos(yunet_named, astronaut, tmp_path):
     small = np.asarray(Image.fromarray(astronaut).resize((300, 300)))
     Image.fromarray(astronaut).save(tmp_path / "one.jpg")
     Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.jpg")
@@ -81,7 +81,7 @@ def test_photos(centerface, astronaut, tmp_path):
     assert done.stdout.splitlines()[-1] == f"happiest picture: {tmp_path / 'two.jpg'}"
 
 
-def test_photos_without_a_face(centerface, tmp_path):
+def test_photos_without_a_face(yunet_named, tmp_path):
     Image.new("RGB", (80, 60)).save(tmp_path / "nobody.jpg")
     assert run("photos", tmp_path).stdout == "no face found\n"
 
@@ -110,7 +110,7 @@ def test_portrait_writes_no_file_that_was_not_asked_for(arguments, code, said, t
     assert not list(tmp_path.iterdir())
 
 
-def test_video(centerface, astronaut, tmp_path):
+def test_video(yunet_named, astronaut, tmp_path):
     pytest.importorskip("av")
     face = Image.fromarray(astronaut).resize((256, 256))
     with write_video(tmp_path / "clip.mp4", 10) as write:

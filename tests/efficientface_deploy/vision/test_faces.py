@@ -187,7 +187,7 @@ def test_tilted_head_is_set_upright(crop, degrees):
     assert left[0] < cut.shape[0] / 2  # and above
 
 
-@pytest.mark.parametrize(("side", "small"), [(19.9, True), (20, False), (200, False)])
+@pytest.mark.parametrize(("side", "small"), [(23.9, True), (24, False), (200, False)])
 def test_small_face(side, small):
     assert Face((5, 5, 6, 5 + side)).small == Face((5, 5, 5 + side, 6)).small == small
 
