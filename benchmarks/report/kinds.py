@@ -526,7 +526,7 @@ TABLES = {
     "accuracy": (ACCURACY, RECALLS),
     "export": (EXPORT,),
     "peers": (CASES, PEER_SETTINGS),
-    "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory", "settings"))),
+    "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory"))),
     "faces": tuple(map(_part, ("speed", "photographs", "squares"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),

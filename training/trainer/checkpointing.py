@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,11 +107,17 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
         fix = "start again in a new folder"
         raise CheckpointError(job.state, "the state of a run", found, fix) from None
     now = job.identity()
-    if changed := [name for name in now if now[name] != started_with.get(name)]:
+    if changed := [name for name in now if _given(now, name) != _given(started_with, name)]:
         wanted = "the options, images and teacher that the run was started with"
         fix = f"repeat those in {job.config.out / CONFIG}, or choose another --out"
         raise ConfigError(job.config.out, wanted, "others for " + ", ".join(changed), fix)
     return content
+
+
+def _given(identity: Mapping[str, str], name: str) -> str | None:
+    """An option's value; None where it is left out, as a version says it that does not know it."""
+    value = identity.get(name)
+    return None if value in ("None", "False", "()") else value
 
 
 def save_result(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import efficientface_deploy as ef
@@ -67,6 +68,11 @@ def install(monkeypatch: pytest.MonkeyPatch, wrong: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_right_engine_passes(files, kind, threads):
+    release = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    if kind == ("int8", "gpu") and release < (1, 30):  # which truncate, as Python 3.10's newest
+        with pytest.raises(ef.ProbeError, match="update onnxruntime"):
+            ef.load(files[kind], threads=threads)
+        return
     with ef.load(files[kind], threads=threads) as predictor:
         assert predictor.checked.difference < predictor.checked.tolerance / 2
 

@@ -196,11 +196,12 @@ def test_pictures_of_one_name_in_two_folders(first_release, as_folder, prepared,
         (row("../x.jpg", 0), "path '../x.jpg'"),
         (row("/etc/x.jpg", 0), "path '/etc/x.jpg'"),
         (row("", 0), "path ''"),
-        (row("1/\x00.jpg", 0), "path "),
+        (row("1/NUL.jpg", 0), "path "),  # NUL is put in below: the writer of 3.10 has none
     ],
 )
 def test_rows_that_are_not_affectnet(line, found, first_release, as_folder, refusal, tmp_path):
-    first_release[f"{LISTS}/training.csv"] += csv_text([line], header=False)
+    text = csv_text([line], header=False).replace(b"NUL", b"\0")
+    first_release[f"{LISTS}/training.csv"] += text
     error = refusal("affectnet", as_folder(tmp_path / "source", first_release))
     assert "training.csv line 13: expected columns subDirectory_filePath, face_x, " in error
     assert f"found {found}" in error
