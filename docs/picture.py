@@ -22,7 +22,7 @@ import efficientface_deploy as ef
 from training.datasets.face_renderer import LABELS, render_face
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORT = ROOT / "benchmarks/results/export-2026-11-27/report.json"
+EXPORT = ROOT / "benchmarks/results/export-2026-11-28/report.json"
 PICTURE = ROOT / "docs/efficientface.png"
 
 INK, SOFT, LINE, BLUE, YELLOW = "#1d2733", "#5d6b7a", "#d5dce3", "#2f6fb5", "#ffd400"
