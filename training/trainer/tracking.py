@@ -55,7 +55,7 @@ class Tracker:
             self.events.add_images("views", pixels, 0)
 
     def add_epoch(self, history: list[dict[str, float]]) -> None:
-        """Write all epochs as a table, now and then as a plot, and the last for TensorBoard.
+        """Write all epochs' figures as a table, now and then as a plot, and the last as events.
 
         Args:
             history: One row per epoch; all have the keys of the first.
