@@ -197,6 +197,9 @@ class Video:
                 if not self.live:
                     self._check_end(count)
                 return
+            if not count:  # it never was on; or a server without ranges has its index at the end
+                fix = self._source.fix if self.live else "download it, and give the file"
+                raise ImageError(name, "at least one frame", f"none: {reason}", fix)
             self._opened.close()
             if came:
                 self.dropouts += 1

@@ -437,6 +437,7 @@ class Server:
         down: Whether it answers with 503.
         silent: Whether it says nothing for long in the end.
         parts: What is sent instead, with a pause after each.
+        ranges: Whether it can send from any byte on.
         address: Of the file.
     """
 
@@ -444,6 +445,7 @@ class Server:
         self.content = content
         self.cuts: list[int] = []
         self.down = self.silent = False
+        self.ranges = not live
         self.parts: list[bytes] = []
         self.kind = "application/octet-stream"
         self.asked = 0
@@ -469,7 +471,7 @@ class Server:
             request.send_error(503)
             return
         begin = 0
-        if not live and (wanted := request.headers.get("Range", "")):
+        if self.ranges and (wanted := request.headers.get("Range", "")):
             begin = int(wanted.removeprefix("bytes=").split("-")[0])
             request.send_response(206)
             size = len(self.content)
@@ -478,7 +480,6 @@ class Server:
             request.send_response(200)
         if not live:
             request.send_header("Content-Length", str(len(self.content) - begin))
-            request.send_header("Accept-Ranges", "bytes")
         request.send_header("Connection", "close")
         request.send_header("Content-Type", self.kind)
         request.end_headers()
@@ -537,6 +538,14 @@ def test_recording_goes_on_where_the_connection_broke(long_clip, serve, tmp_path
     assert np.all(np.diff(seconds) > 0)  # none twice
     # FFmpeg's reader of Matroska may itself go on behind a block that it has half of.
     assert len(seconds) >= (40 if suffix == ".mp4" else 39)
+
+
+def test_recording_that_cannot_be_sought_and_has_its_index_at_the_end(long_clip, serve):
+    server = serve(long_clip.read_bytes())
+    server.ranges = False
+    times, error = read(server.address)
+    assert times == [] and "expected at least one frame, found none: " in error
+    assert error.endswith("download it, and give the file") and server.asked < 4
 
 
 def test_damage_of_a_recording_is_said_too(long_clip, serve):
