@@ -12,11 +12,11 @@ from efficientface_deploy.vision.preprocess import Float32Array
 from efficientface_deploy.vision.tracks import MEMORY
 
 # Chosen on sequences of FER+'s training faces, several of a class with crops that shake: at 25
-# frames a second 4 to 5 % of the flips are left, and a change of expression shows 0.25 to 0.29 s
+# frames a second 4 to 6 % of the flips are left, and a change of expression shows 0.26 to 0.29 s
 # after it came. docs/faces-and-video.md has the figures of other faces.
 TIME_CONSTANT = 0.2  # seconds
 _MARGIN = 1.0  # by which another label's log-probability must be higher than the shown one's
-_LEAST = 0.01  # smaller probabilities are noise, whose logarithm would outweigh many frames
+_LEAST = 1e-3  # smaller probabilities are noise, whose logarithm would outweigh many frames
 
 _FIRST_SECONDS = 0.04  # for which a face's first frame counts
 _LEAST_SECONDS = 1e-3  # for which every frame counts, where times stand still

@@ -116,6 +116,14 @@ def test_certain_probabilities():
         assert np.isfinite(smooth).all() and smooth.sum() == pytest.approx(1)
 
 
+def test_a_sure_face_stays_sure():
+    steady = SteadyLabels()
+    sure = towards(2, 0.9999)
+    for at in range(50):
+        smooth, _ = steady.update(1, at / 25, sure)
+    assert smooth[2] > 0.99
+
+
 def test_nothing_is_kept_of_faces_that_have_gone():
     steady = SteadyLabels()
     for at in range(100):
