@@ -373,7 +373,8 @@ def test_faces_of_a_stream_keep_their_numbers_and_their_places(by_box):
 @pytest.mark.timeout(60)
 def test_labels_of_a_stream_are_steady_and_the_raw_ones_stay(predictor):
     values = [*[0] * 10, 255, *[0] * 10, *[255] * 20]  # one frame flickers, then all change
-    frames = [ef.VideoFrame(flat(value), at / 25) for at, value in enumerate(values)]
+    faces = [np.full((40, 40, 3), value, np.uint8) for value in values]  # large enough to judge
+    frames = [ef.VideoFrame(face, at / 25) for at, face in enumerate(faces)]
     found = [result.faces[0] for result in predictor.predict_stream(frames)]
     raw = ["dark" if value == 0 else "bright" for value in values]
     labels = [one.prediction.label for one in found]
