@@ -79,7 +79,7 @@ def fetch(wanted: Download, subject: str, instead: str) -> bytes:
         content = _download(wanted)
         found = "" if _is(content, wanted) else f"{len(content)} bytes with another hash"
     except Exception as error:  # noqa: BLE001 - of the system, SSL, HTTP and addresses
-        found = words_of(error)
+        found = words_of(error if hasattr(error, "code") else getattr(error, "reason", error))
     if found:
         fix = f"put the file at {path} (sha256 {wanted.sha256}), or {instead}"
         raise BackendError(subject, f"its weights from {wanted.url}", found, fix)

@@ -23,7 +23,7 @@ from efficientface_deploy.backends import resolve_backend
 from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.backends.onnx import SessionError, find_provider, open_session
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
-from efficientface_deploy.vision.faces import MAX_TILT, Face, Float64Array, cut_square, tilt
+from efficientface_deploy.vision.faces import MAX_TILT, SMALL, Face, Float64Array, cut_square, tilt
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
 MIN_SCORE = 0.5  # CenterFace's published demo; YuNet's authors take 0.6 to 0.9
@@ -175,10 +175,12 @@ class OnnxDetector(abc.ABC):
     def _look_again(self, picture: Image.Image, found: Found) -> Found:
         """The same faces, those that lie or hang with the points of the head as it is."""
         tilts = np.array([tilt(five) for five in found.points])
-        (doubtful,) = np.nonzero((found.scores < self.doubtful) | (abs(tilts) > MAX_TILT))
-        for one in doubtful[:_MOST_LOOKS]:
+        sides = _sides(found.boxes)
+        in_doubt = (found.scores < self.doubtful) | (abs(tilts) > MAX_TILT)
+        (doubtful,) = np.nonzero(in_doubt & (sides >= SMALL))
+        for one in sorted(doubtful, key=lambda at: -sides[at])[:_MOST_LOOKS]:  # the largest
             box = found.boxes[one]
-            side = max(1, round(_AROUND * float(_sides(box[None])[0])))
+            side = round(_AROUND * float(sides[one]))
             corner = np.round((box[:2] + box[2:] - side) / 2)
             square = np.asarray(_look(picture, corner, side))
             looks = [self._middle(np.rot90(square, turns)) for turns in range(4)]
