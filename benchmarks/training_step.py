@@ -149,7 +149,7 @@ def run(config: TrainingBenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, init(config.device) as dist:
         ready = {case.name: prepare(case, config, dist, Path(folder)) for case in cases}
         keys = {case.name: (case.threads, case.amp) for case in cases}
-        rates = {key: measure_rates(dist.device, *key) for key in set(keys.values())}
+        before = {key: measure_rates(dist.device, *key) for key in set(keys.values())}
         threads = {case.name: case.threads for case in cases}
         samples = measure(
             {name: measured.step for name, measured in ready.items()},
@@ -159,9 +159,12 @@ def run(config: TrainingBenchConfig) -> dict[str, Any]:
             before_turn=lambda name: torch.set_num_threads(threads[name]),
             machine_clock=lambda: None,  # to it, the workers that load images are others
         )
+        after = {key: measure_rates(dist.device, *key) for key in before}
     rows = []
     for case in cases:
-        own, (arithmetic, memory) = ready[case.name], rates[keys[case.name]]
+        own, key = ready[case.name], keys[case.name]
+        # The better of two: what else the machine does can only lower a peak.
+        arithmetic, memory = map(max, before[key], after[key])
         row = describe(case, samples, config.batch_size)
         limits = {
             "arithmetic_ms": 1e3 * own.multiply_adds / arithmetic,
