@@ -162,7 +162,7 @@ LAYERS = (  # of the runtime, from the ground
     ("errors",),
     ("spec", "command", "launch", "cpus"),
     ("files",),
-    ("artifact",),
+    ("artifact", "download"),
     ("vision", "probe", "prior", "backends"),
     ("predictor",),
     ("cli",),
