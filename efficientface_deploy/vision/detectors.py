@@ -42,10 +42,10 @@ def open_detector(
         **{"threads": threads, "min_score": min_score, "min_face": min_face},
         **{"max_side": max_side, "backend": backend},
     }
-    kind, _, file = name.partition("=")
+    kind, _, file = name.partition("=") if isinstance(name, str) else ("", "", "")
     if kind == "centerface" and not file:
         return CenterFace(**options)
     if kind == "yunet" and ("=" not in name or file):
         return YuNet(file or None, **options)
     known = "yunet, yunet=FILE or centerface"
-    raise ConfigError("face detector", known, repr(name), "choose one of these")
+    raise ConfigError("face detector", known, repr(name)[:80], "choose one of these")

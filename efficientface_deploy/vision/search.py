@@ -45,6 +45,8 @@ _CANDIDATE = 0.15  # score from which there may be one
 _BETTER = 0.05  # by how much its score must rise when it is turned
 _SURE = 0.8  # what its score must be then, where it was too small to be a face's
 
+_MOST_THREADS = 256  # as of a predictor
+
 _MULTIPLE = 32  # these networks halve the picture five times
 
 
@@ -104,9 +106,11 @@ class OnnxDetector(abc.ABC):
         backend: str = "onnx",
     ) -> None:
         _check("min_score", min_score, 0, 1)
-        _check("max_side", max_side, _MULTIPLE, 1 << 14)
+        _check("max_side", max_side, _MULTIPLE, 1 << 14, int)
         if min_face is not None:
             _check("min_face", min_face, 1, 1 << 14)
+        if threads is not None:
+            _check("threads", threads, 1, _MOST_THREADS, int)
         self.min_score, self.max_side, self.min_face = min_score, max_side, min_face
         self._options: dict[str, Any] = {
             **{"min_score": min_score, "max_side": max_side, "min_face": min_face},
@@ -333,8 +337,8 @@ def _face(box: Float64Array, score: float, points: Float64Array) -> Face:
     return Face((left, top, right, bottom), float(score), (one, two, three, four, five))
 
 
-def _check(name: str, value: float, least: float, most: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _check(name: str, value: float, least: float, most: float, kind: type = float) -> None:
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and least <= value <= most):
-        expected = f"a number from {least} to {most}"
+        expected = f"a {'whole ' * (kind is int)}number from {least} to {most}"
         raise ConfigError(name, expected, repr(value)[:40], "leave it out")

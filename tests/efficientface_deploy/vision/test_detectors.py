@@ -23,7 +23,7 @@ def test_centerface(centerface):
     assert open_detector("centerface", threads=1).name == centerface.name
 
 
-@pytest.mark.parametrize("name", ["", "yunet=", "centerface=x", "haar"])
+@pytest.mark.parametrize("name", ["", "yunet=", "centerface=x", "haar", None, 3])
 def test_unknown_detector(name):
     with pytest.raises(ConfigError, match="yunet, yunet=FILE or centerface"):
         open_detector(name)

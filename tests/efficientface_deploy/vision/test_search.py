@@ -205,10 +205,17 @@ def test_options(detector, astronaut, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"min_score": 1.1}, {"min_score": "0.5"}, {"max_side": 0}, {"min_face": float("nan")}],
+    [
+        {"min_score": 1.1},
+        {"min_score": "0.5"},
+        {"max_side": 0},
+        {"min_face": float("nan")},
+        {"threads": 0},
+        {"threads": 1.5},
+    ],
 )
 def test_option_that_cannot_be(detector, options):
-    with pytest.raises(ConfigError, match="a number from"):
+    with pytest.raises(ConfigError, match="number from"):
         type(detector)(**{**detector._options, **options})
 
 
