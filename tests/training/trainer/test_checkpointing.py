@@ -341,6 +341,7 @@ def test_sigkill_at_any_moment(face_set, tmp_path):
     assert_same_bits(states[0]["model"], states[1]["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "number"),
     [

@@ -51,6 +51,7 @@ def history(out: Path) -> list[dict[str, float]]:
 # ---- Learning ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_tells_two_expressions_apart(make_job, fit):
     """Sixteen faces that show Surprise or Disgust; guessing among the two costs log 2."""
     job = make_job(epochs=20, batch_size=8, input_size=48, select="last")
@@ -284,6 +285,7 @@ def test_compiled_network_learns_the_same(make_job, fit, tmp_path, monkeypatch):
 # ---- The published recipe, step for step ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_published_recipe_step_for_step(make_job, make_network, monkeypatch):
     """Twelve steps in float64 against the published formulas, written out here.
 
