@@ -260,6 +260,8 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict
         keywords["metavar"] = metadata["metavar"] or choices or name
         if several:
             keywords["nargs"] = "*"
+            if not metadata["positional"]:
+                keywords["action"] = "extend"  # given twice it has the values of both
         elif metadata["positional"]:
             keywords["nargs"] = "?"
     if metadata["positional"]:

@@ -282,6 +282,7 @@ class Predictor:
         Raises:
             ImageError: The image cannot be used, or the detector gives what the model cannot use.
         """
+        _check_detector(detector)
         return self._label_faces(self._find_faces(image, detector))
 
     def predict_stream(
@@ -319,6 +320,7 @@ class Predictor:
                 the stream.
         """
         _check_several(frames)
+        _check_detector(detector)
         check_policy(policy, queue_size)
         if smooth and not 0 <= smooth < math.inf:
             raise ConfigError("smooth", "seconds, or 0 for none", f"{smooth}", "leave it out")
@@ -463,6 +465,13 @@ class Predictor:
         )
 
 
+def _check_detector(detector: object) -> None:
+    """Refuse what finds no faces, such as a detector's name."""
+    if detector is not None and not hasattr(detector, "detect"):
+        expected, fix = "a detector, or None", "open one by open_detector()"
+        raise ConfigError("detector", expected, repr(detector)[:40], fix)
+
+
 def _check_several(images: object) -> None:
     """Refuse a single image, whose rows, bytes or characters would pass for images."""
     single = isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image))
@@ -472,7 +481,9 @@ def _check_several(images: object) -> None:
     if single or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
         kind = type(images).__name__
         found = f"a single one ({kind})" if single else kind
-        fix = "call the predictor itself, or put the image into a list"
+        fix = (
+            "call the predictor itself, put the image into a list, or open a video by open_video()"
+        )
         raise ImageError("batch", "several images", found, fix)
 
 

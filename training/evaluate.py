@@ -379,10 +379,12 @@ def sureness_tables(figures: Figures, level: str) -> list[str]:
     if "promised" in figures:
         rows = [[escaped(row["label"]), *cells(row)] for row in figures["classes"]]
         rows.append(["all", *cells(figures["all"])])
-        page.append(
-            f"Sure are labels of a confidence above {figures['above']:.2f}, of which "
-            f"{100 * figures['promised']:.0f} % are promised to be right:\n"
-        )
+        promised = f"{100 * figures['promised']:.0f} %"
+        said = f"Sure are labels of a confidence above {figures['above']:.2f}, of which "
+        said += f"{promised} are promised to be right:\n"
+        if figures["above"] >= 1:
+            said = f"No label is sure: the training's images were too few to promise {promised}.\n"
+        page.append(said)
         page.append(Table(("sure label", *columns), rows).to_markdown())
     return page
 

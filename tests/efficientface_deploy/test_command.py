@@ -68,6 +68,8 @@ def test_defaults():
         (["--seed", "-4"], "seed", -4),
         (["--teacher", "t.safetensors"], "teacher", Path("t.safetensors")),
         (["--size", "64"], "size", 64),
+        (["--exclude", "a", "b", "--exclude", "c"], "exclude", ("a", "b", "c")),
+        (["--batch", "4", "--batch", "2"], "batch", (4, 2)),
         (["--overwrite"], "overwrite", True),
         (["--flip"], "flip", True),
         (["--no-flip"], "flip", False),

@@ -22,6 +22,7 @@ from efficientface_deploy.backends.base import Output
 from efficientface_deploy.errors import (
     ArtifactError,
     BackendError,
+    ConfigError,
     EfficientFaceError,
     ImageError,
 )
@@ -415,6 +416,16 @@ class ByOrder:
     def detect(self, image):
         side = next(self.sides)
         return [ef.Face((0.0, 0.0, side, side))]
+
+
+@pytest.mark.parametrize("detector", ["yunet", True])
+def test_what_is_no_detector_is_refused(predictor, detector):
+    """A detector's name, above all, as the command takes it."""
+    wanted = r"detector: expected a detector, or None, found .*; open one by open_detector\(\)"
+    with pytest.raises(ConfigError, match=wanted):
+        predictor.predict_faces(flat(0), detector)
+    with pytest.raises(ConfigError, match=wanted):
+        predictor.predict_stream([flat(0)], detector=detector)
 
 
 @pytest.mark.timeout(60)

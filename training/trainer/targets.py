@@ -95,18 +95,20 @@ class Teacher:
         amp: torch.dtype | None = None,
     ) -> None:
         model, own = load_checkpoint(path, preset_name)
-        for what, theirs, ours in (
-            ("labels", ", ".join(own.labels), ", ".join(spec.labels)),
-            ("colour", own.colour, spec.colour),
-        ):
-            if theirs != ours:
-                raise CheckpointError(
-                    path,
-                    f"{what} {ours}, as the data set has",
-                    theirs,
-                    "say with --preset what a published checkpoint was trained on, or train a "
-                    "teacher on this data set with python -m training.teacher",
-                )
+        if own.labels != spec.labels:
+            fix = (
+                "say with --preset what a published checkpoint was trained on, or train a teacher "
+            )
+            fix += "on this data set with python -m training.teacher"
+            wanted = f"labels {', '.join(spec.labels)}, as the data set has"
+            raise CheckpointError(path, wanted, ", ".join(own.labels), fix)
+        if own.colour != spec.colour:
+            fix = (
+                "prepare the data set with --preset ferplus for grey pictures, for both networks; "
+            )
+            fix += "--init bundled sees grey whatever the data set has"
+            wanted = f"colour {spec.colour}, as the student sees"
+            raise CheckpointError(path, wanted, own.colour, fix)
         use_matrix_products(model, device, amp)
         self.digest = file_hash(path)
         self.model: nn.Module = model.to(memory_format=torch.channels_last).to(device)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -203,6 +204,9 @@ def test_rows_that_are_not_affectnet(line, found, first_release, as_folder, refu
     text = csv_text([line], header=False).replace(b"NUL", b"\0")
     first_release[f"{LISTS}/training.csv"] += text
     error = refusal("affectnet", as_folder(tmp_path / "source", first_release))
+    if b"\0" in text and sys.version_info < (3, 11):  # whose csv reads no such line
+        assert "found line contains NUL" in error
+        return
     assert "training.csv line 13: expected columns subDirectory_filePath, face_x, " in error
     assert f"found {found}" in error
 

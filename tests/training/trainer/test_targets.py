@@ -108,7 +108,7 @@ def test_teacher_of_other_labels(save_ldg, spec):
 
 def test_teacher_of_another_colour(save_ldg, spec):
     with pytest.raises(
-        CheckpointError, match="expected colour rgb, as the data set has, found grey"
+        CheckpointError, match="expected colour rgb, as the student sees, found grey"
     ):
         Teacher(save_ldg(colour="grey"), None, spec, CPU)
 
