@@ -150,7 +150,7 @@ class OnnxDetector(abc.ABC):
         return "install its package again"
 
     def detect(self, image: UInt8Array | Image.Image) -> list[Face]:
-        """Find faces, the most confident first; see :class:`FaceDetector`.
+        """Find faces, the most confident first; see :class:`efficientface_deploy.FaceDetector`.
 
         Args:
             image: As there, or a PIL image of mode RGB, which spares a copy.

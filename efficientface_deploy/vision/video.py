@@ -60,7 +60,7 @@ class VideoFrame:
     """A frame and its time.
 
     Attributes:
-        image: From :func:`open_video` uint8 (H, W, 3), RGB, upright.
+        image: From :func:`efficientface_deploy.open_video` uint8 (H, W, 3), RGB, upright.
         seconds: Its time from the start of its source.
     """
 
@@ -90,7 +90,7 @@ class _Source:
 
 
 class Video:
-    """The frames of a video file, a stream or a camera, made by :func:`open_video`.
+    """A video file's, stream's or camera's frames, by :func:`efficientface_deploy.open_video`.
 
     Iterating gives the images of :meth:`timed` without their times: uint8 (H, W, 3) RGB each. Both
     give the frames that are left, none of them twice; no array is ever filled again.
