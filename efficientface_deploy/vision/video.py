@@ -41,6 +41,8 @@ _SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "sr
 # Formats whose length is written in them; of the others it is a guess from the size.
 _MEASURED = ("mov", "avi", "matroska", "flv", "asf", "rtsp", "hls")
 
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # that begin a file
+
 _DEFAULT_RATE = 25.0  # frames per second, where a source does not say
 _SLACK = (
     1.0  # seconds that a length may be wrong by, where it is of the whole and not of the frames
@@ -162,12 +164,20 @@ class Video:
     def _check_end(self, count: int) -> None:
         """Say what could not be read of a file or a recording that gave so many frames."""
         opened, name, fix = self._opened, self._source.name, "copy or record it again"
-        faults = [f"damage at {self.damaged} places"] if self.damaged else []
+        faults, expected = [], "a whole video"
+        if self.damaged:
+            faults, expected = (
+                [f"damage at {self.damaged} place{'s'[: self.damaged > 1]}"],
+                "a video without damage",
+            )
         if opened.is_short():
+            expected = "a whole video"
             faults.append(f"no more after {opened.reached:.2f} of {opened.length:.2f} s")
+        if opened.count > count:
+            expected = f"all {opened.count} frames"
         if faults:
-            whole = f"all {opened.count} frames" if opened.count else "a whole video"
-            raise ImageError(name, whole, ", ".join([f"{count} that can be read", *faults]), fix)
+            found = ", ".join([f"{count} frames that can be read", *faults])
+            raise ImageError(name, expected, found, fix)
         if not count:
             raise ImageError(name, "at least one frame", "none that FFmpeg can decode", fix)
 
@@ -193,7 +203,7 @@ class Video:
             except ImageError as error:
                 reason = error.found
             self.damaged = damaged + self._opened.damaged
-            if not reason:
+            if not reason or (count and not self.live and self._is_cut_off(last)):
                 if not self.live:
                     self._check_end(count)
                 return
@@ -210,6 +220,17 @@ class Video:
                 return
             if not self.live:
                 self._opened.seek(last)
+
+    def _is_cut_off(self, last: float) -> bool:
+        """Whether a recording ends after its frame at ``last`` also when it is opened anew."""
+        if self._reconnect == 0:
+            return False
+        try:
+            with contextlib.closing(_Opened(self._source, self._timeout)) as again:
+                again.seek(last)
+                return all(frame.seconds <= last for frame in again.frames())
+        except ImageError:
+            return False
 
     def _connect_again(self, waits: Iterator[float], seen: float, reason: str) -> bool:
         """Open the source anew, at growing intervals; False when it is closed meanwhile.
@@ -299,6 +320,10 @@ class _Opened:
                 timeout=timeout,
             )
         except (self._av.FFmpegError, ValueError) as error:
+            if isinstance(error, self._av.error.InvalidDataError) and _is_mp4(source):
+                found = "an MP4 or MOV that is cut off or damaged"
+                fix = "copy or record it again"
+                raise ImageError(source.name, "a whole video", found, fix) from None
             raise ImageError(source.name, expected, self._words(error), source.fix) from None
         stream = self._container.streams.best("video")  # not the cover, which is one too
         if stream is None or stream.codec_context is None:
@@ -483,8 +508,21 @@ def _find_source(source: str | Path | int, options: dict[str, str]) -> _Source:
         return _camera(name, options)
     if (reason := why_not_a_file(Path(name))) is not None:
         raise ImageError(name, "a video file", reason, "check the path")
+    if not Path(name).stat().st_size:
+        raise ImageError(name, "a video file", "an empty file", "copy the file again")
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", **options}
     return _Source(name, f"file:{name}", None, options, False, "convert it to MP4 (H.264)")
+
+
+def _is_mp4(source: _Source) -> bool:
+    """Whether a local file begins as MP4 and MOV do, which FFmpeg reads where they are whole."""
+    if source.drops_out:
+        return False
+    try:
+        with open(source.name, "rb") as file:
+            return file.read(8)[4:] in _MP4_BOXES
+    except OSError:
+        return False
 
 
 def _camera(name: str, options: dict[str, str]) -> _Source:

@@ -257,6 +257,16 @@ def test_whole_file_has_no_damage(long_clip):
     assert times == pytest.approx(np.arange(40) / 10) and error == ""
 
 
+def test_damage_that_costs_no_frame_is_no_missing_frame(clip):
+    with open_video(clip) as video:
+        list(video)
+        video.damaged = 1
+        with pytest.raises(ImageError) as error:
+            video._check_end(5)
+    assert error.value.expected == "a video without damage"
+    assert error.value.found == "5 frames that can be read, damage at 1 place"
+
+
 def test_damage_in_the_middle_loses_little(long_clip, tmp_path):
     content = bytearray(long_clip.read_bytes())
     middle = len(content) // 2
@@ -328,6 +338,21 @@ def test_file_that_is_no_video(clip, content):
         open_video(path)
 
 
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ImageError, match=r"empty\.mp4: expected a video .*, found an empty file; "):
+        open_video(tmp_path / "empty.mp4")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_file_that_lost_its_index_at_the_end(long_clip, tmp_path, name):
+    content = remux(long_clip, tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    said = r"expected a whole video, found an MP4 or MOV .* cut off or damaged; copy or record"
+    with pytest.raises(ImageError, match=said):
+        open_video(tmp_path / name)
+
+
 def test_sound_without_a_video(tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
@@ -364,7 +389,7 @@ def test_pyav_that_is_missing_or_broken_names_the_extra(monkeypatch, tmp_path):
         return load_module(name)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "clip.mp4").write_bytes(b"x")
     with pytest.raises(BackendError, match=r"PyAV.*libavcodec.*efficientface-deploy\[video\]"):
         open_video(tmp_path / "clip.mp4")
 
@@ -538,6 +563,23 @@ def test_recording_goes_on_where_the_connection_broke(long_clip, serve, tmp_path
     assert np.all(np.diff(seconds) > 0)  # none twice
     # FFmpeg's reader of Matroska may itself go on behind a block that it has half of.
     assert len(seconds) >= (40 if suffix == ".mp4" else 39)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv", "a.flv"])
+def test_recording_that_is_cut_off_is_no_drop_out(long_clip, serve, tmp_path, caplog, name, ranges):
+    """Its server sends all that it has announced, each time."""
+    options = {"movflags": "faststart"} if name == "a.mp4" else {}
+    content = remux(long_clip, tmp_path / name, **options).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    server = serve((tmp_path / name).read_bytes())
+    server.ranges = ranges
+    with open_video(server.address) as video:
+        seconds: list[float] = []
+        with pytest.raises(ImageError, match=r"no more after .* of 4\.00 s; copy or record"):
+            seconds.extend(frame.seconds for frame in video.timed())
+        assert (video.dropouts, caplog.messages) == (0, [])
+    assert seconds == read(tmp_path / name)[0] and server.asked < 8
 
 
 def test_recording_that_cannot_be_sought_and_has_its_index_at_the_end(long_clip, serve):
