@@ -25,7 +25,7 @@ from PIL import Image
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
-from efficientface_deploy.predictor import FacePrediction, Predictor, load
+from efficientface_deploy.predictor import FacePrediction, Prediction, Predictor, load
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.detectors import open_detector
@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except BackendError as error:  # no reader of videos, among pictures that need none
                 if len(names) == 1 or Path(name).suffix.lower() not in VIDEO_SUFFIXES:
                     raise
-                report.tell_unreadable(error)
+                of_file = BackendError(name, error.expected, error.found, error.fix)
+                report.tell_unreadable(of_file)
             report.end_one(name)
         return report.end()
 
@@ -346,6 +347,7 @@ class Report:
         self._unreadable = 0
         self._title = title
         self._events = events
+        self._frames = self._faces = 0  # of a video whose events are printed
 
     def tell(self, answer: Answer) -> None:
         """Print an answer, or the events that ended before it.
@@ -363,6 +365,7 @@ class Report:
             self._title = ""
         if self._events and answer.seconds is not None:
             judged = [one for one in answer.faces if not one.small]
+            self._frames, self._faces = self._frames + 1, self._faces + len(judged)
             labels = {one.track or 0: one.prediction.label for one in judged}
             self._print_events(answer.image, self._events.update(answer.seconds, labels))
         else:
@@ -372,15 +375,22 @@ class Report:
         self._show_progress(f"{self.done}/{self._total}{frame}")
 
     def end_one(self, name: str) -> None:
-        """A picture or video is done: print the events that its end has ended."""
+        """A picture or video is done: print the events that end with it, or that it had none."""
         if self._events:
-            self._print_events(without_password(name), self._events.end())
+            shown = without_password(name)
+            self._print_events(shown, self._events.end())
+            if self._frames and not self._faces:
+                self._show_progress("")
+                print(printable(f"{shown}: no face in {self._frames} frames"), file=sys.stderr)
+            self._frames = self._faces = 0
         self.done += 1
 
     def _print_events(self, name: str, events: Sequence[Event]) -> None:
         for one in events:
             prefix = f"{name}: " if self._total > 1 else ""
-            text = f"face {one.track}: {one.label} from {one.start:.1f} s to {one.end:.1f} s"
+            start, end = f"{one.start:.1f} s", f"{one.end:.1f} s"
+            when = f"at {start}" if start == end else f"from {start} to {end}"
+            text = f"face {one.track}: {one.label} {when}"
             line = prefix + text if self._table else json.dumps({"image": name, **vars(one)})
             print(line, flush=True)
 
@@ -420,7 +430,9 @@ class PredictionTable:
 
     def rows(self, answer: Answer) -> list[str]:
         """A row for each face, or one that says that there is none."""
-        name = printable(answer.image) + ("" if answer.frame is None else f" #{answer.frame}")
+        name = printable(answer.image)
+        if answer.seconds is not None:
+            name += f" #{answer.frame} {answer.seconds:.2f} s"
         rows = []
         for found in answer.faces:
             prediction = found.prediction
@@ -430,10 +442,8 @@ class PredictionTable:
                 continue
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
             others = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[1:3])
-            mark = "?" if prediction.unsure else ""
-            confidence = f"{prediction.confidence:.2f}{mark}"
             where = name if found.track is None else f"{name} face {found.track}"
-            rows.append(self._row(prediction.label, confidence, others, box, where))
+            rows.append(self._row(prediction.label, _confidence(prediction), others, box, where))
         return rows or [self._row("no face", "", "", "", name)]
 
     def _row(self, label: str, probability: str, others: str, box: str, name: str) -> str:
@@ -480,9 +490,14 @@ class Gallery:
         return path
 
 
+def _confidence(prediction: Prediction) -> str:
+    """With the mark of an unsure label."""
+    return f"{prediction.confidence:.2f}{'?' if prediction.unsure else ''}"
+
+
 def _annotated(image: Image.Image, faces: Sequence[FacePrediction]) -> Image.Image:
     texts = [
-        TOO_SMALL if one.small else f"{one.prediction.label} {one.prediction.confidence:.2f}"
+        TOO_SMALL if one.small else f"{one.prediction.label} {_confidence(one.prediction)}"
         for one in faces
     ]
     tracks = [one.track for one in faces]

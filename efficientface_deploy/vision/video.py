@@ -203,7 +203,7 @@ class Video:
             except ImageError as error:
                 reason = error.found
             self.damaged = damaged + self._opened.damaged
-            if not reason or (count and not self.live and self._is_cut_off(last)):
+            if not reason or (came and not self.live and self._is_cut_off(last)):
                 if not self.live:
                     self._check_end(count)
                 return
@@ -223,7 +223,7 @@ class Video:
 
     def _is_cut_off(self, last: float) -> bool:
         """Whether a recording ends after its frame at ``last`` also when it is opened anew."""
-        if self._reconnect == 0:
+        if self._reconnect == 0 or not self._opened.is_short():
             return False
         try:
             with contextlib.closing(_Opened(self._source, self._timeout)) as again:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from efficientface_deploy import Face, cli, load, open_video
 from efficientface_deploy.cli import main
 from efficientface_deploy.errors import BackendError, CheckpointError, ConfigError, ImageError
 from efficientface_deploy.spec import preset
+from efficientface_deploy.vision.steady import Event
 from efficientface_deploy.vision.video import write_video
 
 
@@ -329,6 +331,16 @@ def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["face-2.jpg", "face.jpg"]
 
 
+def test_unsure_labels_are_drawn_with_their_mark(face, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(cli, "draw_faces", lambda image, faces: (drawn.extend(faces), image)[1])
+    with Image.open(face) as image:
+        image.rotate(180).save(face)
+    assert main([str(face), "--draw", str(tmp_path / "drawn")]) == 0
+    ((_, text, _),) = drawn
+    assert re.fullmatch(r"\w+ 0\.\d\d\?", text)
+
+
 @pytest.mark.parametrize("stem", ["a" * 251, "\u20ac" * 83, "new\nline", os.fsdecode(b"\xff")])
 def test_draw_under_names_that_file_systems_take(face, tmp_path, stem):
     picture = face.rename(face.parent / f"{stem}.png")
@@ -376,7 +388,8 @@ def test_video_in_a_folder_where_nothing_reads_videos(face, capsys, monkeypatch)
     assert main([str(face.parent)]) == 2
     captured = capsys.readouterr()
     assert names_of(captured.out.splitlines()[1:]) == ["face.png"]
-    assert "pip install 'efficientface-deploy[video]'" in captured.err
+    said = f"error: {face.parent / 'a.mp4'}: expected a reader, found none; pip install"
+    assert said in captured.err
     assert "1 of 2 pictures, videos or cameras could not be read" in captured.err
     with pytest.raises(BackendError):
         main([str(face.parent / "a.mp4")])
@@ -391,7 +404,7 @@ def test_folder_of_a_video_and_a_picture(clip, face, capsys):
 def test_video_in_the_table_and_drawn(clip, face, capsys, tmp_path):
     assert main([str(clip), str(face), "--draw", str(tmp_path / "drawn")]) == 0
     names = names_of(lines_of(capsys))
-    assert names == [*(f"clip.mp4 #{at} face 1" for at in range(6)), "face.png"]
+    assert names == [*(f"clip.mp4 #{at} {at / 10:.2f} s face 1" for at in range(6)), "face.png"]
     with open_video(tmp_path / "drawn/clip.mp4") as video:
         assert len(list(video)) == 6
 
@@ -447,6 +460,24 @@ def test_events_of_several_and_of_a_picture(clip, face, capsys):
     assert f"error: {face}: expected a video, a stream or a camera, since" in captured.err
 
 
+def test_event_of_one_frame(clip, face, capsys, monkeypatch):
+    monkeypatch.setattr(cli.Events, "update", lambda *_: [Event(1, "Anger", 0.9, 0.9)])
+    assert main([str(clip), "--events"]) == 0
+    assert capsys.readouterr().out.startswith("face 1: Anger at 0.9 s\n")
+
+
+def test_events_of_a_video_without_a_face(clip, capsys, halves):
+    black = clip.with_name("black.mp4")
+    with write_video(black, 10) as write:
+        for _ in range(3):
+            write(Image.new("RGB", (104, 104)))
+    assert main([str(clip), str(black), "--faces", "--events"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out and str(black) not in captured.out
+    assert captured.err.splitlines()[-1] == f"{black}: no face in 3 frames"
+    assert captured.err.count("no face") == 1
+
+
 def test_damaged_video_is_read_as_far_as_it_goes(clip, capsys, tmp_path):
     content = bytearray(clip.read_bytes())
     end = content.index(b"moov") - 4  # of what FFmpeg calls mdat, the frames
@@ -456,7 +487,9 @@ def test_damaged_video_is_read_as_far_as_it_goes(clip, capsys, tmp_path):
     captured = capsys.readouterr()
     frames = len(captured.out.splitlines())
     assert 0 < frames <= 6
-    said = f"error: {clip}: expected all 6 frames, found {frames} that can be read, damage at "
+    said = (
+        f"error: {clip}: expected all 6 frames, found {frames} frames that can be read, damage at "
+    )
     assert captured.err.startswith(said) and captured.err.count("\n") == 1
     with open_video(tmp_path / "drawn/clip.mp4") as video:  # the copy of these is whole
         assert len(list(video)) == frames
