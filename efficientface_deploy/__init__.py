@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from efficientface_deploy.errors import BackendError, EfficientFaceError, ProbeError
+    from efficientface_deploy.errors import (
+        ArtifactError,
+        BackendError,
+        ConfigError,
+        EfficientFaceError,
+        ImageError,
+        ProbeError,
+    )
     from efficientface_deploy.predictor import (
         FacePrediction,
         FrameResult,
@@ -32,12 +39,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "ArtifactError",
     "BackendError",
+    "ConfigError",
     "EfficientFaceError",
     "Face",
     "FaceDetector",
     "FacePrediction",
     "FrameResult",
+    "ImageError",
     "ModelSpec",
     "Prediction",
     "Predictor",
@@ -55,7 +65,10 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # Imported when they are asked for: a command begins here too, and must be able to say in one line
 # that it was interrupted, or that numpy is missing.
 _MODULES = {
-    "errors": ("BackendError", "EfficientFaceError", "ProbeError"),
+    "errors": (
+        *("ArtifactError", "BackendError", "ConfigError"),
+        *("EfficientFaceError", "ImageError", "ProbeError"),
+    ),
     "predictor": ("FacePrediction", "FrameResult", "Prediction", "Predictor", "load"),
     "spec": ("PRESETS", "ModelSpec"),
     "vision.detectors": ("open_detector",),

@@ -225,18 +225,21 @@ class Labeller:
         if is_stream(name) or Path(name).suffix.lower() in VIDEO_SUFFIXES:
             self._label_frames(name, name)
             return
+        copy = self.gallery.place_for(name, ".jpg") if self.gallery else None
         image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
         faces = self.predictor.predict_faces(image, self.detector)
-        if self.gallery:
-            self.gallery.add_picture(name, _annotated(image, faces))
+        if copy:
+            with atomic_path(copy) as path:
+                _annotated(image, faces).save(path, "JPEG", quality=_JPEG_QUALITY)
         self.tell(Answer(name, faces))
 
     def _label_frames(self, name: str, source: str | int) -> None:
         shown, failure, count = without_password(name), None, 0
+        copy = self.gallery.place_for(shown, ".mp4") if self.gallery else None
         with contextlib.ExitStack() as stack:
             video = stack.enter_context(open_video(source))
-            if self.gallery:
-                draw = stack.enter_context(self.gallery.add_video(shown, video.rate))
+            if copy:
+                draw = stack.enter_context(write_video(copy, video.rate))
             if video.live:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # its usual end
             policy = "newest" if video.live else "every"
@@ -247,7 +250,7 @@ class Labeller:
             try:
                 for result in stack.enter_context(contextlib.closing(results)):
                     count += 1
-                    if self.gallery:
+                    if copy:
                         draw(_annotated(result.image, result.faces), result.seconds)
                     self.tell(
                         Answer(shown, result.faces, result.index, result.seconds, result.latency)
@@ -452,7 +455,7 @@ class PredictionTable:
 
 
 class Gallery:
-    """A folder of annotated copies.
+    """A folder for annotated copies.
 
     Args:
         folder: New or empty, so that nothing of anybody's is replaced.
@@ -467,26 +470,22 @@ class Gallery:
             raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
         check_writable(folder, "--draw")
         self._folder = folder
+        self._given: set[Path] = set()  # also to what then could not be read: its copy is no other
 
-    def add_picture(self, name: str, image: Image.Image) -> None:
-        """Save a copy as JPEG under the picture's name."""
-        with atomic_path(self._free(name, ".jpg")) as path:
-            image.save(path, "JPEG", quality=_JPEG_QUALITY)
+    def place_for(self, name: str, suffix: str) -> Path:
+        """Where a copy is to be: the whole name, then the copy's suffix where that differs.
 
-    def add_video(
-        self, name: str, rate: float
-    ) -> contextlib.AbstractContextManager[Callable[[Image.Image, float], None]]:
-        """Begin a copy as MP4 under the video's name; see :func:`write_video`."""
-        return write_video(self._free(name, ".mp4"), rate)
-
-    def _free(self, name: str, suffix: str) -> Path:
-        """A path that is not taken: two folders may hold pictures of one name."""
-        stem = "stdin" if name == STANDARD_INPUT else re.sub(r'[:?*"<>|&=]', "-", Path(name).stem)
+        Only one that is given already, as to pictures of one name in two folders, gets a number.
+        """
+        stem = "stdin" if name == STANDARD_INPUT else re.sub(r'[:?*"<>|&=]', "-", Path(name).name)
+        if stem.lower().endswith(suffix):
+            stem = stem[: -len(suffix)]
         stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
         path, number = self._folder / f"{stem}{suffix}", 1
-        while path.exists():
+        while path in self._given or path.exists():
             number += 1
             path = self._folder / f"{stem}-{number}{suffix}"
+        self._given.add(path)
         return path
 
 

@@ -306,7 +306,8 @@ def test_predict_names_of_any_bytes(encoding: str, json: bool, odd: Path, tmp_pa
     assert done.stdout.count(rb"\udce9") == 3
     assert b"Traceback" not in done.stderr and done.stderr.count(b"error: ") == 1
     assert rb"caf\udce9" in done.stderr
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"1.jpg", f"{ODD}.jpg"}
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {"1.png.jpg", f"{ODD}.png.jpg"}
 
 
 @pytest.mark.parametrize(

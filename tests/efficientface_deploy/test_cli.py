@@ -316,7 +316,7 @@ def test_draw_leaves_the_picture_and_writes_a_copy(face, halves, tmp_path, capsy
     assert main([str(face), "--detect", "any", "--draw", str(tmp_path / "new/drawn")]) == 0
     assert face.read_bytes() == before
     (copy,) = (tmp_path / "new/drawn").iterdir()
-    assert copy.name == "face.jpg"
+    assert copy.name == "face.png.jpg"
     difference = np.abs(np.asarray(Image.open(copy)).astype(int) - np.asarray(Image.open(face)))
     assert difference[:, 50:54].mean() > 20  # the edge between the two boxes
     assert difference[30:75, 60:90].mean() < 5  # inside a box
@@ -328,7 +328,33 @@ def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
         shutil.copy(face, tmp_path / name)
     folders = [str(tmp_path / "one"), str(tmp_path / "two")]
     assert main([*folders, "--draw", str(tmp_path / "drawn")]) == 0
-    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["face-2.jpg", "face.jpg"]
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == [
+        *("face.png-2.jpg", "face.png.jpg")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["a/nhn.mkv", "a/nhn.mp4"], ["nhn.mkv.mp4", "nhn.mp4"]),
+        (["a.MP4", "a.mp4"], ["a.mp4", "a-2.mp4"]),
+        (["rtsp://me:***@host/live?x=1", "http://host:80"], ["live-x-1.mp4", "host-80.mp4"]),
+        (["camera", "camera:1"], ["camera.mp4", "camera-1.mp4"]),
+        (["-"], ["stdin.mp4"]),
+    ],
+)
+def test_names_of_copies(names, places, tmp_path):
+    gallery = cli.Gallery(tmp_path / "drawn")
+    assert [gallery.place_for(name, ".mp4").name for name in names] == places
+
+
+def test_copy_under_a_name_is_never_of_another(face, tmp_path, capsys):
+    """What cannot be read keeps its name."""
+    (tmp_path / "bad").mkdir()
+    bad = tmp_path / "bad/face.png"
+    bad.write_bytes(b"no picture")
+    assert main([str(bad), str(face), "--draw", str(tmp_path / "drawn")]) == 2
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["face.png-2.jpg"]
 
 
 def test_unsure_labels_are_drawn_with_their_mark(face, monkeypatch, tmp_path):
@@ -346,7 +372,7 @@ def test_draw_under_names_that_file_systems_take(face, tmp_path, stem):
     picture = face.rename(face.parent / f"{stem}.png")
     assert main([str(picture), "--draw", str(tmp_path / "drawn")]) == 0
     (copy,) = (tmp_path / "drawn").iterdir()
-    assert Image.open(copy).size == (104, 104) and stem.startswith(copy.stem[:60])
+    assert Image.open(copy).size == (104, 104) and picture.name.startswith(copy.stem[:60])
 
 
 def test_draw_into_a_folder_that_holds_something(face):
