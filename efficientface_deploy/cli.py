@@ -43,6 +43,7 @@ from efficientface_deploy.vision.video import (
     without_password,
     write_video,
 )
+from efficientface_deploy.vision.yunet import WEIGHTS
 
 _JPEG_QUALITY = 90
 _LONGEST_STEM = 200  # bytes; a file being written has a longer name, of 255 at most
@@ -71,7 +72,9 @@ class PredictConfig:
         help="how often each class comes here, in the place of how often it came in training",
     )
     faces: bool = option(
-        False, help="find the faces first, by YuNet, which is fetched once (233 KB)", first=True
+        False,
+        help=f"find the faces first, by YuNet, which is fetched once ({WEIGHTS.kilobytes} KB)",
+        first=True,
     )
     detect: str | None = option(
         None, help="find them by another detector: centerface, yunet or yunet=FILE"

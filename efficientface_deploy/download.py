@@ -5,6 +5,7 @@ Nothing is fetched by an import or by loading a model; only what is asked for by
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from efficientface_deploy.errors import BackendError, words_of
+from efficientface_deploy.errors import BackendError, system_words, words_of
 from efficientface_deploy.files import atomic_path
 
 CACHE_VARIABLE = "EFFICIENTFACE_CACHE"
@@ -41,6 +42,11 @@ class Download:
     sha256: str
     size: int
 
+    @property
+    def kilobytes(self) -> int:
+        """Its size for people: thousands of bytes, rounded."""
+        return round(self.size / 1000)
+
 
 def cache_folder() -> Path:
     """Where files are kept: ``EFFICIENTFACE_CACHE``, else the system's place for a user's cache."""
@@ -65,24 +71,32 @@ def fetch(wanted: Download, subject: str, instead: str) -> bytes:
 
     Raises:
         BackendError: It is not in the cache, and cannot be fetched; the error says where it
-            belongs. What is fetched and cannot be kept is given all the same, with a warning.
+            belongs, in a folder that is there from then on, and what is in its place. What is
+            fetched and cannot be kept is given all the same, with a warning.
     """
     path = cache_folder() / wanted.name
+    in_its_place = ""
     try:
         content = path.read_bytes()
-        if _is(content, wanted):
+        if _sha256(content) == wanted.sha256:
             return content
-    except OSError:
+        in_its_place = f", and {path} has another sha256, {_sha256(content)}"
+    except FileNotFoundError:
         pass
-    _log.warning("fetching %s (%d KB) to %s", wanted.url, wanted.size // 1000, path)
+    except OSError as error:
+        in_its_place = f", and {path} cannot be read: {system_words(error)}"
+    _log.warning("fetching %s (%d KB) to %s", wanted.url, wanted.kilobytes, path)
     try:
         content = _download(wanted)
-        found = "" if _is(content, wanted) else f"{len(content)} bytes with another hash"
+        right = _sha256(content) == wanted.sha256
+        found = "" if right else f"{len(content)} bytes with another sha256"
     except Exception as error:  # noqa: BLE001 - of the system, SSL, HTTP and addresses
         found = words_of(error if hasattr(error, "code") else getattr(error, "reason", error))
     if found:
+        with contextlib.suppress(OSError):  # then that folder cannot be had, but another file can
+            path.parent.mkdir(parents=True, exist_ok=True)
         fix = f"put the file at {path} (sha256 {wanted.sha256}), or {instead}"
-        raise BackendError(subject, f"its weights from {wanted.url}", found, fix)
+        raise BackendError(subject, f"its weights from {wanted.url}", found + in_its_place, fix)
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
@@ -105,7 +119,7 @@ def _download(wanted: Download) -> bytes:
     return content
 
 
-def _is(content: bytes, wanted: Download) -> bool:
+def _sha256(content: bytes) -> str:
     import hashlib  # here, since it loads OpenSSL
 
-    return hashlib.sha256(content).hexdigest() == wanted.sha256
+    return hashlib.sha256(content).hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from efficientface_deploy.artifact import free_sizes
@@ -26,11 +27,14 @@ from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
 from efficientface_deploy.vision.faces import MAX_TILT, SMALL, Face, Float64Array, cut_square, tilt
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
+BoolArray = npt.NDArray[np.bool_]
+
 MIN_SCORE = 0.5  # CenterFace's published demo; YuNet's authors take 0.6 to 0.9
 MAX_SIDE = 2048  # pixels of the finest copy; it takes 100 MB
 
 MAX_OVERLAP = 0.3  # intersection over union from which two boxes are one face; both authors'
 _MAX_WITHIN = 0.8  # of a box that lies in another one's: then it is a part of that face
+_MAX_COVERED = 0.4  # of a box that other faces cover, of a finer copy: then it is none
 
 _CHEAP = 0.5  # scale: shrinking by halves is ten times as fast as by anything near
 _ORDINARY = 512  # pixels: pictures up to here are searched as they are
@@ -250,7 +254,8 @@ def merge(copies: Sequence[Found], largest: Sequence[float], min_score: float) -
 
     Returns:
         The faces, the most confident first. What a copy shows within a face that is too large for
-        it is a part of that face.
+        it is a part of that face. What a coarse copy shows between faces of a finer one, which
+        would show it better, is none.
     """
     kept: list[Found] = []
     for number, found in enumerate(copies):
@@ -259,6 +264,13 @@ def merge(copies: Sequence[Found], largest: Sequence[float], min_score: float) -
         large = large[_sides(large) > largest[number]]
         parts = (_shared(found.boxes, large) > _MAX_WITHIN).any(axis=1)
         kept.append(found.of(~parts))
+    for number, found in enumerate(kept):
+        between = np.zeros(len(found.boxes), bool)
+        for finer, most in zip(kept[:number], largest, strict=False):
+            faces = finer.of(finer.scores >= min_score)
+            faces = faces.of(suppress(faces.boxes, faces.scores))
+            between |= _between(found.boxes, faces.boxes) & (_sides(found.boxes) <= most)
+        kept[number] = found.of(~between)
     merged = Found(*(np.concatenate(values) for values in zip(*kept, strict=True)))
     return merged.of(suppress(merged.boxes, merged.scores))
 
@@ -303,6 +315,15 @@ def _shared(boxes: Float64Array, others: Float64Array) -> Float64Array:
     shared = np.prod(np.clip(far - near, 0, None), axis=2)
     parts: Float64Array = shared / np.maximum(areas, 1e-9)[:, None]
     return parts
+
+
+def _between(boxes: Float64Array, faces: Float64Array) -> BoolArray:
+    """Which boxes (N,) are largely covered by faces, and are none of them."""
+    covered, within = _shared(boxes, faces), _shared(faces, boxes).T  # (N, M)
+    union = covered + within - covered * within  # by the product of their areas, by what they share
+    same = (covered > 0) & (covered * within >= MAX_OVERLAP * union)
+    answers: BoolArray = (covered.sum(axis=1) > _MAX_COVERED) & ~same.any(axis=1)
+    return answers
 
 
 def _resized(picture: Image.Image, full: tuple[int, int], scale: float) -> Image.Image:

@@ -91,9 +91,9 @@ def test_fetched_once_and_kept(server, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("wrong", "102400 bytes with another hash"),
-        ("cut", "bytes with another hash|IncompleteRead"),
-        ("endless", "102401 bytes with another hash"),
+        ("wrong", "102400 bytes with another sha256"),
+        ("cut", "bytes with another sha256|IncompleteRead"),
+        ("endless", "102401 bytes with another sha256"),
         ("missing", "HTTP Error 404"),
         ("silent", "timed out"),
     ],
@@ -107,15 +107,42 @@ def test_what_the_server_gives_is_not_the_file(server, tmp_path, kind, found, mo
     assert "\n" not in message and message.startswith("detector: expected its weights from http")
     assert f"put the file at {tmp_path / 'cache/model.onnx'} (sha256 {SHA256})" in message
     assert message.endswith(", or name another file")
-    assert not (tmp_path / "cache").exists()
+    assert list((tmp_path / "cache").iterdir()) == []  # the folder of the advice, nothing in it
 
 
 def test_no_network(server, tmp_path):
     with pytest.raises(BackendError, match=r"refused.*put the file at .*model\.onnx \(sha256 "):
         get(wanted())
-    (tmp_path / "cache").mkdir()
     (tmp_path / "cache/model.onnx").write_bytes(CONTENT)
     assert get(wanted()) == CONTENT  # put there by hand
+
+
+def test_no_network_and_what_is_in_the_files_place(server, tmp_path, monkeypatch):
+    path = tmp_path / "cache/model.onnx"
+
+    def said() -> str:
+        with pytest.raises(BackendError, match=f"put the file at .* .sha256 {SHA256}") as raised:
+            get(wanted())
+        return str(raised.value)
+
+    assert str(path) not in said().partition(";")[0]  # none
+    path.write_bytes(b"<html>")
+    other = hashlib.sha256(b"<html>").hexdigest()
+    assert f"refused, and {path} has another sha256, {other}; put" in said()
+    assert path.read_bytes() == b"<html>"
+    path.unlink()
+    path.mkdir()
+    assert f", and {path} cannot be read: is a directory; put" in said()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path / "file"))
+    assert f"{tmp_path / 'file/model.onnx'} cannot be read: not a directory; put" in said()
+
+
+def test_size_for_people(server, caplog):
+    one = Download("model.onnx", wanted(server).url, SHA256, 102_501)
+    get(one)
+    assert one.kilobytes == 103
+    assert "(103 KB)" in caplog.text
 
 
 def test_server_that_drips_is_given_up(server, monkeypatch):

@@ -161,6 +161,48 @@ def test_a_face_that_two_copies_show_is_one():
     assert merge([fine, coarse], [300, 1200], 0.5).boxes.tolist() == [[12, 9, 52, 61]]
 
 
+# Five heads of a group photograph, as YuNet finds them in it, and what it takes for a face between
+# two of them in a copy of an eighth.
+HEADS = (
+    (314, 238, 408, 362, 0.93),
+    (682, 290, 791, 422, 0.92),
+    (531, 304, 632, 436, 0.92),
+    (211, 60, 306, 174, 0.92),
+    (434, 216, 520, 318, 0.92),
+)
+BETWEEN = (367, 202, 459, 317, 0.67)
+
+
+@pytest.mark.parametrize("score", [0.67, 0.95, 0.2])
+def test_what_a_coarse_copy_shows_between_two_faces_is_none(score):
+    coarse = found((690, 286, 789, 410, 0.84), (*BETWEEN[:4], score))
+    kept = merge([found(*HEADS), coarse], [586, 2344], 0.5)
+    assert sorted(kept.boxes.tolist()) == sorted(list(head[:4]) for head in HEADS)
+    middle = found((*BETWEEN[:4], score))
+    assert len(merge([found(*HEADS), middle, found()], [586, 2344, 9376], 0.5).boxes) == 5
+    assert len(merge([found(*HEADS), found(), middle], [586, 2344, 9376], 0.5).boxes) == 5
+
+
+def test_a_face_that_only_a_coarse_copy_shows_stays():
+    fine, coarse = found(*HEADS), found(BETWEEN)
+
+    def kept(fine: Found, coarse: Found, largest: float = 586, min_score: float = 0.5) -> bool:
+        boxes = merge([fine, coarse], [largest, 4 * largest], min_score).boxes.tolist()
+        return coarse.boxes[0].tolist() in boxes
+
+    assert not kept(fine, coarse)
+    assert kept(fine, coarse, largest=100)  # the finer copy could not have shown it
+    assert kept(fine, coarse, min_score=0.95)  # beside what may be no faces at all
+    assert kept(coarse, fine)  # a finer copy decides
+    assert kept(fine, found((500, 200, 590, 320, 0.6)))  # partly behind two heads
+    assert kept(fine, found((300, 230, 420, 375, 0.95)))  # one of the heads, and better
+    # A close-up, and what a finer copy takes for a face in it.
+    assert kept(found((350, 260, 450, 370, 0.9)), found((250, 150, 520, 500, 0.8)))
+    # One head, shown many times over as networks do, is still one.
+    again = [(434 + x, 216, 520 + x, 318, 0.9) for x in (-1, 1, 2)]
+    assert kept(found(*HEADS[1:], *again), coarse)
+
+
 # ---- any size
 
 

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from efficientface_deploy import download, open_detector
+from efficientface_deploy.cli import PredictConfig
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.predictor import BUNDLED_ONNX
 from efficientface_deploy.vision.search import suppress
 from efficientface_deploy.vision.yunet import FILE_VARIABLE, WEIGHTS, YuNet, decode_yunet
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # ---- beside OpenCV
 
@@ -95,6 +101,20 @@ def test_what_is_fetched_is_the_file_of_the_model_zoo(yunet_file):
     assert file_hash(yunet_file) == WEIGHTS.sha256
     assert yunet_file.stat().st_size == WEIGHTS.size
     assert WEIGHTS.url.startswith("https://") and WEIGHTS.url.endswith(WEIGHTS.name)
+
+
+def test_its_size_is_the_same_everywhere():
+    """In the help, which asks, and in the docstring and the pages, which cannot."""
+    help_text = next(f for f in fields(PredictConfig) if f.name == "faces").metadata["help"]
+    pages = ["CHANGELOG.md", "docs/faces-and-video.md", "examples/photos.py", "examples/video.py"]
+    texts = [
+        help_text,
+        open_detector.__doc__,
+        *((ROOT / page).read_text("utf-8") for page in pages),
+    ]
+    for text in texts:
+        said = re.findall(r"fetch.*?(\d+) KB|(\d+) KB.*?fetch", text)
+        assert {size for pair in said for size in pair if size} == {str(WEIGHTS.kilobytes)}
 
 
 def test_in_the_cache(yunet_file, astronaut, tmp_path, monkeypatch):
