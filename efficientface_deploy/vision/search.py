@@ -167,9 +167,10 @@ class OnnxDetector(abc.ABC):
         original = picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         scales = self._scales(max(original.size))
         min_score = min(self.min_score, _CANDIDATE) if self.doubtful else self.min_score
-        copies = []
+        pictures, copies = [original], []
         for scale in scales:
             picture = _resized(picture, original.size, scale)
+            pictures.append(picture)
             found = self.search(np.asarray(picture), min_score)
             ratio = np.divide(picture.size, original.size)  # width's, height's
             boxes, points = found.boxes / (*ratio, *ratio), found.points / ratio
@@ -177,11 +178,16 @@ class OnnxDetector(abc.ABC):
         found = merge(copies, [self.largest / scale for scale in scales], self.min_score)
         if self.min_face is not None:
             found = found.of(_sides(found.boxes) >= self.min_face)
-        found = self._look_again(original, found)
+        found = self._look_again(pictures, found)
         return list(map(_face, *found.of(found.scores >= self.min_score)))
 
-    def _look_again(self, picture: Image.Image, found: Found) -> Found:
-        """The same faces, those that lie or hang with the points of the head as it is."""
+    def _look_again(self, pictures: Sequence[Image.Image], found: Found) -> Found:
+        """The same faces, those that lie or hang with the points of the head as it is.
+
+        Args:
+            pictures: The picture and its copies, the finest first.
+            found: In the picture's pixels.
+        """
         tilts = np.array([tilt(five) for five in found.points])
         sides = _sides(found.boxes)
         in_doubt = (found.scores < self.doubtful) | (abs(tilts) > MAX_TILT)
@@ -190,7 +196,7 @@ class OnnxDetector(abc.ABC):
             box = found.boxes[one]
             side = round(_AROUND * float(sides[one]))
             corner = np.round((box[:2] + box[2:] - side) / 2)
-            square = np.asarray(_look(picture, corner, side))
+            square = np.asarray(_look(pictures, corner, side))
             looks = [self._middle(np.rot90(square, turns)) for turns in range(4)]
             turns = int(np.argmax([look.scores[0] for look in looks]))
             wanted = looks[0].scores[0] + _BETTER
@@ -334,10 +340,13 @@ def _resized(picture: Image.Image, full: tuple[int, int], scale: float) -> Image
     return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.0)
 
 
-def _look(picture: Image.Image, corner: Float64Array, side: int) -> Image.Image:
-    """A square of a picture, small."""
-    left, top = corner.astype(int).tolist()
-    square = cut_square(picture, left, top, side)
+def _look(pictures: Sequence[Image.Image], corner: Float64Array, side: int) -> Image.Image:
+    """A square of a picture, small, of the coarsest copy that is fine enough for it."""
+    scales = [picture.width / pictures[0].width for picture in pictures]
+    enough = [at for at, scale in enumerate(scales) if side * scale >= _LOOK]
+    at = enough[-1] if enough else 0
+    left, top = np.round(corner * scales[at]).astype(int).tolist()
+    square = cut_square(pictures[at], left, top, round(side * scales[at]))
     return square.resize((_LOOK, _LOOK), Image.Resampling.BILINEAR, reducing_gap=1.0)
 
 
