@@ -280,6 +280,7 @@ class Predictor:
             :mod:`efficientface_deploy.vision.faces`); empty where there is none.
 
         Raises:
+            ConfigError: The detector is none.
             ImageError: The image cannot be used, or the detector gives what the model cannot use.
         """
         _check_detector(detector)
