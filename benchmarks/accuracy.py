@@ -39,6 +39,7 @@ from benchmarks.report.compare import PREDICTIONS, compare, read_older, write_pr
 from benchmarks.report.publish import (
     check_out,
     console,
+    out_option,
     publish,
     require_libraries,
     show_comparison,
@@ -80,12 +81,7 @@ class AccuracyConfig:
     compare: Path | None = option(
         None, metavar="OLD", help="an older accuracy.json, with its predictions.npz beside it"
     )
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from benchmarks.measure.inputs import in_turn
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import BackendError, DatasetError
@@ -74,12 +74,7 @@ class FacesConfig:
     seconds: float = option(4.0, metavar="S", minimum=0.001, help="timed calls for each row")
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     seed: int = option(0, minimum=0, help="of the order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks import ROOT
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
@@ -71,20 +71,13 @@ class FineTuningConfig:
     steps: int = option(600, minimum=1, help="of each training on pictures of one's own")
     work: Path | None = option(None, metavar="DIR", help="keep the trainings there, and go on")
     seed: int = option(0, minimum=0, help="of the halves, the weights and the order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/fine_tuning.py``."""
     example = "--data data/ferplus --work runs/fine-tuning"
-    return run_benchmark(
-        "fine_tuning", FineTuningConfig, run, argv, __doc__, example, "fine-tuning"
-    )
+    return run_benchmark("fine_tuning", FineTuningConfig, run, argv, __doc__, example, "finetuning")
 
 
 def run(config: FineTuningConfig) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from benchmarks.measure.networks import (
     relative_difference,
 )
 from benchmarks.measure.sessions import Infer, open_infer
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.spec import ModelSpec
@@ -63,12 +63,7 @@ class GraphsConfig:
     rounds: int = option(30, metavar="N", minimum=3, help="turns of each graph")
     kernels: bool = option(True, help="build engines and count their kernels")
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 class Variant(NamedTuple):

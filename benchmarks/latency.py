@@ -49,7 +49,7 @@ from benchmarks.measure.roofline import (
     measure_peaks,
     roofline_of,
 )
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
@@ -91,12 +91,7 @@ class LatencyConfig:
     floor: bool = option(True, help="measure the machine's peak, and each row's distance from it")
     profile: bool = option(False, help="show where the time goes, by kind of operator and by layer")
     seed: int = option(0, minimum=0, help="seed of inputs and order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ from benchmarks.measure.toolchains import (
     Work,
     native_output_to_stderr,
 )
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import COMPUTE, new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
@@ -98,12 +98,7 @@ class PeersConfig:
         12, metavar="N", minimum=3, help="turns of each row; half of it for batches"
     )
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 @dataclasses.dataclass(frozen=True)

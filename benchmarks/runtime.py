@@ -39,7 +39,7 @@ from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
 from benchmarks.measure.networks import DEPLOY, efficientface
 from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job
 from benchmarks.measure.sessions import open_session
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.artifact import OUTPUTS, UINT8_INPUT
 from efficientface_deploy.command import option
@@ -89,12 +89,7 @@ class RuntimeConfig:
         224, minimum=32, help="side of the network with random weights, beside the bundled one"
     )
     seed: int = option(0, minimum=0, help="of weights, pictures and order")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report.publish import run_benchmark
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
@@ -63,12 +63,7 @@ class TrainingBenchConfig:
     rounds: int = option(10, metavar="N", minimum=3, help="turns of each row")
     seed: int = option(0, minimum=0, help="of images and order")
     device: str = option("cpu", choices=("cpu", "cuda"), help="where to compute")
-    out: Path | None = option(
-        None,
-        metavar="DIR",
-        help="folder of the result (default: a new one in benchmarks/results)",
-        first=True,
-    )
+    out: Path | None = out_option()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from efficientface_deploy.command import option, parse_config
+from efficientface_deploy.download import Download
 from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Prediction, Predictor, load
@@ -183,9 +184,7 @@ def _open_detector(config: PredictConfig) -> FaceDetector | None:
                 fix = f"add --faces, or leave {option_name} out"
                 raise ConfigError(option_name, "a search for faces", "none", fix)
         return None
-    log, told = logging.getLogger("efficientface_deploy.download"), logging.StreamHandler()
-    log.addHandler(told)
-    try:
+    with _log_told(Download.__module__):
         return open_detector(
             config.detect or "yunet",
             config.threads,
@@ -193,6 +192,15 @@ def _open_detector(config: PredictConfig) -> FaceDetector | None:
             min_score=config.min_score,
             max_side=config.max_side,
         )
+
+
+@contextlib.contextmanager
+def _log_told(name: str) -> Iterator[None]:
+    """Print on standard error what a logger says."""
+    log, told = logging.getLogger(name), logging.StreamHandler()
+    log.addHandler(told)
+    try:
+        yield
     finally:
         log.removeHandler(told)
 
@@ -271,12 +279,10 @@ class Labeller:
 @contextlib.contextmanager
 def _drop_outs_told(name: str, video: Video) -> Iterator[None]:
     """Print each drop-out of a stream as it comes, and their count in the end."""
-    log, told = logging.getLogger(Video.__module__), logging.StreamHandler()
-    log.addHandler(told)
     try:
-        yield
+        with _log_told(Video.__module__):
+            yield
     finally:
-        log.removeHandler(told)
         if video.dropouts:
             print(f"{name}: drop-outs: {video.dropouts}", file=sys.stderr)
 

@@ -80,6 +80,7 @@ class Prediction:
         probabilities: Float32Array,
         labels: Sequence[str],
         sure_above: float | None = None,
+        best: int | None = None,
     ) -> Prediction:
         """What probabilities (C,) say.
 
@@ -87,8 +88,9 @@ class Prediction:
             probabilities: Of each class.
             labels: The classes' names.
             sure_above: As in :class:`ModelSpec`.
+            best: Index of the label; None for the most probable one's.
         """
-        best = int(probabilities.argmax())
+        best = int(probabilities.argmax()) if best is None else best
         confidence = float(probabilities[best])
         unsure = None if sure_above is None else confidence <= sure_above
         named = dict(zip(labels, probabilities.tolist(), strict=True))
@@ -367,9 +369,13 @@ class Predictor:
         if not inputs:
             return []
         _, probabilities = self.infer(np.stack(inputs))  # (N, C)
-        spec = self.spec
-        sure_above = spec.sure_above if self._prior is None else None  # found with the training's
-        return [Prediction.of(row, spec.labels, sure_above) for row in probabilities]
+        labels, sure_above = self.spec.labels, self._sure_above
+        return [Prediction.of(row, labels, sure_above) for row in probabilities]
+
+    @property
+    def _sure_above(self) -> float | None:
+        """The spec's, which was found with the training's prior: None with another."""
+        return self.spec.sure_above if self._prior is None else None
 
     def _find_faces(
         self, source: ImageSource | VideoFrame, detector: FaceDetector | None
@@ -430,14 +436,10 @@ class Predictor:
         for track, found in sorted(zip(tracks, faces, strict=True), key=lambda pair: pair[0]):
             raw, prediction = None, found.prediction
             if steady and not found.small:  # a guess would spoil what larger frames showed
-                raw, spec = prediction, self.spec
+                raw = prediction
                 values = np.array(list(raw.probabilities.values()), np.float32)
                 smooth, best = steady.update(track, seconds, values)
-                confidence, unsure = float(smooth[best]), raw.unsure
-                if unsure is not None and spec.sure_above is not None:
-                    unsure = confidence <= spec.sure_above
-                named = dict(zip(spec.labels, smooth.tolist(), strict=True))
-                prediction = Prediction(spec.labels[best], confidence, named, unsure)
+                prediction = Prediction.of(smooth, self.spec.labels, self._sure_above, best)
             followed.append(FacePrediction(found.face, prediction, track, raw))
         return tuple(followed)
 

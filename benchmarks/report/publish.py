@@ -23,7 +23,7 @@ from benchmarks.report.result import (
     read_result,
     write_result,
 )
-from efficientface_deploy.command import parse_config
+from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import check_writable, write_text
 from efficientface_deploy.workbench.requirements import require_package
@@ -82,6 +82,14 @@ def run_benchmark(
     check_out(config.out, kind or command)
     publish(run(config), config.out)
     return 0
+
+
+def out_option() -> Any:
+    """The option ``--out`` of every benchmark's command."""
+    default = "a new one in benchmarks/results"
+    return option(
+        None, metavar="DIR", help=f"folder of the result (default: {default})", first=True
+    )
 
 
 def check_out(out: Path | None, kind: str) -> None:
