@@ -2,15 +2,17 @@
 
 ``python benchmarks/fine_tuning.py --data data/ferplus``. The training split is cut in two by the
 seed. One half trains the network to start from, as the bundled one would be; the other half gives
-the pictures of one's own, fewer and fewer. From each of these sets a network is trained from
-scratch, another from that network, as ``training.student --init`` does it, and a third keeps all
-of it but a new last layer. All are scored on the validation split, which chooses nothing.
+the pictures of one's own, fewer and fewer, whose classes have other names, as one's own would.
+From each of these sets a network is trained from scratch, another from that network, as
+``training.student --init`` does it, and a third keeps all of it but a new last layer
+(``--freeze yes``). All are scored on the validation split, which chooses nothing.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -37,9 +39,7 @@ from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import load_checkpoint
-from efficientface_deploy.models.efficientface import FEATURES
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import to_model_input
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     MANIFEST,
@@ -51,13 +51,12 @@ from efficientface_deploy.workbench.evaluation import (
     Scores,
     labels_of,
     predict,
-    run_in_batches,
     softmax,
 )
 from training.trainer.inference import infer_with
 from training.trainer.recipe import DEFAULT_STUDENT, FINE_TUNED_STUDENT
 
-_DECAY = 1e-3  # of the new last layer's weights
+_MILD = ("--augmentation", "mild")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class FineTuningConfig:
     data: Path = option(help="a prepared data set", first=True)
     own: tuple[int, ...] = option((2500, 500, 250), metavar="N", help="pictures of one's own")
     input_size: int = option(64, minimum=32, help="side of the input")
-    base_epochs: int = option(12, minimum=1, help="of the network to start from")
+    base_epochs: int = option(16, minimum=1, help="of the network to start from")
     steps: int = option(600, minimum=1, help="of each training on pictures of one's own")
     work: Path | None = option(None, metavar="DIR", help="keep the trainings there, and go on")
     seed: int = option(0, minimum=0, help="of the halves, the weights and the order")
@@ -107,17 +106,22 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if config.work is None else config.work
-        base = train(config, work / "base", dataset, first, config.base_epochs)
-        rows = [row("all of it: to start from", len(first), *load_checkpoint(base))]
+        # Strong augmentation would leave a short training far from its end.
+        base = train(config, work / "base", dataset, first, config.base_epochs, *_MILD)
+        rows = [row("to start from", len(first), *load_checkpoint(base))]
         for count in config.own:
             own = second[:count]
             epochs = math.ceil(config.steps / (count // DEFAULT_STUDENT.batch_size))
-            tuned = ("--init", str(base), "--learning-rate", str(FINE_TUNED_STUDENT.learning_rate))
-            for way, options in {"from scratch": (), "fine-tuned": tuned}.items():
+            tuned = ["--init", str(base), "--learning-rate", str(FINE_TUNED_STUDENT.learning_rate)]
+            ways = {
+                "from scratch": [],
+                "all layers": [*tuned, "--freeze", "no"],
+                "a new last layer": [*tuned, "--freeze", "yes"],
+            }
+            for way, options in ways.items():
                 folder = work / f"{way.replace(' ', '-')}-{count}"
                 path = train(config, folder, dataset, own, epochs, *options)
                 rows.append(row(way, count, *load_checkpoint(path)))
-            rows.append(row("a new last layer", count, *with_new_head(base, own)))
     described = {"name": dataset.name, "split": dataset.evaluation_split()}
     return {**result, "data": described, "cases": rows}
 
@@ -154,7 +158,7 @@ def train(
     done = out / "student.safetensors"
     if (folder / "done").exists():
         return done
-    subset(dataset, samples, data)
+    subset(dataset, samples, data, own_names="--init" in options)
     command = [sys.executable, "-m", "training.student", "--data", str(data), "--out", str(out)]
     command += ["--targets", "onehot", "--select", "last", "--no-tensorboard", "--workers", "0"]
     command += ["--input-size", str(config.input_size), "--seed", str(config.seed)]
@@ -166,42 +170,33 @@ def train(
     return done
 
 
-def subset(dataset: Dataset, samples: Sequence[Sample], folder: Path) -> None:
-    """A data set with some of the pictures, by its own manifest and links to the folders."""
+def subset(
+    dataset: Dataset, samples: Sequence[Sample], folder: Path, *, own_names: bool = False
+) -> None:
+    """A data set with some of the pictures, by its own manifest and links to the folders.
+
+    Args:
+        dataset: All of the pictures.
+        samples: Some of them.
+        folder: Where the new data set is to be.
+        own_names: Give the classes other names, so that no last layer fits them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).write_bytes((dataset.root / DESCRIPTION).read_bytes())
+    description = json.loads((dataset.root / DESCRIPTION).read_text(encoding="utf-8"))
+    if own_names:
+        description["labels"] = [f"my {label}" for label in description["labels"]]
+    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
     kept = {sample.path.relative_to(dataset.root).as_posix() for sample in samples}
+    columns = ["path", "split", "label"]  # without votes, which have the classes' names
     with (dataset.root / MANIFEST).open(encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
+        rows = [row for row in csv.DictReader(file) if row["path"] in kept]
     with (folder / MANIFEST).open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([head, *(row for row in rows if row[0] in kept)])
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
     for split in {path.partition("/")[0] for path in kept}:
         if not (folder / split).exists():
             (folder / split).symlink_to((dataset.root / split).resolve())
-
-
-def with_new_head(base: Path, samples: Sequence[Sample]) -> tuple[nn.Module, ModelSpec]:
-    """A network whose last layer alone is trained, by logistic regression on its features."""
-    model, spec = load_checkpoint(base)
-    head, model.fc = nn.Linear(FEATURES, spec.num_classes), nn.Identity()
-    infer = infer_with(model, spec, torch.device("cpu"))
-    images = np.stack([to_model_input(sample.path, spec) for sample in samples])  # (N, S, S, 3)
-    features = torch.from_numpy(run_in_batches(infer, images))  # (N, 1024)
-    labels = torch.from_numpy(labels_of(samples))  # (N,)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(head(features), labels)
-        value = value + _DECAY * head.weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    model.fc = head
-    return model, spec
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from training.trainer.targets import (
     loaded_targets,
 )
 
+# Pictures below which a new last layer alone is better; docs/training.md has the measurement.
+FEW = 1000
 # Options that have an effect only where an LDG is queried.
 _FOR_LDG = ("teacher", "teacher_flips", "teacher_amp", "temperature", "views")
 
@@ -64,12 +66,30 @@ class StudentConfig(TrainConfig):
         None, minimum=0, maximum=1, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
     )
     temperature: float | None = option(None, minimum=0.01, help="softens the LDG; 1 as published")
+    freeze: str = option(
+        "auto",
+        choices=("auto", "yes", "no"),
+        help="train the last layer alone, for few pictures; auto: with --init bundled and fewer "
+        f"than {FEW:,} of them",
+    )
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
 
     @property
     def queries_teacher(self) -> bool:
         """Whether an LDG takes part."""
         return self.targets.startswith("ldg")
+
+    def freezes(self, images: int) -> bool:
+        """Whether the last layer alone is trained, on so many images.
+
+        Raises:
+            ConfigError: Random weights would be left as they are.
+        """
+        if self.freeze == "yes" and self.init is None:
+            fix = "add --init bundled, or a checkpoint of yours"
+            raise ConfigError("--freeze yes", "weights to start from", "no --init", fix)
+        few = self.init == BUNDLED and images < FEW
+        return self.freeze == "yes" or (self.freeze == "auto" and few)
 
     def check_device(self, device: torch.device) -> None:
         """As :meth:`TrainConfig.check_device`, for the LDG's precision too."""
@@ -143,11 +163,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.manual_seed(config.seed)
             model = EfficientFace(spec.num_classes)
             config.load_init(model, spec)
+            if config.freezes(len(samples)):
+                freeze_all_but_head(model)
             images, target_function = choose_targets(job, config, samples, dist)
             train(job, model, images, selection, target_function, dist)
             if dist.is_main_process:
                 print(f"student: {job.result}")
     return 0
+
+
+def freeze_all_but_head(model: EfficientFace) -> None:
+    """Leave weights and statistics of all layers but the last as they are, and say so."""
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    print("the last layer alone is trained (--freeze no trains all of them)", flush=True)
 
 
 def choose_targets(

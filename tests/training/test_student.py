@@ -299,6 +299,51 @@ def test_bundled_weights_give_the_input_size(face_set):
     assert spec.input_size == load_checkpoint(BUNDLED_WEIGHTS)[1].input_size
 
 
+# ---- The last layer alone
+
+
+@pytest.mark.parametrize("options", [("--init", "bundled"), ("--init", "{}", "--freeze", "yes")])
+def test_few_pictures_train_the_last_layer_alone(options, train_student, student_file, capsys):
+    """Batch norm's statistics stay as well."""
+    start = BUNDLED_WEIGHTS if "bundled" in options else student_file
+    path = train_student("--targets", "onehot", *(part.format(start) for part in options))
+    before, after = (load_checkpoint(file)[0].state_dict() for file in (start, path))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert (
+        "the last layer alone is trained (--freeze no trains all of them)"
+        in capsys.readouterr().out
+    )
+
+
+def test_freeze_no_trains_all_layers(train_student):
+    path = train_student("--targets", "onehot", "--init", "bundled", "--freeze", "no")
+    before, after = (load_checkpoint(file)[0].state_dict() for file in (BUNDLED_WEIGHTS, path))
+    assert not any(torch.equal(value, before[name]) for name, value in after.items() if value.ndim)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "init", "images", "frozen"),
+    [
+        ("auto", Path("bundled"), student.FEW - 1, True),
+        ("auto", Path("bundled"), student.FEW, False),
+        ("auto", Path("mine.safetensors"), 10, False),
+        ("auto", None, 10, False),
+        ("yes", Path("mine.safetensors"), 10**6, True),
+        ("no", Path("bundled"), 10, False),
+    ],
+)
+def test_when_to_freeze(freeze, init, images, frozen, tmp_path):
+    config = student.StudentConfig(data=tmp_path, out=tmp_path, freeze=freeze, init=init)
+    assert config.freezes(images) is frozen
+
+
+def test_random_weights_are_not_frozen(tmp_path):
+    config = student.StudentConfig(data=tmp_path, out=tmp_path, freeze="yes")
+    with pytest.raises(ConfigError, match="--freeze yes: expected weights to start from, found"):
+        config.freezes(10)
+
+
 def test_recipe_is_chosen_by_name(train_student, monkeypatch):
     calls = spy_on_training(monkeypatch)
     for options in ((), ("--recipe", "published"), ("--learning-rate", "0.3")):

@@ -219,6 +219,82 @@ class Move:
         return views
 
 
+# The luminance table of JPEG (ITU-T T.81, annex K.1).
+_JPEG = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+_BEST_QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Photograph(Move):
+    """:class:`Move`, then what other cameras and files do to a face: focus, and JPEG.
+
+    A third of the pictures is blurred, a third sharpened; half is compressed, each channel as JPEG
+    compresses luminance. A coefficient that lies between two steps of JPEG may be rounded otherwise
+    on another device, which moves a block of 8x8 by a few grey levels.
+
+    Attributes:
+        blur: Largest standard deviation of the Gaussian, as a share of the side.
+        sharpen: Largest share of what a blur takes away that is added.
+        quality: Smallest quality of JPEG, as libjpeg counts it, of 1 to 95.
+    """
+
+    blur: float = 0.0
+    sharpen: float = 0.0
+    quality: int = _BEST_QUALITY
+
+    def parameters(self, numbers: Uniforms) -> Float32Array:
+        """As :class:`Move`; then the Gaussian's width, the blurred share, and JPEG's factor."""
+        u = numbers.T
+        width = self.blur * (0.1 + 0.9 * u[15])
+        share = np.select([u[14] < 1 / 3, u[14] < 2 / 3], [1.0, -self.sharpen * u[16]], 0.0)
+        quality = self.quality + (_BEST_QUALITY - self.quality) * u[18]
+        factor = np.where(quality < 50, 50 / quality, 2 - quality / 50)  # libjpeg's
+        jpeg = np.where(u[17] < 0.5, factor, 0.0)
+        columns = [super().parameters(numbers), width, share, jpeg]
+        return np.column_stack(columns).astype(np.float32)
+
+    def __call__(self, pixels: Tensor, parameters: Tensor, fill: Tensor) -> Tensor:
+        """The moved pictures (N, C, S, S), out of focus and compressed; S is a multiple of 8."""
+        views = super().__call__(pixels, parameters[:, :-3], fill)
+        width, share, factor = parameters[:, -3:, None, None].unbind(1)  # each (N, 1, 1)
+        views = views + share[:, None] * (blurred(views, width) - views)
+        views = views.clamp(0, 255)
+        factor = factor[:, None]
+        return torch.where(factor > 0, compressed(views, factor).clamp(0, 255), views)
+
+
+def blurred(pixels: Tensor, width: Tensor) -> Tensor:
+    """(N, C, S, S) under Gaussians of these standard deviations (N, 1, 1), in shares of S."""
+    side = pixels.shape[2]
+    at = (torch.arange(side, device=pixels.device) + 0.5) / side
+    weights = torch.exp(-0.5 * ((at - at[:, None]) / width.clamp(min=1e-3)).square())
+    weights = (weights / weights.sum(dim=2, keepdim=True))[:, None]  # (N, 1, S, S)
+    return weights @ pixels @ weights.transpose(2, 3)
+
+
+def compressed(pixels: Tensor, factor: Tensor) -> Tensor:
+    """(N, C, S, S) after JPEG, its table multiplied by (N, 1, 1, 1); colour is not subsampled."""
+    side = pixels.shape[2]
+    at = torch.arange(8, dtype=torch.float64)
+    cosines = torch.cos(math.pi / 8 * (at + 0.5) * at[:, None]) / 2  # DCT-II, orthonormal
+    cosines[0] /= math.sqrt(2)
+    dct = torch.kron(torch.eye(side // 8), cosines.float()).to(pixels.device)  # (S, S)
+    table = torch.tensor(_JPEG, dtype=torch.float32, device=pixels.device)
+    steps = (table.repeat(side // 8, side // 8) * factor).round().clamp(1, 255)  # (N, 1, S, S)
+    coefficients = dct @ (pixels - 128) @ dct.T
+    kept: Tensor = (coefficients / steps).round() * steps  # (N, C, S, S)
+    return dct.T @ kept @ dct + 128
+
+
 def luminance(pixels: Tensor) -> Tensor:
     """(N, 1, H, W) of (N, C, H, W); grey stays what it is, bit for bit."""
     if pixels.shape[1] == 1:
@@ -234,5 +310,11 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "mild": Move(degrees=15, shift=0.08, smallest=0.85, largest=1.15, light=0.3),
     "strong": Move(
         degrees=20, shift=0.1, smallest=0.75, largest=1.25, light=0.4, shear=8, cover=True
+    ),
+    "photo": Photograph(
+        *(15, 0.1, 0.7, 1.25, 0.4),
+        blur=0.03,
+        sharpen=1.5,
+        quality=20,
     ),
 }

@@ -204,7 +204,7 @@ class Trainer:
         """The rest of an epoch's steps; keeps ``state`` up to date."""
         recipe, config, steps = self.job.recipe, self.job.config, self.order.steps
         self.order.epoch, self.order.start = state.epoch, state.step
-        self.step.forward.train()
+        train_mode(self.step.forward)
         self.total.fill_(state.total_loss)
         self.finite.fill_(state.step)
         since = time.perf_counter() - state.seconds
@@ -298,6 +298,14 @@ class Trainer:
         parts = self.dist.gather(logits)
         order = [sample for first in range(world_size) for sample in samples[first::world_size]]
         return np.concatenate(parts), labels_of(order)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Let a network learn, but for layers with frozen weights: their statistics stay, too."""
+    for module in model.train().modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from training.trainer.augmentation import (
     NUMBERS,
     Crop,
     Move,
+    Photograph,
     crop_boxes,
     crop_randomly,
     luminance,
@@ -113,6 +115,72 @@ def test_move_of_nothing_changes_nothing():
     pixels = faces(2)
     move = Move(degrees=0, shift=0, smallest=1, largest=1, light=0)
     torch.testing.assert_close(move(pixels, rows(move, still), FILL), pixels, atol=1e-3, rtol=0)
+
+
+def still(count: int) -> np.ndarray:
+    """Numbers under which a picture stays where it is, and as it is."""
+    numbers = np.full((count, NUMBERS), 0.5)
+    numbers[:, 14], numbers[:, 17] = 0.9, 0.9
+    return numbers
+
+
+def photograph(**changes) -> Photograph:
+    return Photograph(0, 0, 1, 1, 0, **{"blur": 0.05, "sharpen": 1.0, "quality": 20, **changes})
+
+
+def test_photograph_of_nothing_changes_nothing():
+    pixels, photo = faces(2), photograph()
+    views = photo(pixels, rows(photo, still(2)), FILL)
+    torch.testing.assert_close(views, pixels, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.0, 2.0])
+def test_blur_is_a_gaussian(radius):
+    """scipy's, away from the edge, where it repeats pixels and ours counts those that are there."""
+    pixels, numbers, photo = faces(3), still(3), photograph(blur=radius / SIDE)
+    numbers[:, 14], numbers[:, 15] = 0, 1
+    views = photo(pixels, rows(photo, numbers), FILL)
+    offsets = torch.arange(-12, 13)
+    kernel = torch.exp(-0.5 * (offsets / radius) ** 2)
+    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    expected = torch.nn.functional.conv2d(pixels.flatten(0, 1)[:, None], kernel[None, None])
+    inner = views[:, :, 12:-12, 12:-12]
+    torch.testing.assert_close(inner, expected.view_as(inner), atol=0.01, rtol=0)
+
+
+def test_sharpening_adds_what_a_blur_takes_away():
+    pixels, numbers, photo = faces(2), still(2), photograph()
+    numbers[:, 14], numbers[:, 16] = [0.1, 0.5], 1.0
+    numbers[:, 15] = 0.3
+    soft, _ = photo(pixels, rows(photo, numbers), FILL)
+    numbers[:, 14] = [0.5, 0.5]
+    sharp, _ = photo(pixels, rows(photo, numbers), FILL)
+    expected = (2 * pixels[0] - soft).clamp(0, 255)
+    torch.testing.assert_close(sharp, expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("quality", [20, 45, 60, 90])
+def test_compression_is_libjpegs(quality):
+    """A grey picture through Pillow, but for its rounding of pixels: half a grey level."""
+    pixels, numbers = faces(4, channels=1).round(), still(4)
+    photo = photograph(quality=quality)
+    numbers[:, 17], numbers[:, 18] = 0, 0
+    views = photo(pixels, rows(photo, numbers), FILL[:, :1])
+    for picture, view in zip(pixels, views, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(picture[0].byte().numpy()).save(file, "JPEG", quality=quality)
+        expected = torch.from_numpy(np.array(Image.open(file))).float()
+        change = (expected - picture[0]).abs().mean()
+        assert (view[0] - expected).abs().mean() < min(0.6, 0.8 * change + 0.1)
+
+
+def test_photograph_leaves_a_part_as_it_is_and_changes_the_rest():
+    photo = photograph()
+    numbers = uniforms(0, 0, np.arange(3000))
+    width, share, factor = photo.parameters(numbers)[:, -3:].T
+    assert abs(np.mean(share == 0) - 1 / 3) < 0.03 and abs(np.mean(share == 1) - 1 / 3) < 0.03
+    assert share.min() >= -1 and width.min() > 0 and width.max() <= 0.05
+    assert abs(np.mean(factor == 0) - 0.5) < 0.03 and factor.max() <= 2.5
 
 
 @pytest.mark.parametrize("native", [30, 48, 90])
