@@ -30,7 +30,7 @@ from efficientface_deploy.models import load_checkpoint, save_checkpoint
 from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.prior import UNIFORM, adjust, log_ratios, parse_prior
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.preprocess import Float32Array
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
     Dataset,
@@ -40,6 +40,7 @@ from efficientface_deploy.workbench.dataset import (
     read_dataset,
 )
 from efficientface_deploy.workbench.evaluation import (
+    BATCH,
     BINS,
     Scores,
     check_labels,
@@ -54,9 +55,11 @@ from efficientface_deploy.workbench.metrics import (
     mean_kl,
     share_interval,
 )
+from efficientface_deploy.workbench.progress import track
 from efficientface_deploy.workbench.tables import Table, escaped
 from training.plots import plot_confusion, plot_reliability
-from training.trainer.loader import HOLDOUT, hold_out
+from training.trainer.augmentation import AUGMENTATIONS
+from training.trainer.loader import HOLDOUT, Renderer, TrainingImages, hold_out
 from training.trainer.sureness import PRECISION, fit_threshold
 from training.trainer.targets import Blend
 
@@ -99,6 +102,12 @@ class EvaluateConfig:
         help="what a published checkpoint was trained on, and what numbered folders mean, without "
         "dataset.json",
     )
+    augmentation: str | None = option(
+        None,
+        choices=tuple(AUGMENTATIONS),
+        help="score a random view of each image, the same at every call: how the model holds on "
+        "pictures that are turned, dim or, with photo, out of focus and compressed",
+    )
     prior: str | None = option(
         None,
         metavar="uniform|LABEL=WEIGHT,...",
@@ -124,6 +133,9 @@ class EvaluateConfig:
         """
         if not self.fit:
             return
+        if self.augmentation is not None:
+            fix = "leave --augmentation out, or --fit"
+            raise ConfigError("--fit", "images as they are", self.augmentation, fix)
         if self.split not in (None, HOLDOUT):
             fix = "leave --split out, or --fit"
             raise ConfigError("--fit", "the tenth of train", f"--split {self.split}", fix)
@@ -159,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratios = None if prior is None else log_ratios(prior, spec, config.weights)
         seed = holdout_seed(predictor, config.seed) if split == HOLDOUT else 0
         samples = samples_of(dataset, split, seed)
-        probabilities = predict_samples(predictor, samples)
+        probabilities = predict_samples(predictor, samples, config.augmentation)
         model, provenance = repr(predictor), predictor.provenance
     if config.fit:
         limit = fit_threshold(probabilities, labels_of(samples))
@@ -170,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": model,
         "dataset": dataset.name,
         "split": split,
+        "augmentation": config.augmentation,
         **score(probabilities, samples, dataset.labels),
         "sureness": score_sureness(probabilities, labels_of(samples), spec),
     }
@@ -221,9 +234,25 @@ def holdout_seed(predictor: Predictor, given: int | None) -> int:
     return int(seed)
 
 
-def predict_samples(predictor: Predictor, samples: Sequence[Sample]) -> Float32Array:
-    """Probabilities float32 (N, C) of the samples, in order."""
-    return predict(lambda images: predictor.infer(images)[1], samples, predictor.spec, "evaluating")
+def predict_samples(
+    predictor: Predictor, samples: Sequence[Sample], augmentation: str | None = None
+) -> Float32Array:
+    """Probabilities float32 (N, C) of the samples, or of a random view of each, in order."""
+    spec = predictor.spec
+
+    def infer(images: UInt8Array) -> Float32Array:
+        return predictor.infer(images)[1]
+
+    if augmentation is None:
+        return predict(infer, samples, spec, "evaluating")
+    images = TrainingImages(samples, spec, augmentation, seed=0)
+    render = Renderer(images, torch.device("cpu"))
+    parts, starts = [], range(0, len(samples), BATCH)
+    for start in track(starts, "evaluating", len(starts)):
+        batch = images.batch(0, range(start, min(start + BATCH, len(samples))))
+        views = render.views(batch).round().to(torch.uint8).permute(0, 2, 3, 1)  # (N, S, S, C)
+        parts.append(infer(views.expand(-1, -1, -1, 3).contiguous().numpy()))
+    return np.concatenate(parts)
 
 
 def write_spec(path: Path, spec: ModelSpec) -> None:
@@ -339,6 +368,8 @@ def as_markdown(figures: Figures) -> str:
         shown = ["-" if share is None else f"{share:.4f}" for share in shares]
         classes.append((escaped(found[0]["label"]), found[0]["images"], *shown))
     data = f"{figures['dataset']}, {figures['split']}, {figures['images']:,} images"
+    if figures.get("augmentation"):
+        data += f", a random view of each ({figures['augmentation']})"
     found = figures["classes"]
     data += none_of([row["images"] for row in found], [row["label"] for row in found])
     interval = figures["interval"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchmetrics.functional import classification as tm
 
 from efficientface_deploy import PRESETS, load
@@ -23,7 +23,7 @@ from efficientface_deploy.workbench.dataset import Sample, read_dataset
 from efficientface_deploy.workbench.evaluation import labels_of
 from efficientface_deploy.workbench.metrics import confusion_matrix, expected_calibration_error
 from training import evaluate
-from training.evaluate import as_markdown, score, score_sureness
+from training.evaluate import as_markdown, predict_samples, score, score_sureness
 from training.trainer.loader import hold_out
 
 CLASSES = 7
@@ -210,6 +210,26 @@ def test_fit_changes_the_spec_alone(trained_with, face_set, tmp_path, capsys):
     assert (weights_of(weights), after, spec) == (before, metadata, own)
 
 
+def test_views_of_the_images_are_scored(trained_with, face_set, tmp_path):
+    """flip: half of them as they are, half mirrored, the same at every call."""
+    weights = trained_with(select="holdout", seed=3)
+    samples = read_dataset(face_set).split("test")
+    with load(weights) as predictor:
+        plain = predict_samples(predictor, samples)
+        faces = [ImageOps.mirror(Image.open(sample.path).convert("RGB")) for sample in samples]
+        mirrored = np.array(
+            [list(p.probabilities.values()) for p in predictor.predict_batch(faces)]
+        )
+        views = predict_samples(predictor, samples, "flip")
+        assert np.array_equal(views, predict_samples(predictor, samples, "flip"))
+    same, turned = (np.abs(views - other).max(axis=1) < 1e-4 for other in (plain, mirrored))
+    assert np.all(same | turned) and not same.all() and not turned.all()
+    figures = evaluate_json(weights, face_set, tmp_path, "--augmentation", "photo")
+    assert figures["augmentation"] == "photo"
+    page = (tmp_path / "out/evaluation.md").read_text()
+    assert "a random view of each (photo)" in page
+
+
 def test_sure_labels(tmp_path):
     """Two of three above 0.7; of class b one that is right, of class c none at all."""
     probabilities = np.array(
@@ -237,6 +257,7 @@ def test_sure_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
+        ("student.safetensors", ["--augmentation", "photo"], "images as they are, found photo; l"),
         ("student.safetensors", ["--split", "validation"], "the tenth of train, found --split v"),
         ("student.onnx", [], r"a \.safetensors file, found student\.onnx; fit the checkpoint, and"),
     ],

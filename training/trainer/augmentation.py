@@ -311,10 +311,5 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "strong": Move(
         degrees=20, shift=0.1, smallest=0.75, largest=1.25, light=0.4, shear=8, cover=True
     ),
-    "photo": Photograph(
-        *(15, 0.1, 0.7, 1.25, 0.4),
-        blur=0.03,
-        sharpen=1.5,
-        quality=20,
-    ),
+    "photo": Photograph(15, 0.1, 0.7, 1.25, 0.4, blur=0.02, sharpen=1.5, quality=20),
 }
