@@ -201,7 +201,7 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
         )
     note = (
         f"{engine.library} {engine.version} for {', '.join(engine.compute_capabilities)}, "
-        f"{engine.kernels or 'an unknown number of'} kernels, built in {engine.build_seconds:.1f} s"
+        f"{engine.cost or 'an unknown number of kernels'}, built in {engine.build_seconds:.1f} s"
     )
 
     # An engine computes the same graph as its ONNX file, which may be older than probes are.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
@@ -19,6 +20,14 @@ _LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: 
 _TYPE = r"\b(Float|FP32|Half|FP16|BFloat16|BF16|Int8|FP8)\b"
 _DATATYPE = re.compile(rf"Datatype: [^}}\]]*?{_TYPE}")
 _WEIGHTS = re.compile(rf'Weights: {{"Type": "{_TYPE}"')
+_TENSOR = re.compile(
+    r"{ Name: [^}]*?Dimensions: \[(?P<sizes>[-\d,]*)\][^}]*?Datatype: (?P<type>\w+)"
+)
+_COUNTED = re.compile(r'{"Type": "(?P<type>\w+)", "Count": (?P<count>\d+)}')
+_BYTES = {
+    **{"Float": 4, "FP32": 4, "Half": 2, "FP16": 2, "BFloat16": 2, "BF16": 2},
+    **{"Int8": 1, "UInt8": 1, "Bool": 1, "FP8": 1, "Int32": 4, "Int64": 8},
+}
 # The short form, where a release does not list the details that were asked for.
 _SHORT_LAYER = re.compile(
     r"^Layer\((?P<type>\w+)\): (?P<name>.+?), Tactic: [^,]*, (?P<data>.*?) -> "
@@ -46,11 +55,16 @@ class Layer:
         precision: Of its first input: ``fp32``, ``fp16``, ``int8``, ...; of its weights where the
             log leaves the inputs' types out, as TensorRT does for a dynamic batch; empty where
             neither is said, or for another type, such as uint8.
+        activations: Bytes that it reads and writes for one picture, without its constants; None
+            where the log does not give every size and type.
+        constants: Bytes of its weights, biases and scales; None as above.
     """
 
     name: str
     type: str
     precision: str
+    activations: int | None = None
+    constants: int | None = None
 
     @property
     def is_kernel(self) -> bool:
@@ -63,6 +77,53 @@ class Layer:
         if self.type == "runtime_fusion":  # of several kinds; the name says which: CorrRelu, FcAdd
             return "Corr" in self.name or "Conv" in self.name
         return "conv" in self.type.lower() or self.type == "correlation"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCost:
+    """What one inference of one picture costs in launches and memory traffic: counts, not times.
+
+    Attributes:
+        kernels: Number of kernels that are launched.
+        activations: Bytes that kernels read and write between them, a tensor counting once for
+            each kernel that touches it; what is sliced counts whole. None where the log does not
+            give every size and type, as TensorRT's does not for a dynamic batch.
+        constants: Bytes of weights, biases and scales that they read; None as above.
+    """
+
+    kernels: int
+    activations: int | None
+    constants: int | None
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Of activations and constants together; None where the log does not say."""
+        if self.activations is None or self.constants is None:
+            return None
+        return self.activations + self.constants
+
+    def __str__(self) -> str:
+        """Text such as ``79 kernels, 7.8 MB moved``."""
+        moved = self.bytes_moved
+        return f"{self.kernels} kernels" + (f", {moved / 1e6:.1f} MB moved" if moved else "")
+
+
+def engine_cost(layers: Sequence[Layer]) -> EngineCost | None:
+    """Count the kernels of an engine, and the bytes that they move; None for a log without layers.
+
+    Args:
+        layers: As :func:`parse_layers` gives them.
+    """
+    kernels = [layer for layer in layers if layer.is_kernel]
+    activations = _total(layer.activations for layer in kernels)
+    constants = _total(layer.constants for layer in kernels)
+    return EngineCost(len(kernels), activations, constants) if layers else None
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum, or None where one is not known."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def parse_layers(messages: Sequence[str]) -> tuple[Layer, ...]:
@@ -83,15 +144,47 @@ def parse_layers(messages: Sequence[str]) -> tuple[Layer, ...]:
 
 
 def _parse_layer(line: str) -> Layer | None:
+    activations = constants = None
     if match := _LAYER.match(line):
         # The first input is the data; constants, scales and outputs follow.
         data = match["inputs"].partition("}")[0]
         datatype = _DATATYPE.search(data) or _WEIGHTS.search(match["inputs"])
+        activations, constants = _traffic(match["inputs"])
     elif match := _SHORT_LAYER.match(line):
         datatype = _SHORT_DATATYPE.search(match["data"])
     else:
         return None
-    return Layer(match["name"], match["type"], _PRECISIONS[datatype[1]] if datatype else "")
+    precision = _PRECISIONS[datatype[1]] if datatype else ""
+    return Layer(match["name"], match["type"], precision, activations, constants)
+
+
+def _traffic(tensors: str) -> tuple[int | None, int | None]:
+    """Bytes of the tensors of a line, and of its constants; None where one is not known.
+
+    TensorRT for RTX lists constants as tensors between the inputs and the outputs, TensorRT by type
+    and count behind the outputs.
+    """
+    inputs, _, outputs = tensors.partition("Outputs: [")
+    inputs, _, constants = inputs.partition("Constants: [")
+    counted = _total(
+        size and size * int(match["count"])
+        for match in _COUNTED.finditer(tensors)
+        for size in [_BYTES.get(match["type"])]
+    )
+    return _total(map(_bytes_of, (inputs, outputs))), _total((_bytes_of(constants), counted))
+
+
+def _bytes_of(tensors: str) -> int | None:
+    """Bytes of the tensors in a list, for a batch of one; None where one is not known."""
+    found = list(_TENSOR.finditer(tensors))
+    if len(found) < tensors.count("{ Name: ") or any(m["type"] not in _BYTES for m in found):
+        return None
+    return sum(_BYTES[m["type"]] * _elements(m["sizes"]) for m in found)
+
+
+def _elements(sizes: str) -> int:
+    """Product of the sizes, that of a dynamic batch, -1, counting as one."""
+    return math.prod(abs(int(size)) for size in sizes.split(",") if size)
 
 
 def builder_reason(records: Sequence[tuple[int, str]], graph: onnx.ModelProto) -> str:

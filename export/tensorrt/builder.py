@@ -41,9 +41,11 @@ from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_export.graph.io import read_onnx
 from efficientface_export.tensorrt.build_log import (
+    EngineCost,
     Layer,
     builder_fix,
     builder_reason,
+    engine_cost,
     parse_layers,
     parser_reason,
 )
@@ -148,9 +150,14 @@ class BuiltEngine:
     parent_sha256: str
 
     @property
+    def cost(self) -> EngineCost | None:
+        """Kernels of one inference, and the bytes that they move; None where the log is silent."""
+        return engine_cost(self.layers)
+
+    @property
     def kernels(self) -> int | None:
         """Number of kernels that one inference launches; None where the log does not say."""
-        return sum(layer.is_kernel for layer in self.layers) if self.layers else None
+        return self.cost.kernels if self.cost else None
 
     @property
     def size(self) -> int:
@@ -189,6 +196,7 @@ class BuiltEngine:
             "version": self.version,
             "compute_capabilities": list(self.compute_capabilities),
             "kernels": self.kernels,
+            "bytes_moved": self.cost.bytes_moved if self.cost else None,
             "precisions": self.precisions,
             "seen_precisions": self.seen_precisions,
             "max_batch": options.max_batch,

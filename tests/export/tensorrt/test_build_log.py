@@ -8,7 +8,13 @@ import pytest
 from onnx import helper
 
 from efficientface_deploy.spec import ModelSpec
-from efficientface_export.tensorrt.build_log import builder_fix, builder_reason, parse_layers
+from efficientface_export.tensorrt.build_log import (
+    EngineCost,
+    builder_fix,
+    builder_reason,
+    engine_cost,
+    parse_layers,
+)
 from tests.export.tensorrt.test_builder import make_graph
 
 
@@ -209,3 +215,55 @@ def test_listing_of_tensorrt(listing: str, expected: list[tuple[str, str, bool]]
 
 def test_log_without_a_listing() -> None:
     assert parse_layers(["Layers are fused", "done"]) == ()
+    assert engine_cost(()) is None
+
+
+# Sizes and types as TensorRT for RTX lists them: a batch of -1, constants between the two lists.
+RTX_SIZES = """Layers:
+Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0
+Name: cast, LayerType: kgen, Inputs: [ { Name: image, Dimensions: [-1,8,8,3], Strides: [192,24,3,\
+1], StrideOrder: [3,2,1,0], Datatype: UInt8, Format: (Linear) x }], Constants: [ { Name: m, \
+Dimensions: [1,3,1,1], Strides: [3,1,3,3], Datatype: Half, Format: (NHWC) x }], Outputs: [ { Name: \
+p, Dimensions: [-1,4,8,8], Strides: [256,1,32,4], Datatype: Half, Format: (NHWC) x }], TacticName: x
+Name: conv, LayerType: correlation, Inputs: [ { Name: p, Dimensions: [-1,4,8,8], Strides: [256,1,\
+32,4], Datatype: Half, Format: (NHWC) x }, { Name: r, Dimensions: [-1,5], Datatype: Int8, Format: \
+x }], Constants: [ { Name: w, Dimensions: [8,4,3,3], Datatype: Int8, Format: (NHWC) x }, { Name: \
+b, Dimensions: [8], Datatype: Float, Format: x }, { Name: one, Dimensions: [], Datatype: Float, \
+Format: x }], Outputs: [ { Name: y, Dimensions: [-1,8,4,4], Datatype: Float, Format: x }], T: x
+"""
+
+
+def test_bytes_of_one_picture() -> None:
+    """A tensor counts for each kernel that touches it, in its own type; what is no kernel, not."""
+    cost = engine_cost(parse_layers([RTX_SIZES]))
+    cast, convolution = 8 * 8 * 3 + 4 * 64 * 2, 4 * 64 * 2 + 5 + 8 * 16 * 4
+    assert cost == EngineCost(2, cast + convolution, 3 * 2 + 8 * 36 + 8 * 4 + 4)
+    assert cost.bytes_moved == cast + convolution + 330
+    assert str(cost) == "2 kernels, 0.0 MB moved"
+
+
+def test_bytes_of_tensorrt() -> None:
+    """Static shapes have sizes and types, weights are counted; a dynamic batch hides them."""
+    reformat, convolution, linear = (
+        (layer.activations, layer.constants) for layer in parse_layers([TENSORRT_10])
+    )
+    assert reformat == (2 * 3 * 224 * 224 * 2, 0)
+    assert convolution == ((3 * 224 * 224 + 64 * 55 * 55) * 2, (23232 + 64) * 2)
+    assert linear == ((4096 + 1000) * 2 + 4, 0)  # the log calls a constant an input
+
+
+@pytest.mark.parametrize(
+    ("listing", "kernels"),
+    [
+        (TENSORRT_8, 2),
+        (TENSORRT_DYNAMIC, 3),
+        (TENSORRT_SHORT, 3),
+        (RTX_LISTING, 4),
+        (RTX_SIZES.replace("UInt8", "Int2"), 2),
+        (RTX_SIZES.replace("Dimensions: [8],", ""), 2),
+    ],
+    ids=["words", "dynamic batch", "short form", "no sizes", "unknown type", "a size is missing"],
+)
+def test_bytes_that_the_log_does_not_give(listing: str, kernels: int) -> None:
+    cost = engine_cost(parse_layers([listing]))
+    assert (cost.kernels, cost.bytes_moved, str(cost)) == (kernels, None, f"{kernels} kernels")

@@ -153,6 +153,7 @@ def test_engine_has_the_graphs_precision(
     assert engine.precisions == engine.seen_precisions == {precision: 3}
     assert 4 <= engine.kernels <= 20
     assert engine.kernels < len(engine.layers), "shape calls are no kernels"
+    assert engine.cost.bytes_moved > engine.cost.constants > 0
     assert engine.size == len(engine.plan) > 1000
     assert (engine.library, engine.version) == ("tensorrt_rtx", rtx.__version__)
     assert engine.compute_capabilities == ("sm89",)
@@ -391,6 +392,7 @@ def test_sidecar_is_complete(
     assert provenance["precision"] == "fp16", "the ONNX file's own provenance"
     record = provenance["engine"]
     assert 4 <= record.pop("kernels") <= 20
+    assert record.pop("bytes_moved") > spec.input_size**2 * 3
     assert record.pop("build_seconds") > 0
     assert record == {
         "sha256": file_hash(path),
