@@ -124,7 +124,7 @@ BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"
     for name in (
         *("latency", "accuracy", "peers", "runtime", "faces"),
-        *("graph_layouts", "training_step", "versions", "gpu_check", "report.__main__"),
+        *("graph_layouts", "training_step", "versions", "products", "gpu_check", "report.__main__"),
     )
 }
 EXPORT_TOP = {

@@ -412,6 +412,34 @@ FINE_TUNING = TableForm(
     notes={">Accuracy %": "in brackets 95 % intervals over images, not over seeds"},
 )
 
+PRODUCTS = TableForm(
+    "Products, {data[name]}, {data[split]} split, {data[images]} images",
+    lambda result: result["cases"],
+    {
+        "Product": of("product"),
+        "Version": of("version"),
+        ">Accuracy %": share("accuracy"),
+        ">minus ours, points": of("difference", points),
+        ">Macro-F1 %": share("macro_f1"),
+        ">Classes all know %": share("common_accuracy"),
+        ">JPEGs/s": of("images_per_second", digits),
+        ">CPU ms": of("cpu_ms", digits),
+        ">First label, s": of("first_label_seconds", digits),
+        ">Installed, MB": of("install_bytes", scaled(1e-6, 0)),
+        "Lacks": of("lacks"),
+        "Offline": of("offline"),
+        "Trained on": of("trained_on"),
+    },
+    notes={
+        ">Accuracy %": "pictures of a class that a product lacks count as wrong; in brackets 95 % "
+        "intervals over images",
+        ">JPEGs/s": "files of 224x224, one by one, with the product's own settings",
+        ">CPU ms": "of one such file, all threads together",
+        ">First label, s": "from starting a process, its files in memory; the median",
+        ">Installed, MB": "the product's environment, without the interpreter or Node",
+    },
+)
+
 # ---- versions
 
 
@@ -531,6 +559,7 @@ TABLES = {
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),
+    "products": (PRODUCTS,),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
@@ -545,6 +574,7 @@ BLOCKS = {
     "training": TRAINING,
     "limits": LIMITS,
     "finetuning": FINE_TUNING,
+    "products": PRODUCTS,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,

@@ -47,7 +47,7 @@ _PLAIN_WIDTH = 180  # of a file or pipe, which has none of its own
 _LEFT_OUT_FIRST = (
     *("SHA-256", "Network", "Input", ">p95", ">min", ">CPUs", ">p99", ">max", ">Runs", ">process"),
     *(">mJ an image", ">Difference", ">x roofline", "Precision", ">images/s", ">first label"),
-    *(">load", ">Max |dp|", ">Mean KL", ">ECE %", ">p90", "Tried"),
+    *(">load", ">Max |dp|", ">Mean KL", ">ECE %", ">p90", "Tried", "Trained on", "Offline"),
 )
 
 
