@@ -165,7 +165,10 @@ def train(
     command += ["--epochs", str(epochs), *options]
     if (out / "last.pt").exists():
         command.append("--resume")
-    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode
+    if code:
+        fix = "see its error above"
+        raise ConfigError(" ".join(command[1:]), "a training", f"exit status {code}", fix)
     (folder / "done").touch()
     return done
 
