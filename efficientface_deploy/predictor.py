@@ -368,7 +368,9 @@ class Predictor:
         """What the network says about inputs, uint8 (S, S, 3) each."""
         if not inputs:
             return []
-        _, probabilities = self.infer(np.stack(inputs))  # (N, C)
+        # One input needs no copy to be a batch.
+        images = np.stack(inputs) if len(inputs) > 1 else inputs[0][None]
+        _, probabilities = self.infer(images)  # (N, C)
         labels, sure_above = self.spec.labels, self._sure_above
         return [Prediction.of(row, labels, sure_above) for row in probabilities]
 

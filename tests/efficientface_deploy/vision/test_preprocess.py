@@ -512,6 +512,47 @@ def test_any_pil_image_becomes_the_models_input(mode, width, height, noise):
         assert array.shape == (32, 32, 3) and array.dtype == np.uint8
 
 
+GREY = {
+    "array": lambda grey: np.asarray(grey),
+    "column of an array": lambda grey: np.asarray(grey)[..., None],
+    "pil": lambda grey: grey,
+    "jpeg": lambda grey: encode(grey, "JPEG"),
+    "turned jpeg": lambda grey: encode(grey, "JPEG", exif=turned(6)),
+    "png": lambda grey: encode(grey, "PNG"),
+    "see-through png": lambda grey: encode(grey, "PNG", transparency=int(np.asarray(grey)[0, 0])),
+    "alpha": lambda grey: encode(Image.merge("LA", (grey, grey.rotate(180))), "PNG"),
+    "16 bits": lambda grey: encode(np.asarray(grey).astype(np.uint16) * 257, "PNG"),
+    "one bit": lambda grey: encode(grey.convert("1"), "PNG"),
+    "palette": lambda grey: encode(grey.convert("P"), "GIF"),
+}
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("kind", GREY)
+@pytest.mark.parametrize("size", [(60, 45), (32, 32), (20, 31)], ids=["larger", "equal", "smaller"])
+@pytest.mark.parametrize("filter_name", ["bilinear", "bicubic"])
+def test_grey_is_resized_once_and_gives_the_same_pixels(photo, kind, size, filter_name):
+    """As three equal channels would, to the last bit."""
+    source = GREY[kind](Image.fromarray(photo).convert("L").resize(size))
+    spec = SMALL.replace(resize=filter_name)
+    rgb = load_image(source)
+    assert rgb.mode == "RGB"
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    expected = np.asarray(
+        rgb if rgb.size == (32, 32) else rgb.resize((32, 32), filters[filter_name])
+    )
+    got = to_model_input(source, spec)
+    np.testing.assert_array_equal(got, expected)
+    assert got.flags.writeable and expected.std() > 10
+    if isinstance(source, np.ndarray):
+        assert not np.shares_memory(got, source)
+
+
 @settings(max_examples=80)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["bilinear", "bicubic"]), st.data())
 def test_flat_picture_stays_flat(width, height, filter_name, data):
@@ -657,6 +698,18 @@ def _jpeg_of_scans(side: int, scans: int) -> bytes:
 def test_jpeg_of_endless_scans_is_refused_before_it_is_unpacked():
     data = _jpeg_of_scans(2000, 20_000)  # 620 kB and minutes of work
     assert "20000 of 2000x2000 pixels" in refused(data)
+
+
+@pytest.mark.parametrize("comment", [b"", b"x", b"xx"])
+def test_scans_are_counted_wherever_they_begin(photo, monkeypatch, comment):
+    data = encode(photo, "JPEG", progressive=True, comment=comment)
+    scans = data.count(b"\xff\xda")
+    assert scans > 5
+    pixels = photo.shape[0] * photo.shape[1]
+    monkeypatch.setattr(preprocess, "_MAX_SCANS_OF_PIXELS", scans * pixels - 1)
+    assert f"{scans} of " in refused(data)
+    monkeypatch.setattr(preprocess, "_MAX_SCANS_OF_PIXELS", scans * pixels)
+    to_model_input(data, SMALL)
 
 
 def test_jpeg_of_many_scans_is_read_where_it_is_small(photo):
