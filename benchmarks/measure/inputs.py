@@ -58,17 +58,21 @@ def input_bytes() -> int:
     return max(2 * l2_bytes(), min(2 * last_level_cache_bytes(), _LARGEST_INPUTS))
 
 
-def make_jpegs(seed: int) -> list[bytes]:
-    """JPEG files in memory, smooth with a little noise: about a photograph's work to decode."""
+def make_jpegs(seed: int, size: tuple[int, int] = (PHOTO_SIDE, PHOTO_SIDE)) -> list[bytes]:
+    """JPEG files in memory, smooth with a little noise: about a photograph's work to decode.
+
+    Args:
+        seed: Of what they show.
+        size: Width W and height H, pixels.
+    """
     rng = np.random.default_rng(seed)
-    return [_make_jpeg(rng) for _ in range(PHOTOS)]
+    return [_make_jpeg(rng, size) for _ in range(PHOTOS)]
 
 
-def _make_jpeg(rng: np.random.Generator) -> bytes:
+def _make_jpeg(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
     coarse = rng.integers(0, 256, size=(12, 12, 3), dtype=np.uint8)
-    side = (PHOTO_SIDE, PHOTO_SIDE)
-    smooth = np.asarray(Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC))
-    noisy = smooth + rng.normal(0, 6, size=smooth.shape)  # (S, S, 3), grey levels
+    smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+    noisy = smooth + rng.normal(0, 6, size=smooth.shape)  # (H, W, 3), grey levels
     buffer = io.BytesIO()
     pixels = noisy.clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
