@@ -64,7 +64,8 @@ CLASSES = {
 }
 
 _ADAPTER = Path(__file__).parent / "measure" / "product.py"
-_TIMEOUT = 600  # seconds for one answer
+_TIMEOUT = 300  # seconds for one answer
+_PART = 500  # pictures of one request
 _REPEATS = 4  # of the JPEG files in a turn
 
 Answer = dict[str, Any]
@@ -190,7 +191,8 @@ class Trial:
         folder: Its environment.
         error: Why it is left out; empty while it does what it is asked.
         first_seconds: From starting a process to its first label, of each process.
-        answer: On the data set's pictures.
+        answer: The last one.
+        labels: Its words for the data set's pictures.
         turns: Its answers when it was timed.
     """
 
@@ -199,6 +201,7 @@ class Trial:
         self.error = ""
         self.first_seconds: list[float] = []
         self.answer: Answer = {}
+        self.labels: list[str] = []
         self.turns: list[Answer] = []
 
     def prepare(self, node: str) -> None:
@@ -226,7 +229,9 @@ class Trial:
     def label(self, pictures: Sequence[str], stack: contextlib.ExitStack) -> None:
         """Have every picture labelled by a process that stays open."""
         self._process = stack.enter_context(Process(self._command, self.folder))
-        self.answer = self._process.ask(pictures)
+        for at in range(0, len(pictures), _PART):
+            self.answer = self._process.ask(pictures[at : at + _PART])
+            self.labels += self.answer["labels"]
 
     def time(self, pictures: Sequence[str]) -> None:
         """A turn of that process."""
@@ -328,7 +333,7 @@ def describe(trials: Sequence[Trial], names: Sequence[str], labels: IndexArray) 
     def indices(words: Sequence[str]) -> IndexArray:
         return np.array([names.index(str(class_of(word))) for word in words])
 
-    answers = {trial.product.name: indices(trial.answer["labels"]) for trial in trials}
+    answers = {trial.product.name: indices(trial.labels) for trial in trials}
     known = [set(indices(trial.answer["classes"]).tolist()) for trial in trials]
     common = np.isin(labels, list(set.intersection(*known)))  # (N,)
     rows = []
