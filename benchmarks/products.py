@@ -97,7 +97,7 @@ PRODUCTS = (
     Product("fer", _FER),
     Product("face-api", "public sets and pictures of the web, without names"),
     Product("emotiefflib", "AffectNet", _FETCHED, ".emotiefflib/enet_b0_8_best_vgaf.onnx"),
-    Product("deepface", _FER, _FETCHED, ".deepface/weights/facial_expression_model_weights.*"),
+    Product("deepface", _FER, _FETCHED, ".deepface/weights/facial_expression_model_weights.onnx"),
     Product("opencv-zoo", "not said", "yes", _ZOO),
 )
 OURS, NODE = "efficientface-deploy", "face-api"

@@ -53,7 +53,8 @@ def fer(folder: str) -> Product:
 
 
 def deepface(folder: str) -> Product:
-    """The package of this name, without its detectors."""
+    """The package of this name, without its detectors, by the engine that it installs."""
+    os.environ.setdefault("DEEPFACE_BACKEND_ENGINE", "onnx")
     from deepface import DeepFace
 
     def label(path: str) -> str:
@@ -91,7 +92,7 @@ def opencv_zoo(folder: str) -> Product:
 
     def label(path: str) -> str:
         picture: Any = cv2.imread(path)
-        best = recogniser.infer(cv2.resize(picture, (112, 112)))[0][0]
+        (best,) = recogniser.infer(cv2.resize(picture, (112, 112)))
         return str(recogniser.getDesc(int(best)))
 
     return label, [recogniser.getDesc(index) for index in range(7)], cv2.__version__
