@@ -66,6 +66,6 @@ def test_too_few_or_too_many(own, faces, tmp_path):
 def test_training_that_fails_is_named(faces, tmp_path):
     dataset = read_dataset(faces)
     config = bench.FineTuningConfig(data=faces, input_size=32)
-    with pytest.raises(ConfigError, match="-m training.student .* found exit status 2; see its e"):
+    with pytest.raises(ConfigError, match=r"-m training.student .* found exit status 2; see its e"):
         bench.train(config, tmp_path, dataset, dataset.split("train"), 1, "--schedule", "none")
     assert not (tmp_path / "done").exists()
