@@ -36,7 +36,7 @@ from training.trainer.targets import (
 )
 
 # Pictures below which a new last layer alone is better; docs/training.md has the measurement.
-FEW = 1000
+FEW = 3000
 # Options that have an effect only where an LDG is queried.
 _FOR_LDG = ("teacher", "teacher_flips", "teacher_amp", "temperature", "views")
 
