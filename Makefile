@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 60
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs fuzz gpu-check clean
+.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs web fuzz gpu-check clean
 
 help:
 	@echo "make setup      make .venv and install all that the rest needs"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     mend layout and imports"
 	@echo "make docs       the documentation as a site, in build/docs"
+	@echo "make web        the model on a page in the browser, on this machine alone"
 	@echo "make test-versions  the runtime's tests and the files of MODELS (artifacts) on every version"
 	@echo "make test-aarch64   some of them and the files on emulated ARM; needs root, debootstrap, qemu"
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
@@ -72,6 +73,9 @@ ARM_TESTS ?= test_bundled.py test_predictor.py test_spec.py test_artifact.py bac
 test-aarch64: setup
 	PYTHON=$(BIN)/python tests/aarch64.sh '$(MODELS)' $(if $(OUT),--out '$(OUT)') \
 		--tests $(addprefix tests/efficientface_deploy/,$(ARM_TESTS))
+
+web: setup
+	$(BIN)/efficientface-web
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet 'atheris>=2.3'

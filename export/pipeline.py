@@ -16,6 +16,7 @@ from efficientface_deploy.artifact import FLOAT_INPUT
 from efficientface_deploy.backends.tensorrt.library import rebuild_command
 from efficientface_deploy.errors import ConfigError, ExportError
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
+from efficientface_deploy.web.files import MODEL_FILE, page_files, read_model, write_site
 from efficientface_deploy.workbench.environment import now
 from efficientface_deploy.workbench.workspace import Workspace, open_workspace
 from efficientface_export.graph.io import OnnxFile, with_features, write_onnx
@@ -68,10 +69,14 @@ def export_command(options: ExportConfig) -> int:
         raise ConfigError(options.out, "a folder", "a file", "choose another --out")
     with open_workspace(options.out, "export") as work:
         plan = resolve(options, source)  # here, since what is reused depends on the folder
+        page = None if options.web is None else page_files()
         data = load_data(plan, source)
         rows = _make_all(plan, source, data, work)
     print(f"report: {plan.out / MARKDOWN_FILE}")
     _conclude(plan, rows)
+    if options.web is not None and page is not None:
+        write_site({MODEL_FILE: read_model(rows[-1][0].path), **page}, options.web)
+        print(f"page: {options.web / 'index.html'}, to be served by any web server")
     if runnable := [step.path for step, row in rows if not row.verification.not_run]:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
     return 0

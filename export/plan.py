@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from efficientface_deploy.errors import ArtifactError, ConfigError, EfficientFaceError
+from efficientface_deploy.web.files import check_folder
 from efficientface_deploy.workbench.environment import versions
 from efficientface_export.graph.io import OnnxFile, read_onnx
 from efficientface_export.int8.calibration import Calibration, choose_calibration
@@ -103,7 +104,9 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     precisions = _choose_precisions(options, source, asked)
     _check_options(options, source, precisions)
     graph = _choose_graph(options, source, target)
-    if engine == "onnx" and not missing and source.is_onnx_in(precisions[-1]):
+    if options.web is not None:
+        _check_web(options, engine, precisions)
+    elif engine == "onnx" and not missing and source.is_onnx_in(precisions[-1]):
         raise _nothing_to_make(source)
     calibration = _choose_calibration(options, source, precisions)
     requests = {
@@ -228,6 +231,22 @@ def _check_options(options: ExportConfig, source: Source, precisions: tuple[str,
     if options.exclude and not quantises:
         expected = "--precision int8, and an FP32 source"
         raise ConfigError("--exclude", expected, ", ".join(precisions), "leave --exclude out")
+
+
+def _check_web(options: ExportConfig, engine: str, precisions: tuple[str, ...]) -> None:
+    """Refuse what a browser does not run, or not well."""
+    fix = "leave --web out, or export what the page needs by another call"
+    for name, given, expected in (
+        ("--float-input", options.float_input, "none with --web, whose page gives uint8 pixels"),
+        ("--engine", engine != "onnx", "onnx with --web"),
+        # WebAssembly has no arithmetic for FP16.
+        ("--precision", precisions not in (("fp32",), ("int8",)), "fp32 or int8 with --web"),
+    ):
+        if given:
+            found = {"--engine": engine, "--precision": ", ".join(precisions)}.get(name, "given")
+            raise ConfigError(name, expected, found, fix)
+    assert options.web is not None
+    check_folder(options.web, "--web", options.overwrite)
 
 
 def _choose_graph(options: ExportConfig, source: Source, target: str) -> str:

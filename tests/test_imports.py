@@ -165,7 +165,7 @@ LAYERS = (  # of the runtime, from the ground
     ("artifact", "download"),
     ("vision", "probe", "prior", "backends"),
     ("predictor",),
-    ("cli",),
+    ("cli", "web"),
 )
 
 

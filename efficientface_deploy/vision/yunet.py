@@ -65,14 +65,28 @@ class YuNet(OnnxDetector):
         return decode_yunet(maps, columns, min_score)
 
     def _read_model(self) -> tuple[Path, bytes]:
-        if self._file is None:
-            return Path(WEIGHTS.name), fetch(WEIGHTS, "face detector yunet", _GIVE)
-        path = require_file(self._file, "a YuNet model file")
-        external_files(path)  # refuses what a library would read elsewhere
-        return path, path.read_bytes()
+        return read_weights(self._file)
 
     def _fix(self) -> str:
         return "take face_detection_yunet_2023mar.onnx from OpenCV's model zoo"
+
+
+def read_weights(file: str | Path | None = None) -> tuple[Path, bytes]:
+    """YuNet's model file, and what is in it.
+
+    Args:
+        file: As for :class:`YuNet`.
+
+    Raises:
+        ArtifactError: The file is missing, or names others elsewhere.
+        BackendError: It is not in the cache and cannot be fetched.
+    """
+    file = file or os.environ.get(FILE_VARIABLE) or None
+    if file is None:
+        return Path(WEIGHTS.name), fetch(WEIGHTS, "face detector yunet", _GIVE)
+    path = require_file(file, "a YuNet model file")
+    external_files(path)  # refuses what a library would read elsewhere
+    return path, path.read_bytes()
 
 
 _GIVE = f"name another file by --detect yunet=FILE or {FILE_VARIABLE}"

@@ -30,6 +30,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|srcset|href)=\"([^\"\s]+)\"")
 SCRIPTS = {
     "efficientface-export": "efficientface_export.cli",
     "efficientface-predict": "efficientface_deploy.cli",
+    "efficientface-web": "efficientface_deploy.web.server",
 }
 
 

@@ -104,7 +104,7 @@ def test_what_the_server_gives_is_not_the_file(server, tmp_path, kind, found, mo
     with pytest.raises(BackendError, match=found) as raised:
         get(wanted(server))
     message = str(raised.value)
-    assert "\n" not in message and message.startswith("detector: expected its weights from http")
+    assert "\n" not in message and message.startswith("detector: expected its file from http")
     assert f"put the file at {tmp_path / 'cache/model.onnx'} (sha256 {SHA256})" in message
     assert message.endswith(", or name another file")
     assert list((tmp_path / "cache").iterdir()) == []  # the folder of the advice, nothing in it
