@@ -150,7 +150,7 @@ def _choose_engine(options: ExportConfig) -> tuple[str, str]:
     """The engine, and why it cannot be made here."""
     engine = options.engine
     if engine == "auto":
-        kinds = SUFFIXES if options.target != "cpu" else ()
+        kinds = SUFFIXES if options.target != "cpu" and options.web is None else ()
         engine = next((kind for kind in kinds if not _why_not(kind)), "onnx")
         print(f"engine: {engine}, the best that this machine can make")
         return engine, ""

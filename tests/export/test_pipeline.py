@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from collections import Counter
@@ -22,7 +23,10 @@ from tensorrt_stand_in import Library
 from efficientface_deploy import load
 from efficientface_deploy.artifact import read_sidecar, sidecar_path
 from efficientface_deploy.backends.tensorrt import library as tensorrt_library
+from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import file_hash
+from efficientface_deploy.vision.yunet import FILE_VARIABLE as YUNET_VARIABLE
+from efficientface_deploy.web.files import FILE_VARIABLE, RUNTIME_FILES
 from efficientface_deploy.workbench.dataset import image_list_hash, read_dataset
 from efficientface_deploy.workbench.workspace import open_workspace
 from efficientface_export import pipeline
@@ -854,3 +858,29 @@ class TestDeployGraph:
         command = ["--engine", "onnx", "--precision", "fp16", "--target", "gpu"]
         assert main([*command, "--weights", str(source), "--out", str(tmp_path)]) == 0
         assert read_onnx(tmp_path / "efficientface-fp16-gpu.onnx")[2]["graph"] == "deploy"
+
+
+@pytest.mark.parametrize("name", [FP32, INT8])
+def test_web(
+    artifacts: Path, tmp_path: Path, monkeypatch: Any, yunet_named: None, capsys: Any, name: str
+) -> None:
+    archive = tmp_path / "runtime.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for member in RUNTIME_FILES:
+            tar.addfile(tarfile.TarInfo(f"package/dist/{member}"))
+    monkeypatch.setenv(FILE_VARIABLE, str(archive))
+    command = ["--engine", "onnx", "--weights", artifacts / name, "--out", tmp_path / "out"]
+    assert main([*map(str, command), "--web", str(tmp_path / "web")]) == 0
+    assert f"page: {tmp_path / 'web/index.html'}, to be" in capsys.readouterr().out
+    assert (tmp_path / "web/model.onnx").read_bytes() == (artifacts / name).read_bytes()
+    assert {"index.html", "yunet.onnx", "ort"} < names(tmp_path / "web")
+
+
+def test_web_whose_files_cannot_be_had(artifacts: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing is made then: neither the page nor an artifact."""
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "none.tgz"))
+    monkeypatch.setenv(YUNET_VARIABLE, str(tmp_path / "none.onnx"))
+    command = ["--engine", "onnx", "--weights", artifacts / FP32, "--out", tmp_path / "out"]
+    with pytest.raises(ArtifactError, match="expected a YuNet model file, found no such file"):
+        main([*map(str, command), "--web", str(tmp_path / "web")])
+    assert not (tmp_path / "web").exists() and not (tmp_path / "out").exists()

@@ -237,6 +237,43 @@ def test_contradictions_with_an_onnx_file(
         plan(source, tmp_path, engine="onnx", **options)
 
 
+class TestWeb:
+    """``--web``, the page with the ONNX file that is made or given."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"engine": "trt"}, "--engine: expected onnx with --web, found trt"),
+            ({"engine": "onnx", "precision": "fp16"}, "--precision: expected fp32 or int8"),
+            ({"engine": "onnx", "precision": "all", "calib": Path("x")}, "--precision: .* found f"),
+            ({"engine": "onnx", "float_input": True}, "--float-input: expected none with --web"),
+        ],
+    )
+    def test_refused(
+        self, make_source: Any, tmp_path: Path, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            plan(make_source(), tmp_path, web=tmp_path / "web", **options)
+
+    def test_a_folder_that_is_not_empty(self, make_source: Any, tmp_path: Path) -> None:
+        (tmp_path / "web").mkdir()
+        (tmp_path / "web/thesis.txt").touch()
+        with pytest.raises(ConfigError, match="--web: expected a new or an empty folder"):
+            plan(make_source(), tmp_path, web=tmp_path / "web")
+        assert plan(make_source(), tmp_path, web=tmp_path / "web", overwrite=True)
+
+    def test_it_takes_onnx_where_engines_can_be_made(
+        self, make_source: Any, tmp_path: Path
+    ) -> None:
+        found = plan(make_source(), tmp_path, web=tmp_path / "web")
+        assert (engine_of(found), precisions_of(found)) == ("onnx", ("fp32",))
+
+    def test_an_onnx_file_is_used_as_it_is(self, make_source: Any, tmp_path: Path) -> None:
+        source = make_source("model.onnx", precision="int8", target="cpu")
+        found = plan(source, tmp_path, web=tmp_path / "web", engine="onnx")
+        assert [step.path for step in found.steps] == [source.path]
+
+
 class TestComputeCapability:
     """Refused before anything is made."""
 
