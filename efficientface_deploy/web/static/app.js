@@ -18,9 +18,9 @@ const record = new Record();
 async function start(provider) {
   view.say("Loading the model…");
   try {
-    const loaded = await load({ provider });
-    await predictor?.close();
-    predictor = loaded;
+    const earlier = predictor;
+    predictor = await load({ provider });
+    await earlier?.close();
   } catch (error) {
     view.fail(sentence(error));
     view.say(predictor ? "The model runs as before." : "There is no model: nothing can be labelled.");
@@ -148,7 +148,7 @@ async function follow(own, name) {
   let stream = predictor.follow();
   let model = predictor;
   let last = -1;
-  view.showVideo(player);
+  view.showVideo();
   while (own === source) {
     await nextFrame(player);
     if (own !== source) return;
@@ -156,17 +156,20 @@ async function follow(own, name) {
     if (document.hidden || seconds === last) continue;
     if (seconds < last || model !== predictor) [stream, model] = [predictor.follow(), predictor];
     last = seconds;
-    const began = performance.now();
+    let frame;
     try {
-      const faces = await stream.predictFaces(player, seconds);
+      frame = await createImageBitmap(player); // the player goes on meanwhile
+      const faces = await stream.predictFaces(frame, seconds);
       if (own !== source) return;
       record.add(name, seconds, faces);
-      view.showFrame(player, faces, predictor.times, performance.now() - began);
+      view.showFrame(frame, faces, predictor.times);
     } catch (error) {
       if (own !== source || model !== predictor) continue; // it was closed for another one
       stop();
       view.fail(sentence(error));
       return;
+    } finally {
+      frame?.close();
     }
   }
 }

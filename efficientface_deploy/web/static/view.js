@@ -125,15 +125,15 @@ export function mirror(on) {
   stage.classList.toggle("mirrored", on);
 }
 
-/** Show the faces of the player's frame. */
-export function showFrame(player, faces, times) {
+/** Show the faces of a frame. */
+export function showFrame(frame, faces, times) {
   const now = performance.now();
   if (seen) {
     const current = 1000 / (now - seen);
     rate = rate === null ? current : rate + 0.1 * (current - rate);
   }
   seen = now;
-  showFaces(player, player.videoWidth, player.videoHeight, faces);
+  showFaces(frame, frame.width, frame.height, faces);
   showTimes(times);
 }
 
@@ -252,15 +252,15 @@ function draw() {
     context.stroke();
     context.shadowBlur = 0;
     context.setLineDash([]);
-    drawLabel(context, boxText(face), left, top, bottom, width, colours);
+    drawLabel(context, boxText(face), left, top, width, colours);
   }
 }
 
-function drawLabel(context, text, left, top, bottom, width, colours) {
+function drawLabel(context, text, left, top, width, colours) {
   context.font = "600 14px system-ui, sans-serif";
   const [wide, high] = [context.measureText(text).width + 16, 24];
   const x = Math.max(0, Math.min(left - 1.5, width - wide));
-  const y = top - high - 4 >= 0 ? top - high - 4 : Math.max(bottom - high - 6, 2);
+  const y = top - high - 4 >= 0 ? top - high - 4 : Math.max(top + 5, 2); // else within the box
   context.fillStyle = colours.getPropertyValue("--accent");
   context.beginPath();
   context.roundRect(x, y, wide, high, 6);
