@@ -1,12 +1,15 @@
-"""How many CPUs this process may use: fewer than the machine has inside a container."""
+"""The CPUs: which they are, and how many this process may use, fewer inside a container."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+_CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/proc/self/cgroup")  # where this process stands in each hierarchy
 _MOUNT = Path("/sys/fs/cgroup")
 _PERIOD = 100_000  # the kernel's own, microseconds
@@ -26,6 +29,17 @@ def default_threads() -> int | None:
     """Threads for a library that would count the machine's; None where it may use all of them."""
     usable = usable_cpus()
     return usable if usable < (os.cpu_count() or 1) else None
+
+
+def cpu_model() -> str | None:
+    """The CPU's name as its maker gives it; None where the system does not say."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(_CPUINFO) or "", re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or None
+
+
+def has_bf16() -> bool:
+    """Whether this x86 CPU multiplies in BF16; False where the system does not say."""
+    return re.search(r"\b(avx512|amx)_bf16\b", _read(_CPUINFO) or "") is not None
 
 
 def _quotas(cgroup: Path, mount: Path) -> Iterator[float]:

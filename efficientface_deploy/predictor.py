@@ -27,8 +27,9 @@ from efficientface_deploy.errors import (
     ProbeError,
 )
 from efficientface_deploy.prior import UNIFORM, Prior, adjust, log_ratios
-from efficientface_deploy.probe import Check
+from efficientface_deploy.probe import TOLERANCES, Check
 from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.tuned import read_tuned
 from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
 from efficientface_deploy.vision.preprocess import (
     Float32Array,
@@ -522,9 +523,11 @@ def load(
     Args:
         model: ``*.onnx``, ``*.engine``, ``*.rtx.engine``, ``*.safetensors`` or a published
             ``*.pth.tar``; None loads the bundled model.
-        backend: ``auto`` (by the file), or ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``,
-            ``torch``, ...; what is asked for is what runs, or it is an error.
-        threads: CPU threads for one inference; None leaves the choice to the library.
+        backend: ``auto`` (by the file; on the CPU that it was tuned on, what was fastest), or
+            ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``, ``torch``, ...; what is asked for is
+            what runs, or it is an error.
+        threads: CPU threads for one inference; None leaves the choice to the library, and with
+            ``backend="auto"`` to what the file was tuned to.
         preset: What a published checkpoint was trained on, which it does not say itself: labels,
             normalisation and input size. Every other file carries its own; the labels must agree.
         cuda_graphs: Whether an engine may run through CUDA graphs. They are faster; turn them off
@@ -553,9 +556,7 @@ def load(
         expected, fix = "a path, or None for the bundled model", "give the file's path"
         raise ArtifactError("model", expected, repr(model)[:40], fix)
     path = Path(model) if model is not None else bundled_model(backend)
-    name, device = resolve_backend(path, backend)
-    opened = create_backend(name, path, BackendOptions(device, threads, preset, cuda_graphs))
-    opened.open()
+    opened = _open_backend(path, backend, BackendOptions("", threads, preset, cuda_graphs))
     try:
         if check is None:
             check = os.environ.get(CHECK_VARIABLE) != "0"
@@ -563,6 +564,21 @@ def load(
     except BaseException:
         opened.close()
         raise
+
+
+def _open_backend(path: Path, requested: str, options: BackendOptions) -> Backend:
+    """Open the backend that is asked for; of a tuned file for this machine, the one it names."""
+    name, device = resolve_backend(path, requested)
+    if requested == "auto" and (tuned := read_tuned(path)) is not None:
+        threads = options.threads or tuned.threads
+        try:
+            return _open_backend(path, tuned.backend, dataclasses.replace(options, threads=threads))
+        except BackendError as error:
+            text = "%s: tuned for %s, which does not run here (%s): the defaults apply"
+            _log.info(text, path, tuned.backend, error.found)
+    opened = create_backend(name, path, dataclasses.replace(options, device=device))
+    opened.open()
+    return opened
 
 
 def check_backend(backend: Backend) -> Check | None:
@@ -591,7 +607,8 @@ def check_backend(backend: Backend) -> Check | None:
     except BackendError as error:  # NaN, above all
         found = f"{error.found} instead of {error.expected}"
         raise ProbeError(engine, expected, found, f"{backend.instead}; {off}") from None
-    check = Check(engine, probe.difference(np.concatenate(logits)), probe.tolerance)
+    tolerance = max(probe.tolerance, TOLERANCES.get(backend.rounding, 0.0))
+    check = Check(engine, probe.difference(np.concatenate(logits)), tolerance)
     if not check.passed:
         found = f"{check.difference:.2g} of their spread beside them (at most {check.tolerance:g})"
         raise ProbeError(engine, expected, found, f"{backend.instead}; {off}")

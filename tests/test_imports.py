@@ -163,7 +163,7 @@ LAYERS = (  # of the runtime, from the ground
     ("spec", "command", "launch", "cpus"),
     ("files",),
     ("artifact", "download"),
-    ("vision", "probe", "prior", "backends"),
+    ("vision", "probe", "prior", "tuned", "backends"),
     ("predictor",),
     ("cli", "web"),
 )

@@ -38,7 +38,7 @@ class Entry:
     devices: tuple[str, ...] = ()
 
 
-_ONNX_DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")
+_ONNX_DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino", "openvino-bf16")
 
 REGISTRY: dict[str, Entry] = {
     "onnx": Entry("onnx", "OnnxBackend", (ONNX_SUFFIX,), "onnxruntime", "cpu", _ONNX_DEVICES),

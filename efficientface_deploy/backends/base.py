@@ -117,6 +117,7 @@ class Backend(abc.ABC):
         library: What ran it, with its release: ``onnxruntime 1.32.0``; known once open.
         probe: What the file must give, for the check at load; None where it does not say.
         feature_size: Length of a picture's features; None where the file does not give them.
+        rounding: Precision that it rounds to beside the file's own, ``bf16``; empty for none.
     """
 
     name: str = ""
@@ -124,6 +125,7 @@ class Backend(abc.ABC):
     library: str = ""
     probe: Probe | None = None
     feature_size: int | None = None
+    rounding: str = ""
 
     # What to do where the library computes a file wrongly; a subclass knows better.
     instead: str = "choose another backend"

@@ -28,7 +28,7 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.backends.base import Backend, Output, import_library
-from efficientface_deploy.cpus import default_threads
+from efficientface_deploy.cpus import default_threads, has_bf16
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.probe import Probe
@@ -56,6 +56,14 @@ class Provider:
     whole_graph: bool = False
 
 
+_OPENVINO = Provider(
+    "OpenVINOExecutionProvider",
+    "onnxruntime-ep-openvino beside onnxruntime, or onnxruntime-openvino in its place",
+    plugin="onnxruntime_ep_openvino",
+    whole_graph=True,
+)
+BF16 = "openvino-bf16"  # rounds to BF16, whatever the file's precision; never taken by default
+
 PROVIDERS = {
     "cpu": Provider("CPUExecutionProvider", "onnxruntime"),
     "cuda": Provider("CUDAExecutionProvider", "onnxruntime-gpu"),
@@ -69,12 +77,8 @@ PROVIDERS = {
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
         whole_graph=True,
     ),
-    "openvino": Provider(
-        "OpenVINOExecutionProvider",
-        "onnxruntime-ep-openvino beside onnxruntime, or onnxruntime-openvino in its place",
-        plugin="onnxruntime_ep_openvino",
-        whole_graph=True,
-    ),
+    "openvino": _OPENVINO,
+    BF16: _OPENVINO,
 }
 
 # Batches that the engines of TensorRT's providers are built for: smallest, best, largest. Without
@@ -114,6 +118,7 @@ class OnnxBackend(Backend):
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4  # what goes wrong we raise, and print nothing
         self.name = f"onnx:{device}"
+        self.rounding = "bf16" if device == BF16 else ""
         self.library = f"onnxruntime {onnxruntime.__version__}"
         self.instead = _instead(device)
 
@@ -145,9 +150,9 @@ class OnnxBackend(Backend):
             # TF32 would round an FP32 file's products to ten bits. The default search times every
             # algorithm again for each batch size, and the first face of a size would wait for it.
             return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-        if device == "openvino":
+        if PROVIDERS[device] is _OPENVINO:
             # The file's precision is what runs: by itself it takes BF16 where the CPU has it.
-            settings = {"INFERENCE_PRECISION_HINT": "f32"}
+            settings = {"INFERENCE_PRECISION_HINT": "bf16" if device == BF16 else "f32"}
             made = self.provenance.get("precision"), self.provenance.get("target")
             if made == ("int8", "gpu") and self.spec.colour == "grey":
                 # OpenVINO 2026.4 computes INT8 files for GPUs wrongly by its own INT8 where the
@@ -251,6 +256,9 @@ def find_provider(device: str) -> list[Any]:
     """
     import onnxruntime
 
+    if device == BF16 and not has_bf16():
+        found, fix = "one without", "choose onnx:openvino, which computes in the file's precision"
+        raise BackendError(f"backend onnx:{device}", "a CPU that computes in BF16", found, fix)
     if device in ("cuda", "tensorrt"):
         _preload_cuda()
     plugin_devices = _plugin_devices(device)
@@ -359,10 +367,13 @@ def _plugin_devices(device: str) -> list[Any]:
     except Exception as error:  # noqa: BLE001 - onnxruntime has a class of error per status
         raise _missing_provider(device, f"a plugin that fails ({_first_line(error)})") from None
     kinds = onnxruntime.OrtHardwareDeviceType
-    kind = kinds.CPU if device == "openvino" else kinds.GPU
+    kind = kinds.CPU if provider is _OPENVINO else kinds.GPU
     for found in onnxruntime.get_ep_devices():
         if (found.ep_name, found.device.type) == (provider.name, kind):
             return [found]
+    built_in = provider.name in onnxruntime.get_available_providers()
+    if built_in and provider.name not in _registered:
+        return []
     raise _missing_provider(device, "a plugin without a device on this machine")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import efficientface_deploy
-from efficientface_deploy.cpus import usable_cpus
+from efficientface_deploy.cpus import cpu_model, usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,7 +73,7 @@ def describe_machine() -> dict[str, Any]:
     """CPU, memory, clock policy, load and GPUs."""
     return {
         "board": _read(Path("/proc/device-tree/model")),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "architecture": platform.machine(),
         "cores": _physical_cores(),
         "logical_cpus": os.cpu_count(),
@@ -180,12 +180,6 @@ def available_memory_bytes() -> int | None:
 def _cache_bytes(level: int) -> int | None:
     match = re.fullmatch(r"(\d+)([KM])", _read(_CPU / f"cache/index{level}/size") or "")
     return int(match[1]) << (10 if match[2] == "K" else 20) if match else None
-
-
-def _cpu_model() -> str | None:
-    text = _read(Path("/proc/cpuinfo")) or ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or None
 
 
 def _physical_cores() -> int | None:

@@ -81,3 +81,19 @@ def test_system_without_cgroups_and_affinity(machine, monkeypatch):
 
 def test_the_machine_that_runs_this():
     assert 1 <= cpus.usable_cpus() <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "bf16"),
+    [
+        ("model name\t: AMD EPYC 9B14\nflags\t\t: fpu avx512_bf16 avx2\n", "AMD EPYC 9B14", True),
+        ("flags\t: amx_bf16\nmodel name : Intel(R) Xeon(R)\n", "Intel(R) Xeon(R)", True),
+        ("model name\t: Old\nflags\t\t: avx512f avx512_vnni\n", "Old", False),
+        ("", None, False),
+    ],
+)
+def test_which_cpu(text, model, bf16, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpus, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpus.platform, "processor", lambda: "")
+    (tmp_path / "cpuinfo").write_text(text)
+    assert (cpus.cpu_model(), cpus.has_bf16()) == (model, bf16)

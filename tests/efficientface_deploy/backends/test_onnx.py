@@ -22,6 +22,7 @@ from efficientface_deploy.backends import onnx as onnx_module
 from efficientface_deploy.backends.onnx import PROVIDERS, OnnxBackend
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.files import file_hash
+from efficientface_deploy.probe import TOLERANCES
 from efficientface_export.graph.io import read_onnx, write_onnx
 
 
@@ -209,15 +210,52 @@ def test_engines_are_not_kept_where_nothing_can_be_written(
 
 
 @pytest.mark.parametrize("threads", [None, 3])
+@pytest.mark.parametrize(("device", "hint"), [("openvino", "f32"), ("openvino-bf16", "bf16")])
 def test_options_of_openvino(
-    model_files: dict[str, Path], recorded: Recorded, threads: int | None
+    model_files: dict[str, Path],
+    recorded: Recorded,
+    threads: int | None,
+    device: str,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with load(model_files["onnx"], backend="onnx:openvino", threads=threads):
-        pass
+    monkeypatch.setattr(onnx_module, "has_bf16", lambda: True)
+    with load(model_files["onnx"], backend=f"onnx:{device}", threads=threads) as predictor:
+        assert predictor.backend == f"onnx:{device}"
     ((_, settings),) = recorded.providers
-    expected = {"INFERENCE_PRECISION_HINT": "f32"}
+    expected = {"INFERENCE_PRECISION_HINT": hint}
     expected |= {} if threads is None else {"INFERENCE_NUM_THREADS": "3"}
     assert json.loads(settings["load_config"]) == {"CPU": expected}
+
+
+def test_bf16_is_allowed_what_it_rounds(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "has_bf16", lambda: True)
+    allowed = []
+    for device in ("openvino", "openvino-bf16"):
+        with load(backend=f"onnx:{device}") as predictor:
+            assert predictor.checked is not None
+            allowed.append(predictor.checked.tolerance)
+    assert allowed == [TOLERANCES["fp32"], TOLERANCES["bf16"]]
+
+
+def test_bf16_needs_a_cpu_that_has_it(
+    model_files: dict[str, Path], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "has_bf16", lambda: False)
+    with pytest.raises(BackendError, match="a CPU that computes in BF16, found one without"):
+        load(model_files["onnx"], backend="onnx:openvino-bf16")
+
+
+def test_a_provider_that_is_built_in_needs_no_plugin(
+    model_files: dict[str, Path], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin that lies beside it might have no device here."""
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", types.ModuleType("empty"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    with load(model_files["onnx"], backend="onnx:openvino") as predictor:
+        assert predictor.backend == "onnx:openvino"
 
 
 @pytest.mark.parametrize(
