@@ -37,7 +37,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from benchmarks.measure.inputs import in_turn
 from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
@@ -46,7 +45,7 @@ from efficientface_deploy.predictor import Predictor, load
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.faces import BOX_SCALE, Face, FaceDetector, cut_face
 from efficientface_deploy.vision.preprocess import UInt8Array, load_image, resize
-from efficientface_deploy.workbench.timing import measure
+from efficientface_deploy.workbench.timing import in_turn, measure
 
 # Frames' sizes, and the most milliseconds that one may take: 50 and 80 a second.
 FRAMES = {"1280x720": (1280, 720, 20.0), "640x360": (640, 360, 12.5)}

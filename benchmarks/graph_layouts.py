@@ -29,7 +29,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import numpy as np
 import onnx
 
-from benchmarks.measure.inputs import in_turn, make_batches
+from benchmarks.measure.inputs import make_batches
 from benchmarks.measure.networks import (
     MAX_DIFFERENCE,
     STRAIGHT,
@@ -43,7 +43,7 @@ from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import UInt8Array
-from efficientface_deploy.workbench.timing import measure, speedup
+from efficientface_deploy.workbench.timing import in_turn, measure, speedup
 from efficientface_export.graph.channel_layout import PROFILES, Profile
 from efficientface_export.graph.io import multiply_adds, write_onnx
 from efficientface_export.graph.precision import to_fp16

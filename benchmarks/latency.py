@@ -27,7 +27,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
     launch("benchmarks.latency", "cpu,bench")
 
 from benchmarks.measure.gpu_counters import energy_per_call, open_energy_meter
-from benchmarks.measure.inputs import in_turn, input_bytes, make_batches, make_jpegs
+from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
 from benchmarks.measure.models import (
     CANNOT_RUN,
     Candidate,
@@ -54,7 +54,7 @@ from benchmarks.report.result import COMPUTE, END_TO_END, Result, Row, new_resul
 from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.workbench.timing import Call, Samples, measure, speedup
+from efficientface_deploy.workbench.timing import Call, Samples, in_turn, measure, speedup
 
 FEWEST_CALLS_FOR_P99 = 100
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torchvision
 
-from benchmarks.measure.inputs import in_turn, make_batches
+from benchmarks.measure.inputs import make_batches
 from benchmarks.measure.models import Skipped, choose, one_line
 from benchmarks.measure.networks import (
     MAX_DIFFERENCE,
@@ -59,7 +59,7 @@ from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.workbench.environment import package_versions
-from efficientface_deploy.workbench.timing import Samples, measure, speedup
+from efficientface_deploy.workbench.timing import Samples, in_turn, measure, speedup
 
 MAX_EXTRA_CPUS = 0.1  # of a turn, beside its threads: Python, and what others leave running
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure.inputs import in_turn, make_batches, make_jpegs
+from benchmarks.measure.inputs import make_batches, make_jpegs
 from benchmarks.measure.networks import DEPLOY, efficientface
 from benchmarks.measure.processes import Run, predict_often, run_fresh, run_job
 from benchmarks.measure.sessions import open_session
@@ -48,7 +48,14 @@ from efficientface_deploy.command import option
 from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.predictor import BUNDLED_ONNX, CHECK_VARIABLE, load
 from efficientface_deploy.vision.preprocess import load_image, resize
-from efficientface_deploy.workbench.timing import Call, Samples, interleave, measure, speedup
+from efficientface_deploy.workbench.timing import (
+    Call,
+    Samples,
+    in_turn,
+    interleave,
+    measure,
+    speedup,
+)
 
 HEAVY = ("torch", "torchvision", "cv2", "onnx", "matplotlib", "scipy")
 BATCH = 32

@@ -1,37 +1,21 @@
-"""What is timed: batches and pictures, and a call that takes them in turn."""
+"""What is timed: batches and pictures."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from efficientface_deploy.vision.preprocess import UInt8Array
 from efficientface_deploy.workbench.environment import l2_bytes, last_level_cache_bytes
-from efficientface_deploy.workbench.timing import Call
 
 PHOTOS = 16
 PHOTO_SIDE = 224  # pixels, about what a face measures in a picture of 1 megapixel
 JPEG_QUALITY = 90
 
 _LARGEST_INPUTS = 64 << 20  # bytes; some servers' caches are as large as a phone's memory
-
-Input = TypeVar("Input")
-
-
-def in_turn(function: Callable[[Input], object], inputs: Sequence[Input]) -> Call:
-    """A call with the next of several inputs, as a camera would give them."""
-    endless = itertools.cycle(inputs)
-
-    def call() -> None:
-        function(next(endless))
-
-    return call
 
 
 def make_batches(side: int, batch: int, seed: int, count: int | None = None) -> list[UInt8Array]:

@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Call = Callable[[], None]
 Clock = Callable[[], int]
+Input = TypeVar("Input")
 
 MAX_CALLS_PER_ROUND = 10_000
 SETTLE_CALLS = 2
@@ -135,6 +137,16 @@ class Samples:
         }
 
 
+def in_turn(function: Callable[[Input], object], inputs: Sequence[Input]) -> Call:
+    """A call with the next of several inputs, as a camera would give them."""
+    endless = itertools.cycle(inputs)
+
+    def call() -> None:
+        function(next(endless))
+
+    return call
+
+
 def machine_cpu_ns() -> int | None:
     """CPU time that this machine has spent, nanoseconds: all but idle; None where not known."""
     try:
@@ -154,6 +166,7 @@ def measure(
     warm_up: float = 0.2,
     seed: int = 0,
     before_turn: Callable[[str], object] | None = None,
+    until: Callable[[], bool] | None = None,
     clock: Clock = time.perf_counter_ns,
     cpu_clock: Clock = time.process_time_ns,
     machine_clock: Callable[[], int | None] = machine_cpu_ns,
@@ -173,6 +186,7 @@ def measure(
         seed: Of the order.
         before_turn: Called with the name before a candidate's warm-up and each of its turns,
             untimed: the place for what is global to a process, and for showing progress.
+        until: Asked after each round whether that was the last one; ``rounds`` are the most.
         clock: Nanoseconds from any point on.
         cpu_clock: CPU nanoseconds of the process.
         machine_clock: CPU nanoseconds of the machine, this process among them, or None.
@@ -194,17 +208,19 @@ def measure(
         return clock(), cpu_clock(), machine_clock() or 0
 
     spent = {name: np.zeros(3, dtype=np.int64) for name in candidates}
-    for row, name in interleave(candidates, rounds, seed):
+    for turn, (row, name) in enumerate(interleave(candidates, rounds, seed), start=1):
         announce(name)
         before = clocks()
         _take_turn(candidates[name], durations[name][row], clock)
         spent[name] += np.subtract(clocks(), before)
+        if turn % len(candidates) == 0 and until is not None and until():
+            break
     knows_machine = machine_clock() is not None
     samples = {}
     for name, values in durations.items():
         elapsed, own, machine = spent[name].tolist()
         others = max(machine - own, 0) / max(elapsed, 1) if knows_machine else None
-        samples[name] = Samples(values, own / max(elapsed, 1), others)
+        samples[name] = Samples(values[: row + 1], own / max(elapsed, 1), others)
     return samples
 
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure.inputs import in_turn, input_bytes, make_batches, make_jpegs
+from benchmarks.measure.inputs import input_bytes, make_batches, make_jpegs
 from efficientface_deploy.workbench.environment import l2_bytes
 
 
@@ -24,11 +24,3 @@ def test_inputs_rotate_and_exceed_the_cache() -> None:
     assert make_jpegs(seed=0) == jpegs
     with Image.open(io.BytesIO(jpegs[0])) as image:
         assert (image.format, image.size) == ("JPEG", (224, 224))
-
-
-def test_a_call_takes_the_next_input() -> None:
-    seen: list[int] = []
-    call = in_turn(seen.append, [1, 2, 3])
-    for _ in range(4):
-        call()
-    assert seen == [1, 2, 3, 1]

@@ -11,6 +11,7 @@ from efficientface_deploy.workbench.timing import (
     MAX_CALLS_PER_ROUND,
     SETTLE_CALLS,
     Samples,
+    in_turn,
     machine_cpu_ns,
     measure,
     speedup,
@@ -60,6 +61,20 @@ def test_durations_are_those_of_the_clock_by_round() -> None:
     # 100 ms a round: ten calls of 10 ms, two of 50 ms.
     np.testing.assert_array_equal(samples["fast"].durations_ns, np.full((4, 10), 10 * MS))
     np.testing.assert_array_equal(samples["slow"].durations_ns, np.full((4, 2), 50 * MS))
+
+
+def test_an_end_before_the_last_round() -> None:
+    machine = FakeMachine()
+    samples = measure(
+        {"fast": machine.candidate("fast", 10), "slow": machine.candidate("slow", 50)},
+        seconds=0.4,
+        rounds=4,
+        warm_up=0,
+        until=lambda: machine.now > 800 * MS,  # a round takes 320 ms, the warm-up 120
+        clock=machine.clock,
+    )
+    assert [len(own.durations_ns) for own in samples.values()] == [3, 3]
+    assert all((own.durations_ns > 0).all() for own in samples.values())
 
 
 def test_cpus_are_those_of_the_turns_alone() -> None:
@@ -262,3 +277,11 @@ def test_nothing_to_measure_is_refused() -> None:
         measure({})
     with pytest.raises(ValueError, match="same rounds"):
         speedup(Samples(np.ones((2, 1), np.int64)), Samples(np.ones((3, 1), np.int64)))
+
+
+def test_a_call_takes_the_next_input() -> None:
+    seen: list[int] = []
+    call = in_turn(seen.append, [1, 2, 3])
+    for _ in range(4):
+        call()
+    assert seen == [1, 2, 3, 1]
