@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from efficientface_deploy.cpus import cpu_model, usable_cpus
 from efficientface_deploy.errors import ArtifactError
 
 TUNED_KEY = "tuned"  # of the provenance
+
+_GPUS = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver: read without starting CUDA
 
 _log = logging.getLogger(__name__)
 
@@ -58,8 +61,18 @@ class Tuned:
         return cls(**found)
 
 
+def machine_of(backend: str) -> str | None:
+    """Name of the CPU that a backend runs on, or of the first graphics card; None if not known."""
+    if backend.startswith(("onnx:cpu", "onnx:openvino")):
+        return cpu_model()
+    for path in sorted(_GPUS.glob("*/information")):
+        if match := re.search(r"^Model:\s*(.+)$", path.read_text("utf-8"), re.MULTILINE):
+            return match[1].strip()
+    return None
+
+
 def read_tuned(path: Path) -> Tuned | None:
-    """The choice in an ONNX file, where it was made for this machine; elsewhere the log says so.
+    """The choice in an ONNX file, where it was made for this CPU or card; else the log says so.
 
     Its threads are at most the CPUs that this process may use. An engine has one backend, and
     nothing to follow.
@@ -73,10 +86,9 @@ def read_tuned(path: Path) -> Tuned | None:
     tuned = Tuned.from_record(provenance.get(TUNED_KEY), path)
     if tuned is None:
         return None
-    if (here := cpu_model()) != tuned.machine:
-        machine = here or "a machine that does not say its name"
+    if (here := machine_of(tuned.backend)) != tuned.machine:
         text = "%s: tuned for another machine (%s), and this is %s: the defaults apply"
-        _log.info(text, path, tuned.machine, machine)
+        _log.info(text, path, tuned.machine, here or "one without a name")
         return None
     threads = None if tuned.threads is None else min(tuned.threads, usable_cpus())
     return dataclasses.replace(tuned, threads=threads)

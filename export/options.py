@@ -13,6 +13,7 @@ from efficientface_export.verification.provenance import PRECISIONS
 ENGINES = ("onnx", "trt", "trt-rtx", "auto")
 TARGETS = ("cpu", "gpu")
 GRAPHS = ("plain", "deploy")
+OBJECTIVES = ("latency", "throughput")
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
@@ -69,6 +70,15 @@ class ExportConfig:
     max_batch: int = option(32, minimum=1, help="largest batch of an engine")
     workspace: int | None = option(
         None, minimum=1, help="memory for building an engine", metavar="MIB"
+    )
+    tune: str | None = option(
+        None,
+        choices=OBJECTIVES,
+        help="try all graphs, precisions, backends and threads that run here, and deliver the one "
+        "file that is fastest and right: for one picture, or for batches of 32",
+    )
+    tune_seconds: float = option(
+        60.0, minimum=1, help="time for measuring, beside making and verifying", metavar="S"
     )
     out: Path = option(Path("artifacts"), help="folder of the artifacts")
     web: Path | None = option(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import shlex
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ import onnx
 from efficientface_deploy.artifact import FLOAT_INPUT
 from efficientface_deploy.backends.tensorrt.library import rebuild_command
 from efficientface_deploy.errors import ConfigError, ExportError
+from efficientface_deploy.tuned import TUNED_KEY
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
 from efficientface_deploy.web.files import MODEL_FILE, page_files, read_model, write_site
 from efficientface_deploy.workbench.environment import now
@@ -29,8 +32,16 @@ from efficientface_export.options import ExportConfig
 from efficientface_export.plan import Plan, Step, resolve
 from efficientface_export.source import Source, open_source
 from efficientface_export.tensorrt import builder as engines
+from efficientface_export.tensorrt.build_log import EngineCost
 from efficientface_export.tensorrt.builder import build_progress
 from efficientface_export.tensorrt.options import EngineKind
+from efficientface_export.tune import (
+    File,
+    choose,
+    measure_candidates,
+    pair,
+    verify_candidates,
+)
 from efficientface_export.verification.parity import verify_artifact, wrong_outputs
 from efficientface_export.verification.probes import make_probe
 from efficientface_export.verification.provenance import Provenance
@@ -46,12 +57,15 @@ from efficientface_export.verification.report import (
 # Images on which FP16's range is measured when no calibration set is given.
 _RANGE_IMAGES = 64
 
+_INTERRUPTED = 130  # exit code, as a shell has it
+_SO_FAR = "interrupted before its time: this is the best so far"
+
 
 def export_command(options: ExportConfig) -> int:
     """Make the artifacts that the options ask for, and verify each.
 
     Returns:
-        0.
+        0; 130 where Ctrl-C ended ``--tune``, which leaves the best so far.
 
     Raises:
         VerificationError: An artifact computes something else; it is kept as ``*.failed.*``.
@@ -71,7 +85,8 @@ def export_command(options: ExportConfig) -> int:
         plan = resolve(options, source)  # here, since what is reused depends on the folder
         page = None if options.web is None else page_files()
         data = load_data(plan, source)
-        rows = _make_all(plan, source, data, work)
+        made, tuning = _tune(plan, source, data, work) if plan.tuning else ((), None)
+        rows = _make_all(plan, source, data, work, made, tuning)
     print(f"report: {plan.out / MARKDOWN_FILE}")
     _conclude(plan, rows)
     if options.web is not None and page is not None:
@@ -79,7 +94,7 @@ def export_command(options: ExportConfig) -> int:
         print(f"page: {options.web / 'index.html'}, to be served by any web server")
     if runnable := [step.path for step, row in rows if not row.verification.not_run]:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
-    return 0
+    return _INTERRUPTED if tuning is not None and _SO_FAR in tuning["notes"] else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +140,92 @@ class Artifact:
         file: The graph that it holds or was built of, the spec, and its provenance.
         notes: What to say of it: warnings, and what an engine was built with and for.
         write: Writes it with its provenance, that of now; None for a file that is there already.
+        cost: What the builder's log says of an engine.
     """
 
     file: OnnxFile
     notes: tuple[str, ...]
     write: Callable[[Path, dict[str, Any]], None] | None
+    cost: EngineCost | None = None
+
+    def save(self, path: Path) -> None:
+        """Write it as it is."""
+        assert self.write is not None  # not one that is there already
+        self.write(path, dict(self.file.provenance))
+
+
+Made = Sequence[tuple[Step, Artifact]]
+"""An artifact to deliver, last, and what it was made of."""
+
+
+def _tune(plan: Plan, source: Source, data: Data, work: Workspace) -> tuple[Made, dict[str, Any]]:
+    """Make all candidates, verify and measure them, and take the best; publishes nothing.
+
+    Returns:
+        What is to be delivered, and for the report how it was chosen.
+    """
+    assert plan.tuning is not None
+    objective, seconds = plan.tuning.objective, plan.tuning.seconds
+    notes = list(plan.tuning.absent)
+    with tempfile.TemporaryDirectory(dir=work.scratch) as folder:
+        made = dict(_make_files(plan, source, data, Path(folder), notes))
+        candidates = pair([*made], plan.tuning.runners)
+        print(f"tune: verifying {len(candidates)} candidates", flush=True)
+        verify_candidates(candidates, data.test_set, data.logits)
+        running = [one for one in candidates if one.runs and not one.verification.problems]
+        interrupted = False
+        if running:
+            print(f"tune: measuring {len(running)} in turns, {seconds:g} s", flush=True)
+            given = running, objective, seconds, data.test_set.images
+            with build_progress("tune") as progress:
+                interrupted = measure_candidates(*given, progress)
+    if interrupted:
+        notes.append(_SO_FAR)
+    best, record = choose(candidates, objective, notes)
+    print("\n".join(["tune: " + record["reason"], *("  " + note for note in record["notes"])]))
+    *before, (step, artifact) = made[best.file]
+    names = ("objective", "machine", "batch", "reason")
+    tuned = {**best.runner._asdict(), **{name: record[name] for name in names}}
+    file = artifact.file._replace(provenance={**artifact.file.provenance, TUNED_KEY: tuned})
+    return [*before, (step, dataclasses.replace(artifact, file=file))], record
+
+
+def _make_files(
+    plan: Plan, source: Source, data: Data, folder: Path, notes: list[str]
+) -> Iterator[tuple[File, Made]]:
+    """Each file that ``--tune`` tries, with the steps to it; what cannot be made is noted."""
+    assert plan.tuning is not None
+    layouts = {graph: plan.laid_out(graph) for graph in plan.tuning.graphs}
+    converters = {graph: Converter(layout, source, data) for graph, layout in layouts.items()}
+    for graph, precision in itertools.product(layouts, plan.requests):
+        print(f"tune: making {precision}, {graph} graph", flush=True)
+        layout, converter = layouts[graph], converters[graph]
+        made: list[tuple[Step, Artifact]] = []
+        paths: list[Path] = []
+        try:
+            for step in (step for step in plan.steps if step.precision == precision):
+                if step.engine == "onnx":
+                    artifact = make_onnx(step, layout, source, converter)
+                else:
+                    artifact = make_engine(step, layout, artifact.file, paths[-1])
+                paths.append(folder / graph / step.path.name)
+                paths[-1].parent.mkdir(exist_ok=True)
+                artifact.save(paths[-1])
+                made.append((step, artifact))
+        except ExportError as error:  # another precision may do
+            notes.append(f"{precision}, {graph} graph: {error}")
+            continue
+        parent = paths[-2] if len(paths) > 1 else None
+        yield File(graph, precision, paths[-1], parent, artifact.cost), made
 
 
 def _make_all(
-    plan: Plan, source: Source, data: Data, work: Workspace
+    plan: Plan,
+    source: Source,
+    data: Data,
+    work: Workspace,
+    made: Made = (),
+    tuning: dict[str, Any] | None = None,
 ) -> list[tuple[Step, ReportRow]]:
     """Make, verify and publish one artifact after the other; what follows may fail."""
     if not plan.keeps_reference:
@@ -141,14 +233,17 @@ def _make_all(
     report = Report(plan.out, report_header(source.weights, source.spec))
     converter = Converter(plan, source, data)
     rows: list[tuple[Step, ReportRow]] = []
-    for step in plan.steps:
-        if step.engine == "onnx":
-            artifact = parent = make_onnx(step, plan, source, converter)
-        elif rows[-1][1].verification.problems:
+    steps: Sequence[tuple[Step, Artifact | None]] = made or [(step, None) for step in plan.steps]
+    for step, artifact in steps:
+        if step.engine != "onnx" and rows[-1][1].verification.problems:
             continue
-        else:
+        if artifact is None and step.engine == "onnx":
+            artifact = parent = make_onnx(step, plan, source, converter)
+        elif artifact is None:
             artifact = make_engine(step, plan, parent.file, rows[-1][0].path)
         row = verify(step, artifact, source, data, work)
+        if made and artifact is made[-1][1]:
+            row = dataclasses.replace(row, tuning=tuning)
         report.add(row)
         report.write(work.scratch)
         work.publish(failed_name)
@@ -163,8 +258,14 @@ def make_onnx(step: Step, plan: Plan, source: Source, converter: Converter) -> A
     Raises:
         EfficientFaceError: It could not be made.
     """
-    path = step.path
-    if step.present is not None:
+    path, present = step.path, step.present
+    if present is not None and plan.tuning is not None:  # the same, and what it is tuned to
+
+        def copy(path: Path, record: dict[str, Any]) -> None:
+            write_onnx(present.graph, path, present.spec, record, present.probe)
+
+        return Artifact(present, (), copy)
+    if present is not None:
         notes: tuple[str, ...] = ()
         if path != source.path:
             same = "of the same weights, options and versions; not made anew"
@@ -172,7 +273,7 @@ def make_onnx(step: Step, plan: Plan, source: Source, converter: Converter) -> A
             notes = (
                 plan.calibration.warnings if plan.calibration and step.precision == "int8" else ()
             )
-        return Artifact(step.present, notes, None)
+        return Artifact(present, notes, None)
     graph, details, notes = converter.convert(step.precision, path)
     record = {
         **plan.requests[step.precision],
@@ -215,7 +316,7 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
     def write(path: Path, record: dict[str, Any]) -> None:
         engine.write(path, parent.spec, record, probe)
 
-    return Artifact(parent, (note,), write)
+    return Artifact(parent, (note,), write, engine.cost)
 
 
 def verify(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from efficientface_deploy.errors import ArtifactError, ConfigError, EfficientFaceError
+from efficientface_deploy.tuned import TUNED_KEY
 from efficientface_deploy.web.files import check_folder
 from efficientface_deploy.workbench.environment import versions
 from efficientface_export.graph.io import OnnxFile, read_onnx
@@ -18,6 +19,7 @@ from efficientface_export.options import ExportConfig
 from efficientface_export.source import Source
 from efficientface_export.tensorrt import builder as engines
 from efficientface_export.tensorrt.options import SUFFIXES, EngineKind, EngineOptions
+from efficientface_export.tune import FEWEST_SECONDS, File, Runner, find_runners, pair
 from efficientface_export.verification.provenance import PRECISIONS
 from efficientface_export.verification.reference import read_reference, stored_parent
 from efficientface_export.verification.report import report_header, reports_other_model
@@ -38,6 +40,25 @@ class Step:
     precision: str
     path: Path
     present: OnnxFile | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What ``--tune`` chooses among, beside the precisions of the steps.
+
+    Attributes:
+        objective: ``latency`` or ``throughput``.
+        seconds: For measuring.
+        graphs: ``deploy``, ``plain``.
+        runners: What runs the files.
+        absent: What is not among the candidates, and why.
+    """
+
+    objective: str
+    seconds: float
+    graphs: tuple[str, ...]
+    runners: tuple[Runner, ...]
+    absent: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +85,7 @@ class Plan:
         requests: What decides the content of an ONNX file, for each precision, as its provenance
             records it. Files of equal requests, and of one spec, are equal.
         steps: The artifacts in order; an engine comes after its ONNX file.
+        tuning: How one of them is chosen; None where all are wanted.
     """
 
     out: Path
@@ -84,6 +106,12 @@ class Plan:
     require_verified: bool
     requests: Mapping[str, Mapping[str, Any]]
     steps: tuple[Step, ...]
+    tuning: Tuning | None = None
+
+    def laid_out(self, graph: str) -> Plan:
+        """The same with files of another graph."""
+        requests = {name: {**request, "graph": graph} for name, request in self.requests.items()}
+        return dataclasses.replace(self, graph=graph, requests=requests)
 
 
 def resolve(options: ExportConfig, source: Source) -> Plan:
@@ -104,9 +132,10 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     precisions = _choose_precisions(options, source, asked)
     _check_options(options, source, precisions)
     graph = _choose_graph(options, source, target)
+    tuning = _choose_tuning(options, source, engine, target, graph, precisions, missing)
     if options.web is not None:
         _check_web(options, engine, precisions)
-    elif engine == "onnx" and not missing and source.is_onnx_in(precisions[-1]):
+    elif engine == "onnx" and not missing and not tuning and source.is_onnx_in(precisions[-1]):
         raise _nothing_to_make(source)
     calibration = _choose_calibration(options, source, precisions)
     requests = {
@@ -143,6 +172,7 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
         require_verified=options.require_verified,
         requests=requests,
         steps=tuple(steps),
+        tuning=tuning,
     )
 
 
@@ -150,7 +180,9 @@ def _choose_engine(options: ExportConfig) -> tuple[str, str]:
     """The engine, and why it cannot be made here."""
     engine = options.engine
     if engine == "auto":
-        kinds = SUFFIXES if options.target != "cpu" and options.web is None else ()
+        kinds = [*SUFFIXES] if options.target != "cpu" and options.web is None else []
+        if options.tune:  # among what runs here, and TensorRT for RTX compiles without a GPU
+            kinds = kinds[: kinds.index("trt") + 1] if kinds else []
         engine = next((kind for kind in kinds if not _why_not(kind)), "onnx")
         print(f"engine: {engine}, the best that this machine can make")
         return engine, ""
@@ -203,6 +235,8 @@ def _choose_precisions(options: ExportConfig, source: Source, engine: str) -> tu
         return (source.precision,)
     if asked == "all":
         return PRECISIONS
+    if options.tune and asked is None:  # INT8 for a GPU is slower today, and made where asked for
+        return PRECISIONS if options.calib and engine == "onnx" else ("fp32", "fp16")
     return (asked or ("fp32" if engine == "onnx" else "fp16"),)
 
 
@@ -267,6 +301,48 @@ def _choose_graph(options: ExportConfig, source: Source, target: str) -> str:
         found = f"{name}, {source.spec.architecture}"
         raise ConfigError("--graph deploy", expected, found, "leave --graph out")
     return "plain"
+
+
+def _choose_tuning(
+    options: ExportConfig,
+    source: Source,
+    engine: str,
+    target: str,
+    graph: str,
+    precisions: tuple[str, ...],
+    missing: str,
+) -> Tuning | None:
+    """What ``--tune`` chooses among.
+
+    Raises:
+        ConfigError: There is no choice, or no time for it.
+    """
+    seconds = options.tune_seconds
+    if options.tune is None:
+        if seconds != type(options).tune_seconds:
+            raise ConfigError("--tune-seconds", "--tune", "none", "add --tune latency")
+        return None
+    if options.web is not None:
+        fix = "make the page by another call"
+        raise ConfigError("--tune", "none with --web, whose page a browser runs", "both", fix)
+    if missing:
+        raise ConfigError(f"--tune {options.tune}", "an engine", missing, "use --engine onnx")
+    both = source.lay_out is not None and options.graph is None
+    graphs = ("deploy", "plain") if both else (graph,)
+    runners, absent = find_runners(options.tune, engine, target)
+    if "int8" not in precisions and source.precision == "fp32" and options.precision is None:
+        needed = "--calib" if engine == "onnx" else "--precision all --calib"
+        absent.append(f"int8: made with {needed} alone")
+    files = [File(one, precision, Path()) for one in graphs for precision in precisions]
+    if (count := len(pair(files, runners))) < 2:
+        found = f"{count or 'none'}" + (f" ({'; '.join(absent)})" if absent else "")
+        fix = "leave --tune, --graph or --precision out"
+        raise ConfigError(f"--tune {options.tune}", "two candidates or more", found, fix)
+    if seconds < (least := count * FEWEST_SECONDS):
+        expected = f"{least:g} seconds or more for {count} candidates"
+        fix = "give more, or fewer candidates by --graph and --precision"
+        raise ConfigError("--tune-seconds", expected, f"{seconds:g}", fix)
+    return Tuning(options.tune, seconds, graphs, tuple(runners), tuple(absent))
 
 
 def _nothing_to_make(source: Source) -> ConfigError:
@@ -337,9 +413,11 @@ def _onnx_step(
 ) -> Step:
     """The step of an ONNX file: made, or used as it is."""
     precision = request["precision"]
+    if options.tune and path.exists() and not options.overwrite:
+        raise _in_the_way(path, "an earlier export")
     if source.is_onnx_in(precision):
         present = OnnxFile(source.trace(False), source.spec, source.provenance.record, source.probe)
-        return Step("onnx", precision, source.path, present)
+        return Step("onnx", precision, path if options.tune else source.path, present)
     if options.overwrite or not path.exists():
         return Step("onnx", precision, path)
     try:
@@ -356,7 +434,8 @@ def _differences(found: OnnxFile, source: Source, wanted: Mapping[str, Any]) -> 
     weights = found.provenance.get("weights")
     sha256 = weights.get("sha256") if isinstance(weights, dict) else None  # its name says nothing
     record = {**found.provenance, "weights": {**wanted["weights"], "sha256": sha256}}
-    keys = dict.fromkeys([*wanted, "features"])  # which only those files record that have them
+    # The last two are recorded only where there are some.
+    keys = dict.fromkeys([*wanted, "features", TUNED_KEY])
     differing = [key for key in keys if record.get(key) != wanted.get(key)]
     return differing + (["labels or input size"] if found.spec != source.spec else [])
 

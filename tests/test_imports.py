@@ -129,7 +129,7 @@ BENCHMARK_COMMANDS = {
 }
 EXPORT_TOP = {
     f"efficientface_export.{name}"
-    for name in ("cli", "options", "plan", "pipeline", "reverify", "source")
+    for name in ("cli", "options", "plan", "pipeline", "reverify", "source", "tune")
 }
 COMPARE_USES_EVALUATE = Import("training.compare", "training.evaluate")
 

@@ -138,12 +138,12 @@ class Verification:
     @property
     def agreement_text(self) -> str:
         """Agreement with its interval, ``0.9940 [0.9906, 0.9962]``; empty when it was not run."""
-        return _with_interval(self.agreement, self.agreement_interval, ".4f")
+        return with_interval(self.agreement, self.agreement_interval, ".4f")
 
     @property
     def difference_text(self) -> str:
         """Accuracy minus the reference's with its interval; empty where labels are unknown."""
-        return _with_interval(self.accuracy_difference, self.accuracy_interval, "+.4f")
+        return with_interval(self.accuracy_difference, self.accuracy_interval, "+.4f")
 
     def as_dict(self) -> dict[str, Any]:
         """For reports and provenance."""
@@ -179,7 +179,8 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+def with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+    """A figure with its interval as text; empty when there is none."""
     if value is None or interval is None:
         return number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

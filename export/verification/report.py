@@ -16,6 +16,7 @@ from efficientface_export.verification.parity import (
     THRESHOLDS,
     Verification,
     number,
+    with_interval,
 )
 from efficientface_export.verification.provenance import Provenance
 
@@ -43,6 +44,7 @@ class ReportRow:
         versions: What it was made with.
         verification: How it compares with the reference.
         notes: Warnings, and what an engine was built with and for.
+        tuning: What ``--tune`` found; None without it.
     """
 
     file: str
@@ -55,6 +57,7 @@ class ReportRow:
     versions: dict[str, str]
     verification: Verification
     notes: tuple[str, ...] = ()
+    tuning: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -154,6 +157,7 @@ class ReportRow:
         )
         if not valid:
             raise TypeError("file, bytes and largest value of a row")
+        _tuning_lines(row)
         return row
 
 
@@ -266,7 +270,43 @@ def _markdown(header: Mapping[str, Any], rows: Sequence[ReportRow]) -> str:
     lines = [f"# Export of {header['weights']}", "", introduction, "", table]
     lines += [f"Images: {source}." for source in sources if source]
     notes = [f"- {row.file}: {note}" for row in rows for note in row.notes]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    tuned = [line for row in rows for line in _tuning_lines(row)]
+    return "\n".join([*lines, "", *notes, *tuned]) + "\n"
+
+
+_TUNING_COLUMNS = (
+    *("precision", "graph", "backend", ">threads", ">ms", ">times the chosen one's"),
+    *(">kernels", ">MB moved", ">agreement", ">accuracy", "verdict"),
+)
+
+
+def _tuning_lines(row: ReportRow) -> list[str]:
+    """What ``--tune`` found, in Markdown; empty without it.
+
+    Raises:
+        KeyError: It is something else; TypeError and ValueError mean the same.
+    """
+    if row.tuning is None:
+        return []
+    found = row.tuning
+    cells = [
+        [
+            *(one["precision"], one["graph"], one["backend"], one["threads"] or ""),
+            with_interval(one["p50_ms"], one["p50_interval_ms"], ".3g"),
+            with_interval(one["times"], one["times_interval"], ".2f"),
+            *(one["kernels"] or "", number(one["bytes_moved"] and one["bytes_moved"] / 1e6, ".1f")),
+            *(number(one["agreement"], ".4f"), number(one["accuracy"], ".4f")),
+            one["verdict"],
+        ]
+        for one in found["candidates"]
+    ]
+    shown = [at for at in range(len(_TUNING_COLUMNS)) if any(cell[at] != "" for cell in cells)]
+    columns = [_TUNING_COLUMNS[at] for at in shown]
+    table = Table(columns, [[cell[at] for at in shown] for cell in cells], notes=found["notes"])
+    title = f"## {row.file}, tuned for {found['objective']}"
+    where = f"Images a call: {found['batch']}. Measured on: {found['machine']}. Medians with 95 %"
+    text = f"{found['reason']}. {where} intervals."
+    return ["", title, "", text, "", table.to_markdown().rstrip()]
 
 
 _COLUMNS = (

@@ -76,19 +76,33 @@ def test_elsewhere_the_defaults_apply(
 
 
 @pytest.mark.parametrize(
-    ("backend", "reason"),
-    [
-        ("onnx:tensorrt", "which does not run here"),
-        ("onnx:webgpu", "which does not run here"),  # of a later release
-        ("torch", "which does not run here"),
-    ],
+    "backend",
+    ["onnx:tensorrt", "onnx:webgpu", "torch"],  # the second may be of a later release
 )
 def test_a_backend_that_is_not_here(
-    make: Any, backend: str, reason: str, caplog: pytest.LogCaptureFixture
+    make: Any,
+    backend: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tuned, "machine_of", lambda backend: "Test CPU")
     with caplog.at_level(logging.INFO):
         assert options(make(backend=backend)) == ("onnx:cpu", None)
-    assert f"tuned for {backend}, {reason}" in caplog.text
+    assert f"tuned for {backend}, which does not run here" in caplog.text
+
+
+def test_a_card_is_known_by_its_driver(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(backend="onnx:cuda", threads=None, machine="NVIDIA L4")
+    monkeypatch.setattr(tuned, "_GPUS", tmp_path / "gpus")
+    assert tuned.machine_of("trt") is None and read_tuned(path) is None
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    information = "Model: \t\t NVIDIA L4\nIRQ:   \t\t 48\n"
+    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text(information)
+    assert tuned.machine_of("onnx:cuda") == "NVIDIA L4"
+    assert tuned.machine_of("onnx:openvino") == "Test CPU"
+    assert read_tuned(path) == Tuned("latency", "onnx:cuda", None, "NVIDIA L4")
 
 
 def test_a_backend_that_is_asked_for_is_no_matter_of_taste(make: Any) -> None:

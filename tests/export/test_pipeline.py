@@ -20,16 +20,17 @@ import onnx
 import pytest
 from tensorrt_stand_in import Library
 
-from efficientface_deploy import load
+from efficientface_deploy import load, tuned
 from efficientface_deploy.artifact import read_sidecar, sidecar_path
 from efficientface_deploy.backends.tensorrt import library as tensorrt_library
-from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.errors import ArtifactError, ExportError
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.vision.yunet import FILE_VARIABLE as YUNET_VARIABLE
 from efficientface_deploy.web.files import FILE_VARIABLE, RUNTIME_FILES
 from efficientface_deploy.workbench.dataset import image_list_hash, read_dataset
+from efficientface_deploy.workbench.timing import Samples
 from efficientface_deploy.workbench.workspace import open_workspace
-from efficientface_export import pipeline
+from efficientface_export import pipeline, plan, tune
 from efficientface_export import source as source_module
 from efficientface_export.cli import main
 from efficientface_export.graph import trace as trace_module
@@ -884,3 +885,124 @@ def test_web_whose_files_cannot_be_had(artifacts: Path, tmp_path: Path, monkeypa
     with pytest.raises(ArtifactError, match="expected a YuNet model file, found no such file"):
         main([*map(str, command), "--web", str(tmp_path / "web")])
     assert not (tmp_path / "web").exists() and not (tmp_path / "out").exists()
+
+
+class TestTune:
+    """``--tune`` from an ONNX file, which has one graph: four candidates on two threads."""
+
+    COMMAND = ("--engine", "onnx", "--tune", "latency", "--tune-seconds", "1")
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One of two CPUs and no other provider, called ``Test CPU``."""
+        runners = [tune.Runner("onnx:cpu", 1), tune.Runner("onnx:cpu", 2)]
+        find = tune.find_runners
+        monkeypatch.setattr(
+            plan,
+            "find_runners",
+            lambda *given: (list(runners), []) if given[1] == "onnx" else find(*given),
+        )
+        monkeypatch.setattr(tuned, "cpu_model", lambda: "Test CPU")
+        monkeypatch.setattr(tuned, "usable_cpus", lambda: 2)
+
+    def test_it_is_delivered_and_followed(
+        self,
+        artifacts: Path,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        out = tmp_path / "out"
+        code, output, _ = exit_code(*self.COMMAND, "--weights", artifacts / FP32, "--out", out)
+        assert code == 0
+        assert "tune: measuring 4 in turns, 1 s" in output
+        (file,) = names(out) - {"verify.npz", "report.md", "report.json"}
+        row = report(out)[file]
+        assert row["verification"]["status"] == "verified"
+        assert row["sha256"] == file_hash(out / file)
+        found = row["tuning"]
+        assert (found["objective"], found["machine"]) == ("latency", "Test CPU")
+        assert [one["threads"] for one in found["candidates"]].count(2) == 2
+        assert all(one["p50_ms"] > 0 for one in found["candidates"])
+        (chosen,) = (one for one in found["candidates"] if one["verdict"] == "chosen")
+        assert file == f"efficientface-{chosen['precision']}-cpu.onnx"
+        record = read_onnx(out / file).provenance["tuned"]
+        assert record == {
+            **{"backend": "onnx:cpu", "threads": chosen["threads"], "objective": "latency"},
+            **{"machine": "Test CPU", "batch": 1, "reason": found["reason"]},
+        }
+        assert f"## {file}, tuned for latency" in (out / "report.md").read_text()
+
+        with load(out / file) as predictor:
+            assert predictor._backend.options.threads == chosen["threads"]
+        monkeypatch.setattr(tuned, "cpu_model", lambda: "Other CPU")
+        with caplog.at_level("INFO"), load(out / file) as predictor:
+            assert predictor._backend.options.threads is None
+        assert "tuned for another machine (Test CPU), and this is Other CPU" in caplog.text
+
+        # A plain export would be another file, and neither takes the other's place unasked.
+        for command in (self.COMMAND, ("--engine", "onnx", "--precision", chosen["precision"])):
+            arguments = [*command, "--weights", artifacts / FP32, "--out", out]
+            if chosen["precision"] == "fp32" and command is not self.COMMAND:
+                continue  # nothing to make of an FP32 file
+            code, _, error = exit_code(*arguments)
+            assert code == 2 and "add --overwrite" in one_line(error)
+
+    def test_interrupted(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(candidates: Any, *given: Any) -> bool:
+            for milliseconds, one in enumerate(candidates, start=1):
+                one.samples = Samples(np.full((3, 4), milliseconds * 10**6))
+            return True
+
+        monkeypatch.setattr(pipeline, "measure_candidates", interrupt)
+        command = [*self.COMMAND, "--weights", artifacts / FP32, "--out", tmp_path / "out"]
+        code, output, _ = exit_code(*command)
+        assert code == 130
+        assert "interrupted before its time: this is the best so far" in output
+        assert report(tmp_path / "out")[FP32]["tuning"]["notes"][-1].startswith("interrupted")
+        with load(tmp_path / "out" / FP32) as predictor:
+            assert predictor._backend.options.threads == 1
+
+    def test_what_cannot_be_made_is_named_and_the_rest_is_tried(
+        self, artifacts: Path, tmp_path: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(ranges: Any, path: Path) -> Any:
+            raise ExportError(path, "values that FP16 holds", "1e6", "use fp32")
+
+        monkeypatch.setattr(pipeline, "require_fp16_range", refuse)
+        command = [*self.COMMAND, "--weights", artifacts / FP32, "--out", tmp_path / "out"]
+        assert exit_code(*command)[0] == 0
+        (row,) = report(tmp_path / "out").values()
+        assert {one["precision"] for one in row["tuning"]["candidates"]} == {"fp32"}
+        assert "fp16, plain graph: " in row["tuning"]["notes"][-1]
+
+    @pytest.mark.slow  # both graphs of a checkpoint and INT8 take half a minute to make
+    def test_from_a_checkpoint(
+        self, student: Path, faces: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        command = ["--engine", "onnx", "--tune", "throughput", "--tune-seconds", "4"]
+        command += ["--weights", student, "--calib", faces, "--val", faces, "--no-int8-search"]
+        assert exit_code(*command, "--out", tmp_path)[0] == 0
+        (row,) = report(tmp_path).values()
+        found = {(one["graph"], one["precision"]) for one in row["tuning"]["candidates"]}
+        assert len(found) == 6 and len(row["tuning"]["candidates"]) == 12
+        int8 = [one for one in row["tuning"]["candidates"] if one["precision"] == "int8"]
+        assert all("agreement" in one["verdict"] for one in int8)  # 14 images decide nothing
+
+    @pytest.mark.slow  # six engines
+    def test_engines_by_their_logs(
+        self, artifacts: Path, faces: Path, tmp_path: Path, exit_code: Run
+    ) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        command = ["--engine", "trt-rtx", "--tune", "latency", "--precision", "all"]
+        command += ["--weights", artifacts / FP32, "--calib", faces, "--no-int8-search"]
+        code, output, _ = exit_code(*command, "--out", tmp_path)
+        assert code == 0
+        assert "(an estimate)" in output
+        engine = next(name for name in names(tmp_path) if name.endswith(".rtx.engine"))
+        found = report(tmp_path)[engine]["tuning"]
+        assert all(one["kernels"] > 0 for one in found["candidates"])
+        assert read_sidecar(tmp_path / engine).provenance["tuned"]["backend"] == "trt-rtx"

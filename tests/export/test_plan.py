@@ -18,7 +18,8 @@ from efficientface_export.int8.calibration import Calibration
 from efficientface_export.options import ExportConfig
 from efficientface_export.plan import Plan, resolve
 from efficientface_export.source import Source
-from efficientface_export.verification.provenance import Provenance
+from efficientface_export.tune import Runner
+from efficientface_export.verification.provenance import PRECISIONS, Provenance
 from efficientface_export.verification.reference import TestSet, write_reference
 from efficientface_export.verification.report import Report, report_header
 
@@ -494,3 +495,111 @@ def test_calibration_serves_fp16_and_sm75_fp16(make_source: Any, tmp_path: Path,
     monkeypatch.setattr(plan_module.engines, "check_targets", lambda *_: None)
     options = {"engine": "trt-rtx", "compute_capability": "sm75", "calib": Path("x")}
     assert precisions_of(plan(make_source(), tmp_path, **options)) == ("fp16",)
+
+
+class TestTuning:
+    @pytest.fixture(autouse=True)
+    def two_runners(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine of two threads and no other provider."""
+
+        def find(objective: str, engine: str, target: str) -> tuple[list[Runner], list[str]]:
+            if engine != "onnx":
+                return [Runner(engine, None)], []
+            return [Runner("onnx:cpu", 1), Runner("onnx:cpu", 2)], ["onnx:openvino: not here"]
+
+        monkeypatch.setattr(plan_module, "find_runners", find)
+
+    @pytest.mark.parametrize(
+        ("options", "engine", "graphs", "precisions"),
+        [
+            ({}, "trt", ("deploy", "plain"), ("fp32", "fp16")),
+            ({"engine": "onnx"}, "onnx", ("deploy", "plain"), ("fp32", "fp16")),
+            ({"engine": "onnx", "calib": Path("x")}, "onnx", ("deploy", "plain"), PRECISIONS),
+            ({"engine": "onnx", "graph": "plain"}, "onnx", ("plain",), ("fp32", "fp16")),
+            ({"engine": "onnx", "precision": "fp32"}, "onnx", ("deploy", "plain"), ("fp32",)),
+            # INT8 for a GPU is made where it is asked for alone.
+            ({"engine": "trt", "calib": Path("x")}, "trt", ("deploy", "plain"), ("fp32", "fp16")),
+            (
+                {"engine": "trt-rtx", "precision": "all", "calib": Path("x")},
+                *("trt-rtx", ("deploy", "plain"), PRECISIONS),
+            ),
+        ],
+    )
+    def test_candidates(
+        self,
+        make_source: Any,
+        tmp_path: Path,
+        options: dict[str, Any],
+        engine: str,
+        graphs: tuple[str, ...],
+        precisions: tuple[str, ...],
+    ) -> None:
+        found = plan(make_source(), tmp_path, tune="latency", **options)
+        assert found.tuning is not None
+        assert (engine_of(found), found.tuning.graphs) == (engine, graphs)
+        assert precisions_of(found) == precisions
+        named = [text for text in found.tuning.absent if text.startswith("int8")]
+        assert bool(named) == ("int8" not in precisions and "precision" not in options)
+
+    def test_auto_takes_what_runs_here(
+        self, make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TensorRT for RTX compiles without a GPU, and then nothing could be measured."""
+        reasons = {"trt": "no GPU", "trt-rtx": None}
+        monkeypatch.setattr(plan_module.engines, "available", reasons.get)
+        assert engine_of(plan(make_source(), tmp_path, engine="auto")) == "trt-rtx"
+        assert engine_of(plan(make_source(), tmp_path, engine="auto", tune="latency")) == "onnx"
+
+    def test_an_onnx_file_is_written_anew(self, make_source: Any, tmp_path: Path) -> None:
+        """With what it is tuned to; without --tune there would be nothing to make."""
+        source = make_source("model.onnx", precision="int8", target="cpu")
+        found = plan(source, tmp_path, engine="onnx", tune="latency")
+        (step,) = found.steps
+        assert step.present is not None and step.path != source.path
+        assert found.tuning is not None and len(found.tuning.graphs) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"tune_seconds": 5.0}, "--tune-seconds: expected --tune, found none; add --tune"),
+            (
+                {"tune": "latency", "tune_seconds": 1.5},
+                "--tune-seconds: expected 1.6 seconds or more for 8 candidates, found 1.5",
+            ),
+            (
+                {"tune": "latency", "web": Path("site")},
+                "--tune: expected none with --web, whose page a browser runs, found both; make",
+            ),
+            (
+                {"tune": "latency", "engine": "trt", "precision": "fp16", "graph": "plain"},
+                "--tune latency: expected two candidates or more, found 1; leave",
+            ),
+        ],
+    )
+    def test_bad_input(
+        self, make_source: Any, tmp_path: Path, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ConfigError) as caught:
+            plan(make_source(), tmp_path, **{"engine": "onnx", **options})
+        assert str(caught.value).startswith(message)
+
+    def test_no_runner(
+        self, make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(plan_module, "find_runners", lambda *given: ([], ["onnx:cuda: none"]))
+        with pytest.raises(ConfigError, match=r"found none \(onnx:cuda: none; int8: made with"):
+            plan(make_source(), tmp_path, engine="onnx", target="gpu", tune="latency")
+
+    def test_an_engine_that_cannot_be_built(
+        self, make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(plan_module.engines, "available", lambda kind: "no GPU")
+        with pytest.raises(ConfigError, match=r"expected an engine, found .*no GPU; use"):
+            plan(make_source(), tmp_path, engine="trt", tune="latency")
+
+    def test_files_in_the_way(self, make_source: Any, tmp_path: Path) -> None:
+        """Whichever is delivered, it is not known before."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "efficientface-fp16-cpu.onnx").touch()
+        with pytest.raises(ConfigError, match="found an earlier export; add --overwrite"):
+            plan(make_source(), tmp_path, engine="onnx", tune="latency")

@@ -19,6 +19,7 @@ from efficientface_export.verification.parity import (
     score_artifact,
     verify_artifact,
 )
+from efficientface_export.verification.provenance import PRECISIONS
 from efficientface_export.verification.reference import TestSet
 
 RANDOM = np.random.default_rng(0)
@@ -187,7 +188,7 @@ class TestArtifact:
 
     def test_good(self, exported: Path, images: np.ndarray, infer: Any) -> None:
         logits, test_set = self.reference(exported, images, infer)
-        for precision in THRESHOLDS:
+        for precision in PRECISIONS:
             path = exported / f"efficientface-{precision}-cpu.onnx"
             found = verify_artifact(path, logits, test_set, precision)
             assert found.problems == ()

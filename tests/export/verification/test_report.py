@@ -314,3 +314,50 @@ def test_failed_name() -> None:
     assert failed_name("efficientface-int8-gpu.rtx.engine") == (
         "efficientface-int8-gpu.failed.rtx.engine"
     )
+
+
+CANDIDATE = {
+    **{"precision": "fp32", "graph": "deploy", "backend": "onnx:cpu", "threads": 2},
+    **{"p50_ms": 1.234, "p50_interval_ms": [1.2, 1.3], "times": 1.0, "times_interval": [1.0, 1.0]},
+    **{"kernels": None, "bytes_moved": None, "agreement": 1.0, "accuracy": None},
+    "verdict": "chosen",
+}
+TUNING: dict[str, Any] = {
+    **{"objective": "latency", "batch": 1, "machine": "Test CPU", "reason": "it is the fastest"},
+    **{"candidates": [CANDIDATE], "notes": ["a note of the tuning"]},
+}
+
+
+def test_tuning(tmp_path: Path) -> None:
+    row = dataclasses.replace(add(tmp_path, "a.onnx"), tuning=TUNING)
+    write(tmp_path, [row])
+    assert ReportRow.from_dict(row.as_dict()) == row
+    add(tmp_path, "b.onnx")  # a later export keeps it
+    text = (tmp_path / "report.md").read_text()
+    _, section = text.split("## a.onnx, tuned for latency\n")
+    assert "it is the fastest. Images a call: 1. Measured on: Test CPU." in section
+    assert "| 2 | 1.23 [1.2, 1.3] | 1.00 [1.00, 1.00] | 1.0000 | chosen |" in section
+    assert "- a note of the tuning" in section
+    assert "kernels" not in section  # a column of which nothing is known
+
+
+def test_tuning_by_an_estimate(tmp_path: Path) -> None:
+    counts = {**CANDIDATE, **dict.fromkeys(("p50_ms", "times", "threads"))}
+    counts |= {"kernels": 79, "bytes_moved": 7_800_000}
+    row = dataclasses.replace(add(tmp_path, "a.engine"), tuning={**TUNING, "candidates": [counts]})
+    write(tmp_path, [row])
+    assert "| deploy | onnx:cpu | 79 | 7.8 | 1.0000 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        *(7, [], {}, {**TUNING, "candidates": 3}, {**TUNING, "candidates": [{}]}),
+        {**TUNING, "candidates": [{**CANDIDATE, "p50_ms": "fast"}]},
+        {**TUNING, "notes": 7},
+    ],
+)
+def test_damaged_tuning(tmp_path: Path, tuning: Any) -> None:
+    row = add(tmp_path, "a.onnx")
+    with pytest.raises((TypeError, KeyError, ValueError)):
+        ReportRow.from_dict({**row.as_dict(), "tuning": tuning})
