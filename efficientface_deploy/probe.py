@@ -47,7 +47,7 @@ precision largest that right ones showed smallest that wrong ones showed
 ========= ============================== ===================================================
 fp32      1.3e-6                         TF32 5e-5 on one picture of 16, 2e-4 on most; bfloat16
                                          5e-4; red and blue exchanged 0.07
-bf16      0.013                          as for FP16 (an FP32 file, OpenVINO told to round so)
+bf16      0.013 (random weights 0.07)    as for FP16 (an FP32 file, OpenVINO told to round so)
 fp16      0.016 (onnxruntime 1.29)       red and blue exchanged 0.12, other weights 0.5
 int8      0.04                           truncation (onnxruntime 1.18 to 1.29) 0.12; exchanged
                                          channels 0.12; OpenVINO's own INT8 0.57 for the bundled

@@ -252,6 +252,7 @@ def test_a_provider_that_is_built_in_needs_no_plugin(
     model_files: dict[str, Path], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plugin that lies beside it might have no device here."""
+    monkeypatch.setattr(onnx_module, "_registered", set())
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", types.ModuleType("empty"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
     with load(model_files["onnx"], backend="onnx:openvino") as predictor:
