@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from efficientface_deploy.workbench.workspace import Workspace, open_workspace
 from efficientface_export.graph.io import OnnxFile, with_features, write_onnx
 from efficientface_export.graph.precision import require_fp16_range, require_precision, to_fp16
 from efficientface_export.int8.calibration import read_images
+from efficientface_export.int8.placement import lay_out_for_gpu
 from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
 from efficientface_export.int8.ranges import activation_amax, tensor_ranges
 from efficientface_export.int8.sensitivity import find_sensitive_layers
@@ -29,6 +31,7 @@ from efficientface_export.options import ExportConfig
 from efficientface_export.plan import Plan, Step, resolve
 from efficientface_export.source import Source, open_source
 from efficientface_export.tensorrt import builder as engines
+from efficientface_export.tensorrt.build_log import EngineCost
 from efficientface_export.tensorrt.builder import build_progress
 from efficientface_export.tensorrt.options import EngineKind
 from efficientface_export.verification.parity import verify_artifact, wrong_outputs
@@ -45,6 +48,8 @@ from efficientface_export.verification.report import (
 
 # Images on which FP16's range is measured when no calibration set is given.
 _RANGE_IMAGES = 64
+
+_NOT_RECOMMENDED = "not recommended, take the engine in FP16"
 
 
 def export_command(options: ExportConfig) -> int:
@@ -77,7 +82,12 @@ def export_command(options: ExportConfig) -> int:
     if options.web is not None and page is not None:
         write_site({MODEL_FILE: read_model(rows[-1][0].path), **page}, options.web)
         print(f"page: {options.web / 'index.html'}, to be served by any web server")
-    if runnable := [step.path for step, row in rows if not row.verification.not_run]:
+    runnable = [
+        step.path
+        for step, row in rows
+        if not row.verification.not_run and not any(_NOT_RECOMMENDED in note for note in row.notes)
+    ]
+    if runnable:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
     return 0
 
@@ -125,11 +135,13 @@ class Artifact:
         file: The graph that it holds or was built of, the spec, and its provenance.
         notes: What to say of it: warnings, and what an engine was built with and for.
         write: Writes it with its provenance, that of now; None for a file that is there already.
+        cost: Kernels and bytes of an engine, where its builder says them.
     """
 
     file: OnnxFile
     notes: tuple[str, ...]
     write: Callable[[Path, dict[str, Any]], None] | None
+    cost: EngineCost | None = None
 
 
 def _make_all(
@@ -141,6 +153,7 @@ def _make_all(
     report = Report(plan.out, report_header(source.weights, source.spec))
     converter = Converter(plan, source, data)
     rows: list[tuple[Step, ReportRow]] = []
+    fp16 = None
     for step in plan.steps:
         if step.engine == "onnx":
             artifact = parent = make_onnx(step, plan, source, converter)
@@ -148,6 +161,11 @@ def _make_all(
             continue
         else:
             artifact = make_engine(step, plan, parent.file, rows[-1][0].path)
+            if step.precision == "fp16":
+                fp16 = artifact.cost
+            elif step.precision == "int8" and artifact.cost:
+                fp16 = fp16 or _cost_in_fp16(step, plan, source, converter)
+                artifact = _compared(artifact, fp16)
         row = verify(step, artifact, source, data, work)
         report.add(row)
         report.write(work.scratch)
@@ -215,7 +233,33 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
     def write(path: Path, record: dict[str, Any]) -> None:
         engine.write(path, parent.spec, record, probe)
 
-    return Artifact(parent, (note,), write)
+    return Artifact(parent, (note,), write, engine.cost)
+
+
+def _cost_in_fp16(
+    step: Step, plan: Plan, source: Source, converter: Converter
+) -> EngineCost | None:
+    """What an engine of the same network costs in FP16, by a build that is thrown away.
+
+    None where nobody can say it, or where it would take minutes: TensorRT times its kernels.
+    """
+    if step.engine != "trt-rtx" or source.precision != "fp32":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp16.onnx"
+        graph, _, _ = converter.convert("fp16", path)
+        write_onnx(graph, path, source.spec, {"precision": "fp16"})
+        return engines.build_engine(path, "trt-rtx", plan.engine_options, graph=graph).cost
+
+
+def _compared(artifact: Artifact, fp16: EngineCost | None) -> Artifact:
+    """An engine in INT8 that also says what FP16 costs."""
+    if fp16 is None or artifact.cost is None:
+        return artifact
+    note = f"in FP16: {fp16}"
+    if artifact.cost.exceeds(fp16):
+        note = f"INT8 has {artifact.cost}, FP16 {fp16}: {_NOT_RECOMMENDED}"
+    return dataclasses.replace(artifact, notes=(*artifact.notes, note))
 
 
 def verify(
@@ -314,19 +358,23 @@ class Converter:
         plan, graph = self.plan, self.graph
         assert plan.calibration is not None  # the plan sees to it
         scheme = SCHEMES[plan.target]
-        groups = quantised_groups(graph, scheme)
+        excluded = set(plan.exclude)
+        if plan.target == "gpu":
+            graph, costly = lay_out_for_gpu(graph)
+            excluded.update(costly)
+        groups = quantised_groups(graph, scheme, excluded)
         largest = {name: self.ranges[name] for group in groups for name in group.tensors}
         images = self._fed(self.data.calibration)
         amax = activation_amax(graph, largest, images, plan.calib_method)
         details: dict[str, Any] = {}
-        notes, excluded = plan.calibration.warnings, set(plan.exclude)
+        notes = plan.calibration.warnings
         if plan.int8_search:
             weight_bytes = 2 if plan.target == "gpu" else 4
             held_out = self._fed(self.data.held_out)
             search = find_sensitive_layers(graph, amax, scheme, held_out, excluded, weight_bytes)
             details["search"] = search.record()
             notes += (search.describe(),)
-            excluded = excluded.union(search.left_out)
+            excluded.update(search.left_out)
         details["excluded"] = sorted(excluded)
         return quantise(graph, amax, scheme, excluded), details, notes
 
