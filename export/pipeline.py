@@ -374,7 +374,7 @@ class Converter:
             search = find_sensitive_layers(graph, amax, scheme, held_out, excluded, weight_bytes)
             details["search"] = search.record()
             notes += (search.describe(),)
-            excluded.update(search.left_out)
+            excluded = excluded.union(search.left_out)
         details["excluded"] = sorted(excluded)
         return quantise(graph, amax, scheme, excluded), details, notes
 

@@ -1,7 +1,8 @@
 """INT8 by pairs of QuantizeLinear and DequantizeLinear, placed as a kind of processor wants them.
 
 For GPUs, what TensorRT 10, 11 and for RTX accept and fuse: symmetric int8, pairs at the inputs of
-convolutions and linear layers, none between a convolution and its ReLU.
+convolutions and linear layers, none between a convolution and its ReLU. Which layers these are, and
+why some have one scale for all weights, is in :mod:`.placement`.
 
 For CPUs, what ONNX Runtime turns into integer convolutions. It does so only where inputs and output
 are rounded, and drops a ReLU only where the smallest value stands for zero: so activations are
