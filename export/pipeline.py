@@ -25,6 +25,7 @@ from efficientface_deploy.workbench.workspace import Workspace, open_workspace
 from efficientface_export.graph.io import OnnxFile, with_features, write_onnx
 from efficientface_export.graph.precision import require_fp16_range, require_precision, to_fp16
 from efficientface_export.int8.calibration import read_images
+from efficientface_export.int8.placement import lay_out_for_gpu
 from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
 from efficientface_export.int8.ranges import activation_amax, tensor_ranges
 from efficientface_export.int8.sensitivity import find_sensitive_layers
@@ -59,6 +60,7 @@ _RANGE_IMAGES = 64
 
 _INTERRUPTED = 130  # exit code, as a shell has it
 _SO_FAR = "interrupted before its time: this is the best so far"
+_NOT_RECOMMENDED = "not recommended, take the engine in FP16"
 
 
 def export_command(options: ExportConfig) -> int:
@@ -92,7 +94,12 @@ def export_command(options: ExportConfig) -> int:
     if options.web is not None and page is not None:
         write_site({MODEL_FILE: read_model(rows[-1][0].path), **page}, options.web)
         print(f"page: {options.web / 'index.html'}, to be served by any web server")
-    if runnable := [step.path for step, row in rows if not row.verification.not_run]:
+    runnable = [
+        step.path
+        for step, row in rows
+        if not row.verification.not_run and not any(_NOT_RECOMMENDED in note for note in row.notes)
+    ]
+    if runnable:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
     return _INTERRUPTED if tuning is not None and _SO_FAR in tuning["notes"] else 0
 
@@ -140,7 +147,7 @@ class Artifact:
         file: The graph that it holds or was built of, the spec, and its provenance.
         notes: What to say of it: warnings, and what an engine was built with and for.
         write: Writes it with its provenance, that of now; None for a file that is there already.
-        cost: What the builder's log says of an engine.
+        cost: Kernels and bytes of an engine, where its builder says them.
     """
 
     file: OnnxFile
@@ -233,6 +240,7 @@ def _make_all(
     report = Report(plan.out, report_header(source.weights, source.spec))
     converter = Converter(plan, source, data)
     rows: list[tuple[Step, ReportRow]] = []
+    fp16 = None
     steps: Sequence[tuple[Step, Artifact | None]] = made or [(step, None) for step in plan.steps]
     for step, artifact in steps:
         if step.engine != "onnx" and rows[-1][1].verification.problems:
@@ -241,6 +249,11 @@ def _make_all(
             artifact = parent = make_onnx(step, plan, source, converter)
         elif artifact is None:
             artifact = make_engine(step, plan, parent.file, rows[-1][0].path)
+            if step.precision == "fp16":
+                fp16 = artifact.cost
+            elif step.precision == "int8" and artifact.cost:
+                fp16 = fp16 or _cost_in_fp16(step, plan, source, converter)
+                artifact = _compared(artifact, fp16)
         row = verify(step, artifact, source, data, work)
         if made and artifact is made[-1][1]:
             row = dataclasses.replace(row, tuning=tuning)
@@ -317,6 +330,32 @@ def make_engine(step: Step, plan: Plan, parent: OnnxFile, path: Path) -> Artifac
         engine.write(path, parent.spec, record, probe)
 
     return Artifact(parent, (note,), write, engine.cost)
+
+
+def _cost_in_fp16(
+    step: Step, plan: Plan, source: Source, converter: Converter
+) -> EngineCost | None:
+    """What an engine of the same network costs in FP16, by a build that is thrown away.
+
+    None where nobody can say it, or where it would take minutes: TensorRT times its kernels.
+    """
+    if step.engine != "trt-rtx" or source.precision != "fp32":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp16.onnx"
+        graph, _, _ = converter.convert("fp16", path)
+        write_onnx(graph, path, source.spec, {"precision": "fp16"})
+        return engines.build_engine(path, "trt-rtx", plan.engine_options, graph=graph).cost
+
+
+def _compared(artifact: Artifact, fp16: EngineCost | None) -> Artifact:
+    """An engine in INT8 that also says what FP16 costs."""
+    if fp16 is None or artifact.cost is None:
+        return artifact
+    note = f"in FP16: {fp16}"
+    if artifact.cost.exceeds(fp16):
+        note = f"INT8 has {artifact.cost}, FP16 {fp16}: {_NOT_RECOMMENDED}"
+    return dataclasses.replace(artifact, notes=(*artifact.notes, note))
 
 
 def verify(
@@ -415,12 +454,16 @@ class Converter:
         plan, graph = self.plan, self.graph
         assert plan.calibration is not None  # the plan sees to it
         scheme = SCHEMES[plan.target]
-        groups = quantised_groups(graph, scheme)
+        excluded = set(plan.exclude)
+        if plan.target == "gpu":
+            graph, costly = lay_out_for_gpu(graph)
+            excluded.update(costly)
+        groups = quantised_groups(graph, scheme, excluded)
         largest = {name: self.ranges[name] for group in groups for name in group.tensors}
         images = self._fed(self.data.calibration)
         amax = activation_amax(graph, largest, images, plan.calib_method)
         details: dict[str, Any] = {}
-        notes, excluded = plan.calibration.warnings, set(plan.exclude)
+        notes = plan.calibration.warnings
         if plan.int8_search:
             weight_bytes = 2 if plan.target == "gpu" else 4
             held_out = self._fed(self.data.held_out)

@@ -235,8 +235,8 @@ def _choose_precisions(options: ExportConfig, source: Source, engine: str) -> tu
         return (source.precision,)
     if asked == "all":
         return PRECISIONS
-    if options.tune and asked is None:  # INT8 for a GPU is slower today, and made where asked for
-        return PRECISIONS if options.calib and engine == "onnx" else ("fp32", "fp16")
+    if options.tune and asked is None:
+        return PRECISIONS if options.calib else ("fp32", "fp16")
     return (asked or ("fp32" if engine == "onnx" else "fp16"),)
 
 
@@ -331,8 +331,7 @@ def _choose_tuning(
     graphs = ("deploy", "plain") if both else (graph,)
     runners, absent = find_runners(options.tune, engine, target)
     if "int8" not in precisions and source.precision == "fp32" and options.precision is None:
-        needed = "--calib" if engine == "onnx" else "--precision all --calib"
-        absent.append(f"int8: made with {needed} alone")
+        absent.append("int8: made with --calib alone")
     files = [File(one, precision, Path()) for one in graphs for precision in precisions]
     if (count := len(pair(files, runners))) < 2:
         found = f"{count or 'none'}" + (f" ({'; '.join(absent)})" if absent else "")

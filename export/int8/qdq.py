@@ -1,7 +1,8 @@
 """INT8 by pairs of QuantizeLinear and DequantizeLinear, placed as a kind of processor wants them.
 
 For GPUs, what TensorRT 10, 11 and for RTX accept and fuse: symmetric int8, pairs at the inputs of
-convolutions and linear layers, none between a convolution and its ReLU.
+convolutions and linear layers, none between a convolution and its ReLU. Which layers these are, and
+why some have one scale for all weights, is in :mod:`.placement`.
 
 For CPUs, what ONNX Runtime turns into integer convolutions. It does so only where inputs and output
 are rounded, and drops a ReLU only where the smallest value stands for zero: so activations are
@@ -41,18 +42,21 @@ class QuantisationScheme:
         unsigned: Activations are uint8, from zero on where they cannot be negative.
         everywhere: Tensors between layers are rounded where they are made, and once for all that
             read them; else at the inputs of layers alone.
+        fused: One scale for all weights of a layer that a ReLU and a depthwise convolution follow,
+            as :func:`.placement.lay_out_for_gpu` prepares them; else one for each output channel.
         weight_max: Largest magnitude of a weight.
     """
 
     unsigned: bool
     everywhere: bool
+    fused: bool
     weight_max: int
 
 
 # -128 is not used: ranges of weights are symmetric.
 SCHEMES = {
-    "cpu": QuantisationScheme(unsigned=True, everywhere=True, weight_max=64),
-    "gpu": QuantisationScheme(unsigned=False, everywhere=False, weight_max=127),
+    "cpu": QuantisationScheme(unsigned=True, everywhere=True, fused=False, weight_max=64),
+    "gpu": QuantisationScheme(unsigned=False, everywhere=False, fused=True, weight_max=127),
 }
 
 
@@ -76,7 +80,7 @@ def quantise(
     scheme: QuantisationScheme,
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """INT8 by Q/DQ pairs: weights per channel, activations per tensor, biases not quantised.
+    """INT8 by Q/DQ pairs; biases are not quantised.
 
     Args:
         graph: FP32.
@@ -111,7 +115,8 @@ def quantise(
             for name in node.input
         ]
         if is_chosen:
-            inputs[1] = pairs.weight(node.input[1], _output_axis(node))
+            shares = scheme.fused and depthwise_behind(graph, node) is not None
+            inputs[1] = pairs.weight(node.input[1], None if shares else _output_axis(node))
         quantised.graph.node.append(node)
         quantised.graph.node[-1].input[:] = inputs
     read = {name for node in quantised.graph.node for name in node.input}
@@ -131,6 +136,25 @@ def quantisable_layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
         for node in graph.graph.node
         if node.op_type in QUANTISED_OPERATORS and not node.input[1].endswith(LUMA)
     ]
+
+
+def groups_of(layer: onnx.NodeProto) -> int:
+    """Number of groups of a convolution; 1 for a linear layer."""
+    return next((a.i for a in layer.attribute if a.name == "group"), 1)
+
+
+def depthwise_behind(graph: onnx.ModelProto, layer: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The depthwise convolution that alone reads a layer's result, through a ReLU, or None."""
+    outputs = {value.name for value in graph.graph.output}
+    sizes = {weight.name: weight.dims for weight in graph.graph.initializer}
+    found = layer
+    for operator in ("Relu", "Conv"):
+        (name,) = found.output
+        readers = [node for node in graph.graph.node if name in node.input]
+        if name in outputs or [node.op_type for node in readers] != [operator]:
+            return None
+        (found,) = readers
+    return found if groups_of(found) == sizes[layer.input[1]][_output_axis(layer)] else None
 
 
 def quantised_groups(
@@ -228,8 +252,8 @@ class _PairWriter:
             self.dequantised[name] = f"{name}_dequantized"
         return self.dequantised[name]
 
-    def weight(self, name: str, axis: int) -> str:
-        """Store a weight as INT8, with a scale for each output channel on ``axis``.
+    def weight(self, name: str, axis: int | None) -> str:
+        """Store a weight as INT8, with one scale, or one for each output channel on ``axis``.
 
         Returns:
             The name of what it becomes.
@@ -237,11 +261,13 @@ class _PairWriter:
         if name not in self.dequantised:
             values = numpy_helper.to_array(self.weights[name])
             others = tuple(other for other in range(values.ndim) if other != axis)
-            scale = _scale(np.abs(values).max(axis=others), self.scheme.weight_max)  # (C,)
-            rounded = np.rint(values / np.expand_dims(scale, others)).astype(np.int8)
+            scale = _scale(np.abs(values).max(axis=others), self.scheme.weight_max)  # (C,) or ()
+            steps = scale if axis is None else np.expand_dims(scale, others)
+            rounded = np.rint(values / steps).astype(np.int8)
             parameters = self.parameters(name, scale, np.zeros_like(scale, dtype=np.int8))
             inputs = [self.array(f"{name}_quantized", rounded), *parameters]
-            self.node("DequantizeLinear", name, inputs, f"{name}_dequantized", axis=axis)
+            on = {} if axis is None else {"axis": axis}
+            self.node("DequantizeLinear", name, inputs, f"{name}_dequantized", **on)
             self.dequantised[name] = f"{name}_dequantized"
         return self.dequantised[name]
 

@@ -102,6 +102,12 @@ class EngineCost:
             return None
         return self.activations + self.constants
 
+    def exceeds(self, other: EngineCost) -> bool:
+        """Whether it launches more kernels, or moves more bytes where both are known."""
+        own, theirs = self.bytes_moved, other.bytes_moved
+        moves_more = own is not None and theirs is not None and own > theirs
+        return self.kernels > other.kernels or moves_more
+
     def __str__(self) -> str:
         """Text such as ``79 kernels, 7.8 MB moved``."""
         moved = self.bytes_moved

@@ -16,3 +16,12 @@ def types_of(graph: onnx.ModelProto) -> dict[str, int]:
 def by_output(graph: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """The node that makes each value."""
     return {name: node for node in graph.graph.node for name in node.output}
+
+
+def by_input(graph: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers

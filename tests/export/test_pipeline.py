@@ -714,6 +714,45 @@ class TestEngines:
         assert code == 2
         assert f"{engine.name}: expected verification" in one_line(error)
 
+    @pytest.mark.parametrize("layout", [pytest.param("deploy", marks=pytest.mark.slow), "plain"])
+    def test_int8_says_what_fp16_costs(
+        self,
+        layout: str,
+        student: Path,
+        artifacts: Path,
+        faces: Path,
+        tmp_path: Path,
+        exit_code: Run,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """An engine with more kernels is made when it is asked for, and never recommended."""
+        pytest.importorskip("tensorrt_rtx")
+        # As on a GPU: the engine runs.
+        monkeypatch.setattr(
+            pipeline,
+            "verify_artifact",
+            lambda *_: parity.Verification("trt-rtx", 16, "faces", 0.1),
+        )
+        weights = student if layout == "deploy" else artifacts / FP32
+        command = ["--engine", "trt-rtx", "--compute-capability", "sm89", "--precision", "int8"]
+        command += ["--calib", faces, "--calib-images", 8, "--no-int8-search"]
+        code, output, error = exit_code(*command, "--weights", weights, "--out", tmp_path / "out")
+        assert (code, error) == (0, "")
+        name = "efficientface-int8-gpu"
+        said = " ".join(report(tmp_path / "out")[f"{name}.rtx.engine"]["notes"])
+        (following,) = [line for line in output.splitlines() if line.startswith("next: ")]
+        if layout == "deploy":
+            assert re.search(
+                r"sm89, 79 kernels, (\d+\.\d) MB .* in FP16: 79 kernels, \d+\.\d MB", said
+            )
+            assert following.endswith(f"{name}.rtx.engine")
+        else:
+            more = (
+                r"INT8 has 10\d kernels, .*, FP16 \d+ kernels, .* MB moved: not recommended, take"
+            )
+            assert re.search(more, said)
+            assert following.endswith(f"{name}.onnx")
+
     def test_from_an_fp16_file(self, artifacts: Path, tmp_path: Path, exit_code: Run) -> None:
         """On a device: no FP32 file, no conversion; the reference is the stored one."""
         pytest.importorskip("tensorrt_rtx")
@@ -848,6 +887,9 @@ class TestDeployGraph:
             assert "of their spread" in found["probe"]
             graph, _, record = read_onnx(tmp_path / name)[:3]
             assert record["graph"] == "deploy"
+            if precision == "int8" and target == "gpu":
+                assert record["arithmetic"] == "44 fp16 + 14 int8 convolutions, 1 fp16 linear"
+                assert len(record["excluded"]) == 45
             assert not [node for node in graph.graph.node if node.op_type == "Reshape"]
 
     def test_graph_of_an_onnx_source_is_kept_in_the_record(

@@ -23,16 +23,25 @@ from efficientface_deploy.workbench.metrics import (
 from efficientface_export.graph.channel_layout import PROFILES
 from efficientface_export.graph.efficientface import deploy_graph
 from efficientface_export.graph.precision import require_precision, summarise_precision, to_fp16
-from efficientface_export.int8.qdq import FP16_TINY, SCHEMES, quantise, quantised_groups
+from efficientface_export.int8.qdq import (
+    FP16_TINY,
+    SCHEMES,
+    depthwise_behind,
+    quantise,
+    quantised_groups,
+)
 from efficientface_export.int8.ranges import tensor_ranges
-from tests.export.graphs import by_output, types_of
+from tests.export.graphs import by_input, by_output, types_of
 
 LAYERS = ("Conv", "Gemm")
 
 
 class TestForGPUs:
-    def test_symmetric_and_per_channel(self, int8: onnx.ModelProto) -> None:
+    def test_symmetric_and_one_scale_before_a_depthwise_convolution(
+        self, graph: onnx.ModelProto, int8: onnx.ModelProto
+    ) -> None:
         weights = {weight.name: weight for weight in int8.graph.initializer}
+        readers = by_input(graph)
         pairs = Counter()
         for node in int8.graph.node:
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -47,9 +56,11 @@ class TestForGPUs:
                 pairs[node.op_type] += 1
             else:  # a layer's weights
                 assert stored.data_type == TensorProto.INT8
-                assert scale.shape == (stored.dims[0],)
-                pairs["weights"] += 1
-        assert pairs["weights"] == 71
+                (layer,) = readers[stored.name.removesuffix("_quantized")]
+                shares = depthwise_behind(graph, layer) is not None
+                assert scale.shape == (() if shares else (stored.dims[0],))
+                pairs["shared" if shares else "weights"] += 1
+        assert (pairs["weights"], pairs["shared"]) == (51, 20)
         assert pairs["QuantizeLinear"] == pairs["DequantizeLinear"] > 40
 
     def test_every_layer_takes_int8_and_a_float_bias(self, int8: onnx.ModelProto) -> None:
@@ -99,7 +110,8 @@ class TestForGPUs:
             values, scale, _ = (stored[name] for name in node.input)
             step = scale.reshape(-1, *[1] * (weight.ndim - 1))
             assert (np.abs(values * step - weight) <= 0.5001 * step).all()
-            assert (np.abs(values).reshape(len(weight), -1).max(axis=1) == 127).all()
+            largest = np.abs(values).reshape(len(weight), -1).max(axis=1)
+            assert (largest == 127).all() if scale.shape else largest.max() == 127
             assert name not in stored  # FP32 is gone from the file
 
     def test_ranges_arrive(

@@ -267,3 +267,19 @@ def test_bytes_of_tensorrt() -> None:
 def test_bytes_that_the_log_does_not_give(listing: str, kernels: int) -> None:
     cost = engine_cost(parse_layers([listing]))
     assert (cost.kernels, cost.bytes_moved, str(cost)) == (kernels, None, f"{kernels} kernels")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "exceeds"),
+    [
+        ((80, 5, 2), (79, 9, 9), True),
+        ((79, 5, 3), (79, 5, 2), True),
+        ((79, 5, 2), (79, 4, 3), False),
+        ((78, 9, 9), (79, 5, 2), True),
+        ((79, None, 2), (79, 5, 2), False),
+        ((80, None, 2), (79, 5, 2), True),
+    ],
+)
+def test_what_costs_more(own: tuple, other: tuple, exceeds: bool) -> None:
+    """More kernels, or more bytes where both are known."""
+    assert EngineCost(*own).exceeds(EngineCost(*other)) is exceeds
