@@ -517,12 +517,7 @@ class TestTuning:
             ({"engine": "onnx", "calib": Path("x")}, "onnx", ("deploy", "plain"), PRECISIONS),
             ({"engine": "onnx", "graph": "plain"}, "onnx", ("plain",), ("fp32", "fp16")),
             ({"engine": "onnx", "precision": "fp32"}, "onnx", ("deploy", "plain"), ("fp32",)),
-            # INT8 for a GPU is made where it is asked for alone.
-            ({"engine": "trt", "calib": Path("x")}, "trt", ("deploy", "plain"), ("fp32", "fp16")),
-            (
-                {"engine": "trt-rtx", "precision": "all", "calib": Path("x")},
-                *("trt-rtx", ("deploy", "plain"), PRECISIONS),
-            ),
+            ({"engine": "trt", "calib": Path("x")}, "trt", ("deploy", "plain"), PRECISIONS),
         ],
     )
     def test_candidates(
