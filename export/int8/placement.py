@@ -76,7 +76,9 @@ def free_layers(graph: onnx.ModelProto) -> frozenset[str]:
     ]
     total = sum(np.prod(sizes[layer.input[1]]) for layer in layers)
     held = sum(np.prod(sizes[layer.input[1]]) for layer in chosen)
-    return frozenset(layer.name for layer in chosen if held >= _SMALLEST_SHARE * total)
+    if held < _SMALLEST_SHARE * total:
+        return frozenset()
+    return frozenset(layer.name for layer in chosen)
 
 
 def _share_scale(
