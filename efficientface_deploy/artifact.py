@@ -172,13 +172,28 @@ def read_onnx_input(path: str | Path) -> str:
     Raises:
         ArtifactError: As :func:`read_onnx_metadata`.
     """
+    return next(iter(_graph_names(path, _GRAPH_INPUT)), "")
+
+
+def read_onnx_outputs(path: str | Path) -> list[str]:
+    """The names of an ONNX file's outputs.
+
+    Raises:
+        ArtifactError: As :func:`read_onnx_metadata`.
+    """
+    return _graph_names(path, _GRAPH_OUTPUT)
+
+
+def _graph_names(path: str | Path, wanted: int) -> list[str]:
+    """The names of a graph's inputs or outputs."""
+    names = []
     with _open_onnx(path) as (file, size):
         for number, end in _fields(file, size):
             if number == _MODEL_GRAPH:
                 for part, part_end in _fields(file, end):
-                    if part == _GRAPH_INPUT:
-                        return _texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, "")
-    return ""
+                    if part == wanted:
+                        names.append(_texts(file, part_end, {_VALUE_NAME}).get(_VALUE_NAME, ""))
+    return names
 
 
 def external_files(path: str | Path) -> list[Path]:

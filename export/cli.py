@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from efficientface_export.reverify import verify_command
 
         return verify_command(options.verify, options.val, options.preset)
+    if options.triton is not None:
+        options.check_triton()
+        from efficientface_export.triton import triton_command
+
+        return triton_command(
+            options.triton, options.weights, options.target, options.max_batch, options.overwrite
+        )
     require_package("onnx")
     from efficientface_export.pipeline import export_command
 

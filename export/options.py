@@ -67,7 +67,9 @@ class ExportConfig:
     compute_capability: str = option(
         "", help="GPUs that an RTX engine is for, e.g. sm86,sm89", metavar="SM"
     )
-    max_batch: int = option(32, minimum=1, help="largest batch of an engine")
+    max_batch: int | None = option(
+        None, minimum=1, help="largest batch of an engine, or with --triton; default: 32"
+    )
     workspace: int | None = option(
         None, minimum=1, help="memory for building an engine", metavar="MIB"
     )
@@ -94,6 +96,9 @@ class ExportConfig:
     verify: Path | None = option(
         None, help="verify this artifact by the verify.npz beside it, and make nothing"
     )
+    triton: Path | None = option(
+        None, help="write a model repository for NVIDIA Triton there, of an exported file (--weights)"
+    )
 
     def check_verify(self) -> None:
         """Refuse options that ``--verify``, which makes nothing, would have to ignore.
@@ -101,12 +106,24 @@ class ExportConfig:
         Raises:
             ConfigError: Names the first.
         """
+        self._check_alone("--verify, which makes nothing", ("verify", "val", "preset"))
+
+    def check_triton(self) -> None:
+        """Refuse options that ``--triton``, which exports nothing, would have to ignore.
+
+        Raises:
+            ConfigError: Names the first.
+        """
+        used = ("triton", "weights", "target", "max_batch", "overwrite")
+        self._check_alone("--triton, which takes a file that is exported already", used)
+
+    def _check_alone(self, mode: str, used: tuple[str, ...]) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("verify", "val", "preset") and value != field.default:
+            if field.name not in used and value != field.default:
                 name = "--" + field.name.replace("_", "-")
-                fix = f"leave {name} out, or leave --verify out"
-                raise ConfigError(name, "none with --verify, which makes nothing", str(value), fix)
+                fix = f"leave {name} out, or leave {mode.partition(',')[0]} out"
+                raise ConfigError(name, f"none with {mode}", str(value), fix)
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:

@@ -204,7 +204,9 @@ def _engine_options(options: ExportConfig, engine: str, missing: str) -> EngineO
     """Refuse GPUs and sizes that no builder takes, before anything is made for it."""
     names = options.compute_capabilities
     found = EngineOptions(
-        max_batch=options.max_batch, workspace_mib=options.workspace, compute_capabilities=names
+        max_batch=options.max_batch or EngineOptions.max_batch,
+        workspace_mib=options.workspace,
+        compute_capabilities=names,
     )
     if names and engine != "trt-rtx":
         expected = "--engine trt-rtx, which alone is told what to build for"

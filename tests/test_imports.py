@@ -129,7 +129,7 @@ BENCHMARK_COMMANDS = {
 }
 EXPORT_TOP = {
     f"efficientface_export.{name}"
-    for name in ("cli", "options", "plan", "pipeline", "reverify", "source", "tune")
+    for name in ("cli", "options", "plan", "pipeline", "reverify", "source", "triton", "tune")
 }
 COMPARE_USES_EVALUATE = Import("training.compare", "training.evaluate")
 
@@ -144,7 +144,7 @@ def commands_do_not_meet(source: str, target: str) -> bool:
 def export_goes_down(source: str, target: str) -> bool:
     """The export's folders do not import the modules above them, and its cli only its own."""
     if source == "efficientface_export.cli":
-        wanted = ("options", "plan", "pipeline", "reverify")
+        wanted = ("options", "plan", "pipeline", "reverify", "triton")
         return within(target, "efficientface_export") and target not in {
             f"efficientface_export.{name}" for name in wanted
         }
