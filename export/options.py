@@ -97,7 +97,8 @@ class ExportConfig:
         None, help="verify this artifact by the verify.npz beside it, and make nothing"
     )
     triton: Path | None = option(
-        None, help="write a model repository for NVIDIA Triton there, of an exported file (--weights)"
+        None,
+        help="write a model repository for NVIDIA Triton there, of an exported file (--weights)",
     )
 
     def check_verify(self) -> None:

@@ -40,7 +40,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.files import require_file
 from efficientface_deploy.predictor import BUNDLED_ONNX
-from efficientface_deploy.serving import PICTURE
+from efficientface_deploy.serving import FILE_KEY, PICTURE
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.workspace import open_workspace
 from efficientface_export.tensorrt.options import EngineOptions
@@ -229,7 +229,6 @@ def _write_network(folder: Path, artifact: Artifact, target: str, max_batch: int
     spec = artifact.spec
     config = _head(NETWORK, max_batch) | {
         "backend": artifact.backend,
-        "default_model_filename": artifact.filename,
         "input": [_image(spec)],
         "output": _outputs(artifact, LABELS),
         "dynamic_batching": {
@@ -241,6 +240,10 @@ def _write_network(folder: Path, artifact: Artifact, target: str, max_batch: int
         "model_warmup": [_warm_up(size, spec) for size in sorted({1, max_batch})],
         "parameters": _parameters(artifact.metadata),
     }
+    if artifact.backend == "python":
+        config["parameters"] += _parameters({FILE_KEY: artifact.filename})
+    else:
+        config["default_model_filename"] = artifact.filename
     if artifact.backend == "onnxruntime" and target == "gpu":
         # By itself the CUDA provider times every algorithm anew for each size of batch.
         config["parameters"] += _parameters({"cudnn_conv_algo_search": "1"})
@@ -308,9 +311,7 @@ def _outputs(artifact: Artifact, labels: str) -> list[dict[str, Any]]:
     sizes = dict.fromkeys(OUTPUTS, artifact.spec.num_classes)
     if artifact.features:
         sizes[FEATURES] = FEATURE_SIZES[artifact.spec.architecture]
-    outputs = [
-        {"name": name, "data_type": FP32, "dims": [size]} for name, size in sizes.items()
-    ]
+    outputs = [{"name": name, "data_type": FP32, "dims": [size]} for name, size in sizes.items()]
     if labels:
         outputs[1]["label_filename"] = labels
     return outputs

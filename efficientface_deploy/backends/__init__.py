@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from efficientface_deploy.artifact import (
@@ -25,7 +26,7 @@ class Entry:
         module: Module of the class, relative to this package.
         class_name: The class.
         suffixes: Endings of the files it runs, longest first where one contains another.
-        package: What must be installed.
+        package: What must be installed; empty where nothing must.
         extra: What to install, as ``pip install 'efficientface-deploy[extra]'``.
         devices: Values allowed after the colon; the first is the default.
     """
@@ -47,7 +48,11 @@ REGISTRY: dict[str, Entry] = {
     ),
     "trt": Entry("tensorrt.backend", "TensorRTBackend", (ENGINE_SUFFIX,), "tensorrt", "trt"),
     "torch": Entry("torch", "TorchBackend", CHECKPOINT_SUFFIXES, "torch", "torch", ("cpu", "cuda")),
+    # No file but a URL; its gRPC asks for its package itself.
+    "triton": Entry("triton", "TritonBackend", (), "", "triton"),
 }
+
+_TRITON_URL = re.compile(r"triton(\+[a-z]+)?:[/\\]")  # a path has one of its slashes
 
 
 def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
@@ -65,12 +70,14 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
         ArtifactError: No backend runs this kind of file.
     """
     kind = next((name for name, row in REGISTRY.items() if path.name.endswith(row.suffixes)), None)
+    if _TRITON_URL.match(str(path)):
+        kind = "triton"
     if requested == "auto":
         if kind is None:
             suffixes = [suffix for entry in REGISTRY.values() for suffix in entry.suffixes]
             raise ArtifactError(
                 path,
-                "a model file (" + ", ".join(suffixes) + ")",
+                "a model file (" + ", ".join(suffixes) + "), or triton://host:port/model",
                 "a folder" if os.path.isdir(path) else f"suffix {path.suffix or 'none'}",
                 "give a file of one of these kinds; efficientface-export makes them",
             )
@@ -84,7 +91,8 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
         choices = ", ".join(f"{name}:{known}" for known in entry.devices) or f"{name} alone"
         raise BackendError("backend", choices, repr(requested), "choose one of these")
     if kind != name:
-        wanted = "a file that it runs (" + ", ".join(entry.suffixes) + ")"
+        kinds = entry.suffixes or ("triton://host:port/model",)
+        wanted = "a file that it runs (" + ", ".join(kinds) + ")"
         fix = "leave the backend out, or give another file"
         raise BackendError(f"backend {name}", wanted, path.name, fix)
     return name, device
@@ -93,7 +101,8 @@ def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:
 def missing_reason(name: str) -> str | None:
     """Which package a backend lacks here, as a sentence; None when it is installed."""
     package = REGISTRY[name].package
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+    there = not package or importlib.util.find_spec(package)
+    return None if there else f"{package} is not installed"
 
 
 def create_backend(name: str, path: Path, options: BackendOptions) -> Backend:

@@ -118,6 +118,7 @@ class Backend(abc.ABC):
         probe: What the file must give, for the check at load; None where it does not say.
         feature_size: Length of a picture's features; None where the file does not give them.
         rounding: Precision that it rounds to beside the file's own, ``bf16``; empty for none.
+        remote: Whether the path is a URL, not a file's.
     """
 
     name: str = ""
@@ -126,6 +127,7 @@ class Backend(abc.ABC):
     probe: Probe | None = None
     feature_size: int | None = None
     rounding: str = ""
+    remote: bool = False
 
     # What to do where the library computes a file wrongly; a subclass knows better.
     instead: str = "choose another backend"
