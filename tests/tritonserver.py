@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
@@ -50,6 +49,8 @@ class Server(NamedTuple):
 
 def unpack() -> Path:
     """The wheels' files, in the cache; skips the test where they cannot be had."""
+    from filelock import FileLock  # here, as in conftest.py
+
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = CACHE / f"tritonserver-2.51-python{version}"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(STOP_SECONDS)
+    end = time.monotonic() + STOP_SECONDS
+    while processes_of(process) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def processes_of(process: subprocess.Popen[bytes]) -> list[int]:

@@ -268,8 +268,9 @@ def _timeout() -> float:
 
 
 def _parameters(described: Description) -> dict[str, str]:
-    values = described.config.get("parameters", {})
-    return {key: str(value.get("string_value", "")) for key, value in values.items()}
+    values = described.config.get("parameters")
+    entries = values.items() if isinstance(values, dict) else ()
+    return {key: str(x.get("string_value", "")) for key, x in entries if isinstance(x, dict)}
 
 
 def _tensors(tensors: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, list[int]]]:

@@ -36,8 +36,11 @@ from efficientface_export.graph.io import write_onnx
 from efficientface_export.graph.precision import to_fp16
 from efficientface_export.tensorrt.builder import available
 from efficientface_export.tensorrt.options import SUFFIXES, EngineOptions
+from efficientface_export.triton import read_artifact, write_repository
 from efficientface_export.verification.parity import THRESHOLDS
 from tests.engines import write_engine
+from tests.triton_stand_in import stand_in as triton_stand_in
+from tests.tritonserver import serve
 
 FREQUENCIES = (0.25, 0.3, 0.15, 0.12, 0.1, 0.05, 0.03)  # of model_files
 SPEC = PRESETS["rafdb"].replace(input_size=64, class_frequencies=FREQUENCIES)
@@ -48,6 +51,7 @@ PROFILE = 16  # largest batch of the engines: smaller than the largest here
 # Backends that run on every machine: a skip of theirs is a failure.
 EVERYWHERE = ("onnx", "onnx-float", "onnx-fp16", "torch")
 STAND_INS = ("trt 10.3 (stand-in)", "trt 11.4 (stand-in)", "trt-rtx 1.7 (stand-in)")
+ON_A_SERVER = ("triton (tritonserver)", "triton+grpc (tritonserver)")
 ON_A_GPU = ("onnx:cuda", "onnx:tensorrt", "onnx:tensorrt-rtx", "torch:cuda", "trt", "trt-rtx")
 
 
@@ -80,7 +84,8 @@ class Subject:
 
 @pytest.fixture(
     scope="module",
-    params=[*EVERYWHERE, *STAND_INS, "onnx:openvino"]
+    params=[*EVERYWHERE, *STAND_INS, "triton (stand-in)", "onnx:openvino"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ON_A_SERVER]
     + [pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU],
 )
 def subject(request, require_backend, model_files, tmp_path_factory) -> Iterator[Subject]:
@@ -92,6 +97,9 @@ def subject(request, require_backend, model_files, tmp_path_factory) -> Iterator
     elif name in STAND_INS:
         with pytest.MonkeyPatch.context() as patch:
             yield stand_in(name, model_files["onnx"], folder, patch)
+    elif name.startswith("triton"):
+        with on_a_server(name, model_files["onnx"], folder) as url:
+            yield Subject(name, Path(url), "auto", "triton")
     else:
         found = elsewhere(name, model_files, folder)
         try:
@@ -138,6 +146,23 @@ def stand_in(name: str, parent: Path, folder: Path, patch: pytest.MonkeyPatch) -
     }
     write_sidecar(path, SPEC.replace(name="test"), {"epoch": 3, "engine": made})
     return Subject(name, path, "auto", kind)
+
+
+@contextlib.contextmanager
+def on_a_server(name: str, path: Path, folder: Path) -> Iterator[str]:
+    """The URL of a model, by a stand-in or by a real tritonserver whose Python backend runs it."""
+    if "stand-in" in name:
+        with triton_stand_in(path, PROFILE) as model:
+            yield f"triton://127.0.0.1:{model.port}/test"
+        return
+    scheme = name.partition(" ")[0]
+    if "grpc" in scheme:
+        pytest.importorskip("tritonclient.grpc")
+    artifact = dataclasses.replace(read_artifact(path), backend="python")
+    write_repository(folder / "repository", artifact, max_batch=PROFILE)
+    with serve(folder / "repository", folder) as server:
+        port = server.grpc if "grpc" in scheme else server.http
+        yield f"{scheme}://127.0.0.1:{port}/efficientface"
 
 
 def elsewhere(name: str, model_files: dict[str, Path], folder: Path) -> Subject:
@@ -475,6 +500,8 @@ def test_opening_twice_and_again_after_close(subject, images, answers):
 
 @pytest.mark.parametrize("content", [None, b"", b"text", "truncated", "folder"])
 def test_unusable_file_is_one_line(subject, tmp_path, content):
+    if subject.opened == "triton":
+        pytest.skip("a URL is no file; test_triton.py has what a server may say")
     source = subject.path
     path = tmp_path / source.name
     if content == "folder":
