@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import abc
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from efficientface_deploy.artifact import FEATURES, OUTPUTS, SPEC_KEY, UINT8_INPUT
+from efficientface_deploy.artifact import FEATURES, ONNX_SUFFIX, OUTPUTS, SPEC_KEY, UINT8_INPUT
 from efficientface_deploy.backends import create_backend, resolve_backend
 from efficientface_deploy.backends.base import BackendOptions
 from efficientface_deploy.errors import EfficientFaceError
@@ -89,7 +90,12 @@ class RuntimeModel(_Model):
     def _open(self, args: Mapping[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
         path = folder / _parameter(args, FILE_KEY)
-        name, device = resolve_backend(path)
+        requested = "auto"
+        if args["model_instance_kind"] == "GPU":
+            # An instance is a process; those on other GPUs have theirs.
+            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+            requested = "onnx:cuda" if path.name.endswith(ONNX_SUFFIX) else requested
+        name, device = resolve_backend(path, requested)
         self._backend = create_backend(name, path, BackendOptions(device))
         self._backend.open()
         check_backend(self._backend)

@@ -37,6 +37,7 @@ from efficientface_deploy.artifact import (
     sidecar_path,
     spec_from_metadata,
 )
+from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.files import require_file
 from efficientface_deploy.predictor import BUNDLED_ONNX
@@ -196,14 +197,15 @@ def write_repository(
         found = f"{', '.join(present)} of an earlier export"
         fix = "add --overwrite, or choose another --triton"
         raise ConfigError(out, "no model of these names yet", found, fix)
-    with open_workspace(out, "triton") as work:
+    with open_workspace(out, "triton", "--triton") as work:
         _write_network(work.scratch / NETWORK, artifact, target, size)
         _write_preprocess(work.scratch / PREPROCESS, artifact, size)
         _write_ensemble(work.scratch / ENSEMBLE, artifact, size)
-        for name in present:  # a folder cannot take the place of one that is not empty
-            os.replace(out / name, work.scratch / f".old-{name}")
-        for name in MODELS:
-            os.replace(work.scratch / name, out / name)
+        with interrupts_wait():
+            for name in present:  # a folder cannot take the place of one that is not empty
+                os.replace(out / name, work.scratch / f".old-{name}")
+            for name in MODELS:
+                os.replace(work.scratch / name, out / name)
 
 
 def _choose_target(artifact: Artifact, asked: str | None) -> str:

@@ -117,7 +117,7 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
+def open_workspace(path: Path, work: str, option: str = "--out") -> Iterator[Workspace]:
     """Claim a folder, with a hidden one in it to make files in.
 
     Whatever ends the block, what was not published is gone afterwards. What a command that was
@@ -126,6 +126,7 @@ def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
     Args:
         path: The folder.
         work: What is done in it, as one word: of its messages and of the hidden folder's name.
+        option: What names it, for messages.
 
     Raises:
         ConfigError: It cannot be made or written, another process works in it, or the disk is
@@ -133,7 +134,7 @@ def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
     """
     scratch = path / f".efficientface-{work}"
     try:
-        with make_and_lock(path, work):
+        with make_and_lock(path, work, option):
             try:
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()
@@ -148,5 +149,5 @@ def open_workspace(path: Path, work: str) -> Iterator[Workspace]:
             error.filename or path,
             "space for what is written",
             system_words(error),
-            "free some on that disk, or choose another --out",
+            f"free some on that disk, or choose another {option}",
         ) from None

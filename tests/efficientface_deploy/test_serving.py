@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 
 from efficientface_deploy import load
 from efficientface_deploy.artifact import SPEC_KEY
+from efficientface_deploy.backends import BackendOptions
 from efficientface_deploy.errors import BackendError
 from efficientface_deploy.predictor import BUNDLED_ONNX
 from efficientface_deploy.serving import FILE_KEY, PICTURE, PreprocessModel, RuntimeModel
@@ -69,6 +72,8 @@ def arguments(folder: Any, **parameters: str) -> dict[str, str]:
         "model_name": "efficientface",
         "model_repository": str(folder),
         "model_version": "1",
+        "model_instance_kind": "CPU",
+        "model_instance_device_id": "0",
         "model_config": json.dumps({"parameters": entries}),
     }
 
@@ -142,3 +147,19 @@ def test_a_wrong_engine_is_not_served(tmp_path, monkeypatch):
     monkeypatch.setattr("efficientface_deploy.probe.Probe.difference", lambda *_: float("nan"))
     with pytest.raises(BackendError, match="of their spread beside them"):
         RuntimeModel().initialize(arguments(tmp_path, **{FILE_KEY: "model.onnx"}))
+
+
+def test_each_instance_has_its_gpu(tmp_path, monkeypatch):
+    opened = []
+
+    def create(name: str, path: Path, options: BackendOptions) -> None:
+        opened.append((name, options.device, os.environ["CUDA_VISIBLE_DEVICES"]))
+        raise BackendError("backend", "a GPU", "none", "get one")
+
+    monkeypatch.setattr("efficientface_deploy.serving.create_backend", create)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    gpu = {"model_instance_kind": "GPU", "model_instance_device_id": "3"}
+    for file in ("model.onnx", "model.rtx.engine"):
+        with pytest.raises(BackendError, match="expected a GPU"):
+            RuntimeModel().initialize({**arguments(tmp_path, **{FILE_KEY: file}), **gpu})
+    assert opened == [("onnx", "cuda", "3"), ("trt-rtx", "", "3")]

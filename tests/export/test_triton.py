@@ -162,9 +162,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(ConfigError, match="expected space for what is written"):
+    with pytest.raises(ConfigError, match=r"expected space .* choose another --triton"):
         write_repository(tmp_path / "out", read_artifact(BUNDLED_ONNX))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match="found a file; choose another --triton"):
+        write_repository(tmp_path / "out", read_artifact(BUNDLED_ONNX))
 
 
 def test_text_format_escapes():
