@@ -34,6 +34,7 @@ class StandIn:
             connection without an answer.
         change: Called with each answer's body; what it gives is sent.
         paths: Of all requests.
+        connections: How many clients have opened.
         port: Where it listens.
     """
 
@@ -58,6 +59,7 @@ class StandIn:
         self.before: Callable[[str], object] = lambda path: None
         self.change: Callable[[bytes], bytes] = lambda body: body
         self.paths: list[str] = []
+        self.connections = 0
         self.port = 0
 
     def answer(self, path: str, head_length: str | None, body: bytes) -> tuple[int, dict, bytes]:
@@ -113,6 +115,10 @@ def stand_in(path: Path, max_batch: int = 16) -> Iterator[StandIn]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+
+            def setup(self) -> None:
+                model.connections += 1
+                super().setup()
 
             def do_GET(self) -> None:
                 model.paths.append(self.path)

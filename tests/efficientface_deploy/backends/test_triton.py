@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_command(server, astronaut, tmp_path, capsys):
     Image.fromarray(astronaut[:220, 130:330]).save(tmp_path / "face.png")
     assert predict([str(tmp_path / "face.png"), "--model", url_of(server)]) == 0
     assert "Happiness" in capsys.readouterr().out
+
+
+def test_connections_are_kept(server):
+    """One for each request under way; the first serves all that come after one another."""
+    with load(url_of(server)) as predictor:
+        for _ in range(5):
+            predictor.infer(IMAGES)
+        assert server.connections == 1
+        barrier = threading.Barrier(3)
+        server.before = lambda path: barrier.wait(5)
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(4):
+                list(pool.map(lambda _: predictor.infer(IMAGES), range(3)))
+        assert server.connections == 3
 
 
 @pytest.mark.parametrize("scheme", ["triton", "triton+https", "triton+grpc", "triton+grpcs"])
