@@ -415,7 +415,10 @@ class _GrpcClient:
             result = self._client.infer(
                 model, [tensor], version, outputs=wanted, client_timeout=max(timeout, 0.001)
             )
-        return [np.array(result.as_numpy(name), np.float32) for name in outputs]
+        try:
+            return [np.array(result.as_numpy(name), np.float32) for name in outputs]
+        except (ValueError, TypeError):
+            raise RefusedError("an answer that is not Triton's") from None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -20,7 +20,11 @@ from efficientface_deploy import load
 from efficientface_deploy.artifact import SPEC_KEY
 from efficientface_deploy.backends import resolve_backend
 from efficientface_deploy.backends import triton as module
-from efficientface_deploy.backends.triton import TIMEOUT_VARIABLE, Address
+from efficientface_deploy.backends.triton import (
+    TIMEOUT_VARIABLE,
+    Address,
+    RefusedError,
+)
 from efficientface_deploy.cli import main as predict
 from efficientface_deploy.errors import (
     ArtifactError,
@@ -263,6 +267,44 @@ def test_unwell_answers_at_load_are_one_line(server, body):
     with pytest.raises(EfficientFaceError) as caught:
         load(url_of(server))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("StatusCode.UNAVAILABLE", ConnectionError),
+        ("StatusCode.DEADLINE_EXCEEDED", TimeoutError),
+        ("StatusCode.NOT_FOUND", RefusedError),
+        ("StatusCode.INVALID_ARGUMENT", RefusedError),
+        (None, RefusedError),
+    ],
+)
+def test_what_grpc_says(monkeypatch, status, expected):
+    package = pytest.importorskip("tritonclient.grpc")
+    client = module._GrpcClient(Address("grpc", "127.0.0.1", 1, "test"))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise package.InferenceServerException("words", status)
+
+    monkeypatch.setattr(client._client, "infer", fail)
+    with pytest.raises(expected, match="words" if expected is not TimeoutError else None):
+        client.infer("test", "1", IMAGES, ("logits",), 1)
+    client.close()
+
+
+def test_an_empty_tensor_by_grpc(monkeypatch):
+    """As a Python backend of NumPy 1 gives it beside NumPy 2."""
+    pytest.importorskip("tritonclient.grpc")
+    client = module._GrpcClient(Address("grpc", "127.0.0.1", 1, "test"))
+
+    class Result:
+        def as_numpy(self, name: str) -> np.ndarray:
+            return np.empty(0, np.float32).reshape(2, 8)
+
+    monkeypatch.setattr(client._client, "infer", lambda *arguments, **options: Result())
+    with pytest.raises(RefusedError, match="not Triton's"):
+        client.infer("test", "1", IMAGES, ("logits",), 1)
+    client.close()
 
 
 def test_grpc_needs_its_package(monkeypatch):
