@@ -67,7 +67,7 @@ class Outcomes:
             [_words(test), *(_cell(self.outcomes[test, backend]) for backend in run)]
             for test in tests
         ]
-        reasons = [[name, _plain(reason)] for name, reason in self.reasons.items()]
+        reasons = [[name, _plain(self.reasons.get(name, ""))] for name in skipped]
         parts = [
             head + "\n",
             Table(["test", *run], rows).to_markdown(),
@@ -113,7 +113,8 @@ Software: Python {software["python"]}, {packages}.
 
 A stand-in is an engine's real path through our code, over the recorded API of a TensorRT release
 (`tests/tensorrt_api/`); ONNX Runtime computes, on a GPU of host memory. It shows that our calls are
-allowed and in a right order, and nothing of what TensorRT computes or how fast."""
+allowed and in a right order, and nothing of what TensorRT computes or how fast.
+Triton's stand-in gives the answers that a real server was seen to give; "tritonserver" is one."""
 
 
 @dataclasses.dataclass(frozen=True)
