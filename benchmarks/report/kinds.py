@@ -412,6 +412,23 @@ FINE_TUNING = TableForm(
     notes={">Accuracy %": "in brackets 95 % intervals over images, not over seeds"},
 )
 
+WEB = TableForm(
+    "In the browser, {data[name]}, {data[images]} images",
+    lambda result: result["cases"],
+    {
+        "Model": of("model"),
+        "Precision": of("precision"),
+        ">Threads": of("threads"),
+        **times("p50", "p90"),
+        ">x face-api": of("speedup", interval),
+        ">Accuracy %": of("accuracy", scaled(100, 2)),
+    },
+    notes={
+        "model": "from a face of 48x48 pixels on a canvas to its label",
+        ">x face-api": "face-api's median on as many threads by this one's",
+    },
+)
+
 PRODUCTS = TableForm(
     "Products, {data[name]}, {data[split]} split, {data[images]} images",
     lambda result: result["cases"],
@@ -556,6 +573,7 @@ TABLES = {
     "peers": (CASES, PEER_SETTINGS),
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory"))),
     "faces": tuple(map(_part, ("speed", "photographs", "squares"))),
+    "web": (WEB, *map(_part, ("first_result", "downloads"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),
@@ -579,6 +597,7 @@ BLOCKS = {
     "profile": PROFILE,
     "models": MODELS,
     "versions": VERSIONS,
+    "web": WEB,
 }
 
 # The blocks that are not named by their result's kind: it may be another, or have several tables.

@@ -84,12 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def open_server(site: Mapping[str, bytes], port: int = 0) -> http.server.ThreadingHTTPServer:
+def open_server(
+    site: Mapping[str, bytes], port: int = 0, headers: Mapping[str, str] = HEADERS
+) -> http.server.ThreadingHTTPServer:
     """A server of files on 127.0.0.1, which does not serve yet.
 
     Args:
         site: Paths without the first slash, and what is there; ``index.html`` is the page.
         port: Where it listens; 0 takes any that is free.
+        headers: Sent with every answer.
 
     Raises:
         ConfigError: The port cannot be had.
@@ -112,7 +115,7 @@ def open_server(site: Mapping[str, bytes], port: int = 0) -> http.server.Threadi
             kind, content, tag = file or ("text/plain", b"not found\n", "")
             unchanged = file is not None and self.headers.get("If-None-Match") == tag
             self.send_response(304 if unchanged else 200 if file else 404)
-            for name, value in HEADERS.items():
+            for name, value in headers.items():
                 self.send_header(name, value)
             if file:
                 self.send_header("ETag", tag)

@@ -11,6 +11,7 @@ _EXTRAS = {
     "onnx": ("to read and write ONNX files", "engine"),
     "onnxruntime": ("to measure ranges for FP16 and INT8", "cpu"),
     "onnxscript": ("to trace a checkpoint to ONNX", "export"),
+    "playwright": ("to drive Chromium", "dev"),
     "rich": ("to draw tables", "bench"),
     "matplotlib": ("to draw plots", "bench"),
     "MNN": ("to compare with", "peers"),

@@ -98,7 +98,10 @@ export interface LoadOptions {
   /** Folder with ONNX Runtime Web; ort/ beside this module unless given. */
   runtime?: string | URL;
   provider?: "wasm" | "webgpu";
-  /** Threads of "wasm" where the page is cross-origin isolated; else there is one. */
+  /**
+   * Threads where the page is cross-origin isolated; else there is one. A page's first load
+   * decides for all.
+   */
   threads?: number | null;
   /** Whether to check the model by its probe. */
   check?: boolean;

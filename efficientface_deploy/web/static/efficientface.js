@@ -16,6 +16,7 @@ export { EfficientFaceError };
 
 const RUNTIMES = { wasm: "ort.wasm.min.mjs", webgpu: "ort.webgpu.min.mjs" };
 const MOST_THREADS = 4; // these networks gain little from more
+const started = {}; // threads of each runtime that this page has started
 const INPUT = "image"; // uint8 (N, S, S, 3), RGB, which every exported file takes
 
 /**
@@ -229,7 +230,9 @@ async function openRuntime(folder, provider, threads) {
   ort.env.logLevel = "error";
   // Without the headers that isolate a page there are no threads.
   const cores = Math.min(navigator.hardwareConcurrency ?? 1, MOST_THREADS);
-  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? (threads ?? cores) : 1;
+  const wanted = globalThis.crossOriginIsolated ? (threads ?? cores) : 1;
+  started[provider] ??= wanted; // a page starts a runtime once, and its threads with it
+  ort.env.wasm.numThreads = started[provider];
   return [ort, { executionProviders: [provider], graphOptimizationLevel: "all" }];
 }
 

@@ -69,6 +69,7 @@ def open_page(
             permissions: tuple[str, ...] = (),
             prepare: Callable[[Any], None] = lambda page: None,
             ready: bool = True,
+            path: str = "",
         ) -> Any:
             browser = playwright.chromium.launch(
                 executable_path=chromium, args=[*ARGUMENTS, *arguments]
@@ -77,7 +78,7 @@ def open_page(
             page = browser.new_context(permissions=list(permissions)).new_page()
             page.set_default_timeout(60_000)
             prepare(page)
-            page.goto(address)
+            page.goto(address + path)
             if ready:
                 page.wait_for_selector("html[data-ready=wasm]")
             return page

@@ -118,6 +118,19 @@ def test_a_picture_is_labelled(open_page):
 
 
 @pytest.mark.slow
+def test_a_pages_first_load_decides_how_many_threads_there_are(open_page):
+    """ONNX Runtime starts once: what a later load asks for is not what there is."""
+    threads = open_page(ready=False, path="errors.js").evaluate(
+        """async () => {
+            const { load } = await import("/efficientface.js");
+            const [first, second] = [await load({ threads: 1 }), await load({ threads: 2 })];
+            return [first.threads, second.threads];
+        }"""
+    )
+    assert threads == [1, 1]
+
+
+@pytest.mark.slow
 class TestSameAnswers:
     def test_faces_of_the_models_size(self, open_page, ferplus):
         page = open_page()
