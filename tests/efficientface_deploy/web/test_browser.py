@@ -26,6 +26,8 @@ from efficientface_deploy.vision.faces import Face, cut_face, cut_square
 from efficientface_deploy.vision.steady import SteadyLabels
 from efficientface_deploy.vision.tracks import Tracker
 
+pytestmark = pytest.mark.slow  # a minute and more, on quiet cores
+
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
 # Helpers in the page: bytes from base64, a picture of them, and a predictor for all of a test.
