@@ -124,7 +124,7 @@ TRAINING_COMMANDS = {
 BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"
     for name in (
-        *("latency", "accuracy", "peers", "runtime", "faces"),
+        *("latency", "accuracy", "peers", "runtime", "faces", "annotate"),
         *("graph_layouts", "training_step", "versions", "products", "gpu_check", "report.__main__"),
     )
 }
