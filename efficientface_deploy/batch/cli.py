@@ -41,6 +41,7 @@ from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.vision.detectors import open_detector
 from efficientface_deploy.vision.search import MAX_SIDE, MIN_SCORE
 from efficientface_deploy.workbench.progress import Rate
+from efficientface_deploy.workbench.requirements import require_package
 from efficientface_deploy.workbench.workspace import open_workspace
 
 Counts = Generator[Counter[str], None, None]
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__ or "",
         example="photos/ --out annotations --faces",
     )
+    require_package("pyarrow", "efficientface-annotate")
     options = _options(config)
     with open_workspace(config.out, "annotation") as work:
         fresh = work.scratch / LIST_FILE

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from efficientface_deploy.errors import DatasetError, words_of
 from efficientface_deploy.files import require_file
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:  # the command says so when it has shown its --help
+    pa = pq = None
 
 _READ_AT_ONCE = 64  # rows, of which each may be a picture of some megabytes
 _BUFFER = 1 << 20  # bytes; by itself pyarrow reads a row group's column as a whole

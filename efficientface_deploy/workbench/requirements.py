@@ -13,6 +13,7 @@ _EXTRAS = {
     "onnxscript": ("to trace a checkpoint to ONNX", "export"),
     "rich": ("to draw tables", "bench"),
     "matplotlib": ("to draw plots", "bench"),
+    "pyarrow": ("to read and write Parquet files", "batch"),
     "ray": ("to work on a cluster", "batch,ray"),
     "MNN": ("to compare with", "peers"),
     "ncnn": ("to compare with", "peers"),
