@@ -54,7 +54,8 @@ def rows_of(job, shard=0):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_are_the_answers_of_the_predictor(make_job, threads, tmp_path):
+def test_rows_are_the_answers_of_the_predictor(make_job, threads, monkeypatch):
+    monkeypatch.setattr(jobs, "_CHUNK", 2)  # several for each thread, in their order
     job = make_job(threads)
     assert list(job.shards) == [0, 1]
     counts = [jobs.annotate_shard(job, shard) for shard in job.shards]
