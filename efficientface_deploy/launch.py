@@ -50,6 +50,11 @@ def web() -> NoReturn:
     launch("efficientface_deploy.web.server", "cpu")
 
 
+def annotate() -> NoReturn:
+    """The console script ``efficientface-annotate``."""
+    launch("efficientface_deploy.batch.cli", "cpu,batch")
+
+
 def _run(module: str, extras: str) -> Any:
     from efficientface_deploy.errors import BackendError, install_command, words_of
 

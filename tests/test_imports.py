@@ -87,24 +87,25 @@ def within(name: str, *packages: str) -> bool:
 RUNTIME = "efficientface_deploy"
 WORKBENCH = f"{RUNTIME}.workbench"
 MODELS = f"{RUNTIME}.models"
+BATCH = f"{RUNTIME}.batch"
 
 
 def is_runtime(name: str) -> bool:
-    return within(name, RUNTIME) and not within(name, WORKBENCH, MODELS)
+    return within(name, RUNTIME) and not within(name, WORKBENCH, MODELS, BATCH)
 
 
 def runtime_stands_alone(source: str, target: str) -> bool:
-    """The runtime imports neither workbench nor, ``backends.torch`` aside, models."""
+    """The runtime imports neither workbench nor batch nor, ``backends.torch`` aside, models."""
     if not is_runtime(source):
         return False
-    other = within(target, WORKBENCH, "training", "efficientface_export", "benchmarks")
+    other = within(target, WORKBENCH, BATCH, "training", "efficientface_export", "benchmarks")
     return other or (source != f"{RUNTIME}.backends.torch" and within(target, MODELS, "torch"))
 
 
 def workbench_serves(source: str, target: str) -> bool:
-    """Workbench and models import neither training nor export nor benchmarks."""
+    """Workbench, models and batch import neither training nor export nor benchmarks."""
     above = ("training", "efficientface_export", "benchmarks")
-    return within(source, WORKBENCH, MODELS) and within(target, *above)
+    return within(source, WORKBENCH, MODELS, BATCH) and within(target, *above)
 
 
 def training_and_export_are_strangers(source: str, target: str) -> bool:
@@ -123,7 +124,7 @@ TRAINING_COMMANDS = {
 BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"
     for name in (
-        *("latency", "accuracy", "peers", "runtime", "faces", "web"),
+        *("latency", "accuracy", "peers", "runtime", "faces", "web", "annotate"),
         *("graph_layouts", "training_step", "versions", "products", "gpu_check", "report.__main__"),
     )
 }

@@ -103,7 +103,9 @@ def test_source_distribution_holds_every_file(source: Path, tmp_path: Path):
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
 
 
-@pytest.mark.parametrize("command", ["efficientface-export", "efficientface-predict"])
+@pytest.mark.parametrize(
+    "command", ["efficientface-export", "efficientface-predict", "efficientface-annotate"]
+)
 def test_help_needs_no_extra(fresh: Path, cwd: Path, command: str):
     assert command in run(fresh / command, "--help", cwd=cwd).stdout
 

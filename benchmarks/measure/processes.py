@@ -84,6 +84,7 @@ def run_fresh(
     *,
     bytecode: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Run:
     """Run code in a new process of this Python, which finds our packages.
 
@@ -92,10 +93,12 @@ def run_fresh(
         argument: Becomes JSON on the way.
         bytecode: Folder to keep compiled modules in; None keeps them beside the sources.
         environment: Variables to set.
+        timeout: Seconds after which it is ended; None for five minutes.
 
     Raises:
         ProcessError: It failed, hung, or printed nothing.
     """
+    limit = timeout or _TIMEOUT
     given = ""
     if argument is not None:
         given = f"import json; argument = json.loads({json.dumps(argument)!r})\n"
@@ -109,7 +112,7 @@ def run_fresh(
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=variables
         )
-        alarm = threading.Timer(_TIMEOUT, process.kill)
+        alarm = threading.Timer(limit, process.kill)
         alarm.daemon = True
         alarm.start()
         try:
@@ -127,8 +130,8 @@ def run_fresh(
         if process.returncode or not rest:
             errors.seek(0)
             lines = errors.read().strip().splitlines() or ["ended without a word"]
-            late = ended - start > _TIMEOUT * 1e9
-            raise ProcessError(f"not done after {_TIMEOUT} s" if late else lines[-1])
+            late = ended - start > limit * 1e9
+            raise ProcessError(f"not done after {limit} s" if late else lines[-1])
     said = json.loads(rest.splitlines()[-1])
     modules = frozenset(said["modules"])
     return Run(answer.strip(), answered - start, ended - start, said["peak_kb"], modules)

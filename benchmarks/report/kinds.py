@@ -457,6 +457,24 @@ PRODUCTS = TableForm(
     },
 )
 
+ANNOTATE = TableForm(
+    "Annotating a set, JPEGs of {config[side]}x{config[side]}, without a search for faces",
+    lambda result: result["cases"],
+    {
+        ">Pictures": of("pictures", lambda number: f"{number:,}"),
+        "Way": of("way"),
+        ">Seconds": of("seconds", digits),
+        ">Pictures/s": of("pictures_per_second", digits),
+        ">CPU ms a picture": of("cpu_ms", digits),
+        ">Peak memory, MB": of("peak_bytes", scaled(1e-6, 0)),
+    },
+    notes={
+        "Way": "two jobs are two processes that know nothing of each other, half the set each",
+        ">Seconds": "with the model's load and the start of the workers",
+        ">Peak memory, MB": "of all processes together, each at its own peak",
+    },
+)
+
 # ---- versions
 
 
@@ -578,6 +596,7 @@ TABLES = {
     "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),
     "products": (PRODUCTS,),
+    "annotate": (ANNOTATE,),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
@@ -593,6 +612,7 @@ BLOCKS = {
     "limits": LIMITS,
     "finetuning": FINE_TUNING,
     "products": PRODUCTS,
+    "annotate": ANNOTATE,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,

@@ -82,3 +82,30 @@ def _draw_distributions(
     axis.tick_params(labelsize=7)
     axis.grid(axis="x", linewidth=0.3)
     axis.set_axisbelow(True)
+
+
+def annotate_plot(result: Result) -> Figure:
+    """Pictures a second and peak memory as the set grows, a line for each way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PANEL_WIDTH, 3.4), layout="constrained")
+    figure.supxlabel(headline(result), fontsize=6, wrap=True)
+    left, right = figure.subplots(1, 2)
+    for way in dict.fromkeys(case["way"] for case in result["cases"]):
+        cases = [case for case in result["cases"] if case["way"] == way]
+        counts = [case["pictures"] for case in cases]
+        left.plot(counts, [case["pictures_per_second"] for case in cases], "o-", label=way)
+        right.plot(counts, [case["peak_bytes"] / 1e6 for case in cases], "o-", label=way)
+    for axis, title in ((left, "pictures a second"), (right, "peak memory, MB")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("pictures", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(linewidth=0.3)
+    left.legend(fontsize=7)
+    return figure
+
+
+# The plot of each kind that has one.
+PLOTS = {"latency": latency_plot, "peers": latency_plot, "annotate": annotate_plot}

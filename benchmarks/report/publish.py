@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.compare import Comparison
 from benchmarks.report.kinds import tables_of
-from benchmarks.report.plots import latency_plot, save_plot
+from benchmarks.report.plots import PLOTS, save_plot
 from benchmarks.report.result import (
     RESULTS,
-    TIMED,
     Result,
     default_folder,
     headline,
@@ -133,8 +132,8 @@ def publish(result: Result, out: Path | None) -> Path:
     read = read_result(path)
     write_text(path.with_suffix(".md"), "\n".join(_section(read)))
     written = [path.name, path.with_suffix(".md").name]
-    if read["kind"] in TIMED:
-        save_plot(latency_plot(read), path.with_suffix(".png"))
+    if read["kind"] in PLOTS:
+        save_plot(PLOTS[read["kind"]](read), path.with_suffix(".png"))
         written.append(path.with_suffix(".png").name)
     output = console()
     show(read, output)
@@ -153,10 +152,10 @@ def write_report(results: Sequence[Result], comparison: Comparison | None, folde
         date = (result.get("date") or "")[:10]
         parts.append(f"## {result['kind'].capitalize()}{date and f', {date}'}\n")
         parts += _section(result)
-        if result["kind"] in TIMED:
+        if result["kind"] in PLOTS:
             name = f"{result['kind']}-{number}.png"
-            plots[name] = latency_plot(result)
-            parts.append(f"![Latency]({name})\n")
+            plots[name] = PLOTS[result["kind"]](result)
+            parts.append(f"![{result['kind'].capitalize()}]({name})\n")
     parts += ["## How it was measured, and what may not be concluded\n", METHOD]
     for name, plot in plots.items():
         save_plot(plot, folder / name)

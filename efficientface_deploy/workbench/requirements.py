@@ -14,6 +14,8 @@ _EXTRAS = {
     "playwright": ("to drive Chromium", "dev"),
     "rich": ("to draw tables", "bench"),
     "matplotlib": ("to draw plots", "bench"),
+    "pyarrow": ("to read and write Parquet files", "batch"),
+    "ray": ("to work on a cluster", "batch,ray"),
     "MNN": ("to compare with", "peers"),
     "ncnn": ("to compare with", "peers"),
     "openvino": ("to compare with", "peers"),

@@ -29,6 +29,7 @@ FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|srcset|href)=\"([^\"\s]+)\"")
 SCRIPTS = {
     "efficientface-export": "efficientface_export.cli",
+    "efficientface-annotate": "efficientface_deploy.batch.cli",
     "efficientface-predict": "efficientface_deploy.cli",
     "efficientface-web": "efficientface_deploy.web.server",
 }

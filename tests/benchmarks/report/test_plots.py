@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.report.plots import latency_plot, save_plot
+from benchmarks.report.plots import annotate_plot, latency_plot, save_plot
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -31,3 +31,15 @@ def test_axes_say_what_they_are(latency: dict[str, Any]) -> None:
         "a.onnx\nonnx:cpu, 1 thread",
         "b[1].engine\ntrt",
     ]
+
+
+def test_a_line_for_each_way_as_the_set_grows() -> None:
+    cases = [
+        {"way": way, "pictures": count, "pictures_per_second": rate, "peak_bytes": 2e8}
+        for way, rate in (("1 thread", 300.0), ("2 threads", 590.0))
+        for count in (1000, 10_000)
+    ]
+    rates, memory = annotate_plot({"machine": {}, "cases": cases}).axes
+    assert [list(line.get_ydata()) for line in rates.lines] == [[300, 300], [590, 590]]
+    assert [list(line.get_xdata()) for line in memory.lines] == [[1000, 10_000]] * 2
+    assert [text.get_text() for text in rates.get_legend().get_texts()] == ["1 thread", "2 threads"]

@@ -1,0 +1,1 @@
+"""Annotate large sets of pictures: ``efficientface-annotate``, on one machine or on Ray."""
