@@ -162,7 +162,7 @@ def as_user() -> Sequence[str]:
 
 
 @pytest.fixture
-def closed() -> Iterator[Callable[[Path], Path]]:
+def closed(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:  # before tmp_path goes
     """Takes all rights to files and folders away, until the test ends."""
     paths: list[Path] = []
 

@@ -66,10 +66,10 @@ class StudentConfig(TrainConfig):
         None, minimum=0, maximum=1, help="weight of the LDG in ldg+onehot and ldg+votes, 0 to 1"
     )
     temperature: float | None = option(None, minimum=0.01, help="softens the LDG; 1 as published")
-    freeze: str = option(
-        "auto",
-        choices=("auto", "yes", "no"),
-        help="train the last layer alone, for few pictures; auto: with --init bundled and fewer "
+    freeze: str | None = option(
+        None,
+        choices=("yes", "no"),
+        help="train the last layer alone, for few pictures; default: with --init bundled and fewer "
         f"than {FEW:,} of them",
     )
     preliminary: bool = option(False, help="mark the weights as to be replaced by better ones")
@@ -89,7 +89,7 @@ class StudentConfig(TrainConfig):
             fix = "add --init bundled, or a checkpoint of yours"
             raise ConfigError("--freeze yes", "weights to start from", "no --init", fix)
         few = self.init == BUNDLED and images < FEW
-        return self.freeze == "yes" or (self.freeze == "auto" and few)
+        return self.freeze == "yes" or (self.freeze is None and few)
 
     def check_device(self, device: torch.device) -> None:
         """As :meth:`TrainConfig.check_device`, for the LDG's precision too."""

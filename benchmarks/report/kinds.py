@@ -429,24 +429,25 @@ WEB = TableForm(
     },
 )
 
+_PRODUCT: Columns = {
+    "Product": of("product"),
+    "Version": of("version"),
+    ">Accuracy %": share("accuracy"),
+    ">minus ours, points": of("difference", points),
+    ">Macro-F1 %": share("macro_f1"),
+    ">Classes all know %": share("common_accuracy"),
+    ">JPEGs/s": of("images_per_second", digits),
+    ">CPU ms": of("cpu_ms", digits),
+    ">First label, s": of("first_label_seconds", digits),
+    ">Installed, MB": of("install_bytes", scaled(1e-6, 0)),
+    "Lacks": of("lacks"),
+    "Offline": of("offline"),
+    "Trained on": of("trained_on"),
+}
 PRODUCTS = TableForm(
     "Products, {data[name]}, {data[split]} split, {data[images]} images",
     lambda result: result["cases"],
-    {
-        "Product": of("product"),
-        "Version": of("version"),
-        ">Accuracy %": share("accuracy"),
-        ">minus ours, points": of("difference", points),
-        ">Macro-F1 %": share("macro_f1"),
-        ">Classes all know %": share("common_accuracy"),
-        ">JPEGs/s": of("images_per_second", digits),
-        ">CPU ms": of("cpu_ms", digits),
-        ">First label, s": of("first_label_seconds", digits),
-        ">Installed, MB": of("install_bytes", scaled(1e-6, 0)),
-        "Lacks": of("lacks"),
-        "Offline": of("offline"),
-        "Trained on": of("trained_on"),
-    },
+    _PRODUCT,
     notes={
         ">Accuracy %": "pictures of a class that a product lacks count as wrong; in brackets 95 % "
         "intervals over images",
@@ -455,6 +456,11 @@ PRODUCTS = TableForm(
         ">First label, s": "from starting a process, its files in memory; the median",
         ">Installed, MB": "the product's environment, without the interpreter or Node",
     },
+)
+
+_SHORT = ("Product", ">Accuracy %", ">CPU ms", ">First label, s", ">Installed, MB")
+ALTERNATIVES = TableForm(
+    "", lambda result: result["cases"], {name: _PRODUCT[name] for name in _SHORT}
 )
 
 ANNOTATE = TableForm(
@@ -612,6 +618,7 @@ BLOCKS = {
     "limits": LIMITS,
     "finetuning": FINE_TUNING,
     "products": PRODUCTS,
+    "alternatives": ALTERNATIVES,
     "annotate": ANNOTATE,
     "goals": GOALS,
     "profile": PROFILE,
@@ -621,7 +628,7 @@ BLOCKS = {
 }
 
 # The blocks that are not named by their result's kind: it may be another, or have several tables.
-PARTS = ("goals", "profile", "limits")
+PARTS = ("goals", "profile", "limits", "alternatives")
 
 # The blocks whose table joins several results, one of each of these kinds.
 JOINED = {"models": ("accuracy", "export", "latency")}

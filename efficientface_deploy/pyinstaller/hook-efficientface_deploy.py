@@ -1,7 +1,7 @@
 """What PyInstaller cannot see: backends and their libraries are imported by name.
 
 PyTorch is left out for its gigabytes; ``--hidden-import efficientface_deploy.backends.torch`` takes
-it along.
+it along, and ``--hidden-import tritonclient.grpc`` what ``triton+grpc://`` needs.
 """
 
 from __future__ import annotations
@@ -18,5 +18,6 @@ hiddenimports = [
     for name, entry in backends.REGISTRY.items()
     if name != "torch" and backends.missing_reason(name) is None
     for module in (f"{backends.__name__}.{entry.module}", entry.package)
+    if module  # triton:// needs no package
 ]
 datas = [(str(path), "efficientface_deploy/weights") for path in sorted(_weights.glob("*.onnx"))]

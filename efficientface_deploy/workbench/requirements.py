@@ -15,7 +15,7 @@ _EXTRAS = {
     "rich": ("to draw tables", "bench"),
     "matplotlib": ("to draw plots", "bench"),
     "pyarrow": ("to read and write Parquet files", "batch"),
-    "ray": ("to work on a cluster", "batch,ray"),
+    "ray": ("to work on a cluster", "ray"),
     "MNN": ("to compare with", "peers"),
     "ncnn": ("to compare with", "peers"),
     "openvino": ("to compare with", "peers"),

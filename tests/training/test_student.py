@@ -325,10 +325,10 @@ def test_freeze_no_trains_all_layers(train_student):
 @pytest.mark.parametrize(
     ("freeze", "init", "images", "frozen"),
     [
-        ("auto", Path("bundled"), student.FEW - 1, True),
-        ("auto", Path("bundled"), student.FEW, False),
-        ("auto", Path("mine.safetensors"), 10, False),
-        ("auto", None, 10, False),
+        (None, Path("bundled"), student.FEW - 1, True),
+        (None, Path("bundled"), student.FEW, False),
+        (None, Path("mine.safetensors"), 10, False),
+        (None, None, 10, False),
         ("yes", Path("mine.safetensors"), 10**6, True),
         ("no", Path("bundled"), 10, False),
     ],
