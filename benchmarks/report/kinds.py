@@ -314,6 +314,37 @@ EXPORT = TableForm(
     },
 )
 
+
+def _tuned(result: Result) -> list[Row]:
+    """The candidates of ``efficientface-export --tune``, each of which was timed here."""
+    tuned = [one["tuning"] for one in result["artifacts"] if one.get("tuning")]
+    rows = [row for tuning in tuned for row in tuning["candidates"] if row["times_interval"]]
+    ends = ("low", "high")
+    return [
+        {
+            **row,
+            "ratio": {"value": row["times"], **dict(zip(ends, row["times_interval"], strict=True))},
+        }
+        for row in rows
+    ]
+
+
+TUNED = TableForm(
+    "Candidates of --tune",
+    _tuned,
+    {
+        "Precision": of("precision"),
+        "Graph": of("graph"),
+        "Backend": of("backend"),
+        ">Threads": of("threads"),
+        ">ms": of("p50_ms", digits),
+        ">by the chosen one's": of("ratio", interval),
+        ">Same label %": share("agreement"),
+        ">Accuracy %": share("accuracy"),
+        "Verdict": of("verdict"),
+    },
+)
+
 # ---- the models, joined from three results
 
 
@@ -593,7 +624,7 @@ ABSENT = TableForm(
 TABLES = {
     "latency": (CASES, COLD, FILES, PEAKS, PROFILE, LAYERS),
     "accuracy": (ACCURACY, RECALLS),
-    "export": (EXPORT,),
+    "export": (EXPORT, TUNED),
     "peers": (CASES, PEER_SETTINGS),
     "runtime": tuple(map(_part, ("start", "calls", "pictures", "batches", "memory"))),
     "faces": tuple(map(_part, ("speed", "photographs", "squares"))),
@@ -612,6 +643,7 @@ BLOCKS = {
     "latency": LATENCY_SUMMARY,
     "accuracy": ACCURACY,
     "export": EXPORT,
+    "tuned": TUNED,
     "peers": PEERS_SUMMARY,
     "graphs": GRAPHS,
     "training": TRAINING,
@@ -628,7 +660,7 @@ BLOCKS = {
 }
 
 # The blocks that are not named by their result's kind: it may be another, or have several tables.
-PARTS = ("goals", "profile", "limits", "alternatives")
+PARTS = ("goals", "profile", "limits", "alternatives", "tuned")
 
 # The blocks whose table joins several results, one of each of these kinds.
 JOINED = {"models": ("accuracy", "export", "latency")}
