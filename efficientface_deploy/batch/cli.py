@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(config)
     with open_workspace(config.out, "annotation") as work:
         fresh = work.scratch / LIST_FILE
-        pictures = find_pictures(config.source, config.column, fresh)
+        pictures = find_pictures(config.source.absolute(), config.column, fresh)
         size = config.shard or shard_size(config.out, pictures.count)
         threads = config.threads or max(1, usable_cpus() // config.workers)
         job = Job(pictures, options, config.out.resolve(), size, threads)
@@ -132,7 +132,7 @@ def _annotate(job: Job, config: AnnotateConfig) -> Counter[str]:
     missing = [shard for shard in job.shards if shard not in known]
     total: Counter[str] = sum(known.values(), Counter())
     if known and missing:
-        print(f"going on: {total['pictures']:,} pictures are done already")
+        print(f"going on: {total['pictures']:,} pictures are done already", flush=True)
     rate = Rate("pictures", job.pictures.count, total["pictures"])
     with contextlib.closing(_run(job, missing, config)) as results:
         for counts in results:

@@ -121,11 +121,10 @@ def begin(job: Job) -> None:
     except ValueError:
         fix = "choose another --out"
         raise ConfigError(path, "what a job writes", "something else", fix) from None
-    for key, now in job.identity.items():
-        if before.get(key) != now:
-            expected = f"the job that began here, with {key} {before.get(key)}"
-            fix = "give what it was begun with, or choose another --out"
-            raise ConfigError(path, expected, f"{key} {now}", fix)
+    if changed := [key for key, now in job.identity.items() if before.get(key) != now]:
+        found = "others for " + ", ".join(changed).replace("pictures_hash", "the source")
+        fix = f"give what {JOB_FILE} says, or choose another --out"
+        raise ConfigError(job.out, "what the job that began here was given", found, fix)
 
 
 def shard_size(out: Path, count: int) -> int:

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 
     web()
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -47,7 +48,7 @@ HEADERS = {
 _TYPES = {
     **{".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8"},
     **dict.fromkeys((".js", ".mjs"), "text/javascript; charset=utf-8"),
-    **{".wasm": "application/wasm", ".svg": "image/svg+xml"},
+    **{".ts": "text/plain; charset=utf-8", ".wasm": "application/wasm", ".svg": "image/svg+xml"},
 }
 _ANY_TYPE = "application/octet-stream"
 
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{address} (Ctrl-C ends it; nothing leaves this machine)", flush=True)
         if config.browser:
             webbrowser.open(address)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):  # the way in which it is meant to end
+            server.serve_forever()
     return 0
 
 

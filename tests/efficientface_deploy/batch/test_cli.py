@@ -185,8 +185,18 @@ def test_a_job_of_another_model_is_refused(make_manifest, tmp_path):
     assert cli.main([manifest, "--out", str(out)]) == 0
     job = json.loads((out / "_job.json").read_text())
     (out / "_job.json").write_text(json.dumps({**job, "model_hash": "beef"}))
-    with pytest.raises(EfficientFaceError, match="with model_hash beef, found model_hash"):
+    with pytest.raises(EfficientFaceError, match="found others for model_hash;"):
         cli.main([manifest, "--out", str(out)])
+
+
+def test_a_source_is_the_same_by_any_spelling(make_manifest, tmp_path, monkeypatch, capsys):
+    manifest, out = make_manifest(20), tmp_path / "out"
+    assert cli.main([str(manifest), "--out", str(out)]) == 0
+    monkeypatch.chdir(manifest.parent)
+    assert cli.main([manifest.name, "--out", str(out)]) == 0
+    manifest.write_text("path\n" + "another.png\n" * 20)
+    with pytest.raises(EfficientFaceError, match="found others for the source;"):
+        cli.main([manifest.name, "--out", str(out)])
 
 
 def test_a_set_without_any_picture_that_can_be_read_is_an_error(tmp_path):

@@ -98,7 +98,7 @@ def test_command(runtime_archive, yunet_file):
     finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert (process.returncode, errors) == (0, "")  # Ctrl-C is how it is meant to end
 
 
 def test_command_where_a_file_is_missing(tmp_path, yunet_file, monkeypatch):
