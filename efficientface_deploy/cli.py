@@ -13,7 +13,6 @@ if __name__ == "__main__":  # above imports that take long, or of what is not in
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import re
 import sys
@@ -22,14 +21,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from efficientface_deploy.command import option, parse_config
+from efficientface_deploy.command import log_told, option, parse_config
 from efficientface_deploy.download import Download
 from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
 from efficientface_deploy.files import atomic_path, check_writable
 from efficientface_deploy.predictor import FacePrediction, Prediction, Predictor, load
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.vision.detectors import open_detector
+from efficientface_deploy.vision.detectors import open_detector, search_options
 from efficientface_deploy.vision.draw import draw_faces
 from efficientface_deploy.vision.faces import FaceDetector
 from efficientface_deploy.vision.folder import STANDARD_INPUT, find_images
@@ -177,32 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open_detector(config: PredictConfig) -> FaceDetector | None:
     """The detector that is asked for; what its weights are fetched from is said."""
-    if not config.faces and config.detect is None:
-        for name in ("min_face", "min_score", "max_side"):
-            if getattr(config, name) != getattr(PredictConfig, name):
-                option_name = f"--{name.replace('_', '-')}"
-                fix = f"add --faces, or leave {option_name} out"
-                raise ConfigError(option_name, "a search for faces", "none", fix)
+    name, search = search_options(config)
+    if name is None:
         return None
-    with _log_told(Download.__module__):
-        return open_detector(
-            config.detect or "yunet",
-            config.threads,
-            min_face=config.min_face,
-            min_score=config.min_score,
-            max_side=config.max_side,
-        )
-
-
-@contextlib.contextmanager
-def _log_told(name: str) -> Iterator[None]:
-    """Print on standard error what a logger says."""
-    log, told = logging.getLogger(name), logging.StreamHandler()
-    log.addHandler(told)
-    try:
-        yield
-    finally:
-        log.removeHandler(told)
+    with log_told(Download.__module__):
+        return open_detector(name, config.threads, **search)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +258,7 @@ class Labeller:
 def _drop_outs_told(name: str, video: Video) -> Iterator[None]:
     """Print each drop-out of a stream as it comes, and their count in the end."""
     try:
-        with _log_told(Video.__module__):
+        with log_told(Video.__module__):
             yield
     finally:
         if video.dropouts:

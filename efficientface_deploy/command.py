@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import logging
 import math
 import os
 import signal
@@ -493,3 +494,14 @@ def _flush() -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _complain(error)
+
+
+@contextlib.contextmanager
+def log_told(name: str) -> Iterator[None]:
+    """Print on standard error what a logger says."""
+    log, told = logging.getLogger(name), logging.StreamHandler()
+    log.addHandler(told)
+    try:
+        yield
+    finally:
+        log.removeHandler(told)

@@ -30,16 +30,15 @@ from efficientface_deploy.prior import UNIFORM, Prior, adjust, log_ratios
 from efficientface_deploy.probe import TOLERANCES, Check
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.tuned import read_tuned
-from efficientface_deploy.vision.faces import Face, FaceDetector, cut_face, whole_picture
+from efficientface_deploy.vision.faces import Face, FaceDetector
 from efficientface_deploy.vision.preprocess import (
     Float32Array,
     ImageSource,
     UInt8Array,
     load_image,
-    resize,
     to_model_input,
 )
-from efficientface_deploy.vision.search import OnnxDetector
+from efficientface_deploy.vision.search import find_faces
 from efficientface_deploy.vision.steady import TIME_CONSTANT, SteadyLabels
 from efficientface_deploy.vision.stream import check_policy, overlap
 from efficientface_deploy.vision.tracks import Tracker
@@ -388,15 +387,8 @@ class Predictor:
             picture = self._find_faces(source.image, detector)
             return dataclasses.replace(picture, seconds=source.seconds)
         image = load_image(source)
-        if detector is None:
-            return _Picture(image, [whole_picture(image)], [resize(image, self.spec)])
-        faces: Sequence[Face]
-        if isinstance(detector, OnnxDetector):  # ours take the picture as it is
-            faces = detector.detect(image)
-        else:
-            faces = detector.detect(np.asarray(image))
-        cuts = (cut_face(image, face, self.spec) for face in faces)
-        return _Picture(image, faces, [resize(cut, self.spec) for cut in cuts])
+        faces, inputs = find_faces(image, detector, self.spec)
+        return _Picture(image, faces, list(inputs))
 
     def _label_faces(self, picture: _Picture) -> list[FacePrediction]:
         predictions = self._label(picture.inputs)

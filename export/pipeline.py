@@ -16,6 +16,8 @@ import onnx
 
 from efficientface_deploy.artifact import FLOAT_INPUT
 from efficientface_deploy.backends.tensorrt.library import rebuild_command
+from efficientface_deploy.command import log_told
+from efficientface_deploy.download import Download
 from efficientface_deploy.errors import ConfigError, ExportError
 from efficientface_deploy.tuned import TUNED_KEY
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
@@ -85,9 +87,11 @@ def export_command(options: ExportConfig) -> int:
         raise ConfigError(options.out, "a folder", "a file", "choose another --out")
     with open_workspace(options.out, "export") as work:
         plan = resolve(options, source)  # here, since what is reused depends on the folder
-        page = None if options.web is None else page_files()
+        page = None if options.web is None else _page()
         data = load_data(plan, source)
-        made, tuning = _tune(plan, source, data, work) if plan.tuning else ((), None)
+        made, tuning, interrupted = (
+            _tune(plan, source, data, work) if plan.tuning else ((), None, False)
+        )
         rows = _make_all(plan, source, data, work, made, tuning)
     print(f"report: {plan.out / MARKDOWN_FILE}")
     _conclude(plan, rows)
@@ -101,7 +105,13 @@ def export_command(options: ExportConfig) -> int:
     ]
     if runnable:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
-    return _INTERRUPTED if tuning is not None and _SO_FAR in tuning["notes"] else 0
+    return _INTERRUPTED if interrupted else 0
+
+
+def _page() -> dict[str, bytes]:
+    """The page's files; what they are fetched from is said."""
+    with log_told(Download.__module__):
+        return page_files()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +175,13 @@ Made = Sequence[tuple[Step, Artifact]]
 """An artifact to deliver, last, and what it was made of."""
 
 
-def _tune(plan: Plan, source: Source, data: Data, work: Workspace) -> tuple[Made, dict[str, Any]]:
+def _tune(
+    plan: Plan, source: Source, data: Data, work: Workspace
+) -> tuple[Made, dict[str, Any], bool]:
     """Make all candidates, verify and measure them, and take the best; publishes nothing.
 
     Returns:
-        What is to be delivered, and for the report how it was chosen.
+        What is to be delivered, for the report how it was chosen, and whether Ctrl-C ended it.
     """
     assert plan.tuning is not None
     objective, seconds = plan.tuning.objective, plan.tuning.seconds
@@ -194,7 +206,7 @@ def _tune(plan: Plan, source: Source, data: Data, work: Workspace) -> tuple[Made
     names = ("objective", "machine", "batch", "reason")
     tuned = {**best.runner._asdict(), **{name: record[name] for name in names}}
     file = artifact.file._replace(provenance={**artifact.file.provenance, TUNED_KEY: tuned})
-    return [*before, (step, dataclasses.replace(artifact, file=file))], record
+    return [*before, (step, dataclasses.replace(artifact, file=file))], record, interrupted
 
 
 def _make_files(

@@ -32,13 +32,14 @@ from efficientface_deploy.batch.job import (
     shard_size,
 )
 from efficientface_deploy.batch.source import find_pictures
-from efficientface_deploy.command import option, parse_config
+from efficientface_deploy.command import log_told, option, parse_config
 from efficientface_deploy.cpus import usable_cpus
-from efficientface_deploy.errors import BackendError, ConfigError, ImageError
+from efficientface_deploy.download import Download
+from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.files import file_hash, require_file
 from efficientface_deploy.predictor import bundled_model
 from efficientface_deploy.prior import parse_prior
-from efficientface_deploy.vision.detectors import open_detector
+from efficientface_deploy.vision.detectors import open_detector, search_options
 from efficientface_deploy.vision.search import MAX_SIDE, MIN_SCORE
 from efficientface_deploy.workbench.progress import Rate
 from efficientface_deploy.workbench.requirements import require_package
@@ -190,16 +191,10 @@ def _be_a_worker() -> None:
 
 def _options(config: AnnotateConfig) -> Options:
     """What decides about the answers; the model, the detector and the prior are tried."""
-    detector = config.detect or ("yunet" if config.faces else None)
-    search = {name: getattr(config, name) for name in ("min_face", "min_score", "max_side")}
-    if detector is None:
-        for name, value in search.items():
-            if value != getattr(AnnotateConfig, name):
-                typed = f"--{name.replace('_', '-')}"
-                fix = f"add --faces, or leave {typed} out"
-                raise ConfigError(typed, "a search for faces", "none", fix)
-    else:
-        open_detector(detector, threads=1, **search)  # fetches what it needs, once for all workers
+    detector, search = search_options(config)
+    if detector is not None:
+        with log_told(Download.__module__):
+            open_detector(detector, threads=1, **search)  # fetches what all workers need
     if config.prior is not None:
         parse_prior(config.prior)
     model = (config.model or bundled_model(config.backend)).resolve()

@@ -19,8 +19,8 @@ from efficientface_deploy.files import file_hash, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.vision.detectors import open_detector
-from efficientface_deploy.vision.faces import cut_face, whole_picture
-from efficientface_deploy.vision.preprocess import ImageSource, UInt8Array, load_image, resize
+from efficientface_deploy.vision.preprocess import ImageSource, UInt8Array, load_image
+from efficientface_deploy.vision.search import find_faces
 
 # Hidden from what reads the folder as a data set: pyarrow, Spark, Ray, DuckDB's part-*.parquet.
 JOB_FILE, LIST_FILE = "_job.json", "_pictures.parquet"
@@ -160,13 +160,15 @@ class Annotator:
             threads=1,
             prior=None if options.prior is None else parse_prior(options.prior),
         )
-        self._detector = options.detector and open_detector(
-            options.detector,
-            threads=1,
-            min_face=options.min_face,
-            min_score=options.min_score,
-            max_side=options.max_side,
-        )
+        self._detector = None
+        if options.detector is not None:
+            self._detector = open_detector(
+                options.detector,
+                threads=1,
+                min_face=options.min_face,
+                min_score=options.min_score,
+                max_side=options.max_side,
+            )
         self._schema = face_schema(self._predictor.spec.labels)
 
     def annotate(self, shard: int) -> Counter[str]:
@@ -229,14 +231,13 @@ class Annotator:
         """The faces of a picture, each with the model's input; without one, the picture alone."""
         image, spec = load_image(source), self._predictor.spec
         size = {"width": image.width, "height": image.height}
-        faces = self._detector.detect(image) if self._detector else [whole_picture(image)]
+        faces, inputs = find_faces(image, self._detector, spec)
         if not faces:
             yield size, None
-        for number, face in enumerate(faces):
+        for number, (face, cut) in enumerate(zip(faces, inputs, strict=True)):
             box = dict(zip(("left", "top", "right", "bottom"), face.box, strict=True))
             row = {**size, "face": number, **box, "score": face.score, "small": face.small}
-            cut = cut_face(image, face, spec) if self._detector else image
-            yield row, resize(cut, spec)
+            yield row, cut
 
     def _label(self, waiting: list[tuple[Row, UInt8Array]]) -> None:
         """Write what the model says into the rows of faces, which then wait no more."""

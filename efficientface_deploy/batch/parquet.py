@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from efficientface_deploy.errors import DatasetError, words_of
-from efficientface_deploy.files import require_file
+from efficientface_deploy.files import atomic_path, require_file
 
 try:
     import pyarrow as pa
@@ -138,12 +136,8 @@ def write_rows(
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema.with_metadata(metadata))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_marks(path: Path) -> dict[str, str]:

@@ -49,3 +49,24 @@ def open_detector(
         return YuNet(file or None, **options)
     known = "yunet, yunet=FILE or centerface"
     raise ConfigError("face detector", known, repr(name)[:80], "choose one of these")
+
+
+def search_options(config: Any) -> tuple[str | None, dict[str, Any]]:
+    """What a command's options ask for: the detector's name, None for none, and its options.
+
+    Args:
+        config: Has ``faces``, ``detect``, ``min_face``, ``min_score`` and ``max_side``, with
+            defaults.
+
+    Raises:
+        ConfigError: A search is described, and none asked for.
+    """
+    search = {name: getattr(config, name) for name in ("min_face", "min_score", "max_side")}
+    if config.faces or config.detect is not None:
+        return config.detect or "yunet", search
+    for name, value in search.items():
+        if value != getattr(type(config), name):
+            typed = f"--{name.replace('_', '-')}"
+            fix = f"add --faces, or leave {typed} out"
+            raise ConfigError(typed, "a search for faces", "none", fix)
+    return None, search

@@ -11,7 +11,7 @@ import abc
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,8 +24,19 @@ from efficientface_deploy.backends import resolve_backend
 from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.backends.onnx import SessionError, find_provider, open_session
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
-from efficientface_deploy.vision.faces import MAX_TILT, SMALL, Face, Float64Array, cut_square, tilt
-from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
+from efficientface_deploy.spec import ModelSpec
+from efficientface_deploy.vision.faces import (
+    MAX_TILT,
+    SMALL,
+    Face,
+    FaceDetector,
+    Float64Array,
+    cut_face,
+    cut_square,
+    tilt,
+    whole_picture,
+)
+from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, resize
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -372,3 +383,29 @@ def _check(name: str, value: float, least: float, most: float, kind: type = floa
     if not (number and math.isfinite(value) and least <= value <= most):
         expected = f"a {'whole ' * (kind is int)}number from {least} to {most}"
         raise ConfigError(name, expected, repr(value)[:40], "leave it out")
+
+
+def find_faces(
+    image: Image.Image, detector: FaceDetector | None, spec: ModelSpec
+) -> tuple[Sequence[Face], Iterator[UInt8Array]]:
+    """The faces of a picture, and of each the model's input, cut when it is asked for.
+
+    Args:
+        image: Of mode RGB.
+        detector: Ours, or one that takes an array; without one the picture is a face.
+        spec: The model's.
+
+    Returns:
+        The faces, the most confident first, and for each uint8 (S, S, 3), RGB.
+
+    Raises:
+        ImageError: The detector gives what the model cannot use.
+    """
+    if detector is None:
+        return [whole_picture(image)], iter([resize(image, spec)])
+    faces: Sequence[Face]
+    if isinstance(detector, OnnxDetector):  # ours take the picture as it is
+        faces = detector.detect(image)
+    else:
+        faces = detector.detect(np.asarray(image))
+    return faces, (resize(cut_face(image, face, spec), spec) for face in faces)

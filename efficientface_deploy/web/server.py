@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from efficientface_deploy.command import option, parse_config
+from efficientface_deploy.command import log_told, option, parse_config
+from efficientface_deploy.download import Download
 from efficientface_deploy.errors import ConfigError, system_words
 from efficientface_deploy.web.files import MODEL_FILE, page_files, read_model
 
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__ or "",
         example="--model artifacts/efficientface-int8-cpu.onnx",
     )
-    site = {MODEL_FILE: read_model(config.model), **page_files(config.detector, config.runtime)}
+    with log_told(Download.__module__):
+        site = {MODEL_FILE: read_model(config.model), **page_files(config.detector, config.runtime)}
     with open_server(site, config.port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         print(f"{address} (Ctrl-C ends it; nothing leaves this machine)", flush=True)

@@ -24,10 +24,11 @@ class Crowd:
     """Finds as many faces as a picture is wide, of which the first is small; none in a low one."""
 
     def detect(self, image):
-        if image.height < 50:
+        height, width, _ = image.shape
+        if height < 50:
             return []
         large = Face((10.0, 10.0, 60.0, 70.0), 0.9)
-        return [Face((0.0, 0.0, 9.0, 9.0), 0.5), *[large] * (image.width - 1)]
+        return [Face((0.0, 0.0, 9.0, 9.0), 0.5), *[large] * (width - 1)]
 
 
 @pytest.fixture

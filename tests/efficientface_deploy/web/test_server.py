@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import re
 import signal
 import subprocess
@@ -83,6 +84,17 @@ def test_bad_options(tmp_path):
         with pytest.raises(Exception, match="expected") as raised:
             main(arguments)
         assert raised.value.exit_code == 2
+
+
+def test_what_is_fetched_is_said(monkeypatch, capsys):
+    def fetch(*_: object) -> None:
+        logging.getLogger("efficientface_deploy.download").warning("fetching 33 MB")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efficientface_deploy.web.server.page_files", fetch)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--no-browser"])
+    assert capsys.readouterr().err == "fetching 33 MB\n"
 
 
 def test_command(runtime_archive, yunet_file):

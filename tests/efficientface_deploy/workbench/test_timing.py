@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,15 +49,14 @@ def turns(log: list[str]) -> list[str]:
     return [name for index, name in enumerate(log) if index == 0 or log[index - 1] != name]
 
 
+def measure_both(machine: FakeMachine, **options: Any) -> dict[str, Samples]:
+    """Four rounds of a call of 10 ms and one of 50."""
+    both = {"fast": machine.candidate("fast", 10), "slow": machine.candidate("slow", 50)}
+    return measure(both, seconds=0.4, rounds=4, warm_up=0, clock=machine.clock, **options)
+
+
 def test_durations_are_those_of_the_clock_by_round() -> None:
-    machine = FakeMachine()
-    samples = measure(
-        {"fast": machine.candidate("fast", 10), "slow": machine.candidate("slow", 50)},
-        seconds=0.4,
-        rounds=4,
-        warm_up=0,
-        clock=machine.clock,
-    )
+    samples = measure_both(FakeMachine())
     assert list(samples) == ["fast", "slow"]
     # 100 ms a round: ten calls of 10 ms, two of 50 ms.
     np.testing.assert_array_equal(samples["fast"].durations_ns, np.full((4, 10), 10 * MS))
@@ -65,13 +65,9 @@ def test_durations_are_those_of_the_clock_by_round() -> None:
 
 def test_an_end_before_the_last_round() -> None:
     machine = FakeMachine()
-    samples = measure(
-        {"fast": machine.candidate("fast", 10), "slow": machine.candidate("slow", 50)},
-        seconds=0.4,
-        rounds=4,
-        warm_up=0,
+    samples = measure_both(
+        machine,
         until=lambda: machine.now > 800 * MS,  # a round takes 320 ms, the warm-up 120
-        clock=machine.clock,
     )
     assert [len(own.durations_ns) for own in samples.values()] == [3, 3]
     assert all((own.durations_ns > 0).all() for own in samples.values())
