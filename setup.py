@@ -101,6 +101,7 @@ setup(
             "build",
             "filelock>=3.12",
             "hypothesis>=6.100",
+            "kubernetes-validate>=1.33",
             "mypy>=1.11",
             "ncnn>=1.0.20240410",
             f"onnxruntime-ep-openvino>=1.4; {X86}",

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from benchmarks.report import publish
 from efficientface_deploy.command import parse_config
@@ -172,3 +174,28 @@ def test_an_unknown_option_is_seen() -> None:
     assert command == ("training.student", ["--data", "a", "--out", "b", "--no"])
     with pytest.raises(ConfigError, match="ambiguous option: --no"):
         check_command(command)
+
+
+def manifests() -> list[str]:
+    """The Kubernetes objects that pages show."""
+    fences = [fence for page in PAGES for fence in FENCE.findall(page.read_text(encoding="utf-8"))]
+    return [code for language, code in fences if language == "yaml" and "apiVersion:" in code]
+
+
+def check_manifest(text: str) -> None:
+    kubernetes_validate.validate(
+        yaml.safe_load(text), kubernetes_validate.latest_version(), strict=True
+    )
+
+
+def test_kubernetes_takes_the_manifests() -> None:
+    assert manifests()
+    for text in manifests():
+        check_manifest(text)
+
+
+@pytest.mark.parametrize("right, wrong", [("replicas: 3", "replicas: three"), ("Port", "Prt")])
+def test_a_wrong_manifest_is_seen(right: str, wrong: str) -> None:
+    text = manifests()[0].replace(right, wrong)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_manifest(text)
