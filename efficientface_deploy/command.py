@@ -96,7 +96,9 @@ def parse_config(
     description: str,
     example: str,
 ) -> Config:
-    """Parse a command line into a config dataclass; ``--help`` is shown, and ends the process.
+    """Parse a command line into a config dataclass; ``--help`` and ``--version`` end the process.
+
+    What follows ``--`` are arguments without dashes, whatever they begin with.
 
     Args:
         config_class: A dataclass whose fields were made by :func:`option`.
@@ -149,6 +151,9 @@ def choose_command(
         ConfigError: It is none of them.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(_version(usage.prog))
+        sys.exit(0)
     if words[:1] in (["-h"], ["--help"]):
         width = max(map(len, commands))
         print(f"{usage.summary}\n\nexample:\n  {usage.typed}\n\ncommands, each with --help:")
@@ -204,9 +209,13 @@ class _Parser(argparse.ArgumentParser):
             ConfigError: A word belongs to no option, or an option lacks its value.
         """
         self._others.add_argument("-h", "--help", action="help", help="show this, and exit")
+        version = _version(self.prog)
+        self._others.add_argument(
+            "--version", action="version", version=version, help="show the version, and exit"
+        )
         see = f"see {self.prog} --help"
         try:
-            namespace, rest = self.parse_known_intermixed_args(words)
+            namespace, rest = self.parse_known_intermixed_args(_protected(words))
         except argparse.ArgumentError as error:
             expected, name = "a use that --help shows", error.argument_name or self.prog
             found = error.message
@@ -217,14 +226,38 @@ class _Parser(argparse.ArgumentParser):
             fix = _guess(name, self._option_string_actions, self._usage)
             raise ConfigError(name, f"an option of {self.prog}", "none of this name", fix)
         if rest:
-            raise ConfigError(rest[0], f"no more arguments for {self.prog}", "this one", see)
-        return vars(namespace)
+            found = rest[0].removeprefix(_NO_OPTION)
+            raise ConfigError(found, f"no more arguments for {self.prog}", "this one", see)
+        return {name: _unprotected(value) for name, value in vars(namespace).items()}
 
     def error(self, message: str) -> typing.NoReturn:
         """Say what is wrong as every other error is said."""
         raise ConfigError(
             self.prog, "options as --help shows them", message, f"see {self.prog} --help"
         )
+
+
+_NO_OPTION = "\0"  # which no argument of a process can hold
+
+
+def _protected(words: Sequence[str]) -> list[str]:
+    """The words without ``--``; what follows it is marked, or argparse would take it for options.
+
+    It drops ``--`` and then parses the rest again, where it intermixes options and arguments.
+    """
+    at = words.index("--") if "--" in words else len(words)
+    return [*words[:at], *(_NO_OPTION + word for word in words[at + 1 :])]
+
+
+def _unprotected(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unprotected(one) for one in value]
+    return value.removeprefix(_NO_OPTION) if isinstance(value, str) else value
+
+
+def _version(prog: str) -> str:
+    package = sys.modules[__package__]  # imported by now; by name it would be a circle
+    return f"{prog} {package.__version__}"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import efficientface_deploy as ef
 from efficientface_deploy.command import (
     Usage,
     choose_command,
@@ -134,6 +135,25 @@ def test_arguments_may_stand_before_and_after_options():
 
 
 @pytest.mark.parametrize(
+    ("argv", "images", "out"),
+    [
+        (["--", "-a.png"], ["-a.png"], "runs"),
+        (["a", "--out", "x", "--", "--out", "-b"], ["a", "--out", "-b"], "x"),
+        (["a", "--", "b", "--"], ["a", "b", "--"], "runs"),
+        (["a", "--"], ["a"], "runs"),
+    ],
+)
+def test_what_follows_two_dashes_is_no_option(argv, images, out):
+    config = parse(*argv)
+    assert (config.images, config.out) == (tuple(map(Path, images)), Path(out))
+
+
+def test_argument_too_many_after_two_dashes_is_named_as_it_was_typed():
+    with pytest.raises(ConfigError, match=r"^-c: expected no more arguments for prog, found this"):
+        parse("--out", "d", "--", "a", "b", "-c", config=Required)
+
+
+@pytest.mark.parametrize(
     ("argv", "name"),
     [
         (["--epochs", "0"], "--epochs"),
@@ -187,6 +207,13 @@ def test_help_begins_with_an_example_and_what_matters_most(capsys):
     assert also[0] == "also:" and "--engine {onnx,trt}" in "".join(also)
 
 
+@pytest.mark.parametrize("config", [Config, Required])
+def test_version_is_shown_without_what_is_required(config, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--version", config=config)
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"prog {ef.__version__}\n")
+
+
 # ---- commands of a command
 
 COMMANDS = {"rafdb": "one data set", "ferplus": "another"}
@@ -220,6 +247,12 @@ def test_help_lists_the_commands(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert "  rafdb    one data set\n  ferplus  another\n" in text and "prog rafdb --out b" in text
+
+
+def test_version_of_several_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        choose("--version")
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"prog {ef.__version__}\n")
 
 
 # ---- the end of a command
