@@ -41,6 +41,8 @@ _SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "sr
 # Formats whose length is written in them; of the others it is a guess from the size.
 _MEASURED = ("mov", "avi", "matroska", "flv", "asf", "rtsp", "hls")
 
+_FROM_ZERO = ("matroska", "asf")  # whose length may count from 0 where their frames begin later
+
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # that begin a file
 
 _DEFAULT_RATE = 25.0  # frames per second, where a source does not say
@@ -398,8 +400,12 @@ class _Opened:
                 ticks = max(ticks, stream.frames)
             end = (stream.start_time or 0) + ticks
             return _seconds(end, stream.time_base) - self._start
-        duration = self._container.duration
-        return duration / 1e6 if duration and self._is_format(*_MEASURED) else None
+        duration = (self._container.duration or 0) / 1e6
+        if not duration or not self._is_format(*_MEASURED):
+            return None
+        # What begins late, as a part of a longer recording: some writers count from 0, others not.
+        from_zero = self._is_format(*_FROM_ZERO) and 0 < self._start < duration
+        return duration - self._start if from_zero else duration
 
     def _note_progress(self, packet: Any) -> None:
         moment = packet.dts if packet.pts is None else packet.pts
@@ -503,7 +509,8 @@ def _find_source(source: str | Path | int, options: dict[str, str]) -> _Source:
         if scheme.startswith("rtsp"):  # packets by UDP get lost where a network is busy
             options = {"rtsp_flags": "prefer_tcp", **options}
         fix = "check the address, and whether the stream is on"
-        return _Source(without_password(name), name, None, options, True, fix)
+        address = scheme + name[len(scheme) :]  # FFmpeg knows no HTTP://
+        return _Source(without_password(name), address, None, options, True, fix)
     if _is_device(name) or name.startswith("video="):
         return _camera(name, options)
     if (reason := why_not_a_file(Path(name))) is not None:

@@ -278,10 +278,15 @@ def test_damage_in_the_middle_loses_little(long_clip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.flv", "a.ts"])
+@pytest.mark.parametrize("start", ["0", "100"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_file_that_is_cut_off(long_clip, tmp_path, name, whole):
-    """Its index may stand at the front, as in an MP4 for the web."""
+def test_file_that_is_cut_off(long_clip, tmp_path, name, whole, start):
+    """Its index may stand at the front, as in an MP4 for the web.
+
+    A part of a longer recording begins late; Matroska's length may count from 0 all the same.
+    """
     options = {"movflags": "faststart"} if name in ("a.mp4", "a.mov") else {}
+    options["output_ts_offset"] = start
     content = remux(long_clip, tmp_path / name, **options).read_bytes()
     (tmp_path / name).write_bytes(content if whole else content[: len(content) // 2])
     times, error = read(tmp_path / name)
@@ -318,6 +323,7 @@ def test_video_that_was_trimmed_without_being_written_anew(long_clip, tmp_path):
         ("/dev/null", "camera /dev/null.*who else uses it"),
         ("gopher://host/a.mp4", "no such file"),
         ("http://127.0.0.1:9/a.mp4", "refused; check the address"),
+        ("HTTP://127.0.0.1:9/a.mp4", "refused; check the address"),
     ],
 )
 def test_source_that_is_not_there(source, message):
