@@ -183,6 +183,9 @@ class Predictor:
         self._check = check
         self._checked = check_backend(backend) if check else None
         self._process = os.getpid()
+        # For a copy, which may be made in another folder. Not what a link leads to: that may be
+        # called otherwise, as in a cache by hashes, and the suffix says what a file is.
+        self._file = backend.path if backend.remote else backend.path.absolute()
 
     @property
     def spec(self) -> ModelSpec:
@@ -447,10 +450,9 @@ class Predictor:
     def __reduce__(self) -> tuple[object, ...]:
         options = dataclasses.asdict(self._backend.options)
         del options["device"]  # part of the backend's name
-        path = self.path if self._backend.remote else self.path.resolve()
         options["check"] = self._check
         options["prior"] = self._prior
-        return functools.partial(load, path, backend=self.backend, **options), ()
+        return functools.partial(load, self._file, backend=self.backend, **options), ()
 
     def __repr__(self) -> str:
         spec = self.spec

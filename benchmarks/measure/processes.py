@@ -217,7 +217,7 @@ def start_cold(candidate: Candidate, image: Path) -> Run:
         ProcessError: It failed.
     """
     options = {name: getattr(candidate, name) for name in ("backend", "threads", "preset")}
-    model = str(candidate.predictor.path.resolve())
+    model = str(candidate.predictor.path.absolute())
     return run_fresh(_COLD_START, {**options, "model": model, "jpeg": str(image)})
 
 

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.replace(fresh, job.out / LIST_FILE)
             pictures = dataclasses.replace(pictures, file=job.out / LIST_FILE)
         else:
-            pictures = dataclasses.replace(pictures, file=pictures.file.resolve())
+            pictures = dataclasses.replace(pictures, file=pictures.file.absolute())
         total = _annotate(dataclasses.replace(job, pictures=pictures), config)
     print(
         f"{total['pictures']:,} pictures, {total['faces']:,} faces, "
@@ -197,7 +197,7 @@ def _options(config: AnnotateConfig) -> Options:
             open_detector(detector, threads=1, **search)  # fetches what all workers need
     if config.prior is not None:
         parse_prior(config.prior)
-    model = (config.model or bundled_model(config.backend)).resolve()
+    model = (config.model or bundled_model(config.backend)).absolute()
     return Options(
         model=require_file(model, "a model"),
         model_hash=file_hash(model),

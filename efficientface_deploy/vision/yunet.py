@@ -55,7 +55,7 @@ class YuNet(OnnxDetector):
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self._file = model or os.environ.get(FILE_VARIABLE) or None
         super().__init__(**options)
-        self._options["model"] = self._file
+        self._options["model"] = self._file and Path(self._file).absolute()  # for a copy elsewhere
 
     def search(self, picture: UInt8Array, min_score: float) -> Found:
         """Find faces in a picture as it is; see :meth:`OnnxDetector.search`."""

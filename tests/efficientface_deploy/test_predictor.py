@@ -511,6 +511,7 @@ def test_pickle_loads_the_file_again(backend, model_files, again, monkeypatch):
     prior = {label: 1 + index for index, label in enumerate(ef.PRESETS["rafdb"].labels)}
     with ef.load(path.name, threads=1, preset="rafdb", prior=prior) as predictor:
         expected = predictor(flat(99))
+        monkeypatch.chdir("/")  # since then the program has gone elsewhere
         pickled = again(predictor)
     with pickled:  # the first is closed by now
         assert pickled(flat(99)) == expected
@@ -519,6 +520,14 @@ def test_pickle_loads_the_file_again(backend, model_files, again, monkeypatch):
         assert pickled._backend.options.threads == 1
         assert pickled._backend.options.preset == "rafdb"
         assert pickled.path.is_absolute()
+
+
+def test_pickle_of_a_link_to_a_file_of_another_name(model_files, tmp_path):
+    """As in a cache of files by their hashes, which have no suffix."""
+    shutil.copy(model_files["onnx"], tmp_path / "0abc")
+    (tmp_path / "model.onnx").symlink_to("0abc")
+    with ef.load(tmp_path / "model.onnx") as predictor, copy.copy(predictor) as copied:
+        assert copied(flat(99)) == predictor(flat(99))
 
 
 def test_pickle_of_a_file_that_is_gone(model_files, tmp_path):

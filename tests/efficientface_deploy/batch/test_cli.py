@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from efficientface_deploy.errors import EfficientFaceError
+from efficientface_deploy.predictor import BUNDLED_ONNX
 from tests.test_imports import ROOT
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -187,6 +189,15 @@ def test_a_job_of_another_model_is_refused(make_manifest, tmp_path):
     (out / "_job.json").write_text(json.dumps({**job, "model_hash": "beef"}))
     with pytest.raises(EfficientFaceError, match="found others for model_hash;"):
         cli.main([manifest, "--out", str(out)])
+
+
+def test_a_model_may_be_a_link_to_a_file_of_another_name(make_manifest, tmp_path):
+    """As in a cache of files by their hashes, which have no suffix."""
+    shutil.copy(BUNDLED_ONNX, tmp_path / "0abc")
+    (tmp_path / "model.onnx").symlink_to("0abc")
+    out, model = tmp_path / "out", str(tmp_path / "model.onnx")
+    assert cli.main([str(make_manifest(20)), "--out", str(out), "--model", model]) == 0
+    assert_whole(out, 20)
 
 
 def test_a_source_is_the_same_by_any_spelling(make_manifest, tmp_path, monkeypatch, capsys):

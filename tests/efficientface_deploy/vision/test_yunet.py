@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from dataclasses import fields
@@ -124,6 +125,14 @@ def test_in_the_cache(yunet_file, astronaut, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_download", None)  # nothing is fetched
     (face,) = open_detector(threads=1).detect(astronaut)
     assert face == open_detector(f"yunet={yunet_file}", threads=1).detect(astronaut)[0]
+
+
+def test_a_copy_is_of_the_same_file_in_another_folder(yunet_file, astronaut, tmp_path, monkeypatch):
+    (tmp_path / "yunet.onnx").symlink_to(yunet_file)
+    monkeypatch.chdir(tmp_path)
+    detector = open_detector("yunet=yunet.onnx", threads=1)
+    monkeypatch.chdir("/")
+    assert copy.copy(detector).detect(astronaut) == detector.detect(astronaut)
 
 
 def test_named_by_the_environment(yunet_file, astronaut, monkeypatch, tmp_path):
