@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import atexit
 import contextlib
 import dataclasses
 import importlib
 import io
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -96,6 +98,55 @@ class DeviceImages:
         return dataclasses.replace(
             self, address=self.address + start * item_bytes, shape=(stop - start, *self.shape[1:])
         )
+
+
+class _Calls:
+    """The calls into libraries that are under way, which must end before Python does.
+
+    A daemon thread that comes back from such a call when the interpreter is gone is ended by
+    Python where C++ does not allow it, and the process is aborted.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in the child of a fork: it has none of the threads that hold the lock."""
+        self._changed = threading.Condition()
+        self._count = 0
+        self._over = False
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """A call; one of a daemon thread that begins when the program has ended waits for ever."""
+        with self._changed:
+            if self._over and threading.current_thread().daemon:
+                self._changed.wait_for(lambda: False)
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let those under way come to their end."""
+        with self._changed:
+            self._over = True
+            self._changed.wait_for(lambda: self._count <= 0, _LONGEST_END)
+
+
+_LONGEST_END = 10.0  # seconds that the program's end may wait for a call
+_calls = _Calls()
+atexit.register(_calls.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_calls.forget)
+
+
+def library_call() -> contextlib.AbstractContextManager[None]:
+    """Around what runs in a library, so that the end of the program waits for it."""
+    return _calls.one()
 
 
 class Backend(abc.ABC):
@@ -254,7 +305,8 @@ class Backend(abc.ABC):
                 raise BackendError(self.path.name, "an open backend", "a closed one", fix)
             self._running += 1
         try:
-            yield
+            with library_call():
+                yield
         finally:
             with self._lifecycle:
                 self._running -= 1

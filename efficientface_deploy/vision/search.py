@@ -21,7 +21,7 @@ from PIL import Image
 
 from efficientface_deploy.artifact import free_sizes
 from efficientface_deploy.backends import resolve_backend
-from efficientface_deploy.backends.base import import_package
+from efficientface_deploy.backends.base import import_package, library_call
 from efficientface_deploy.backends.onnx import SessionError, find_provider, open_session
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
 from efficientface_deploy.spec import ModelSpec
@@ -251,7 +251,9 @@ class OnnxDetector(abc.ABC):
         sides = [side + -side % _MULTIPLE for side in (height, width)]
         batch: Float32Array = np.zeros((1, 3, *sides), np.float32)
         batch[0, :, :height, :width] = picture.transpose(2, 0, 1)
-        return [one[0] for one in self._session.run(self.outputs, {self.input_name: batch})]
+        with library_call():
+            outputs = self._session.run(self.outputs, {self.input_name: batch})
+        return [one[0] for one in outputs]
 
     def __reduce__(self) -> tuple[object, ...]:
         return functools.partial(type(self), **self._options), ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from efficientface_deploy.backends import BackendOptions
+from efficientface_deploy.backends import BackendOptions, base
 from efficientface_deploy.backends.base import Backend, Output, import_library, import_package
 from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.spec import PRESETS
@@ -175,3 +177,72 @@ def test_error_of_the_system_while_a_model_is_read(error):
 
     with pytest.raises(ArtifactError, match=r"^x\.onnx: expected a model file that can be read"):
         Failing(Path("x.onnx"), BackendOptions()).open()
+
+
+# ---- the end of the program
+
+ENDS = """
+import sys, threading, time
+import numpy as np
+import efficientface_deploy as ef
+
+began = threading.Event()
+
+def work(call):
+    while True:
+        began.set()
+        call()
+
+picture = np.zeros((64, 64, 3), np.uint8)
+{call}
+threading.Thread(target=work, args=(call,), daemon=True).start()
+began.wait()
+time.sleep(0.2)  # it is in the library by now, almost all the time
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "predictor = ef.load(); call = lambda: predictor.infer(np.zeros((1, 112, 112, 3), 'u1'))",
+        "found = ef.open_detector('yunet=' + sys.argv[1]); call = lambda: found._run(picture)",
+    ],
+    ids=["predictor", "detector"],
+)
+def test_a_daemon_thread_in_the_library_does_not_abort_the_end(call, run_python, yunet_file):
+    pytest.importorskip("onnxruntime")
+    result = run_python(ENDS.format(call=call), str(yunet_file))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_a_program_does_at_its_exit_may_predict(run_python):
+    pytest.importorskip("onnxruntime")
+    code = (
+        "import atexit, numpy as np\n"
+        "atexit.register(lambda: print(predictor(np.zeros((9, 9, 3), np.uint8)).label))\n"
+        "import efficientface_deploy as ef; predictor = ef.load()"
+    )
+    result = run_python(code)
+    assert (result.returncode, result.stdout.count("\n"), result.stderr) == (0, 1, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_child_of_a_fork_does_not_wait_for_its_parents_calls(run_python):
+    code = (
+        "import os, sys\n"
+        "from efficientface_deploy.backends import base\n"
+        "with base.library_call():\n"
+        "    if os.fork() == 0:\n"
+        "        sys.exit(3)\n"  # runs what is to be done at exit
+        "    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    started = time.monotonic()
+    assert run_python(code).returncode == 3
+    assert time.monotonic() - started < base._LONGEST_END
+
+
+def test_a_call_that_hangs_does_not_hold_up_the_end_for_ever(monkeypatch):
+    monkeypatch.setattr(base, "_LONGEST_END", 0.01)
+    calls = base._Calls()
+    with calls.one():
+        calls.end()
