@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.files import check_new_folder
 
 DONE, FAILED, SKIPPED, OUT_OF_TIME = "done", "failed", "skipped", "out of time"
 ALL_DONE, SOME_FAILED, SOME_SKIPPED, INTERRUPTED = 0, 1, 3, 130
@@ -507,8 +508,7 @@ def check_paths(options: GpuCheckConfig, out: Path) -> None:
         if path is not None and not there(path):
             found = f"none at {path}"
             raise ConfigError(f"--{name}", f"a {kind}", found, "give one that is there")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("--out", "a new or empty folder", f"{out} in use", "give another")
+    check_new_folder(out, "--out")
 
 
 def as_markdown(check: Check) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from efficientface_deploy.command import log_told, option, parse_config
 from efficientface_deploy.download import Download
 from efficientface_deploy.errors import BackendError, ConfigError, ImageError, printable
-from efficientface_deploy.files import atomic_path, check_writable
+from efficientface_deploy.files import atomic_path, check_new_folder
 from efficientface_deploy.predictor import FacePrediction, Prediction, Predictor, load
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.spec import ModelSpec
@@ -99,11 +99,12 @@ class PredictConfig:
     events: bool = option(
         False, help="of videos, print from when to when each face has which label, not each frame"
     )
-    smooth: float = option(
-        TIME_CONSTANT,
+    smooth: float | None = option(
+        None,
         metavar="SECONDS",
         minimum=0,
-        help="time over which a face's labels in a video are steadied; 0 for each frame's own",
+        help="time over which a face's labels in a video are steadied; 0 for each frame's own "
+        f"(default: {TIME_CONSTANT})",
     )
 
 
@@ -136,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="photo.jpg --faces",
     )
     prior = None if config.prior is None else parse_prior(config.prior)
-    gallery = Gallery(config.draw) if config.draw else None
+    gallery = Gallery(config.draw, config.images) if config.draw else None
     names = list(find_images(config.images, VIDEO_SUFFIXES))
+    check_has_video(config, names)
     detector = _open_detector(config)
     with load(
         config.model,
@@ -159,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if detector is None:
             title += "\neach picture is taken as one face; --faces finds the faces"
         report = Report(table, len(names), title, Events() if config.events else None)
-        labeller = Labeller(predictor, detector, gallery, report.tell, config.smooth)
+        smooth = TIME_CONSTANT if config.smooth is None else config.smooth
+        labeller = Labeller(predictor, detector, gallery, report.tell, smooth)
         for name in names:
             try:
                 labeller.label(name)
@@ -207,12 +210,9 @@ class Labeller:
         Raises:
             ImageError: It cannot be read, or not to its end.
         """
-        camera = camera_number(name)
-        if camera is not None:
-            self._label_frames(name, camera)
-            return
-        if is_stream(name) or Path(name).suffix.lower() in VIDEO_SUFFIXES:
-            self._label_frames(name, name)
+        if is_video(name):
+            camera = camera_number(name)
+            self._label_frames(name, name if camera is None else camera)
             return
         copy = self.gallery.place_for(name, ".jpg") if self.gallery else None
         image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
@@ -278,6 +278,24 @@ def _legend(spec: ModelSpec) -> str:
 def _not_checked(predictor: Predictor) -> str:
     reason = "as asked" if predictor.has_probe else "the file has no probe"
     return f"not checked: {reason}"
+
+
+def is_video(name: str) -> bool:
+    """Whether a name is a video's, a stream's or a camera's."""
+    camera = name.partition(":")[0] == "camera"
+    return camera or is_stream(name) or Path(name).suffix.lower() in VIDEO_SUFFIXES
+
+
+def check_has_video(config: PredictConfig, names: Sequence[str]) -> None:
+    """Refuse options that pictures alone would have to ignore.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    for name, given in (("--events", config.events), ("--smooth", config.smooth is not None)):
+        if given and not any(map(is_video, names)):
+            expected = "a video, a stream or a camera among what is given"
+            raise ConfigError(name, expected, "pictures alone", f"leave {name} out")
 
 
 def camera_number(name: str) -> int | None:
@@ -446,34 +464,40 @@ class Gallery:
 
     Args:
         folder: New or empty, so that nothing of anybody's is replaced.
+        sources: What the pictures come from; of a folder, the folders in it are kept.
 
     Raises:
         ConfigError: It holds something, is no folder, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            found = f"{folder}, which is there and not empty"
-            raise ConfigError("--draw", "a new or an empty folder", found, "give another one")
-        check_writable(folder, "--draw")
+    def __init__(self, folder: Path, sources: Sequence[str] = ()) -> None:
+        check_new_folder(folder, "--draw")
         self._folder = folder
+        self._sources = [Path(source) for source in sources if os.path.isdir(source)]
         self._given: set[Path] = set()  # also to what then could not be read: its copy is no other
 
     def place_for(self, name: str, suffix: str) -> Path:
         """Where a copy is to be: the whole name, then the copy's suffix where that differs.
 
-        Only one that is given already, as to pictures of one name in two folders, gets a number.
+        It is as deep in its folder as the picture in the one that was given. Only a name that is
+        given already, as to pictures of one name that were named themselves, gets a number.
         """
         stem = "stdin" if name == STANDARD_INPUT else re.sub(r'[:?*"<>|&=]', "-", Path(name).name)
         if stem.lower().endswith(suffix):
             stem = stem[: -len(suffix)]
         stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
-        path, number = self._folder / f"{stem}{suffix}", 1
+        folder = self._folder / self._below_source(Path(name))
+        path, number = folder / f"{stem}{suffix}", 1
         while path in self._given or path.exists():
             number += 1
-            path = self._folder / f"{stem}-{number}{suffix}"
+            path = folder / f"{stem}-{number}{suffix}"
         self._given.add(path)
         return path
+
+    def _below_source(self, path: Path) -> Path:
+        """The folders between a picture and the folder that was given, if one was."""
+        above = (source for source in self._sources if path.is_relative_to(source))
+        return next((path.relative_to(source).parent for source in above), Path())
 
 
 def _confidence(prediction: Prediction) -> str:

@@ -135,6 +135,27 @@ def check_writable(path: Path | None, option: str = "--out") -> None:
             make_folder(path, option)
 
 
+def check_new_folder(folder: Path, option: str, overwrite: bool | None = None) -> None:
+    """Refuse a folder that holds what is not to be replaced, or that cannot be written.
+
+    Args:
+        folder: The folder, which may be missing.
+        option: What names it, for messages.
+        overwrite: Whether it may hold something, by ``--overwrite``; None where there is no such
+            option.
+
+    Raises:
+        ConfigError: It is such a folder.
+    """
+    expected, fix = "a new or an empty folder", "give another one"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(option, expected, f"{folder}, a file", fix)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        fix += "" if overwrite is None else ", or add --overwrite"
+        raise ConfigError(option, expected, f"{folder}, not empty", fix)
+    check_writable(folder, option)
+
+
 @contextlib.contextmanager
 def empty_folders_removed(path: Path) -> Iterator[None]:
     """Remove, of a path's folders, those that the block makes and leaves empty."""

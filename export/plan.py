@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from efficientface_deploy.errors import ArtifactError, ConfigError, EfficientFaceError
+from efficientface_deploy.files import check_new_folder
 from efficientface_deploy.tuned import TUNED_KEY
-from efficientface_deploy.web.files import check_folder
 from efficientface_deploy.workbench.environment import versions
 from efficientface_export.graph.io import OnnxFile, read_onnx
 from efficientface_export.int8.calibration import Calibration, choose_calibration
@@ -282,7 +282,7 @@ def _check_web(options: ExportConfig, engine: str, precisions: tuple[str, ...]) 
             found = {"--engine": engine, "--precision": ", ".join(precisions)}.get(name, "given")
             raise ConfigError(name, expected, found, fix)
     assert options.web is not None
-    check_folder(options.web, "--web", options.overwrite)
+    check_new_folder(options.web, "--web", options.overwrite)
 
 
 def _choose_graph(options: ExportConfig, source: Source, target: str) -> str:

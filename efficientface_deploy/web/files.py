@@ -17,8 +17,8 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.download import Download, fetch
-from efficientface_deploy.errors import ArtifactError, ConfigError
-from efficientface_deploy.files import atomic_path, check_writable, require_file
+from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.files import atomic_path, require_file
 from efficientface_deploy.predictor import BUNDLED_ONNX
 from efficientface_deploy.vision.yunet import YuNet, read_weights
 
@@ -95,20 +95,6 @@ def read_model(path: str | Path | None = None) -> bytes:
         fix = "export it again with efficientface-export"
         raise ArtifactError(path, "a model in one file", f"weights in {beside[0].name}", fix)
     return path.read_bytes()
-
-
-def check_folder(folder: Path, option: str, overwrite: bool = False) -> None:
-    """Refuse a folder that holds what is not to be replaced, or that cannot be written.
-
-    Raises:
-        ConfigError: It is such a folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(option, "a folder", f"{folder}, a file", "give another one")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        fix = "give another one, or add --overwrite"
-        raise ConfigError(option, "a new or an empty folder", f"{folder}, not empty", fix)
-    check_writable(folder, option)
 
 
 def write_site(site: Mapping[str, bytes], folder: Path) -> None:

@@ -334,7 +334,7 @@ def test_asks_the_driver_itself(monkeypatch):
         (["--minutes", "nan"], "--minutes: expected a finite number, found nan"),
         (["--minutes", "0"], "--minutes: expected at least 0.001, found 0"),
         (["--weigths", "x"], "--weigths: expected an option of benchmarks/gpu_check.sh"),
-        (["--out", "."], "--out: expected a new or empty folder"),
+        (["--out", "."], "--out: expected a new or an empty folder"),
     ],
 )
 def test_options_that_cannot_be_used(options, problem):

@@ -333,6 +333,22 @@ def test_pictures_of_one_name_each_have_their_copy(face, tmp_path):
     ]
 
 
+def test_copies_lie_in_folders_as_their_pictures_do(face, tmp_path, monkeypatch):
+    """So that it can be told which is whose; a number alone would be another picture's name."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("in/face.png", "in/a/face.png", "in/a/b/face.png", "in/face-2.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(face, tmp_path / place)
+    expected = ["a/b/face.png.jpg", "a/face.png.jpg", "face-2.png.jpg", "face.png.jpg"]
+    for number, source in enumerate(("in", "./in/", tmp_path / "in")):
+        drawn = tmp_path / f"drawn{number}"
+        assert main([str(source), "--draw", str(drawn)]) == 0
+        files = [path.relative_to(drawn) for path in drawn.rglob("*") if path.is_file()]
+        assert sorted(map(Path.as_posix, files)) == expected
+    assert main(["in/a/face.png", "--draw", "alone"]) == 0
+    assert [path.name for path in Path("alone").iterdir()] == ["face.png.jpg"]
+
+
 @pytest.mark.parametrize(
     ("names", "places"),
     [
@@ -476,6 +492,14 @@ def test_events(clip, face, capsys, halves):
         {"image": str(clip), "track": at + 1, "label": label, "start": 0.0}
         for at, label in enumerate(labels)
     ]
+
+
+@pytest.mark.parametrize("options", [["--events"], ["--smooth", "0.2"], ["--smooth", "0"]])
+def test_options_of_videos_without_a_video(options, face):
+    said = rf"^{options[0]}: expected a video, .* found pictures alone; leave {options[0]} out$"
+    for pictures in ([face], [face.parent], [face, "-"]):
+        with pytest.raises(ConfigError, match=said):
+            main([*map(str, pictures), *options])
 
 
 def test_events_of_several_and_of_a_picture(clip, face, capsys):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.files import (
     atomic_path,
+    check_new_folder,
     file_hash,
     find_files,
     require_file,
@@ -208,3 +209,23 @@ def test_folder_that_may_not_be_read_is_apart(tmp_path, monkeypatch):
     assert [file.parent.name for file in found] == ["a", "b"]
     assert refused == [tmp_path / "closed"]
     assert find_files(tmp_path / "closed", (".png",)) == ([], [tmp_path / "closed"])
+
+
+def test_folder_that_must_be_new(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("years of work")
+    (tmp_path / "empty").mkdir()
+    for folder, found in (("full", "not empty"), ("full/thesis.txt", "a file")):
+        said = rf"^--x: expected a new or an empty folder, found .*{found}; give another one$"
+        with pytest.raises(ConfigError, match=said):
+            check_new_folder(tmp_path / folder, "--x")
+    with pytest.raises(ConfigError, match=r"not empty; give another one, or add --overwrite$"):
+        check_new_folder(tmp_path / "full", "--x", overwrite=False)
+    check_new_folder(tmp_path / "full", "--x", overwrite=True)
+    with pytest.raises(ConfigError, match=r"^--x: .* a file"):
+        check_new_folder(tmp_path / "full/thesis.txt", "--x", overwrite=True)
+    check_new_folder(tmp_path / "empty", "--x")
+    check_new_folder(tmp_path / "new/er", "--x")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"^/proc/x: expected a folder that can be written"):
+        check_new_folder(Path("/proc/x"), "--x")

@@ -10,13 +10,12 @@ import tarfile
 import pytest
 
 from efficientface_deploy.download import CACHE_VARIABLE
-from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError
+from efficientface_deploy.errors import ArtifactError, BackendError
 from efficientface_deploy.predictor import BUNDLED_ONNX
 from efficientface_deploy.web import files
 from efficientface_deploy.web.files import (
     FILE_VARIABLE,
     RUNTIME_FILES,
-    check_folder,
     page_files,
     read_model,
     write_site,
@@ -142,17 +141,6 @@ def test_folder_is_written(tmp_path):
     assert sorted(path.name for path in (tmp_path / "site").rglob("*")) == [
         *("a.wasm", "index.html", "ort")
     ]
-
-
-def test_folders_that_are_refused(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/thesis.txt").write_text("years of work")
-    for folder, found in (("full", "not empty"), ("full/thesis.txt", "a file")):
-        with pytest.raises(ConfigError, match=rf"^--web: expected .*{found}; give another"):
-            check_folder(tmp_path / folder, "--web")
-    check_folder(tmp_path / "full", "--web", overwrite=True)
-    check_folder(tmp_path / "new", "--web")
-    assert not (tmp_path / "new").exists()
 
 
 def test_versions_agree():
