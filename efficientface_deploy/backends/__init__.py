@@ -52,7 +52,7 @@ REGISTRY: dict[str, Entry] = {
     "triton": Entry("triton", "TritonBackend", (), "", "triton"),
 }
 
-_TRITON_URL = re.compile(r"triton(\+[a-z]+)?:[/\\]")  # a path has one of its slashes
+_TRITON_URL = re.compile(r"triton(\+[a-z]+)?:([/\\]|$)")  # a path has one of its slashes
 
 
 def resolve_backend(path: Path, requested: str = "auto") -> tuple[str, str]:

@@ -46,6 +46,7 @@ class Provider:
         install: The packages that bring it.
         plugin: Module of the package that brings it as a plugin, for an onnxruntime that was
             built without it.
+        device: What the plugin runs on.
         whole_graph: Whether it is an error that it leaves a part of the graph to the CPU. CUDA
             leaves some on purpose.
     """
@@ -53,6 +54,7 @@ class Provider:
     name: str
     install: str
     plugin: str = ""
+    device: str = ""
     whole_graph: bool = False
 
 
@@ -60,6 +62,7 @@ _OPENVINO = Provider(
     "OpenVINOExecutionProvider",
     "onnxruntime-ep-openvino beside onnxruntime, or onnxruntime-openvino in its place",
     plugin="onnxruntime_ep_openvino",
+    device="an Intel processor",
     whole_graph=True,
 )
 BF16 = "openvino-bf16"  # rounds to BF16, whatever the file's precision; never taken by default
@@ -75,6 +78,7 @@ PROVIDERS = {
         "onnxruntime 1.24 or newer with onnxruntime-ep-nv-tensorrt-rtx (for CUDA 13) or "
         "onnxruntime-ep-nv-tensorrt-rtx-cu12",
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        device="an NVIDIA GPU with its driver",
         whole_graph=True,
     ),
     "openvino": _OPENVINO,
@@ -374,7 +378,8 @@ def _plugin_devices(device: str) -> list[Any]:
     built_in = provider.name in onnxruntime.get_available_providers()
     if built_in and provider.name not in _registered:
         return []
-    raise _missing_provider(device, "a plugin without a device on this machine")
+    found = f"its plugin, which wants {provider.device} and finds none on this machine"
+    raise _missing_provider(device, found)
 
 
 def _load_cuda_runtime(folder: Path) -> None:

@@ -75,7 +75,7 @@ class Address(NamedTuple):
         Raises:
             ConfigError: It is none.
         """
-        text = re.sub(":/+", "://", path.as_posix(), count=1)
+        text = re.sub(":/*", "://", path.as_posix(), count=1)
         try:
             parts = urlsplit(text)
             protocol = parts.scheme.partition("+")[2]

@@ -78,10 +78,12 @@ def test_address(text, expected):
         *("triton://host", "triton://host:8000/", "triton://host:x/model", "triton:///model"),
         *("triton://host:99999/model", "triton+tcp://host:1/model", "triton://host/a/b"),
         *("triton://me@host/model", "triton://host/model?version=3"),
+        *("triton://", "triton:", "triton+grpc://"),
     ],
 )
 def test_a_bad_url_is_one_line(text):
-    with pytest.raises(ConfigError, match="expected triton://host:port/model, found another URL"):
+    said = r"^triton(\+\w+)?://.*: expected triton://host:port/model, found another URL"
+    with pytest.raises(ConfigError, match=said):
         load(text)
 
 
