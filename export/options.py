@@ -14,6 +14,7 @@ ENGINES = ("onnx", "trt", "trt-rtx", "auto")
 TARGETS = ("cpu", "gpu")
 GRAPHS = ("plain", "deploy")
 OBJECTIVES = ("latency", "throughput")
+ARTIFACTS = Path("artifacts")  # where they go by default; a page alone leaves nothing there
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 
 
@@ -82,11 +83,12 @@ class ExportConfig:
     tune_seconds: float = option(
         60.0, minimum=1, help="time for measuring, beside making and verifying", metavar="S"
     )
-    out: Path = option(Path("artifacts"), help="folder of the artifacts")
+    out: Path = option(ARTIFACTS, help="folder of the artifacts")
     web: Path | None = option(
         None,
         metavar="DIR",
-        help="write a page that runs the ONNX file in the browser, for any static host",
+        help="write a page that runs the ONNX file in the browser, for any static host; add --out "
+        "to keep the file's report too",
     )
     overwrite: bool = option(False, help="replace files that are there")
     require_verified: bool = option(
@@ -125,6 +127,11 @@ class ExportConfig:
                 name = "--" + field.name.replace("_", "-")
                 fix = f"leave {name} out, or leave {mode.partition(',')[0]} out"
                 raise ConfigError(name, f"none with {mode}", str(value), fix)
+
+    @property
+    def keeps_artifacts(self) -> bool:
+        """Whether files and report are kept, and not only a page that is made of them."""
+        return self.web is None or self.out is not ARTIFACTS
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:

@@ -62,7 +62,6 @@ _RANGE_IMAGES = 64
 
 _INTERRUPTED = 130  # exit code, as a shell has it
 _SO_FAR = "interrupted before its time: this is the best so far"
-_NOT_RECOMMENDED = "not recommended, take the engine in FP16"
 
 
 def export_command(options: ExportConfig) -> int:
@@ -76,6 +75,14 @@ def export_command(options: ExportConfig) -> int:
         EfficientFaceError: The options or files are unusable, or the engine that was asked for
             cannot be made here.
     """
+    if options.keeps_artifacts:
+        return _export(options)
+    with tempfile.TemporaryDirectory() as folder:
+        return _export(dataclasses.replace(options, out=Path(folder)), kept=False)
+
+
+def _export(options: ExportConfig, kept: bool = True) -> int:
+    """The same, into a folder that is kept or not."""
     source = open_source(options.weights, options.preset, options.input_size)
     size = f"{source.spec.input_size}x{source.spec.input_size}"
     print(f"weights: {source.path} ({source.spec.name}, {size})")
@@ -93,16 +100,14 @@ def export_command(options: ExportConfig) -> int:
             _tune(plan, source, data, work) if plan.tuning else ((), None, False)
         )
         rows = _make_all(plan, source, data, work, made, tuning)
-    print(f"report: {plan.out / MARKDOWN_FILE}")
-    _conclude(plan, rows)
+    if kept:
+        print(f"report: {plan.out / MARKDOWN_FILE}")
+    _conclude(plan, rows, kept)
+    runnable = [step.path for step, row in rows if row.recommended and not row.verification.not_run]
     if options.web is not None and page is not None:
         write_site({MODEL_FILE: read_model(rows[-1][0].path), **page}, options.web)
         print(f"page: {options.web / 'index.html'}, to be served by any web server")
-    runnable = [
-        step.path
-        for step, row in rows
-        if not row.verification.not_run and not any(_NOT_RECOMMENDED in note for note in row.notes)
-    ]
+        runnable = runnable if kept else [options.web / MODEL_FILE]
     if runnable:
         print(f"next: efficientface-predict PICTURE --model {shlex.quote(str(runnable[-1]))}")
     return _INTERRUPTED if interrupted else 0
@@ -158,12 +163,15 @@ class Artifact:
         notes: What to say of it: warnings, and what an engine was built with and for.
         write: Writes it with its provenance, that of now; None for a file that is there already.
         cost: Kernels and bytes of an engine, where its builder says them.
+        recommended: Whether it is to be taken; an engine in INT8 that costs more than in FP16 is
+            not.
     """
 
     file: OnnxFile
     notes: tuple[str, ...]
     write: Callable[[Path, dict[str, Any]], None] | None
     cost: EngineCost | None = None
+    recommended: bool = True
 
     def save(self, path: Path) -> None:
         """Write it as it is."""
@@ -364,10 +372,11 @@ def _compared(artifact: Artifact, fp16: EngineCost | None) -> Artifact:
     """An engine in INT8 that also says what FP16 costs."""
     if fp16 is None or artifact.cost is None:
         return artifact
-    note = f"in FP16: {fp16}"
-    if artifact.cost.exceeds(fp16):
-        note = f"INT8 has {artifact.cost}, FP16 {fp16}: {_NOT_RECOMMENDED}"
-    return dataclasses.replace(artifact, notes=(*artifact.notes, note))
+    note, recommended = f"in FP16: {fp16}", not artifact.cost.exceeds(fp16)
+    if not recommended:
+        advice = "not recommended, take the engine in FP16"
+        note = f"INT8 has {artifact.cost}, FP16 {fp16}: {advice}"
+    return dataclasses.replace(artifact, notes=(*artifact.notes, note), recommended=recommended)
 
 
 def verify(
@@ -401,7 +410,8 @@ def verify(
         provenance = Provenance(record, path)
         arithmetic = provenance.arithmetic
     notes = (*artifact.notes, source.size_note) if source.size_note else artifact.notes
-    return ReportRow.of(path, folder, provenance, arithmetic, verification, notes)
+    row = ReportRow.of(path, folder, provenance, arithmetic, verification, notes)
+    return dataclasses.replace(row, recommended=artifact.recommended)
 
 
 class Converter:
@@ -492,11 +502,11 @@ class Converter:
         return normalise(images, self.source.spec) if takes_floats else images
 
 
-def _conclude(plan: Plan, rows: Sequence[tuple[Step, ReportRow]]) -> None:
+def _conclude(plan: Plan, rows: Sequence[tuple[Step, ReportRow]], kept: bool) -> None:
     """Say what is missing of what was asked for, by an error."""
     if failed := [row.file for _, row in rows if row.verification.problems]:
-        fix = f"see {plan.out / MARKDOWN_FILE}; try --precision fp32, --exclude, or another --calib"
-        raise wrong_outputs(failed, fix)
+        see = f"see {plan.out / MARKDOWN_FILE}" if kept else "add --out to keep it and its report"
+        raise wrong_outputs(failed, f"{see}; try --precision fp32, --exclude, or another --calib")
     unverified = [row for _, row in rows if row.verification.status != "verified"]
     if unverified and plan.require_verified:
         names, first = ", ".join(row.file for row in unverified), unverified[0].verification

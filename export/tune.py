@@ -232,10 +232,11 @@ def flaw(candidate: Candidate, candidates: Sequence[Candidate]) -> str:
         return f"accuracy {result.difference_text}"
     if precision == "bf16":
         return "only where asked for by name"
-    others = [one.file.cost for one in candidates if one.precision == "fp16"]
-    halves = [other.kernels for other in others if other is not None]
-    if precision == "int8" and cost and halves and cost.kernels > min(halves):
-        return f"{cost.kernels} kernels where fp16 has {min(halves)}"
+    halves = [one.file.cost for one in candidates if one.precision == "fp16" and one.file.cost]
+    if precision == "int8" and cost and halves:
+        least = min(halves, key=lambda one: (one.kernels, one.bytes_moved or 0))
+        if cost.exceeds(least):
+            return f"{cost} where fp16 has {least}"
     # FP32 and FP16 are held by their largest difference; INT8 by its agreement alone.
     needed, alone = THRESHOLDS[precision].min_images, {one.precision for one in candidates}
     if precision == "int8" and alone != {"int8"} and result.images < needed:

@@ -45,6 +45,7 @@ class ReportRow:
         verification: How it compares with the reference.
         notes: Warnings, and what an engine was built with and for.
         tuning: What ``--tune`` found; None without it.
+        recommended: Whether it is to be taken rather than another precision; a note says why not.
     """
 
     file: str
@@ -58,6 +59,7 @@ class ReportRow:
     verification: Verification
     notes: tuple[str, ...] = ()
     tuning: Mapping[str, Any] | None = None
+    recommended: bool = True
 
     @classmethod
     def of(
@@ -153,6 +155,7 @@ class ReportRow:
         valid = (
             isinstance(row.file, str)
             and isinstance(row.bytes, int)
+            and isinstance(row.recommended, bool)
             and isinstance(row.largest_fp32_value, (int, float, type(None)))
         )
         if not valid:

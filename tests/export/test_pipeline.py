@@ -739,7 +739,9 @@ class TestEngines:
         code, output, error = exit_code(*command, "--weights", weights, "--out", tmp_path / "out")
         assert (code, error) == (0, "")
         name = "efficientface-int8-gpu"
-        said = " ".join(report(tmp_path / "out")[f"{name}.rtx.engine"]["notes"])
+        row = report(tmp_path / "out")[f"{name}.rtx.engine"]
+        said = " ".join(row["notes"])
+        assert row["recommended"] == (layout == "deploy")
         (following,) = [line for line in output.splitlines() if line.startswith("next: ")]
         if layout == "deploy":
             assert re.search(
@@ -903,20 +905,39 @@ class TestDeployGraph:
         assert read_onnx(tmp_path / "efficientface-fp16-gpu.onnx")[2]["graph"] == "deploy"
 
 
-@pytest.mark.parametrize("name", [FP32, INT8])
-def test_web(
-    artifacts: Path, tmp_path: Path, monkeypatch: Any, yunet_named: None, capsys: Any, name: str
-) -> None:
+@pytest.fixture
+def web_archive(tmp_path: Path, monkeypatch: Any, yunet_named: None) -> None:
+    """Something of the name of onnxruntime-web's archive, and a real YuNet."""
     archive = tmp_path / "runtime.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         for member in RUNTIME_FILES:
             tar.addfile(tarfile.TarInfo(f"package/dist/{member}"))
     monkeypatch.setenv(FILE_VARIABLE, str(archive))
+
+
+@pytest.mark.parametrize("name", [FP32, INT8])
+def test_web(artifacts: Path, tmp_path: Path, web_archive: None, capsys: Any, name: str) -> None:
     command = ["--engine", "onnx", "--weights", artifacts / name, "--out", tmp_path / "out"]
     assert main([*map(str, command), "--web", str(tmp_path / "web")]) == 0
     assert f"page: {tmp_path / 'web/index.html'}, to be" in capsys.readouterr().out
     assert (tmp_path / "web/model.onnx").read_bytes() == (artifacts / name).read_bytes()
     assert {"index.html", "yunet.onnx", "ort"} < names(tmp_path / "web")
+
+
+def test_web_without_out_leaves_the_page_alone(
+    artifacts: Path, tmp_path: Path, monkeypatch: Any, web_archive: None, capsys: Any
+) -> None:
+    weights = artifacts.resolve() / FP32
+    monkeypatch.chdir(tmp_path)
+    before = names(tmp_path)
+    assert main(["--engine", "onnx", "--weights", str(weights), "--web", "web"]) == 0
+    assert names(tmp_path) - before == {"web"}
+    assert Path("web/model.onnx").read_bytes() == weights.read_bytes()
+    out = capsys.readouterr().out
+    assert "report: " not in out and "next: efficientface-predict PICTURE --model web/model" in out
+    again = ["--engine", "onnx", "--weights", str(weights), "--web", "web2"]
+    assert main([*again, "--out", "artifacts"]) == 0  # who names the default wants it
+    assert Path("artifacts/report.md").is_file()
 
 
 def test_web_whose_files_cannot_be_had(artifacts: Path, tmp_path: Path, monkeypatch: Any) -> None:

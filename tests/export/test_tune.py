@@ -171,12 +171,20 @@ class TestEstimate:
         assert "an estimate" in record["reason"] and "an estimate" in record["notes"][-1]
         assert all(row["p50_ms"] is None for row in record["candidates"])
 
-    def test_int8_of_more_kernels_is_never_taken(self) -> None:
-        more = engine("int8", 118, 5)
-        best, record = choose([engine("fp16", 79, 8), more], "throughput")
-        assert best.precision == "fp16"
-        verdicts = {row["precision"]: row["verdict"] for row in record["candidates"]}
-        assert verdicts == {"fp16": "chosen", "int8": "118 kernels where fp16 has 79"}
+    @pytest.mark.parametrize(
+        ("kernels", "moved", "taken"), [(118, 5, False), (79, 9, False), (79, 7, True)]
+    )
+    def test_int8_of_more_kernels_or_bytes_is_never_taken(
+        self, kernels: int, moved: int, taken: bool
+    ) -> None:
+        """As the report says of an engine: :meth:`EngineCost.exceeds`, of the least in FP16."""
+        fp16, int8 = engine("fp16", 79, 8), engine("int8", kernels, moved)
+        candidates = [engine("fp16", 100, 6, graph="plain"), fp16, int8]
+        best, record = choose(candidates, "latency")
+        assert best is (int8 if taken else fp16)
+        (verdict,) = [row["verdict"] for row in record["candidates"] if row["precision"] == "int8"]
+        less = f"{int8.file.cost} where fp16 has {fp16.file.cost}"
+        assert verdict == ("chosen" if taken else less)
 
     def test_a_log_without_bytes(self) -> None:
         engines = [engine("fp32", 80, None), engine("fp16", 79, None)]
