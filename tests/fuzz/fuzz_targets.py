@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -120,6 +121,23 @@ def seeds(target: str) -> list[bytes]:
         "sidecar": _sidecars,
     }
     return makers[target]()
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, taken out or doubled."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 2, 6))):
+        at = rng.randrange(len(damaged) + 1)
+        match rng.randrange(4):
+            case 0:
+                damaged[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                damaged[at : at + 4] = rng.choice((bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff"))
+            case 2:
+                del damaged[at : at + rng.randrange(1, 12)]
+            case 3:
+                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
+    return bytes(damaged)
 
 
 def _images() -> list[bytes]:
