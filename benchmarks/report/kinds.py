@@ -693,6 +693,7 @@ BLOCKS = {
     "products": PRODUCTS,
     "alternatives": ALTERNATIVES,
     "annotate": ANNOTATE,
+    "campaign": CAMPAIGN,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,

@@ -10,9 +10,11 @@ from row import Row
 
 
 def run(scale: float, seed: int, folder: Path) -> list[Row]:
-    """Pictures with a little damage."""
-    rng = random.Random(seed)
-    corpus, count = seeds("image"), round(1000 * scale)
-    for _ in range(count):
-        TARGETS["image"](damage(rng.choice(corpus), rng))
-    return [Row("inputs", "pictures", tried=count, right=count)]
+    """Valid files with a little damage."""
+    rng, rows = random.Random(seed), []
+    for name, target in TARGETS.items():
+        corpus, count = seeds(name), round(100 * scale)
+        for _ in range(count):
+            target(damage(rng.choice(corpus), rng))
+        rows.append(Row("inputs", name, tried=count, right=count))
+    return rows
