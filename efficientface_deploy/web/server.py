@@ -15,8 +15,10 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
+import sys
 import webbrowser
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,7 +53,7 @@ _TYPES = {
     **dict.fromkeys((".js", ".mjs"), "text/javascript; charset=utf-8"),
     **{".ts": "text/plain; charset=utf-8", ".wasm": "application/wasm", ".svg": "image/svg+xml"},
 }
-_ANY_TYPE = "application/octet-stream"
+_ANY_TYPE, _PLAIN = "application/octet-stream", "text/plain; charset=utf-8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,29 +117,71 @@ def open_server(
             self._answer(with_body=False)
 
         def _answer(self, *, with_body: bool) -> None:
-            file = files.get(urlsplit(self.path).path)
-            kind, content, tag = file or ("text/plain", b"not found\n", "")
-            unchanged = file is not None and self.headers.get("If-None-Match") == tag
-            self.send_response(304 if unchanged else 200 if file else 404)
-            for name, value in headers.items():
+            file = files.get(_path_of(self.path))
+            if file is None:
+                self._send(404, _PLAIN, b"not found\n", {}, with_body=with_body)
+                return
+            kind, content, tag = file
+            unchanged = self.headers.get("If-None-Match") == tag
+            status, content = (304, b"") if unchanged else (200, content)
+            self._send(status, kind, content, {"ETag": tag}, with_body=with_body)
+
+        def send_error(
+            self, code: int, message: str | None = None, explain: str | None = None
+        ) -> None:
+            """Refuse a request in our words and with our headers, and end its connection.
+
+            Python calls this for all that has no ``do_`` method, and for what is no request.
+            """
+            status, allowed = code, {"Connection": "close"}
+            if code == HTTPStatus.NOT_IMPLEMENTED:  # which is for methods that nobody knows
+                status, allowed = 405, {"Allow": "GET, HEAD", **allowed}
+            self.close_connection = True
+            said = f"{HTTPStatus(status).phrase.lower()}\n".encode()
+            self._send(status, _PLAIN, said, allowed, with_body=self.command != "HEAD")
+
+        def _send(
+            self,
+            status: int,
+            kind: str,
+            content: bytes,
+            own_headers: Mapping[str, str],
+            *,
+            with_body: bool,
+        ) -> None:
+            self.send_response(status)
+            for name, value in {**headers, **own_headers}.items():
                 self.send_header(name, value)
-            if file:
-                self.send_header("ETag", tag)
-            if not unchanged:
+            if status != HTTPStatus.NOT_MODIFIED:
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if with_body and not unchanged:
+            if with_body:
                 self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
             """Say nothing of each request."""
 
     try:
-        return http.server.ThreadingHTTPServer((HOST, port), Handler)
+        return _Server((HOST, port), Handler)
     except OSError as error:
         expected, fix = "a port of 127.0.0.1 that is free", "give another --port, 0 for any"
         raise ConfigError(f"--port {port}", expected, system_words(error), fix) from None
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a browser that leaves before it has a file, as at a reload."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+def _path_of(target: str) -> str:
+    """The path that a request is for; empty where that is no URL."""
+    try:
+        return urlsplit(target).path
+    except ValueError:
+        return ""
 
 
 def _type(name: str) -> str:

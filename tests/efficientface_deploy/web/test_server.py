@@ -6,8 +6,11 @@ import http.client
 import logging
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 
@@ -19,6 +22,10 @@ from efficientface_deploy.web.files import FILE_VARIABLE
 from efficientface_deploy.web.server import CONTENT_SECURITY_POLICY, HEADERS, main, open_server
 
 SITE = {"index.html": b"<p>page</p>", "ort/a.wasm": b"\0asm", "model.onnx": b"model"}
+
+
+def host_of(address: str) -> str:
+    return address.removeprefix("http://").rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -55,13 +62,60 @@ def test_a_file_that_the_browser_has_is_not_sent_again(serve):
     assert raised.value.code == 304
 
 
-def test_head_and_post(serve):
-    connection = http.client.HTTPConnection(serve(SITE).removeprefix("http://").rstrip("/"))
+def test_head(serve):
+    connection = http.client.HTTPConnection(host_of(serve(SITE)))
     connection.request("HEAD", "/model.onnx")
     response = connection.getresponse()
     assert (response.status, response.headers["Content-Length"], response.read()) == (200, "5", b"")
-    connection.request("POST", "/", body=b"a picture")
-    assert connection.getresponse().status == 501
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "BREW"])
+def test_other_methods_are_not_allowed(serve, method):
+    connection = http.client.HTTPConnection(host_of(serve(SITE)))
+    connection.request(method, "/", body=b"a picture")
+    response = connection.getresponse()
+    assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert response.read() == b"method not allowed\n"
+    assert {name: response.headers[name] for name in HEADERS} == HEADERS
+    connection.request("GET", "/model.onnx")  # by a new connection: the body was not read
+    assert connection.getresponse().read() == SITE["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        (b"GET http://[ HTTP/1.1", b"404"),
+        (b"GET /" + 70_000 * b"x" + b" HTTP/1.1", b"414"),
+        (b"GET / HTTP/x", b"400"),
+        (b"HEAD /nothing HTTP/1.1", b"404"),
+    ],
+)
+def test_what_is_no_request_is_refused_in_few_words(serve, request_line, status, capfd):
+    host, port = host_of(serve(SITE)).split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request_line + b"\r\nConnection: close\r\n\r\n")
+        said = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert status in said.splitlines()[0] or said == b"bad request\n"  # to HTTP/0.9 no headers
+    assert b"<" not in said and capfd.readouterr() == ("", "")
+
+
+def test_a_browser_that_leaves_is_no_error(serve, capfd):
+    host, port = host_of(serve({"large.wasm": bytes(30_000_000)})).split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /large.wasm HTTP/1.1\r\n\r\n")
+        connection.recv(100)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:
+            thread.join(10)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_defect_of_the_server_is_told(serve, capfd, monkeypatch):
+    monkeypatch.setattr(server_module, "_path_of", lambda target: 1 / 0)
+    with pytest.raises(http.client.RemoteDisconnected):
+        urllib.request.urlopen(serve(SITE))
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_page_has_the_policy_of_the_header(yunet_file):
