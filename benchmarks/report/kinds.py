@@ -538,7 +538,8 @@ CAMPAIGN = TableForm(
     },
     notes={
         ">Refused": "with one line that names the input, and exit code 2",
-        ">Slowest, s": "of one case; in brackets the bound above which it counts as failed",
+        ">Slowest, s": "of one case, for inputs of CPU time; in brackets the bound above which it "
+        "counts as failed",
         ">Peak memory, MB": "of the whole process; in brackets the bound likewise",
     },
 )

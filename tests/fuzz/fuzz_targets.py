@@ -81,9 +81,14 @@ def safetensors(data: bytes) -> None:
     path = _FOLDER / "model.safetensors"
     path.write_bytes(data)
     with only_our_errors():
-        metadata = read_safetensors_metadata(path)
-        provenance_from_metadata(metadata, path)
-        check_spec(spec_from_metadata(metadata, path))
+        use_safetensors(path)
+
+
+def use_safetensors(path: Path) -> None:
+    """What is read of a safetensors file without its tensors."""
+    metadata = read_safetensors_metadata(path)
+    provenance_from_metadata(metadata, path)
+    check_spec(spec_from_metadata(metadata, path))
 
 
 def sidecar(data: bytes) -> None:
@@ -92,11 +97,16 @@ def sidecar(data: bytes) -> None:
     path.write_bytes(PLAN)
     sidecar_path(path).write_bytes(data)
     with only_our_errors():
-        spec, provenance, _ = read_sidecar(path)
-        check_spec(spec)
-        record = EngineRecord.from_provenance(provenance, path)
-        record.covers("sm86")
-        record.runs_with("10.3.0")
+        use_sidecar(path)
+
+
+def use_sidecar(path: Path) -> None:
+    """What is read beside an engine before it is loaded."""
+    spec, provenance, _ = read_sidecar(path)
+    check_spec(spec)
+    record = EngineRecord.from_provenance(provenance, path)
+    record.covers("sm86")
+    record.runs_with("10.3.0")
 
 
 def check_spec(spec: ModelSpec) -> None:
