@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 60
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs web fuzz gpu-check clean
+.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs web fuzz campaign gpu-check clean
 
 help:
 	@echo "make setup      make .venv and install all that the rest needs"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-versions  the runtime's tests and the files of MODELS (artifacts) on every version"
 	@echo "make test-aarch64   some of them and the files on emulated ARM; needs root, debootstrap, qemu"
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
+	@echo "make campaign   10,000 hostile inputs, faults and hours of use, counted; SCALE (1), OUT=dir"
 	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
 	@echo "make clean      remove .venv and what was built"
 
@@ -82,6 +83,11 @@ fuzz: setup
 	for target in image onnx safetensors sidecar; do \
 		$(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(FUZZ_SECONDS) || exit; \
 	done
+
+SCALE ?= 1
+
+campaign: setup
+	$(BIN)/python tests/campaign/campaign.py --scale $(SCALE) $(if $(OUT),--out '$(OUT)')
 
 lint: setup
 	$(BIN)/ruff check .

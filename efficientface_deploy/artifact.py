@@ -18,7 +18,13 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import file_hash, require_file, why_not_a_file, write_text
+from efficientface_deploy.files import (
+    file_hash,
+    read_json,
+    require_file,
+    why_not_a_file,
+    write_text,
+)
 from efficientface_deploy.spec import PRESETS, ModelSpec, preset
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -90,7 +96,7 @@ def _is_text(start: bytes) -> bool:
 
 # ---- safetensors
 
-_MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit
+_MAX_HEADER = 1 << 24  # bytes, a hundred times our largest; the format's own limit is 100 MB
 
 
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
@@ -464,10 +470,10 @@ def read_sidecar(engine: str | Path) -> Sidecar:
         fix = "copy both files; an engine alone does not say its labels or preprocessing"
         raise ArtifactError(path, f"the sidecar of {engine.name}", reason, fix)
     try:
-        content = json.loads(require_file(path, "a sidecar").read_text(encoding="utf-8"))
+        content = read_json(path)
         spec_fields, provenance = content["spec"], content["provenance"]
         recorded = provenance["engine"]["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         expected, fix = "JSON with spec and provenance", "export the engine again"
         raise ArtifactError(path, expected, "something else", fix) from None
     spec = ModelSpec.from_json(json.dumps(spec_fields), source=path)

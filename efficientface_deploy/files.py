@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ArtifactError, ConfigError, system_words
@@ -22,6 +24,9 @@ _LEFT_BEHIND = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
     *("lost+found", ".directory", ".thumbnails", "@eadir", ".ipynb_checkpoints"),
 }
+
+_MAX_JSON = 1 << 24  # bytes, a hundred times our largest; what is parsed takes 30 times as much
+_MAX_LINE = 1 << 20  # characters
 
 _MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several times as much memory
 
@@ -63,6 +68,39 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically; a name in it that is no UTF-8 is escaped."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """What a JSON file in UTF-8 says, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+        options: As of ``json.loads``.
+
+    Raises:
+        ValueError: It is no JSON, nested too deeply, or larger than 16 MiB.
+        OSError: The system refuses.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON + 1)
+    if len(content) > _MAX_JSON:
+        raise ValueError(f"more than {_MAX_JSON >> 20} MiB of JSON")
+    try:
+        return json.loads(content.decode("utf-8-sig"), **options)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def read_lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a text file, with their ends; a file of one endless line fills no memory.
+
+    Raises:
+        UnicodeError: It is no text, or has a line of more than a million characters.
+    """
+    while line := file.readline(_MAX_LINE):
+        if len(line) == _MAX_LINE:
+            raise UnicodeError("a line of more than a million characters")
+        yield line
 
 
 def file_hash(path: str | Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import ConfigError
-from efficientface_deploy.files import check_writable, write_text
+from efficientface_deploy.files import check_writable, read_json, read_lines, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset, read_table
 from efficientface_deploy.workbench.evaluation import check_labels, labels_of, none_of
@@ -131,10 +131,11 @@ def read_run(folder: Path) -> Run:
     weights = [folder / f"{kind}.safetensors" for kind in ("student", "teacher")]
     found = [path for path in weights if path.is_file()]
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG)
         with (folder / METRICS).open(newline="", encoding="utf-8") as file:
             history = [
-                {k: float(v or "") for k, v in row.items()} for _, row in read_table(file)[1]
+                {k: float(v or "") for k, v in row.items()}
+                for _, row in read_table(read_lines(file))[1]
             ]
         whole = bool(found and history and settings["batch_size"] and settings["epochs"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -31,7 +31,7 @@ from efficientface_deploy.errors import (
     printable,
     system_words,
 )
-from efficientface_deploy.files import make_folder, set_mode
+from efficientface_deploy.files import make_folder, read_json, set_mode
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
@@ -85,7 +85,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     if out.exists():
         found = None
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
+            found = read_json(out / DESCRIPTION)
         if found == description and not overwrite:
             print(
                 f"{out} is there already and was prepared in the same way; nothing to do "

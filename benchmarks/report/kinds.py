@@ -6,7 +6,7 @@ A function above a table gives its rows, or what one of its columns says.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -512,6 +512,47 @@ ANNOTATE = TableForm(
     },
 )
 
+
+def _bounded(key: str, bound: str) -> Callable[[Row], str]:
+    """A figure, and after it in brackets what it must stay below."""
+
+    def say(row: Row) -> str:
+        limit = row.get(bound)
+        return of(key, digits)(row) + ("" if limit is None else f" ({limit:g})")
+
+    return say
+
+
+CAMPAIGN = TableForm(
+    "Campaign, seed {config[seed]}",
+    lambda result: result["rows"],
+    {
+        "Part": of("part"),
+        "What": of("what"),
+        ">Tried": of("tried", lambda number: f"{number:,}"),
+        ">Right": of("right", lambda number: f"{number:,}"),
+        ">Refused": of("refused", lambda number: f"{number:,}"),
+        ">Failed": of("failures", lambda lines: str(len(lines))),
+        ">Slowest, s": _bounded("slowest_s", "within_s"),
+        ">Peak memory, MB": _bounded("peak_mb", "within_mb"),
+    },
+    notes={
+        ">Refused": "with one line that names the input, and exit code 2",
+        ">Slowest, s": "of one case, for inputs of CPU time; in brackets the bound above which it "
+        "counts as failed",
+        ">Peak memory, MB": "of the whole process; in brackets the bound likewise",
+    },
+)
+
+
+def _failures(result: Result) -> list[Row]:
+    return [
+        {"What": row["what"], "Failure": line} for row in result["rows"] for line in row["failures"]
+    ]
+
+
+FAILURES = TableForm("Cases that failed", _failures, every_key())
+
 # ---- versions
 
 
@@ -634,6 +675,7 @@ TABLES = {
     "finetuning": (FINE_TUNING,),
     "products": (PRODUCTS,),
     "annotate": (ANNOTATE,),
+    "campaign": (CAMPAIGN, FAILURES),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
 }
 
@@ -652,6 +694,7 @@ BLOCKS = {
     "products": PRODUCTS,
     "alternatives": ALTERNATIVES,
     "annotate": ANNOTATE,
+    "campaign": CAMPAIGN,
     "goals": GOALS,
     "profile": PROFILE,
     "models": MODELS,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from benchmarks import ROOT, shown_path
 from efficientface_deploy.errors import ArtifactError
-from efficientface_deploy.files import require_file, write_text
+from efficientface_deploy.files import read_json, require_file, write_text
 from efficientface_deploy.workbench.environment import (
     describe_commit,
     describe_machine,
@@ -91,8 +91,8 @@ def read_result(path: Path) -> Result:
     """
     require_file(path, "a benchmark's result")
     try:
-        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        result = read_json(path, parse_constant=_refuse_constant)
+    except ValueError:
         raise _unreadable(path, "no JSON, or a truncated file") from None
     if isinstance(result, dict) and "kind" not in result and "artifacts" in result:
         result |= {"kind": "export", "schema": SCHEMA_VERSION}  # it has a schema of its own

@@ -15,7 +15,7 @@ from typing import Any
 from efficientface_deploy.batch.parquet import face_schema, read_marks, write_rows
 from efficientface_deploy.batch.source import Pictures
 from efficientface_deploy.errors import ArtifactError, ConfigError, ImageError
-from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.files import file_hash, read_json, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.vision.detectors import open_detector
@@ -117,8 +117,8 @@ def begin(job: Job) -> None:
         write_text(path, json.dumps(job.identity, indent=1) + "\n")
         return
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+        before = dict(read_json(path))
+    except (ValueError, TypeError):
         fix = "choose another --out"
         raise ConfigError(path, "what a job writes", "something else", fix) from None
     if changed := [key for key, now in job.identity.items() if before.get(key) != now]:
@@ -130,9 +130,12 @@ def begin(job: Job) -> None:
 def shard_size(out: Path, count: int) -> int:
     """Pictures in a shard: as the job in a folder has it, or what suits their count."""
     try:
-        return int(json.loads((out / JOB_FILE).read_text(encoding="utf-8"))["shard"])
+        shard = read_json(out / JOB_FILE)["shard"]
+        if type(shard) is int and shard > 0:
+            return shard
     except (OSError, ValueError, LookupError, TypeError):
-        return max(32, min(1000, -(-count // 16)))
+        pass
+    return max(32, min(1000, -(-count // 16)))
 
 
 class Annotator:

@@ -12,7 +12,7 @@ from typing import Any
 
 from efficientface_deploy.batch.parquet import find_column, read_column, write_paths
 from efficientface_deploy.errors import DatasetError, printable, words_of
-from efficientface_deploy.files import require_file
+from efficientface_deploy.files import read_lines, require_file
 from efficientface_deploy.vision.folder import find_images
 from efficientface_deploy.vision.preprocess import ImageSource
 
@@ -99,7 +99,7 @@ def _manifest_paths(manifest: Path, names: tuple[str, ...]) -> Iterator[bytes]:
     fix = "write it as UTF-8 with a line of column names"
     try:
         with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(read_lines(file))
             columns = reader.fieldnames or []
             name = next((name for name in names if name in columns), None)
             if name is None:

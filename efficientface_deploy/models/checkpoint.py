@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickletools
+import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -149,10 +150,15 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
         found = f"suffix {path.suffix or 'none'}"
         fix = "rename it if it is one of these, or give another file"
         raise CheckpointError(path, "a .safetensors or .pth.tar file", found, fix)
+    held = path.stat().st_size
     for key, value in state.items():
         if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
             found = f"{key} as {value.layout} on {value.device.type}"
             raise CheckpointError(path, "dense tensors", found, _FIX)
+        # One number can stand for any count of them: torch.zeros(1).expand(2**40) does.
+        if value.numel() * value.element_size() > held:
+            found = f"{key} of shape {tuple(value.shape)} in a file of {held:,} bytes"
+            raise CheckpointError(path, "tensors as large as the file", found, _FIX)
     return state, spec
 
 
@@ -214,6 +220,9 @@ def _foreign_names(path: Path) -> Collection[str]:
     """Classes and functions that a checkpoint's pickle names, read without executing it."""
     with path.open("rb") as file:
         if file.read(len(_ZIP)) == _ZIP:
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.filelist):
+                    raise ValueError("packed, which PyTorch never does")  # and may fill the memory
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # The format of PyTorch before 1.6, which the published code allows: pickles of a magic
         # number, a version, a platform and the content, then the storages.

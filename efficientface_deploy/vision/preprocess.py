@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # A small file can claim to hold gigabytes. Pillow warns from this size on; we refuse.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, not compressed
-_MOST_PIXELS = f"{MAX_PIXELS // 1_000_000} million pixels"
+MOST_PIXELS = f"{MAX_PIXELS // 1_000_000} million pixels"
 
 # Each scan of a JPEG goes over all its pixels again, in 30 bytes if there is nothing to change: a
 # small file can keep a decoder busy for hours. Cameras and optimisers write about ten.
@@ -258,7 +258,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(name, _MOST_PIXELS, "more") from None
+        raise _too_large(name, MOST_PIXELS, "more") from None
     except UnidentifiedImageError:  # whose words are an address in memory
         raise _damaged(name, ValueError("nothing that its decoder knows")) from None
     except Exception as error:  # noqa: BLE001 - decoders fail on foreign bytes in many ways
@@ -432,7 +432,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(name, "at least one pixel", f"{width}x{height}", "check the image")
     if width * height > MAX_PIXELS:
-        raise _too_large(name, _MOST_PIXELS, f"{width}x{height}")
+        raise _too_large(name, MOST_PIXELS, f"{width}x{height}")
 
 
 def _too_large(name: str, most: str, found: str) -> ImageError:

@@ -27,7 +27,12 @@ from PIL import Image
 from efficientface_deploy.backends.base import import_package
 from efficientface_deploy.errors import ConfigError, ImageError, words_of
 from efficientface_deploy.files import atomic_path, why_not_a_file
-from efficientface_deploy.vision.preprocess import ImageSource, UInt8Array
+from efficientface_deploy.vision.preprocess import (
+    MAX_PIXELS,
+    MOST_PIXELS,
+    ImageSource,
+    UInt8Array,
+)
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm"),
@@ -333,6 +338,8 @@ class _Opened:
             found = "no video in it" if stream is None else "one of an unknown codec"
             raise ImageError(source.name, expected, found, source.fix)
         self._stream = stream
+        self._check_size(stream.width, stream.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # if frames are larger
         self._converter = self._av.video.reformatter.VideoReformatter()
         self._start = (self._container.start_time or 0) / 1e6
         self.rate = _number(self._stream.average_rate) or _DEFAULT_RATE
@@ -440,8 +447,15 @@ class _Opened:
     def _picture(self, frame: Any) -> UInt8Array:
         """A frame as it is to be seen: upright, and with square pixels."""
         width = round(frame.width * (_number(self._stream.sample_aspect_ratio) or 1.0))
+        self._check_size(width, frame.height)
         rgb = self._converter.reformat(frame, width=width, format="rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+
+    def _check_size(self, width: int, height: int) -> None:
+        """Refuse frames that would fill the memory: a small file can claim to have them."""
+        if width * height > MAX_PIXELS:
+            found, fix = f"{width}x{height}", "shrink it first"
+            raise ImageError(self._source.name, f"frames of at most {MOST_PIXELS}", found, fix)
 
     def _words(self, error: Exception) -> str:
         # Some demuxers take a read that was ended by the time-out for a damaged one.

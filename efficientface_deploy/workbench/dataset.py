@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientface_deploy.errors import DatasetError, SpecError, printable, system_words
-from efficientface_deploy.files import is_left_behind
+from efficientface_deploy.files import is_left_behind, read_json, read_lines
 from efficientface_deploy.spec import ModelSpec, preset
 from efficientface_deploy.vision.folder import describe_files, is_picture
 from efficientface_deploy.vision.preprocess import to_model_input
@@ -187,11 +186,11 @@ def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     A byte-order mark, carriage returns, blank lines and rows of empty cells are no content.
 
     Args:
-        lines: Of a text, opened with ``newline=""``.
+        lines: From :func:`read_lines`, of a file opened with ``newline=""``.
 
     Raises:
         csv.Error: It is no CSV.
-        UnicodeDecodeError: It is no text.
+        UnicodeError: It is no text.
     """
     lines = iter(lines)
     reader = csv.reader(itertools.chain([next(lines, "").removeprefix("\ufeff")], lines))
@@ -284,12 +283,12 @@ def _read_described(root: Path, preset_name: str | None) -> Dataset:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        description: dict[str, Any] = read_json(path)
         labels = description["labels"]
         labels = tuple(labels) if isinstance(labels, list) else labels
         spec = preset(description["preset"]).replace(labels=labels, name=description["name"])
         spec.replace(face_crop=description.get("face_crop", spec.face_crop))
-    except (ValueError, KeyError, TypeError, RecursionError, SpecError) as error:
+    except (ValueError, KeyError, TypeError, SpecError) as error:
         raise DatasetError(
             path, "JSON with name, labels and preset", _what_failed(error), _PREPARE
         ) from None
@@ -364,7 +363,7 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
     seen: set[Path] = set()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            columns, rows = read_table(file)
+            columns, rows = read_table(read_lines(file))
             vote_columns = _vote_columns(path, columns, labels)
             for line, row in rows:
                 where = f"{path} line {line}"
@@ -376,7 +375,7 @@ def _read_manifest(root: Path, labels: tuple[str, ...]) -> dict[str, tuple[Sampl
                     raise DatasetError(where, "each image once", f"{row['path']} again", _PREPARE)
                 seen.add(sample.path)
                 samples[split].append(sample)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeError, csv.Error) as error:
         raise DatasetError(path, "CSV in UTF-8", f"something else ({error})", _PREPARE) from None
     return {
         name: tuple(sorted(part, key=lambda sample: sample.path)) for name, part in samples.items()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientface_deploy.files import file_hash, write_text
+from efficientface_deploy.files import file_hash, read_json, write_text
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.tables import Table
 from efficientface_export.verification.parity import (
@@ -25,7 +25,7 @@ MARKDOWN_FILE = "report.md"
 SCHEMA_VERSION = 2
 
 # What reading a report can raise when it is missing, damaged or somebody else's.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def reports_other_model(folder: Path, header: Mapping[str, Any]) -> bool:
 
 
 def _read_json(folder: Path) -> Any:
-    return json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    return read_json(folder / JSON_FILE)
 
 
 def _identity(content: Mapping[str, Any]) -> tuple[Any, Any]:

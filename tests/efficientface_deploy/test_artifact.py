@@ -200,11 +200,19 @@ def test_damaged_sidecar(engine, content):
         read_sidecar(engine)
 
 
-def test_sidecar_too_long_to_be_one(engine):
+@pytest.mark.parametrize("size", [17 << 20, 3 << 30])
+def test_sidecar_too_long_to_be_one(engine, size):
     with sidecar_path(engine).open("r+b") as file:
-        file.truncate(3 << 30)
-    with pytest.raises(ArtifactError, match=r"model\.engine\.json: expected a sidecar below 1 GiB"):
+        file.truncate(size)
+    with pytest.raises(ArtifactError, match=r"model\.engine\.json: expected JSON with spec and"):
         read_sidecar(engine)
+
+
+def test_safetensors_header_too_long_to_be_ours(tmp_path):
+    text = json.dumps({"__metadata__": {SPEC_KEY: SPEC.to_json()}}).encode().ljust(17 << 20)
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ArtifactError, match="expected a safetensors file, found something else"):
+        read_safetensors_metadata(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("spec", [None, [], "text", {}, {"schema": 1}])

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from efficientface_deploy.files import (
     check_new_folder,
     file_hash,
     find_files,
+    read_json,
+    read_lines,
     require_file,
     write_text,
 )
@@ -229,3 +232,48 @@ def test_folder_that_must_be_new(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match=r"^/proc/x: expected a folder that can be written"):
         check_new_folder(Path("/proc/x"), "--x")
+
+
+# ---- texts of others
+
+
+def test_json_with_and_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.json"
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + '{"é": 1}', encoding="utf-8")
+        assert read_json(path) == {"é": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "Expecting"),
+        (b"\xff\xfe{\0}\0", "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"1," * (9 << 20), "more than 16 MiB"),
+    ],
+    ids=["half", "UTF-16", "deep", "large"],
+)
+def test_json_that_cannot_be_used_is_one_kind_of_error(content, said, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_file_of_zeros_without_end_fills_no_memory(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(1 << 40)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than"):
+        read_json(tmp_path / "a")
+    with (tmp_path / "a").open(encoding="utf-8") as text, pytest.raises(UnicodeError, match="line"):
+        next(read_lines(text))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40e6
+
+
+def test_lines_keep_their_ends(tmp_path):
+    (tmp_path / "a").write_bytes(b"one\r\ntwo")
+    with (tmp_path / "a").open(encoding="utf-8", newline="") as text:
+        assert list(read_lines(text)) == ["one\r\n", "two"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,9 +81,14 @@ def safetensors(data: bytes) -> None:
     path = _FOLDER / "model.safetensors"
     path.write_bytes(data)
     with only_our_errors():
-        metadata = read_safetensors_metadata(path)
-        provenance_from_metadata(metadata, path)
-        check_spec(spec_from_metadata(metadata, path))
+        use_safetensors(path)
+
+
+def use_safetensors(path: Path) -> None:
+    """What is read of a safetensors file without its tensors."""
+    metadata = read_safetensors_metadata(path)
+    provenance_from_metadata(metadata, path)
+    check_spec(spec_from_metadata(metadata, path))
 
 
 def sidecar(data: bytes) -> None:
@@ -91,11 +97,16 @@ def sidecar(data: bytes) -> None:
     path.write_bytes(PLAN)
     sidecar_path(path).write_bytes(data)
     with only_our_errors():
-        spec, provenance, _ = read_sidecar(path)
-        check_spec(spec)
-        record = EngineRecord.from_provenance(provenance, path)
-        record.covers("sm86")
-        record.runs_with("10.3.0")
+        use_sidecar(path)
+
+
+def use_sidecar(path: Path) -> None:
+    """What is read beside an engine before it is loaded."""
+    spec, provenance, _ = read_sidecar(path)
+    check_spec(spec)
+    record = EngineRecord.from_provenance(provenance, path)
+    record.covers("sm86")
+    record.runs_with("10.3.0")
 
 
 def check_spec(spec: ModelSpec) -> None:
@@ -120,6 +131,23 @@ def seeds(target: str) -> list[bytes]:
         "sidecar": _sidecars,
     }
     return makers[target]()
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, taken out or doubled."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 2, 6))):
+        at = rng.randrange(len(damaged) + 1)
+        match rng.randrange(4):
+            case 0:
+                damaged[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                damaged[at : at + 4] = rng.choice((bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff"))
+            case 2:
+                del damaged[at : at + rng.randrange(1, 12)]
+            case 3:
+                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
+    return bytes(damaged)
 
 
 def _images() -> list[bytes]:

@@ -6,7 +6,7 @@ import random
 
 import fuzz_targets
 import pytest
-from fuzz_targets import MAX_LENGTH, TARGETS, seeds
+from fuzz_targets import MAX_LENGTH, TARGETS, damage, seeds
 
 ROUNDS = {"image": 400, "onnx": 60, "safetensors": 200, "sidecar": 200}
 
@@ -52,20 +52,3 @@ def test_any_other_error_is_a_finding(monkeypatch, error):
     monkeypatch.setattr(fuzz_targets, "to_model_input", fail)
     with pytest.raises(error):
         fuzz_targets.image(b"")
-
-
-def damage(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, taken out or doubled."""
-    damaged = bytearray(data)
-    for _ in range(rng.choice((1, 2, 6))):
-        at = rng.randrange(len(damaged) + 1)
-        match rng.randrange(4):
-            case 0:
-                damaged[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                damaged[at : at + 4] = rng.choice((bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff"))
-            case 2:
-                del damaged[at : at + rng.randrange(1, 12)]
-            case 3:
-                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
-    return bytes(damaged)

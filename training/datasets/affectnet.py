@@ -176,7 +176,7 @@ def _read_csv(place: Place, split: str, labels: Sequence[str]) -> list[_Listed]:
                 label = _our_label(row[COLUMNS.index("expression")], labels)
                 if label is not None:
                     listed.append(_Listed(_path_of(row[0]), split, label, _box_of(row[1:5])))
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise  # open_text has the words for it
         except (csv.Error, ValueError) as error:
             where, wanted = f"{place} line {line}", "columns " + ", ".join(COLUMNS)

@@ -12,10 +12,10 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Union
+from typing import Union
 
 from efficientface_deploy.errors import DatasetError, ImageError, system_words
-from efficientface_deploy.files import is_left_behind
+from efficientface_deploy.files import is_left_behind, read_lines
 from efficientface_deploy.vision.preprocess import MAX_BYTES
 
 Place = Union[Path, zipfile.Path]
@@ -148,16 +148,16 @@ def _check_file(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def open_text(place: Place) -> Iterator[IO[str]]:
-    """Open a text file to be read line by line, with or without a byte-order mark.
+def open_text(place: Place) -> Iterator[Iterator[str]]:
+    """The lines of a text file, with or without a byte-order mark; see :func:`read_lines`.
 
     Raises:
         DatasetError: While it is read: it is damaged, or no UTF-8.
     """
     try:
         with place.open("r", encoding="utf-8-sig", newline="") as file:
-            yield file
-    except (UnicodeDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+            yield read_lines(file)
+    except (UnicodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         found = f"something else ({error})"
         fix = "take it from the data set unchanged"
         raise DatasetError(place, "text in UTF-8", found, fix) from None

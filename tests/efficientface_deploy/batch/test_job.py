@@ -54,6 +54,16 @@ def rows_of(job, shard=0):
     return pq.read_table(job.path(shard)).to_pylist()
 
 
+@pytest.mark.parametrize(
+    "content", ["5", "[1]", "[" * 100_000, "{", '{"shard": 0}', '{"shard": 1e999}']
+)
+def test_what_a_job_never_writes_is_one_line(make_job, content, tmp_path):
+    (tmp_path / "out" / jobs.JOB_FILE).write_text(content)
+    assert jobs.shard_size(tmp_path / "out", 100) == 32
+    with pytest.raises(ConfigError, match=r"expected what (a|the) job"):
+        jobs.begin(make_job())
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_are_the_answers_of_the_predictor(make_job, threads, monkeypatch):
     monkeypatch.setattr(jobs, "_CHUNK", 2)  # several for each thread, in their order

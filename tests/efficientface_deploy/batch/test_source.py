@@ -74,6 +74,7 @@ def test_a_name_that_is_no_text_is_read(folder, tmp_path):
         ("a.csv", b"", "expected a column .*, found none"),
         ("a.csv", b"path\n", "expected pictures, found none"),
         ("a.csv", b"path\n\xff\xfe\n", "expected a manifest, found 'utf-8' codec"),
+        ("a.csv", b"path\n" + bytes(2 << 20), "expected a manifest, found a line of more than"),
         ("a.csv", None, "expected a manifest, found no such file"),
         ("a.txt", b"a.jpg\n", "expected a folder, a manifest .*, found another kind of file"),
         ("nowhere", None, "found no such file"),

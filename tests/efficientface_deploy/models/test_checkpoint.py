@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -478,6 +479,24 @@ def test_whole_pickled_model(tmp_path, model):
 def test_checkpoint_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     refused(tmp_path / "a.pth")
+
+
+def test_one_number_that_stands_for_many_fills_no_memory(tmp_path, state):
+    weight = torch.zeros(1, 1024).expand(2**30, 1024)  # a head of a billion classes: 4 TB
+    for legacy in (False, True):
+        path = upstream(tmp_path / "a.pth", {**state, "fc.weight": weight}, legacy=legacy)
+        assert "fc.weight of shape (1073741824, 1024) in a file of" in refused(path)
+
+
+def test_packed_checkpoint_is_not_unpacked(tmp_path, state):
+    upstream(tmp_path / "a.pth", state)
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as source,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+    assert "packed, which PyTorch never does" in refused(tmp_path / "b.pth")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -197,6 +197,27 @@ def test_wide_pixels_are_made_square(tmp_path):
         assert [frame.shape for frame in video] == [(36, 64, 3)]
 
 
+def test_frames_larger_than_any_picture(clip, monkeypatch):
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48)
+    assert len(read(clip)[0]) == 5
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48 - 1)
+    times, said = read(clip)
+    assert times == [] and "expected frames of at most 89 million pixels, found 64x48" in said
+
+
+def test_pixels_so_wide_that_frames_fill_the_memory(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "wide.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 200, 4000, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(255, 2)
+        frame = av.VideoFrame(200, 4000, "yuv420p")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    times, said = read(path)
+    assert times == [] and "found 25500x4000; shrink it first" in said
+
+
 # ---- times
 
 

@@ -388,6 +388,16 @@ def test_bad_description(root, content):
     assert f"{DESCRIPTION}: expected JSON with name, labels and preset" in refused(root)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [(DESCRIPTION, "expected JSON"), (MANIFEST, "a line of")]
+)
+def test_file_of_zeros_without_end(root, name, said):
+    with (root / name).open("r+b") as file:
+        file.truncate(1 << 40)
+    message = refused(root)
+    assert name in message and said in message
+
+
 # ---- distributions, hash, batches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,20 @@ class TestStoredReference:
             read_reference(tmp_path, small_spec.replace(input_size=96), PARENT)
         with pytest.raises(ArtifactError, match=r"and 8 logits, found .* and 7 logits"):
             read_reference(tmp_path, preset("ferplus").replace(input_size=64), PARENT)
+
+    def test_a_small_file_that_unpacks_to_gigabytes(
+        self, tmp_path: Path, small_spec: ModelSpec
+    ) -> None:
+        self.write(tmp_path)
+        with (
+            zipfile.ZipFile(tmp_path / REFERENCE_FILE, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("features.npy", "w") as file,
+        ):
+            for _ in range(300):
+                file.write(bytes(1 << 20))
+        assert (tmp_path / REFERENCE_FILE).stat().st_size < 1 << 20
+        with pytest.raises(ArtifactError, match=r"verify\.npz: .*a damaged file"):
+            read_reference(tmp_path, small_spec, PARENT)
 
     def test_damaged(self, tmp_path: Path, small_spec: ModelSpec) -> None:
         self.write(tmp_path)

@@ -68,15 +68,16 @@ def test_source_without_a_marker(source):
         pass
 
 
-def test_text_that_is_no_text(as_folder, tmp_path):
-    folder = as_folder(tmp_path / "text", {"good": b"\xef\xbb\xbfone\n", "bad": b"\xff\xfe\n"})
+@pytest.mark.parametrize("bad", [b"\xff\xfe\n", bytes(2_000_000)], ids=["no UTF-8", "one line"])
+def test_text_that_is_no_text(bad, as_folder, tmp_path):
+    folder = as_folder(tmp_path / "text", {"good": b"\xef\xbb\xbfone\n", "bad": bad})
     with open_text(folder / "good") as file:
-        assert file.read() == "one\n"
+        assert list(file) == ["one\n"]
     with (
         pytest.raises(DatasetError, match="expected text in UTF-8"),
         open_text(folder / "bad") as f,
     ):
-        f.read()
+        list(f)
 
 
 NAMES = ["train/müde/a.jpg", "train/müde/b.jpg", "test/müde/c.jpg"]

@@ -1,0 +1,65 @@
+"""Try what can go wrong, many times, and count: hostile inputs, faults, hours of use.
+
+``python tests/campaign/campaign.py --out DIR``, or ``make campaign``; it exits 1 if a case failed.
+A part is a module beside this one with ``run(scale, seed, folder)``, which gives its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # Python then looks for modules in this folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
+
+from benchmarks.report.publish import check_out, out_option, publish, require_libraries
+from benchmarks.report.result import new_result
+from efficientface_deploy.command import option, parse_config, run_command
+
+HERE = Path(__file__).resolve().parent
+PARTS = tuple(name for name in ("inputs", "faults", "soak") if (HERE / f"{name}.py").exists())
+
+
+@dataclasses.dataclass(frozen=True)
+class CampaignConfig:
+    """Options of ``python tests/campaign/campaign.py``."""
+
+    part: tuple[str, ...] = option(PARTS, help="what is tried", choices=PARTS, first=True)
+    scale: float = option(1.0, minimum=0.001, help="of the number of cases", first=True)
+    seed: int = option(0, minimum=0, help="of all that is drawn")
+    out: Path | None = out_option()
+
+
+def main() -> int:
+    """Entry point of ``python tests/campaign/campaign.py``."""
+    config = parse_config(
+        CampaignConfig,
+        None,
+        prog="python tests/campaign/campaign.py",
+        description=__doc__ or "",
+        example="--part inputs --scale 0.05",
+    )
+    require_libraries()
+    check_out(config.out, "campaign")
+    result = run(config)
+    publish(result, config.out)
+    return 1 if any(row["failures"] for row in result["rows"]) else 0
+
+
+def run(config: CampaignConfig) -> dict[str, Any]:
+    """Run the parts, and give the result as a JSON object."""
+    result = new_result("campaign", config)
+    rows = []
+    for part in dict.fromkeys(config.part):
+        with tempfile.TemporaryDirectory(prefix=f"efficientface-{part}-") as folder:
+            rows += importlib.import_module(part).run(config.scale, config.seed, Path(folder))
+    return {**result, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+if __name__ == "__main__":
+    run_command(main)
