@@ -103,12 +103,8 @@ INSTALLS = (
         ),
     ),
     Install(
-        "trt-rtx,engine",
-        (
-            f"efficientface-export --weights {BUNDLED}.onnx --engine trt-rtx "
-            "--compute-capability sm86,sm89",
-        ),
-        True,
+        "export,cpu,trt-rtx",
+        ("efficientface-export --engine trt-rtx --compute-capability sm86,sm89",),
     ),
     Install(
         "train",
