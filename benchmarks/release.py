@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import io
 import os
 import re
@@ -37,6 +36,7 @@ from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import Result, Row, new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import BackendError, ConfigError, system_words
+from efficientface_deploy.files import file_hash, write_text
 
 WORK = ROOT / "build" / "release"
 EXAMPLE = "--only cpu cpu,video --out build/release/result"
@@ -58,13 +58,11 @@ class Install(NamedTuple):
         extras: In brackets, as one types them.
         lines: For bash, in a folder with :func:`write_inputs`' files.
         in_clone: Whether they need a clone there too: training and benchmarks.
-        packages: Others that the docs name beside the extras.
     """
 
     extras: str
     lines: tuple[str, ...]
     in_clone: bool = False
-    packages: tuple[str, ...] = ()
 
 
 INSTALLS = (
@@ -176,15 +174,18 @@ def run(config: ReleaseConfig) -> Result:
         known = ", ".join(row.extras for row in INSTALLS if row.extras)
         raise ConfigError("--only", f"one of {known}", ", ".join(sorted(unknown)), "choose of them")
     result = new_result("release", config)
-    result["files"] = build(config.dist)
-    wheel = next(config.dist.glob("*.whl"))
+    dist = config.dist.resolve()
+    result["files"] = build(dist)
+    wheel = next(dist.glob("efficientface_deploy-*.whl"))
     for check in CHECKS:
-        names = [wheel] if check[0] != "twine" else [wheel, *config.dist.glob("*.tar.gz")]
+        names = (
+            [wheel] if check[0] != "twine" else [wheel, *dist.glob("efficientface_deploy-*.tar.gz")]
+        )
         print(run_tool(*check, *names).strip(), file=sys.stderr)
     result["rows"] = []
     for row in () if config.build_only else chosen:
         for python in config.python:
-            bill = config.dist / "sbom" / f"{row.extras.replace(',', '-') or 'none'}.cdx.json"
+            bill = dist / "sbom" / f"{row.extras.replace(',', '-') or 'none'}.cdx.json"
             result["rows"].append(
                 try_install(row, python, wheel, bill if python == config.python[-1] else None)
             )
@@ -215,11 +216,13 @@ def build(dist: Path) -> list[Row]:
         run_tool(*words, cwd=tree, environment=own)
         for path in out.glob("*.tar.gz"):
             normalise(path, int(time))
-        builds.append({path.name: _sha256(path) for path in sorted(out.iterdir())})
+        builds.append({path.name: file_hash(path) for path in sorted(out.iterdir())})
     if builds[0] != builds[1]:
         raise BackendError("build", "the same bytes twice", f"{builds}", "compare the archives")
-    shutil.rmtree(dist, ignore_errors=True)
-    shutil.copytree(out, dist)
+    dist.mkdir(parents=True, exist_ok=True)
+    for old in (*dist.glob("efficientface_deploy-*"), *dist.glob("sbom/*.cdx.json")):
+        old.unlink()
+    shutil.copytree(out, dist, dirs_exist_ok=True)
     return [
         {"name": name, "bytes": (dist / name).stat().st_size, "sha256": digest}
         for name, digest in builds[0].items()
@@ -287,7 +290,7 @@ def try_install(row: Install, version: str, wheel: Path, bill: Path | None) -> R
     try:
         run_tool("uv", "venv", "--quiet", "--python", find_python(version), environment)
         limits = constraints()
-        run_tool("uv", "pip", "install", "-q", "--python", python, *limits, wanted, *row.packages)
+        run_tool("uv", "pip", "install", "-q", "--python", python, *limits, wanted)
     except BackendError as error:
         return found | {"lines": [{"line": install, "error": error.found}]}
     installed = run_tool("uv", "pip", "list", "--format", "freeze", "--python", python)
@@ -295,8 +298,10 @@ def try_install(row: Install, version: str, wheel: Path, bill: Path | None) -> R
     found |= {"packages": len(installed.split()), "bytes": _size(environment)}
     found["lines"] += [{"line": line, "error": run_line(line, folder)} for line in row.lines]
     if bill:
-        bill.parent.mkdir(parents=True, exist_ok=True)
-        run_tool("cyclonedx-py", "environment", "--output-reproducible", "-o", bill, python)
+        text = run_tool("cyclonedx-py", "environment", "--output-reproducible", python)
+        bill.parent.mkdir(exist_ok=True)
+        # Where our wheel lay on this machine is of no use to others.
+        write_text(bill, text.replace(wheel.resolve().as_uri(), wheel.name))
     shutil.rmtree(environment)
     return found
 
@@ -381,10 +386,6 @@ def run_tool(
         found = f"exit code {done.returncode}: {lines[-1]}"
         raise BackendError(" ".join(map(str, words[:4])), "success", found, "run it alone")
     return done.stdout
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _size(folder: Path) -> int:

@@ -133,7 +133,12 @@ def test_what_cannot_be_installed_is_a_line_that_failed(
 def test_two_builds_of_the_last_commit_are_the_same(tmp_path: Path) -> None:
     """In other folders, at other moments: build() itself compares; the tree is not touched."""
     before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True)
+    (tmp_path / "dist" / "sbom").mkdir(parents=True)
+    for name in ("mine.txt", "efficientface_deploy-0.0.9.tar.gz", "sbom/cpu.cdx.json"):
+        (tmp_path / "dist" / name).touch()
     files = bench.build(tmp_path / "dist")
+    left = {path.name for path in (tmp_path / "dist").rglob("*") if path.is_file()}
+    assert left == {"mine.txt", *(file["name"] for file in files)}
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True)
     assert before.stdout == after.stdout
     assert [Path(file["name"]).suffix for file in files] == [".whl", ".gz"]
