@@ -107,9 +107,9 @@ INSTALLS = (
     Install(
         "train",
         (
-            "python -m training.prepare synthetic --train 35 --test 14 --size 64 --out data/faces",
+            "python -m training.prepare synthetic --train 70 --test 14 --size 64 --out data/faces",
             "python -m training.student --data data/faces --targets onehot --input-size 64 "
-            "--epochs 1 --batch-size 32 --out runs/student",
+            "--epochs 1 --batch-size 16 --out runs/student",
             "python -m training.evaluate --weights runs/student/student.safetensors "
             "--data data/faces --split test --out runs/evaluation",
         ),
