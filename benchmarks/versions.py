@@ -32,6 +32,7 @@ import numpy as np
 
 import efficientface_deploy as ef
 from benchmarks import ROOT
+from benchmarks.measure.environments import find_python
 from benchmarks.report.publish import run_benchmark
 from benchmarks.report.result import Result, Row, new_result
 from efficientface_deploy.command import option
@@ -208,18 +209,6 @@ def make_environment(row: Environment) -> Path:
         output_of(python, "-m", "pip", "install", "--quiet", "--no-compile", *wanted)
         write_text(stamp, "\n".join(wanted))
     return python
-
-
-def find_python(version: str) -> Path:
-    """An interpreter of this version: on the path, or one of pyenv's."""
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    on_path = shutil.which(f"python{version}")
-    found = [Path(on_path)] if on_path else []
-    for path in (*sorted(root.glob(f"versions/{version}.*/bin/python")), *found):
-        if run_in(path, "--version").returncode == 0:
-            return path
-    fix = "install it, or give --python an interpreter"
-    raise BackendError(f"Python {version}", "one on the path or under pyenv", "none", fix)
 
 
 def run_tests(python: Path, tests: Sequence[str]) -> Row:

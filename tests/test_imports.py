@@ -125,7 +125,8 @@ BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"
     for name in (
         *("latency", "accuracy", "peers", "runtime", "faces", "web", "annotate"),
-        *("graph_layouts", "training_step", "versions", "products", "gpu_check", "report.__main__"),
+        *("graph_layouts", "training_step", "versions", "products", "release", "gpu_check"),
+        "report.__main__",
     )
 }
 EXPORT_TOP = {

