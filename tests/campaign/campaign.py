@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ class CampaignConfig:
     out: Path | None = out_option()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python tests/campaign/campaign.py``."""
     config = parse_config(
         CampaignConfig,
-        None,
+        argv,
         prog="python tests/campaign/campaign.py",
         description=__doc__ or "",
         example="--part inputs --scale 0.05",
