@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import (
+    failures_named,
     file_hash,
     read_json,
     require_file,
@@ -106,7 +107,7 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
         ArtifactError: The file is not a safetensors file.
     """
     path = require_file(path, "a safetensors file")
-    with path.open("rb") as file:
+    with path.open("rb") as file, failures_named(path):
         size = int.from_bytes(file.read(8), "little")
         raw = file.read(size) if 2 <= size <= _MAX_HEADER else b""
     try:
@@ -275,7 +276,7 @@ def _open_onnx(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its size; a ValueError of the block says what the file is instead."""
     path = require_file(path, "an ONNX model")
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, failures_named(path):
             yield file, path.stat().st_size
     except ValueError as error:
         odd_text = isinstance(error, UnicodeDecodeError)

@@ -79,9 +79,9 @@ def read_json(path: Path, **options: Any) -> Any:
 
     Raises:
         ValueError: It is no JSON, nested too deeply, or larger than 16 MiB.
-        OSError: The system refuses.
+        OSError: The system refuses; it names the file.
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, failures_named(path):
         content = file.read(_MAX_JSON + 1)
     if len(content) > _MAX_JSON:
         raise ValueError(f"more than {_MAX_JSON >> 20} MiB of JSON")
@@ -91,16 +91,28 @@ def read_json(path: Path, **options: Any) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
+@contextlib.contextmanager
+def failures_named(path: Path) -> Iterator[None]:
+    """Name a file in the system's errors of the block: of a read that fails it names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
 def read_lines(file: IO[str]) -> Iterator[str]:
     """The lines of a text file, with their ends; a file of one endless line fills no memory.
 
     Raises:
         UnicodeError: It is no text, or has a line of more than a million characters.
+        OSError: The system refuses; it names the file.
     """
-    while line := file.readline(_MAX_LINE):
-        if len(line) == _MAX_LINE:
-            raise UnicodeError("a line of more than a million characters")
-        yield line
+    with failures_named(Path(getattr(file, "name", ""))):
+        while line := file.readline(_MAX_LINE):
+            if len(line) == _MAX_LINE:
+                raise UnicodeError("a line of more than a million characters")
+            yield line
 
 
 def file_hash(path: str | Path) -> str:

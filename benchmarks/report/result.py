@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks import ROOT, shown_path
-from efficientface_deploy.errors import ArtifactError
+from efficientface_deploy.errors import ArtifactError, printable
 from efficientface_deploy.files import read_json, require_file, write_text
 from efficientface_deploy.workbench.environment import (
     describe_commit,
@@ -144,7 +144,7 @@ def headline(result: Result) -> str:
     if git:
         commit = (git.get("commit") or "no commit")[:9]
         parts.append(commit + ("+changes" if git.get("dirty") else ""))
-    return " · ".join([*parts, *([result["date"]] if result.get("date") else [])])
+    return printable(" · ".join([*parts, *([result["date"]] if result.get("date") else [])]))
 
 
 def panels(cases: Sequence[Row]) -> dict[str, list[Row]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.report.result import Result, Row
+from efficientface_deploy.errors import printable
 from efficientface_deploy.workbench.tables import Table
 
 Columns = Mapping[str, Callable[[Row], str]]
@@ -58,7 +59,7 @@ def tabulate(
     group: Callable[[Row], str] | None = None,
 ) -> Table:
     """A table without the columns that no row fills; see :class:`TableForm`."""
-    cells = {name: [say(row) for row in rows] for name, say in columns.items()}
+    cells = {name: [printable(say(row)) for row in rows] for name, say in columns.items()}
     filled = {name: column for name, column in cells.items() if any(column)}
     lines: list[list[str]] = []
     heading = None

@@ -81,7 +81,7 @@ def read_column(path: Path, column: str, start: int = 0, stop: int | None = None
         wanted = islice(values, skip, None if stop is None else skip + stop - start)
         try:
             yield from wanted
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             fix = "write it again"
             raise DatasetError(path, "a Parquet file", words_of(error), fix) from None
 

@@ -197,10 +197,10 @@ def try_case(
             warnings.simplefilter("ignore")
             group.attempt(rng, seeds, here)
         verdict = "right"
-    except (Refused, EfficientFaceError) as error:
-        verdict = (
-            "refused" if _is_clear(str(error)) else f"not one clear line: {str(error)[:200]!r}"
-        )
+    except (Refused, EfficientFaceError, OSError) as error:
+        text = str(error)
+        named = not isinstance(error, OSError) or error.filename  # commands print both as they are
+        verdict = "refused" if named and _is_clear(text) else f"not one clear line: {text[:200]!r}"
     except BaseException as error:  # noqa: BLE001 - it is what is looked for
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -277,3 +278,12 @@ def test_lines_keep_their_ends(tmp_path):
     (tmp_path / "a").write_bytes(b"one\r\ntwo")
     with (tmp_path / "a").open(encoding="utf-8", newline="") as text:
         assert list(read_lines(text)) == ["one\r\n", "two"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that cannot be read, by name")
+def test_a_read_that_fails_names_its_file():
+    path = Path("/proc/self/mem")  # whose first page nobody has
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        read_json(path)
+    with path.open(encoding="utf-8") as text, pytest.raises(OSError, match="/proc/self/mem"):
+        next(read_lines(text))

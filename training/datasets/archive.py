@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Union
 
 from efficientface_deploy.errors import DatasetError, ImageError, system_words
-from efficientface_deploy.files import is_left_behind, read_lines
+from efficientface_deploy.files import is_left_behind, read_lines, why_not_a_file
 from efficientface_deploy.vision.preprocess import MAX_BYTES
 
 Place = Union[Path, zipfile.Path]
@@ -65,9 +65,11 @@ def open_place(path: Path) -> Iterator[Place]:
         yield path
         return
     try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        if (found := why_not_a_file(path)) is None:
+            archive = zipfile.ZipFile(path)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         found = (getattr(error, "strerror", None) or "something else").lower()
+    if found is not None:
         raise DatasetError(path, "a folder or a zip archive", found, "check --source") from None
     with archive:
         members = archive.infolist()

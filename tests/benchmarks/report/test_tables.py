@@ -61,3 +61,9 @@ def test_digits(value: float, text: str) -> None:
 def test_a_negative_figure_is_refused() -> None:
     with pytest.raises(ValueError, match="less than 0"):
         digits(-1.0)
+
+
+def test_what_a_file_says_cannot_steer_the_terminal() -> None:
+    form = TableForm("", lambda result: result["rows"], every_key())
+    (row,) = form.fill({"rows": [{"Name": "\x1b[31mred\x1b[0m\nnext\udcff"}]}).rows
+    assert row == [" [31mred [0m next\\udcff"]

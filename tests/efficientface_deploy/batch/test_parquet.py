@@ -87,3 +87,10 @@ def test_nothing_is_left_of_rows_that_could_not_be_written(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         parquet.write_rows(tmp_path / "part.parquet", [], parquet.face_schema(["Happy"]), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_no_utf8_is_one_line(tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"path": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match="expected a Parquet file, found 'utf-8' codec"):
+        list(parquet.read_column(tmp_path / "a.parquet", "path"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -167,4 +168,26 @@ def test_archive_with_a_password(as_zip, tmp_path):
     with zipfile.ZipFile(archive) as found:
         assert found.infolist()[0].flag_bits & 1
     with pytest.raises(DatasetError, match="found a password; unpack it"), open_place(archive):
+        pass
+
+
+def test_a_list_of_files_that_is_no_text(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("é.jpg", b"x")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace("é".encode(), b"\xff\xfe"))
+    with (
+        pytest.raises(DatasetError, match="expected a folder or a zip archive"),
+        open_place(tmp_path / "a.zip"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a system without devices")
+def test_a_device_without_end_is_no_archive(tmp_path):
+    (tmp_path / "a.zip").symlink_to("/dev/zero")
+    with (
+        pytest.raises(DatasetError, match="found a pipe or device"),
+        open_place(tmp_path / "a.zip"),
+    ):
         pass
