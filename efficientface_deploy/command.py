@@ -25,7 +25,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from efficientface_deploy.errors import ConfigError, EfficientFaceError, words_of
+from efficientface_deploy.errors import (
+    ConfigError,
+    EfficientFaceError,
+    system_fix,
+    system_line,
+    words_of,
+)
 
 Config = TypeVar("Config")
 
@@ -400,10 +406,15 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         print("error: interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130
     except OSError as error:
-        return _complain(error)  # a full disk, a missing permission: the system says what to do
+        return _complain(system_line(error))  # a full disk, a missing permission, ...
+    except Exception as error:
+        if (fix := system_fix(error)) is None:
+            raise  # a defect of ours
+        expected = "what this command needs of it"
+        return _complain(EfficientFaceError("the system", expected, words_of(error), fix))
 
 
-def _complain(error: BaseException, code: int = 2) -> int:
+def _complain(error: object, code: int = 2) -> int:
     print(f"error: {words_of(error, sys.maxsize)}", file=sys.stderr)
     return code
 
@@ -526,7 +537,7 @@ def _flush() -> int:
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _complain(error)
+        return _complain(system_line(error))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+
 _MAX_FOUND = 400
+
+_MEMORY_FIX = "free memory, or give this process more (ulimit -v, a container's limit)"
+_FILES_FIX = "close other files, or allow more (ulimit -n)"
+
+# What libraries say, in errors of any class, where the system gives no more memory, threads or
+# descriptors. Whatever their advice is, or ours for what else may be wrong, this is the cause.
+_CAUSES = {
+    **dict.fromkeys(
+        (
+            *("cannot allocate memory", "can't allocate memory", "unable to allocate", "bad_alloc"),
+            *("failed to map segment", "failed to launch worker thread", "pthread_create failed"),
+        ),
+        _MEMORY_FIX,
+    ),
+    "too many open files": _FILES_FIX,
+}
+
+# What the system refuses a command: what was expected, and what can be done.
+_REFUSALS = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), ("a free file descriptor", _FILES_FIX)),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        ("space for what is written", "free some on that disk, or choose another folder"),
+    ),
+    errno.EROFS: ("a disk that can be written", "choose another folder, or mount it writable"),
+    errno.EIO: ("a disk that works", "check the disk, or choose another folder"),
+    errno.ENOMEM: ("enough memory", _MEMORY_FIX),
+}
 
 
 class EfficientFaceError(Exception):
@@ -20,6 +50,7 @@ class EfficientFaceError(Exception):
     exit_code = 2
 
     def __init__(self, subject: object, expected: str, found: str, fix: str) -> None:
+        fix = system_fix(found) or fix
         self.subject = str(subject)
         self.expected = expected
         self.found = found
@@ -49,6 +80,27 @@ def words_of(error: object, length: int = 160) -> str:
 def system_words(error: OSError) -> str:
     """What the system says: ``no space left on device``, and the like."""
     return (error.strerror or type(error).__name__).lower()
+
+
+def system_fix(error: object) -> str | None:
+    """What to do about an error that comes from a system without memory or descriptors; else None.
+
+    Args:
+        error: An exception, or what it says.
+    """
+    if isinstance(error, MemoryError):
+        return _MEMORY_FIX
+    text = str(error).lower()
+    return next((fix for words, fix in _CAUSES.items() if words in text), None)
+
+
+def system_line(error: OSError) -> str:
+    """One line about what the system refuses, with what can be done where that is known."""
+    if error.errno not in _REFUSALS:
+        return " ".join(str(error).split()) or type(error).__name__
+    expected, fix = _REFUSALS[error.errno]
+    subject = error.filename or "the system"
+    return str(EfficientFaceError(subject, expected, system_words(error), fix))
 
 
 def install_command(extra: str) -> str:

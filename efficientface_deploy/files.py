@@ -35,8 +35,8 @@ _MAX_FILE = 1 << 30  # bytes, ten times our largest; a reader takes several time
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and rename it there when the block succeeds.
 
-    A reader sees the old file or the whole new one, never half of one; on an error, an interrupt
-    included, the temporary file is removed and ``path`` is as it was.
+    A reader sees the old file or the whole new one, never half of one, after a power cut too; on
+    an error, an interrupt included, the temporary file is removed and ``path`` is as it was.
     """
     import tempfile  # here, for what it imports: a program that only predicts never writes
 
@@ -48,9 +48,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         set_mode(temporary, 0o666)  # mkstemp makes files that only their owner may read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # or the name might reach the disk before the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, *names: str) -> None:
+    """Remove what :func:`atomic_path` had begun in a folder when its process was killed.
+
+    Args:
+        folder: One that no other process writes to.
+        names: Of the files, as patterns.
+    """
+    for name in names:
+        for left in folder.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
 
 
 def set_mode(path: Path, mode: int) -> None:

@@ -56,16 +56,20 @@ def annotate() -> NoReturn:
 
 
 def _run(module: str, extras: str) -> Any:
-    from efficientface_deploy.errors import BackendError, install_command, words_of
+    from efficientface_deploy.errors import BackendError, install_command, system_fix, words_of
 
     try:
         return importlib.import_module(module).main()
     except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in _OURS or package in sys.stdlib_module_names:
+        package, cause = (error.name or "").partition(".")[0], error
+        while isinstance(cause.__cause__, ImportError):  # NumPy says a page about it
+            cause = cause.__cause__
+        if system_fix(cause):
+            package = ""  # it is no fault of the package
+        elif package in _OURS or package in sys.stdlib_module_names:
             raise  # a defect of ours
         found = "it is not installed"
         if not isinstance(error, ModuleNotFoundError):
-            found = f"one that cannot be imported ({words_of(error)})"
+            found = f"one that cannot be imported ({words_of(cause)})"
         expected = f"the package {package}" if package else "packages that can be imported"
         raise BackendError(module, expected, found, install_command(extras)) from None

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from efficientface_deploy.batch.cluster import annotate_on_ray
 from efficientface_deploy.batch.job import (
+    JOB_FILE,
     LIST_FILE,
     Job,
     Options,
@@ -36,7 +37,7 @@ from efficientface_deploy.command import log_told, option, parse_config
 from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.download import Download
 from efficientface_deploy.errors import BackendError, ImageError
-from efficientface_deploy.files import file_hash, require_file
+from efficientface_deploy.files import file_hash, remove_temporaries, require_file
 from efficientface_deploy.predictor import bundled_model
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.vision.detectors import open_detector, search_options
@@ -127,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _annotate(job: Job, config: AnnotateConfig) -> Counter[str]:
     """Do the shards that are missing, and give the counts of all."""
-    for left in job.out.glob(".part-*"):  # by a run that was killed
-        left.unlink()
+    remove_temporaries(job.out, "part-*", JOB_FILE)  # of a run that was killed
     known = {shard: counts for shard in job.shards if (counts := job.counts(shard)) is not None}
     missing = [shard for shard in job.shards if shard not in known]
     total: Counter[str] = sum(known.values(), Counter())

@@ -194,7 +194,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelSpec | None]:
         else:  # a name that may be no UTF-8, which the library does not take
             metadata = read_safetensors_metadata(path)
             state = safetensors.torch.load(path.read_bytes())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    # RuntimeError: torch's, which maps the file, where the system refuses it
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         found, fix = f"a damaged one ({error})", "copy it again, or train it again"
         raise CheckpointError(path, "a complete safetensors file", found, fix) from None
     spec = spec_from_metadata(metadata, path) if SPEC_KEY in metadata else None

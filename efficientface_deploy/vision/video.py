@@ -16,7 +16,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,7 @@ class Video:
         """Free the source; there are no more frames then. It waits for a read that is under way."""
         self._closing.set()
         with self._lock:
+            self._frames.close()  # it holds the source, and is held by this
             self._opened.close()
 
     def __enter__(self) -> Video:
@@ -158,7 +159,7 @@ class Video:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_file(self) -> Iterator[VideoFrame]:
+    def _read_file(self) -> Generator[VideoFrame, None, None]:
         """Every frame that can be read, then an error where others could not."""
         count = 0
         for frame in self._opened.frames(go_on=True):
@@ -188,7 +189,7 @@ class Video:
         if not count:
             raise ImageError(name, "at least one frame", "none that FFmpeg can decode", fix)
 
-    def _read_stream(self) -> Iterator[VideoFrame]:
+    def _read_stream(self) -> Generator[VideoFrame, None, None]:
         """Frames over all drop-outs, until the end, or until nothing has come for too long."""
         clock, last, name = _LiveClock(), -math.inf, self._source.name
         seen, waits = time.monotonic(), _growing_waits()  # seen: when a frame last came
@@ -394,8 +395,9 @@ class _Opened:
                 self._container.seek(int((seconds + self._start) * 1e6))
 
     def close(self) -> None:
-        """Free it."""
+        """Free it; the decoder's threads and frames go with what refers to it."""
         self._container.close()
+        self._stream = self._converter = None
 
     def _is_format(self, *names: str) -> bool:
         return not set(names).isdisjoint(self._container.format.name.split(","))

@@ -284,8 +284,18 @@ def test_returned_code(value, code, capsys):
         (ImageError("a", "b", "c\nd", "e"), 2, "a: expected b, found c d; e"),
         (VerificationError("a", "b", "c", "e"), 1, "a: expected b"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "/out/x"), 2, "No space left on device: '/out/x'"),
+        (OSError(28, "No space left on device", "/out/x"), 2, "/out/x: expected space for what is"),
+        (OSError(24, "Too many open files"), 2, "expected a free file descriptor, found too many"),
+        (OSError(30, "Read-only file system", "x"), 2, "x: expected a disk that can be written, f"),
         (PermissionError(), 2, "PermissionError"),
+        (PermissionError(13, "No", "x"), 2, "[Errno 13] No: 'x'"),
+        (
+            MemoryError(),
+            2,
+            "the system: expected what this command needs of it, found MemoryError;",
+        ),
+        (RuntimeError("x.cpp:127: can't allocate memory"), 2, "127: can't allocate memory; free "),
+        (RuntimeError("unable to open file: Too many open files (24)"), 2, "(ulimit -n)"),
     ],
 )
 def test_error_is_one_line_and_its_code(error, code, text, capsys):

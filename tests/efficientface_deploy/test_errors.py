@@ -40,6 +40,19 @@ def test_message_is_one_printable_line(hostile):
     assert message.encode()
 
 
+@pytest.mark.parametrize(
+    ("found", "fix"),
+    [
+        ("RuntimeException (Exception during initialization: std::bad_alloc)", "free memory, or"),
+        ("libtorch_cpu.so: failed to map segment from shared object", "free memory, or give"),
+        ("damage (Too many open files (24))", "close other files, or allow more (ulimit -n)"),
+        ("damage", "export it again"),
+    ],
+)
+def test_where_the_system_is_at_its_end_the_fix_is_that(found, fix):
+    assert f"found {found}; {fix}" in str(ArtifactError("a", "b", found, "export it again"))
+
+
 def test_long_findings_are_cut():
     error = ArtifactError("x", "y", "z" * 100_000, "w")
     assert len(str(error)) < 500

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -18,6 +19,7 @@ from efficientface_deploy.files import (
     find_files,
     read_json,
     read_lines,
+    remove_temporaries,
     require_file,
     write_text,
 )
@@ -55,6 +57,38 @@ def test_writer_that_moved_its_file_away_is_an_error_and_keeps_the_old(tmp_path)
     with pytest.raises(FileNotFoundError), atomic_path(path) as temporary:
         temporary.unlink()
     assert path.read_bytes() == b"old"
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """After a power cut a name without content would be half a file."""
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(os.fstat(handle).st_size)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("named"), replace(*paths)))
+    write_text(tmp_path / "a.json", "{}")
+    assert done == [2, "named"]
+
+
+def test_what_a_killed_process_had_begun_is_removed(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    keep = [".gitignore", ".a.json", "a.json", ".b.json.x.json", ".c.part.a"]
+    for name in keep:
+        (tmp_path / name).touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # SIGKILL leaves the file
+        for name in ("a.json", "part-00001.parquet"):
+            with contextlib.suppress(Killed), atomic_path(tmp_path / name):
+                raise Killed
+    assert len(os.listdir(tmp_path)) == len(keep) + 2
+    remove_temporaries(tmp_path, "a.json", "part-*")
+    assert sorted(os.listdir(tmp_path)) == sorted(keep)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

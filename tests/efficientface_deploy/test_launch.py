@@ -120,6 +120,11 @@ def test_interrupt_while_numpy_is_imported(command, start, tmp_path):
         ("from PIL import nowhere", r"PIL, found one that cannot be imported \(cannot import"),
         ("def main():\n    import nowhere", "the package nowhere, found it is not installed"),
         ("main = lambda: 3", ""),
+        (
+            "raise ImportError('A PAGE') from ImportError('x.so: failed to map segment')",
+            r"packages that can .* imported \(x.so: failed to map segment\); free memory, or",
+        ),
+        ("raise ImportError('_csv.so: cannot allocate memory', name='csv')", r"_csv.*; free mem"),
     ],
 )
 def test_what_cannot_be_imported(code, said, tmp_path, monkeypatch, capsys):

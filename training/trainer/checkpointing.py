@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from efficientface_deploy.errors import CheckpointError, ConfigError
-from efficientface_deploy.files import atomic_path, write_text
+from efficientface_deploy.files import atomic_path, remove_temporaries, write_text
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.workbench.dataset import class_frequencies
 from efficientface_deploy.workbench.environment import made_by
 from efficientface_deploy.workbench.workspace import make_and_lock
 from training.trainer.config import CONFIG, Job, TrainerState
 from training.trainer.distributed import Distributed
+from training.trainer.label_store import STORE
 from training.trainer.sureness import PRECISION
+from training.trainer.tracking import CURVES, METRICS
 
 # By which formula a view's random numbers are drawn: 1 was torchvision's, picture by picture.
 VIEWS = 2
@@ -44,6 +46,8 @@ def lock(job: Job, dist: Distributed) -> Iterator[None]:
         yield
         return
     with make_and_lock(out, "training"):
+        written = (job.state.name, job.result.name, CONFIG, METRICS, CURVES, STORE)
+        remove_temporaries(out, *written)  # of a run that was killed
         yield
 
 

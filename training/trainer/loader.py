@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -330,6 +330,7 @@ class TrainingLoader:
         self.kept = images.pictures.keep(device, processes)
         self._workers: DataLoader[Batch] | None = None
         if self.kept is None:
+            _check_queues(workers)
             self._workers = DataLoader(
                 images,
                 batch_sampler=batches,  # type: ignore[arg-type]  # of views and indices
@@ -386,7 +387,24 @@ def _as_it_is(batch: Batch | EfficientFaceError) -> Batch | EfficientFaceError:
     return batch
 
 
-def _no_workers(workers: int, wanted: str, error: RuntimeError) -> ConfigError:
+def _check_queues(workers: int) -> None:
+    """Refuse workers that the system has no queues for; torch, half-way, would say much more.
+
+    Raises:
+        ConfigError: There is no /dev/shm, or too few descriptors are left.
+    """
+    queues: list[Any] = []
+    try:
+        for _ in range(workers + 1 if workers else 0):
+            queues.append(multiprocessing.Queue())
+    except OSError as error:
+        raise _no_workers(workers, "queues to them", error) from None
+    finally:
+        for queue in queues:
+            queue.close()
+
+
+def _no_workers(workers: int, wanted: str, error: Exception) -> ConfigError:
     fix = "add --workers 0, or give more memory (in Docker --shm-size too)"
     return ConfigError(f"--workers {workers}", wanted, words_of(error), fix)
 

@@ -76,6 +76,8 @@ def train(
         _announce(job, selection, trainer)
         title = f"{job.kind}, {job.dataset.name}"
         tracker = Tracker(out, title, recipe.select, job.config.tensorboard)
+        if state.history:
+            tracker.set_history(state.history)
 
     with (
         contextlib.closing(trainer.loader),

@@ -60,6 +60,19 @@ class Tracker:
         Args:
             history: One row per epoch; all have the keys of the first.
         """
+        self.set_history(history)
+        if self.events:
+            for name, value in history[-1].items():
+                if name != "epoch":
+                    self.events.add_scalar(name, value, int(history[-1]["epoch"]))
+            self.events.flush()
+
+    def set_history(self, history: list[dict[str, float]]) -> None:
+        """Write the table and the plot alone, which a run that was killed may lack.
+
+        Args:
+            history: As for :meth:`add_epoch`.
+        """
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
@@ -69,11 +82,6 @@ class Tracker:
         # Drawing takes as long as an epoch may on a GPU.
         if time.perf_counter() - self._drawn_at >= LOG_SECONDS:
             self._draw()
-        if self.events:
-            for name, value in history[-1].items():
-                if name != "epoch":
-                    self.events.add_scalar(name, value, int(history[-1]["epoch"]))
-            self.events.flush()
 
     def _draw(self) -> None:
         if self.draws and self._history:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torchvision
 
@@ -232,6 +233,17 @@ def test_tampered_spec(student, changes):
 )
 def test_tampered_header(student, change):
     refused(rewrite(student, change))
+
+
+def test_what_torch_cannot_map(student, monkeypatch):
+    """Its errors are no OSErrors."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("unable to open file <a> in read-only mode: Too many open files (24)")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"Too many open files \(24\)\); close other files"):
+        load_checkpoint(student)
 
 
 def test_truncated_safetensors(student):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import http.server
 import importlib
 import io
@@ -138,6 +139,26 @@ def test_closed_video_gives_nothing(clip):
         next(iter(video))
     assert list(video) == []
     video.close()
+
+
+def test_closing_ends_the_decoder(clip):
+    """Its threads and frames, of a video that is left in the middle too, not at the next gc."""
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        pytest.skip("needs /proc to count the decoder's threads")
+    gc.collect()
+    before = len(list(tasks.iterdir()))
+    gc.disable()
+    try:
+        with open_video(clip) as video:
+            next(iter(video))
+            during = len(list(tasks.iterdir()))
+        after = len(list(tasks.iterdir()))
+    finally:
+        gc.enable()
+    if during == before:
+        pytest.skip("needs a second CPU, for which FFmpeg decodes in threads")
+    assert after == before
 
 
 def test_closing_waits_for_a_frame_that_is_being_read(clip, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import random
@@ -24,6 +25,7 @@ from training.trainer.checkpointing import lock
 from training.trainer.config import Job
 from training.trainer.distributed import Distributed
 from training.trainer.loop import InterruptError
+from training.trainer.tracking import METRICS, Tracker
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 3  # 56 images, 7 held out, batches of 16
@@ -147,6 +149,29 @@ def test_kill_between_weights_and_state(make_run, fit, whole, monkeypatch):
     monkeypatch.undo()
     fit(make_run(resume=True))
     assert_same_run(broken, whole)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_kill_between_state_and_figures(epoch, make_run, fit, whole, monkeypatch):
+    """Of the last epoch nothing is done again: its row must be written all the same."""
+    broken, add = make_run(), Tracker.add_epoch
+
+    def killed(tracker, history):
+        if len(history) == epoch:
+            (broken.config.out / ".last.pt.a1b2c3d4.pt").touch()  # and of a save that was begun
+            raise Killed
+        add(tracker, history)
+
+    monkeypatch.setattr(Tracker, "add_epoch", killed)
+    with pytest.raises(Killed):
+        fit(broken)
+    monkeypatch.undo()
+    fit(make_run(resume=True))
+    assert_same_run(broken, whole)
+    with (broken.config.out / METRICS).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert not list(broken.config.out.glob(".*"))
 
 
 def test_kill_before_the_temperature_is_in_the_weights(make_run, fit, whole, monkeypatch):
@@ -383,6 +408,6 @@ def test_full_disk(limit_kib, what, face_set, tmp_path):
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 2, stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
-    assert "File too large" in stderr
+    assert "found file too large; free some" in stderr
     assert not (out / what).exists()
     assert not [file for file in out.iterdir() if file.name.startswith(".")]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import random
 import signal
@@ -289,6 +290,20 @@ def test_full_shared_memory_is_one_line(workers, dataset, spec, monkeypatch):
     wanted = f"--workers {workers}: expected room .* in /dev/shm, found unable .*; add --workers 0"
     with pytest.raises(ConfigError, match=wanted):
         batches_of(images, BatchOrder(len(images), BATCH, 5), workers)
+    assert len(batches_of(images, BatchOrder(len(images), BATCH, 5), 0)) == 7
+
+
+def test_a_system_without_queues_is_one_line(dataset, spec, monkeypatch):
+    """As without /dev/shm, or with few descriptors: torch would leave half an iterator."""
+
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    images = make_images(dataset, spec, on_device="no")
+    monkeypatch.setattr(multiprocessing, "Queue", refuse)
+    wanted = "--workers 1: expected queues to them, found .*Too many open files; close other"
+    with pytest.raises(ConfigError, match=wanted):
+        batches_of(images, BatchOrder(len(images), BATCH, 5), 1)
     assert len(batches_of(images, BatchOrder(len(images), BATCH, 5), 0)) == 7
 
 
