@@ -80,7 +80,7 @@ def _variant(target: str, expected: str, **changes: Any) -> Variant:
     return Variant(dataclasses.replace(PROFILES[target], **changes), expected)
 
 
-_cpu, _gpu = functools.partial(_variant, "cpu"), functools.partial(_variant, "gpu")
+_cpu, _wide, _gpu = (functools.partial(_variant, name) for name in ("cpu", "wide", "gpu"))
 
 VARIANTS = {
     STRAIGHT: Variant(None, "the baseline: shuffles as Reshape and Transpose"),
@@ -96,6 +96,14 @@ VARIANTS = {
     "cpu, merged branches": _cpu(
         "slower: fewer nodes, but identities are arithmetic", merge_branches=True
     ),
+    "cpu, quadrants transposed": _cpu(
+        "faster: fewer nodes around the patch extractors", merge_patches=True
+    ),
+    "wide": _wide("least time with AVX-512: few changes of layout, few nodes"),
+    "wide, patches apart": _wide(
+        "slower: 16 small convolutions in place of 4", merge_patches=False
+    ),
+    "wide, blocks of 8": _wide("less arithmetic, but narrower than AVX-512's vectors", align=8),
     "gpu": _gpu("fewest kernels within 1.3 times the multiply-adds"),
     "gpu, branches apart": _gpu(
         "three kernels more in each stage, less arithmetic", merge_branches=False

@@ -12,7 +12,7 @@ from efficientface_export.verification.provenance import PRECISIONS
 
 ENGINES = ("onnx", "trt", "trt-rtx", "auto")
 TARGETS = ("cpu", "gpu")
-GRAPHS = ("plain", "deploy")
+GRAPHS = ("plain", "deploy", "wide")
 OBJECTIVES = ("latency", "throughput")
 ARTIFACTS = Path("artifacts")  # where they go by default; a page alone leaves nothing there
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
@@ -41,8 +41,8 @@ class ExportConfig:
     graph: str | None = option(
         None,
         choices=GRAPHS,
-        help="as PyTorch exports it, or laid out anew for the target; default: deploy where there "
-        "is one",
+        help="as PyTorch exports it, laid out anew for the target, or so for a CPU with AVX-512; "
+        "default: deploy where there is one",
     )
     input_size: int | None = option(
         None, help="side of the input, pixels; default: what the model was trained at"

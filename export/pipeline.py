@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from efficientface_export.int8.qdq import SCHEMES, quantise, quantised_groups
 from efficientface_export.int8.ranges import activation_amax, tensor_ranges
 from efficientface_export.int8.sensitivity import find_sensitive_layers
 from efficientface_export.options import ExportConfig
-from efficientface_export.plan import Plan, Step, resolve
+from efficientface_export.plan import Plan, Step, resolve, to_try
 from efficientface_export.source import Source, open_source
 from efficientface_export.tensorrt import builder as engines
 from efficientface_export.tensorrt.build_log import EngineCost
@@ -224,7 +223,7 @@ def _make_files(
     assert plan.tuning is not None
     layouts = {graph: plan.laid_out(graph) for graph in plan.tuning.graphs}
     converters = {graph: Converter(layout, source, data) for graph, layout in layouts.items()}
-    for graph, precision in itertools.product(layouts, plan.requests):
+    for graph, precision in to_try(layouts, plan.requests):
         print(f"tune: making {precision}, {graph} graph", flush=True)
         layout, converter = layouts[graph], converters[graph]
         made: list[tuple[Step, Artifact]] = []
@@ -431,8 +430,9 @@ class Converter:
     @functools.cached_property
     def graph(self) -> onnx.ModelProto:
         """FP32."""
-        if self.plan.graph == "deploy" and self.source.lay_out is not None:
-            graph = self.source.lay_out(self.plan.float_input, self.plan.target)
+        if self.plan.graph != "plain" and self.source.lay_out is not None:
+            layout = "wide" if self.plan.graph == "wide" else self.plan.target
+            graph = self.source.lay_out(self.plan.float_input, layout)
         else:
             graph = self.source.trace(self.plan.float_input)
         wanted = self.plan.features and not self.source.gives_features

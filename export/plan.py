@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ class Tuning:
     Attributes:
         objective: ``latency`` or ``throughput``.
         seconds: For measuring.
-        graphs: ``deploy``, ``plain``.
+        graphs: ``deploy``, ``wide``, ``plain``.
         runners: What runs the files.
         absent: What is not among the candidates, and why.
     """
@@ -69,7 +70,7 @@ class Plan:
         out: Folder of the artifacts.
         asked: The engine that was asked for.
         target: ``cpu`` or ``gpu``.
-        graph: ``plain`` or ``deploy``; what an ONNX source records.
+        graph: ``plain``, ``deploy`` or ``wide``; what an ONNX source records.
         missing: Why the engine that was asked for cannot be made here; empty when it can.
         float_input: Whether the graph takes float32 (N, 3, S, S), normalised.
         features: Whether the graph gives features, too.
@@ -132,6 +133,9 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     precisions = _choose_precisions(options, source, asked)
     _check_options(options, source, precisions)
     graph = _choose_graph(options, source, target)
+    if graph == "wide" and "int8" in precisions:
+        fix = "use --graph deploy, of a checkpoint: INT8 has no blocks to widen"
+        raise ConfigError("--precision int8", "the graph deploy or plain", "wide", fix)
     tuning = _choose_tuning(options, source, engine, target, graph, precisions, missing)
     if options.web is not None:
         _check_web(options, engine, precisions)
@@ -286,22 +290,25 @@ def _check_web(options: ExportConfig, engine: str, precisions: tuple[str, ...]) 
 
 
 def _choose_graph(options: ExportConfig, source: Source, target: str) -> str:
-    """The graph's layout: an ONNX file keeps its own, and only EfficientFace has two."""
+    """The graph's layout: an ONNX file keeps its own, and only EfficientFace has several."""
     name, asked = source.path.name, options.graph
     if source.is_onnx:
         if asked is not None:
             fix = "leave --graph out: the file keeps the graph that it has"
             raise ConfigError(f"--graph {asked}", "a checkpoint as --weights", name, fix)
         graph = source.provenance.graph
-        if graph == "deploy" and source.target != target:
+        if graph != "plain" and source.target != target:
             print(f"note: {name} is laid out for a {source.target}, not for a {target}")
         return graph
     if source.lay_out is not None:
+        if asked == "wide" and target != "cpu":
+            fix = "use --graph deploy, whose layout is the target's"
+            raise ConfigError("--graph wide", "--target cpu", f"--target {target}", fix)
         return asked or "deploy"
-    if asked == "deploy":
+    if asked not in (None, "plain"):
         expected = "an EfficientFace checkpoint as --weights"
         found = f"{name}, {source.spec.architecture}"
-        raise ConfigError("--graph deploy", expected, found, "leave --graph out")
+        raise ConfigError(f"--graph {asked}", expected, found, "leave --graph out")
     return "plain"
 
 
@@ -329,12 +336,13 @@ def _choose_tuning(
         raise ConfigError("--tune", "none with --web, whose page a browser runs", "both", fix)
     if missing:
         raise ConfigError(f"--tune {options.tune}", "an engine", missing, "use --engine onnx")
-    both = source.lay_out is not None and options.graph is None
-    graphs = ("deploy", "plain") if both else (graph,)
+    graphs: tuple[str, ...] = (graph,)
+    if source.lay_out is not None and options.graph is None:
+        graphs = ("deploy", "wide", "plain") if target == "cpu" else ("deploy", "plain")
     runners, absent = find_runners(options.tune, engine, target)
     if "int8" not in precisions and source.precision == "fp32" and options.precision is None:
         absent.append("int8: made with --calib alone")
-    files = [File(one, precision, Path()) for one in graphs for precision in precisions]
+    files = [File(one, precision, Path()) for one, precision in to_try(graphs, precisions)]
     if (count := len(pair(files, runners))) < 2:
         found = f"{count or 'none'}" + (f" ({'; '.join(absent)})" if absent else "")
         fix = "leave --tune, --graph or --precision out"
@@ -344,6 +352,12 @@ def _choose_tuning(
         fix = "give more, or fewer candidates by --graph and --precision"
         raise ConfigError("--tune-seconds", expected, f"{seconds:g}", fix)
     return Tuning(options.tune, seconds, graphs, tuple(runners), tuple(absent))
+
+
+def to_try(graphs: Iterable[str], precisions: Iterable[str]) -> list[tuple[str, str]]:
+    """The files that ``--tune`` makes, as graph and precision: INT8 has no blocks to widen."""
+    pairs = itertools.product(graphs, precisions)
+    return [pair for pair in pairs if pair != ("wide", "int8")]
 
 
 def _nothing_to_make(source: Source) -> ConfigError:

@@ -60,8 +60,8 @@ class Source:
         provenance: What an ONNX file says of its making; empty for a checkpoint.
         trained_size: Side of the input that the network was trained at, pixels.
         trace: The graph, not to be changed; takes whether the input is float.
-        lay_out: The deploy graph; takes whether the input is float, and the target. None where
-            there is none: for an ONNX file, or an LDG.
+        lay_out: The graph laid out anew; takes whether the input is float, and the profile's
+            name. None where there is none: for an ONNX file, or an LDG.
         infer: Logits, float32 (N, C), of any number of images uint8 (N, S, S, 3); None when
             nothing here can run the network.
         probe: What an ONNX file must give; None where it does not say, and for a checkpoint.
@@ -255,9 +255,9 @@ def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> 
     def graph(float_input: bool) -> onnx.ModelProto:
         return trace(model, spec, float_input=float_input)
 
-    def deploy(float_input: bool, target: str) -> onnx.ModelProto:
+    def deploy(float_input: bool, profile: str) -> onnx.ModelProto:
         weights = {name: value.numpy() for name, value in model.state_dict().items()}
-        return deploy_graph(weights, spec, PROFILES[target], float_input=float_input)
+        return deploy_graph(weights, spec, PROFILES[profile], float_input=float_input)
 
     return Source(
         path=path,

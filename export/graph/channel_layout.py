@@ -128,7 +128,7 @@ def layout_source(
 
 
 def multiplied_order(
-    lives: Lifetimes, multiplier: int, align: int
+    lives: Lifetimes, multiplier: int, align: int, joint: bool = False
 ) -> tuple[tuple[int | None, ...], tuple[int, ...]] | None:
     """Orders in which a channel-multiplying convolution gives the channels of a stage's output.
 
@@ -143,12 +143,13 @@ def multiplied_order(
         lives: Of the stage.
         multiplier: Output channels for each input channel; divides the stage's.
         align: Parts are whole blocks of so many channels.
+        joint: The output's part of sources 0 and 1 is one.
 
     Returns:
         Order of the input channels, with None for channels of zeros, and order of the residues;
         None where there are no such orders.
     """
-    owners = [source for source, _ in lives.reads[lives.end]]
+    owners = [max(source, joint) for source, _ in lives.reads[lives.end]]
     inputs = range(len(owners) // multiplier)
     residues = sorted(range(multiplier), key=lambda m: (min(owners[m::multiplier]), m))
     divided = residues[0]
@@ -188,11 +189,13 @@ class Profile:
             convolution of the other branch unchanged.
         merge_patches: The four patch extractors as one, quadrants stacked in the channels.
         split_multiplier: The patch extractors' convolutions from 29 to 116 channels as four
-            depthwise ones.
+            depthwise ones. With ``merge_patches`` a Transpose stacks the quadrants, and one lays
+            them out again.
         first_read_whole: Stages whose unit 1 reads all that unit 0 made, with zero weights for
             what it does not consume, instead of a part of it.
         slices: Each source is made by one convolution, of which readers take slices, instead of
             one for each reader.
+        carry: Stages are laid out by :mod:`.carrying`; with none of the three before it.
     """
 
     align: int = 8
@@ -201,20 +204,23 @@ class Profile:
     split_multiplier: bool = False
     first_read_whole: tuple[str, ...] = ()
     slices: bool = False
+    carry: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what would cut the stacked quadrants apart again.
+        """Refuse what stages that carry channels do not have.
 
         Raises:
-            ValueError: ``merge_patches`` with ``split_multiplier``.
+            ValueError: ``carry`` with another way to lay out stages.
         """
-        if self.merge_patches and self.split_multiplier:
-            raise ValueError("expected merge_patches or split_multiplier, found both")
+        if self.carry and (self.merge_branches or self.first_read_whole or self.slices):
+            raise ValueError(f"expected carry or other ways to lay out stages, found {self}")
 
 
 PROFILES = {
     # Narrow convolutions are cheap and slices expensive: they force a change of memory layout.
     "cpu": Profile(split_multiplier=True),
+    # For blocks as wide as AVX-512's vectors: few nodes, and no block is mostly empty.
+    "wide": Profile(align=16, merge_patches=True, split_multiplier=True, carry=True),
     # Kernels are expensive: one convolution for each source, and slices that one copy gathers.
     # Reading all in stage 4 as well would save one more kernel, for 1.31 times the multiply-adds.
     "gpu": Profile(

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from efficientface_deploy.artifact import FLOAT_INPUT, OUTPUTS, UINT8_INPUT
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import LUMA, normalisation
+from efficientface_export.graph.carrying import is_joint
 from efficientface_export.graph.channel_layout import Profile, multiplied_order
 from efficientface_export.graph.onnx_builder import Array, Map, columns_in_order, rows_in_order
 from efficientface_export.graph.stages import StageWriter, Weights
@@ -53,7 +54,9 @@ class _Writer(StageWriter):
         self.multiplier = len(self.weights["local.conv1_1.weight"]) // stem
         orders = None
         if profile.split_multiplier:
-            orders = multiplied_order(self.lifetimes("stage2"), self.multiplier, profile.align)
+            lives = self.lifetimes("stage2")
+            joint = profile.carry and is_joint(lives, lives.end, profile.align)
+            orders = multiplied_order(lives, self.multiplier, profile.align, joint)
         self.orders_agree = orders is not None
         self.stem_order, self.residues = orders or (
             self.padded(stem),
@@ -129,6 +132,8 @@ class _Writer(StageWriter):
     def local(self, x: Map) -> Map:
         """The four quadrants, each through depthwise convolutions of its own, joined again."""
         middle = x.side // 2
+        if self.profile.merge_patches and self.profile.split_multiplier:
+            return self.transposed_patches(x)
         cuts = [(0, 0), (middle, 0), (0, middle), (middle, middle)]  # of quadrants 1 to 4
         patches = []
         for q, (top, left) in enumerate(cuts):
@@ -146,6 +151,27 @@ class _Writer(StageWriter):
         ]
         joined = self.node("Concat", "local", halves, axis=3)
         return Map(joined, patches[0].channels, middle)
+
+    def transposed_patches(self, x: Map) -> Map:
+        """The same with the quadrants stacked in the channels, by transposing: few nodes."""
+        count, middle = len(x.channels), x.side // 2
+        rows, columns = (2, middle), (2, middle)
+        cut = self.reshape("local.cut", x.name, count, *rows, *columns)
+        turned = self.node("Transpose", "local.quadrants", [cut], perm=[0, 4, 2, 1, 3, 5])
+        stacked = self.reshape("local.stack", turned, QUADRANTS * count, middle, middle)
+        quadrants = tuple(range(QUADRANTS))
+        made = self.patch("local", quadrants, Map(stacked, x.channels * QUADRANTS, middle))
+        # Now (multiplier, right, bottom, channel) are one dimension.
+        cut = self.reshape(
+            "local.parts", made.name, self.multiplier, 2, 2, count, made.side, made.side
+        )
+        turned = self.node("Transpose", "local.joined", [cut], perm=[0, 1, 4, 3, 5, 2, 6])
+        joined = self.reshape("local", turned, self.multiplier * count, middle, middle)
+        return Map(joined, self.local_order(), middle)
+
+    def reshape(self, name: str, x: str, *shape: int) -> str:
+        """All dimensions but the batch's."""
+        return self.node("Reshape", name, [x, self.integers(0, *shape)])
 
     def merged_patches(self, patches: list[Map]) -> list[Map]:
         names = [patch.name for patch in patches]
@@ -176,26 +202,29 @@ class _Writer(StageWriter):
                 name, x.name, weight, bias, relu=True, group=len(x.channels), **_HALVING
             )
 
+        parts: list[tuple[int | None, ...]]
         if self.profile.split_multiplier:
             # Output channel multiplier * c + m comes from input channel c.
-            channels = self.local_order()
-            size = len(inner)
-            parts = [
-                widen(f"{name}.1.{m}", channels[m * size : (m + 1) * size])
-                for m in range(multiplier)
-            ]
-            joined = self.node("Concat", f"{name}.1", parts, axis=1)
+            channels, size = self.local_order(), len(inner)
+            parts = [channels[m * size : (m + 1) * size] for m in range(multiplier)]
+            names = [widen(f"{name}.1.{m}", part) for m, part in enumerate(parts)]
+            joined = self.node("Concat", f"{name}.1", names, axis=1)
         else:
-            channels = tuple(
-                None if c is None else multiplier * c + m for c in inner for m in range(multiplier)
-            )
-            joined = widen(f"{name}.1", channels)
-        weight = np.concatenate([rows_in_order(w, channels) for w, _ in second])
-        bias = np.concatenate([rows_in_order(b, channels) for _, b in second])
+            parts = [
+                tuple(
+                    None if c is None else multiplier * c + m
+                    for c in inner
+                    for m in range(multiplier)
+                )
+            ]
+            joined = widen(f"{name}.1", parts[0])
+        weight = np.concatenate([rows_in_order(w, part) for part in parts for w, _ in second])
+        bias = np.concatenate([rows_in_order(b, part) for part in parts for _, b in second])
         result = self.conv(
             f"{name}.2", joined, weight, bias, relu=True, pads=[1, 1, 1, 1], group=len(weight)
         )
-        return Map(result, channels * len(quadrants), x.side // 2)
+        made = tuple(c for part in parts for c in part * len(quadrants))
+        return Map(result, made, x.side // 2)
 
     def modulate(self, x: Map, local: Map) -> Map:
         """``x * sigmoid(channel gate * spatial gate) + local``, in the channel order of ``x``."""

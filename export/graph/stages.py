@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from efficientface_export.graph.carrying import CarriedLayout, Group, lay_out_carried
 from efficientface_export.graph.channel_layout import (
     Channel,
     Lifetimes,
@@ -70,6 +71,8 @@ class StageWriter(GraphBuilder):
             x: Its input.
             wanted: The order of its output's channels, None for a channel of zeros; default: any.
         """
+        if self.profile.carry:
+            return _CarryingStage(self, name, x, wanted).write()
         sources = _Sources(self, self.lifetimes(name), x.side // 2, wanted)
         self.first_unit(name, x, sources)
         for unit in range(1, sources.lives.end + 1):
@@ -259,3 +262,104 @@ class _Sources:
         if len(parts) > 1:
             joined = self.writer.node("Concat", f"{name}.read", names, axis=1)
         return Map(joined, tuple(c for part in parts for c in part.channels), self.side)
+
+
+class _CarryingStage:
+    """A stage whose units pass channels on, see :mod:`.carrying`."""
+
+    def __init__(
+        self, writer: StageWriter, name: str, x: Map, wanted: Sequence[int | None]
+    ) -> None:
+        self.writer, self.name, self.x = writer, name, x
+        self.lives = lives = writer.lifetimes(name)
+        # Channels of the branch that padding leaves unused.
+        spare = -len(writer.weights[f"{name}.1.branch2.0.weight"]) % writer.align
+        self.wanted = [None if j is None else lives.reads[lives.end][j] for j in wanted]
+        self.layout: CarriedLayout = lay_out_carried(lives, writer.align, spare, self.wanted)
+        self.made: dict[Group, str] = {}
+
+    def write(self) -> Map:
+        self.first_unit()
+        for time in range(self.lives.end):
+            self.unit(time)
+        return self.read(self.lives.end, f"{self.name}.out")
+
+    def first_unit(self) -> None:
+        """The stride-2 unit. A group of both sources is a sum: each lacks the other's channels."""
+        writer, name = self.writer, f"{self.name}.0"
+        one, two = f"{name}.branch1", f"{name}.branch2"
+        first = writer.folded(f"{one}.0", f"{one}.1")
+        moved = (
+            writer.depthwise(f"{one}.dw", self.x, *first, 2),
+            writer.depthwise_branch(two, self.x, 2),
+        )
+        ends = writer.folded(f"{one}.2", f"{one}.3"), writer.folded(f"{two}.5", f"{two}.6")
+        for number, group in enumerate(self.groups_of(0)):
+            out = f"{name}.out.{number}"
+            sources = sorted({channel[0] for channel in group.channels if channel is not None})
+            terms = []
+            for source in sources:
+                order = [c[1] if c is not None and c[0] == source else None for c in group.channels]
+                part, alone = f"{out}.{source}", len(sources) == 1
+                end = writer.pointwise(part, moved[source], *ends[source], relu=alone, order=order)
+                terms.append(end.name)
+            if len(terms) == 2:
+                terms = [writer.node("Relu", f"{out}.relu", [writer.node("Add", out, terms)])]
+            self.made[group] = terms[0]
+
+    def unit(self, time: int) -> None:
+        """The unit that reads at a time: its branch, with the carried channels behind its own."""
+        writer, number = self.writer, time + 1
+        name, key = f"{self.name}.{number}", f"{self.name}.{number}.branch2"
+        carried = self.layout.carried[time]
+        ones, centre = np.eye(len(carried))[:, :, None, None], np.zeros((len(carried), 1, 3, 3))
+        centre[:, :, 1, 1] = 1
+
+        def beside(folded: tuple[Array, Array], more: npt.NDArray[Any]) -> tuple[Array, Array]:
+            return _beside(folded[0], more), np.pad(folded[1], (0, len(more)))
+
+        weight, bias = beside(writer.folded(f"{key}.0", f"{key}.1"), ones)
+        hidden = writer.pointwise(f"{key}.in", self.read(time, name), weight, bias, relu=True)
+        weight, bias = writer.folded(f"{key}.3", f"{key}.4")
+        weight, bias = np.concatenate((weight, centre)), np.pad(bias, (0, len(carried)))
+        moved = writer.depthwise(f"{key}.dw", hidden, weight.astype(np.float32), bias, 1)
+        weight, bias = beside(writer.folded(f"{key}.5", f"{key}.6"), ones)
+        own = [(number + 1, index) for index in range(self.lives.half)]
+        rows = {channel: row for row, channel in enumerate([*own, *carried])}
+        for index, group in enumerate(self.groups_of(number)):
+            order = [None if channel is None else rows[channel] for channel in group.channels]
+            end = writer.pointwise(
+                f"{name}.out.{index}", moved, weight, bias, relu=True, order=order
+            )
+            self.made[group] = end.name
+
+    def groups_of(self, unit: int) -> list[Group]:
+        return [group for group in self.layout.groups if group.unit == unit]
+
+    def read(self, time: int, name: str) -> Map:
+        """What is read at a time: the network's channels, then those that are carried."""
+        groups = [self.layout.groups[index] for index in self.layout.reads[time]]
+        numbers: dict[Channel | None, int] = {
+            channel: number for number, channel in enumerate(self.lives.reads[time])
+        }
+        if time < self.lives.end:
+            for channel in self.layout.carried[time]:
+                numbers[channel] = len(numbers)
+        elif self.wanted:
+            place = {channel: place for place, channel in enumerate(self.wanted)}
+            groups.sort(key=lambda group: min(place[c] for c in group.channels if c is not None))
+        # A channel may be in two groups, old and carried: then it is read of the first.
+        channels = [numbers.pop(c, None) for group in groups for c in group.channels]
+        names = [self.made[group] for group in groups]
+        joined = names[0]
+        if len(names) > 1:
+            joined = self.writer.node("Concat", f"{name}.read", names, axis=1)
+        return Map(joined, tuple(channels), self.x.side // 2)
+
+
+def _beside(weight: Array, other: npt.NDArray[Any]) -> Array:
+    """Two layers (out, in, 1, 1) side by side: each sees its own inputs alone."""
+    rows, columns = weight.shape[:2]
+    joined = np.zeros((rows + len(other), columns + other.shape[1], 1, 1), np.float32)
+    joined[:rows, :columns], joined[rows:, columns:] = weight, other
+    return joined

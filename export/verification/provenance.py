@@ -22,7 +22,7 @@ class Provenance:
         record: The same.
         precision: ``fp32``, ``fp16`` or ``int8``.
         target: ``cpu`` or ``gpu``; empty when it does not say, as in all that follow.
-        graph: ``plain`` or ``deploy``.
+        graph: ``plain``, ``deploy`` or ``wide``.
         input: Type and layout of the input.
         arithmetic: How many layers run in which precision, as text.
         created: When it was made.

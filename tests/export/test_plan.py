@@ -432,7 +432,7 @@ class TestFolder:
             check()
 
 
-@pytest.mark.parametrize("graph", ["plain", "deploy"])
+@pytest.mark.parametrize("graph", ["plain", "deploy", "wide"])
 def test_an_onnx_file_keeps_its_graph(make_source: Any, tmp_path: Path, graph: str) -> None:
     source = make_source("model.onnx", precision="fp32", target="cpu", graph=graph)
     assert plan(source, tmp_path, engine="onnx", precision="fp16").graph == graph
@@ -452,11 +452,25 @@ def test_deploy_is_the_default_of_a_checkpoint(make_source: Any, tmp_path: Path)
     assert plan(make_source(), tmp_path, engine="onnx", graph="plain").graph == "plain"
 
 
+def test_wide_is_for_floats_on_a_cpu(make_source: Any, tmp_path: Path) -> None:
+    assert plan(make_source(), tmp_path, engine="onnx", graph="wide").graph == "wide"
+    with pytest.raises(ConfigError, match=r"--graph wide: expected --target cpu, found --target g"):
+        plan(make_source(), tmp_path, engine="onnx", graph="wide", target="gpu")
+    int8 = {"precision": "int8", "calib": Path("faces")}
+    with pytest.raises(ConfigError, match=r"--precision int8: expected the graph deploy or plain"):
+        plan(make_source(), tmp_path, engine="onnx", graph="wide", **int8)
+    source = make_source("model.onnx", precision="fp32", target="cpu", graph="wide")
+    with pytest.raises(ConfigError, match=r"--precision int8: expected the graph deploy or plain"):
+        plan(source, tmp_path, engine="onnx", **int8)
+
+
 def test_an_ldg_has_the_plain_graph_alone(make_source: Any, tmp_path: Path) -> None:
     ldg = dataclasses.replace(make_source(), lay_out=None)
     assert plan(ldg, tmp_path, engine="onnx").graph == "plain"
-    with pytest.raises(ConfigError, match=r"--graph deploy: expected an EfficientFace checkpoint"):
-        plan(ldg, tmp_path, engine="onnx", graph="deploy")
+    for graph in ("deploy", "wide"):
+        expected = rf"--graph {graph}: expected an EfficientFace checkpoint"
+        with pytest.raises(ConfigError, match=expected):
+            plan(ldg, tmp_path, engine="onnx", graph=graph)
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
@@ -513,10 +527,21 @@ class TestTuning:
         ("options", "engine", "graphs", "precisions"),
         [
             ({}, "trt", ("deploy", "plain"), ("fp32", "fp16")),
-            ({"engine": "onnx"}, "onnx", ("deploy", "plain"), ("fp32", "fp16")),
-            ({"engine": "onnx", "calib": Path("x")}, "onnx", ("deploy", "plain"), PRECISIONS),
+            ({"engine": "onnx"}, "onnx", ("deploy", "wide", "plain"), ("fp32", "fp16")),
+            (
+                {"engine": "onnx", "calib": Path("x")},
+                "onnx",
+                ("deploy", "wide", "plain"),
+                PRECISIONS,
+            ),
+            ({"engine": "onnx", "target": "gpu"}, "onnx", ("deploy", "plain"), ("fp32", "fp16")),
             ({"engine": "onnx", "graph": "plain"}, "onnx", ("plain",), ("fp32", "fp16")),
-            ({"engine": "onnx", "precision": "fp32"}, "onnx", ("deploy", "plain"), ("fp32",)),
+            (
+                {"engine": "onnx", "precision": "fp32"},
+                "onnx",
+                ("deploy", "wide", "plain"),
+                ("fp32",),
+            ),
             ({"engine": "trt", "calib": Path("x")}, "trt", ("deploy", "plain"), PRECISIONS),
         ],
     )
@@ -559,7 +584,7 @@ class TestTuning:
             ({"tune_seconds": 5.0}, "--tune-seconds: expected --tune, found none; add --tune"),
             (
                 {"tune": "latency", "tune_seconds": 1.5},
-                "--tune-seconds: expected 1.6 seconds or more for 8 candidates, found 1.5",
+                "--tune-seconds: expected 2.4 seconds or more for 12 candidates, found 1.5",
             ),
             (
                 {"tune": "latency", "web": Path("site")},

@@ -31,8 +31,11 @@ LAYOUTS = {
         first_read_whole=("stage2", "stage3", "stage4"),
         slices=True,
     ),
-    "cpu": PROFILES["cpu"],
-    "gpu": PROFILES["gpu"],
+    "carried": Profile(carry=True),
+    "carried, blocks of four": Profile(carry=True, align=4, split_multiplier=True),
+    "carried, blocks of sixteen": Profile(carry=True, align=16),
+    "quadrants transposed": Profile(merge_patches=True, split_multiplier=True),
+    **PROFILES,
 }
 
 
@@ -64,7 +67,7 @@ def run(graph, **inputs) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "side"),
     [(name, 112) for name in LAYOUTS]
-    + [(name, side) for name in ("cpu", "gpu") for side in (32, 48, 96, 224)],
+    + [(name, side) for name in PROFILES for side in (32, 48, 96, 224)],
 )
 def test_logits_are_the_modules(name, side):
     model = lively()
@@ -93,18 +96,38 @@ def test_uint8_input_is_the_runtimes_preprocessing(name, changes):
     np.testing.assert_allclose(run(graph, image=pixels)[1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("align", [1, 4, 8])
-def test_local_features_need_no_reordering_on_a_cpu(align):
-    profile = dataclasses.replace(PROFILES["cpu"], align=align)
+@pytest.mark.parametrize(("name", "align"), [("cpu", 1), ("cpu", 4), ("cpu", 8), ("wide", 16)])
+def test_local_features_need_no_reordering_on_a_cpu(name, align):
+    profile = dataclasses.replace(PROFILES[name], align=align)
     graph = deploy_graph(arrays(lively()), preset("rafdb"), profile)
     assert not [node.name for node in graph.graph.node if node.op_type == "Gather"]
+
+
+def test_pointwise_convolutions_make_whole_blocks_of_sixteen():
+    """A Concat of others would leave ONNX Runtime's blocked layout under AVX-512."""
+    graph = deploy_graph(arrays(lively()), preset("rafdb"), PROFILES["wide"])
+    assert all(
+        shape[0] % 16 == 0
+        for shape in (list(array.dims) for array in graph.graph.initializer)
+        if len(shape) == 4 and shape[0] > 3 and shape[2:] == [1, 1]
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"slices": True}, {"merge_branches": True}])
+def test_carried_stages_are_laid_out_in_one_way(wrong):
+    with pytest.raises(ValueError, match="expected carry or other ways"):
+        Profile(carry=True, **wrong)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_shuffle_is_left(name):
     graph = deploy_graph(arrays(lively()), preset("rafdb"), LAYOUTS[name])
     operators = Counter(node.op_type for node in graph.graph.node)
-    assert operators["Reshape"] == 0 and operators["Transpose"] == 1
+    profile = LAYOUTS[name]
+    if profile.merge_patches and profile.split_multiplier:  # of the quadrants, there and back
+        assert operators["Reshape"] == 4 and operators["Transpose"] == 3
+    else:
+        assert operators["Reshape"] == 0 and operators["Transpose"] == 1
     assert "BatchNormalization" not in operators
     names = [node.name for node in graph.graph.node]
     assert len(names) == len(set(names))
