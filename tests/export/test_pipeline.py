@@ -894,6 +894,15 @@ class TestDeployGraph:
                 assert len(record["excluded"]) == 45
             assert not [node for node in graph.graph.node if node.op_type == "Reshape"]
 
+    def test_wide(self, student: Path, tmp_path: Path) -> None:
+        command = ["--engine", "onnx", "--graph", "wide", "--weights", str(student)]
+        assert main([*command, "--out", str(tmp_path)]) == 0
+        name = "efficientface-fp32-cpu.onnx"
+        assert report(tmp_path)[name]["verification"]["status"] == "verified"
+        graph, _, record = read_onnx(tmp_path / name)[:3]
+        assert record["graph"] == "wide"
+        assert len([node for node in graph.graph.node if node.op_type == "Transpose"]) == 3
+
     def test_graph_of_an_onnx_source_is_kept_in_the_record(
         self, student: Path, tmp_path: Path
     ) -> None:
@@ -1042,7 +1051,7 @@ class TestTune:
         assert {one["precision"] for one in row["tuning"]["candidates"]} == {"fp32"}
         assert "fp16, plain graph: " in row["tuning"]["notes"][-1]
 
-    @pytest.mark.slow  # both graphs of a checkpoint and INT8 take half a minute to make
+    @pytest.mark.slow  # all graphs of a checkpoint and INT8 take half a minute to make
     def test_from_a_checkpoint(
         self, student: Path, faces: Path, tmp_path: Path, exit_code: Run
     ) -> None:
@@ -1051,7 +1060,7 @@ class TestTune:
         assert exit_code(*command, "--out", tmp_path)[0] == 0
         (row,) = report(tmp_path).values()
         found = {(one["graph"], one["precision"]) for one in row["tuning"]["candidates"]}
-        assert len(found) == 6 and len(row["tuning"]["candidates"]) == 12
+        assert len(found) == 8 and len(row["tuning"]["candidates"]) == 16
         int8 = [one for one in row["tuning"]["candidates"] if one["precision"] == "int8"]
         assert all("agreement" in one["verdict"] for one in int8)  # 14 images decide nothing
 
