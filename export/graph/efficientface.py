@@ -3,7 +3,7 @@
 The graph is written from the weights, not traced: batch norm folded, no channel shuffle (every
 channel is ordered by when it is consumed, see :mod:`.channel_layout`), channel counts padded to
 whole blocks with zero weights, gates as 1x1 convolutions. It holds no Reshape, and one Transpose,
-of the picture.
+of the picture, unless the profile has the patch extractors' quadrants stacked by transposing.
 """
 
 from __future__ import annotations
