@@ -157,7 +157,7 @@ def write_zip(path: Path, members: dict[str, bytes], rng: random.Random) -> None
             link = zipfile.ZipInfo(rng.choice(list(members)) + "2.jpg")
             link.external_attr = 0o120777 << 16
             archive.writestr(link, "/etc/passwd")
-    if kind > 5:
+    if kind > 7:
         path.write_bytes(damage_end(path.read_bytes(), rng))
 
 
@@ -239,10 +239,10 @@ def picture_file(rng: random.Random, seeds: Path, here: Path) -> None:
         path = here / rng.choice(NAMES)
         with contextlib.suppress(OSError):
             path.write_bytes((seeds / "face.jpg").read_bytes())
-            match rng.randrange(4):
-                case 0:
+            match rng.randrange(12):
+                case 0 | 1 | 2:
                     special_file(path, rng)
-                case 1:
+                case 3:
                     Image.new(rng.choice("L1"), (rng.choice((9000, 20000)),) * 2).save(path, "PNG")
     names = [os.fspath(one) for one in here.iterdir()]
     given = rng.choice(([os.fspath(here)], names or ["none"], [*names, "", "\udcff", "x\0y"]))
@@ -549,14 +549,14 @@ def write_csv(path: Path, columns: list[str], rows: list[list[str]], rng: random
     """A CSV file with hostile cells, separators or encodings."""
     rows = [list(row) for row in rows] * rng.choice((1, 1, 2))
     cells = (*TEXTS, *map(str, HUGE[:-1]), "9" * 5000, "=cmd|' /C calc'!A0", "../../secret/x.jpg")
-    for _ in range(rng.randrange(1, 4)):
+    for _ in range(rng.randrange(4)):
         row = rng.choice((columns := list(columns), *rows))
         row[rng.randrange(len(row))] = rng.choice(cells)
     text = io.StringIO()
     writer = csv.writer(text, delimiter=rng.choice(",,,;\t"), escapechar="\\")
     writer.writerows([columns, *rows])
     content = text.getvalue()
-    match rng.randrange(10):
+    match rng.randrange(20):
         case 0:
             content = content[: rng.randrange(len(content))] + '"' + "x" * 200_000
         case 1:
@@ -565,7 +565,7 @@ def write_csv(path: Path, columns: list[str], rows: list[list[str]], rng: random
             content = "\ufeff" + content
         case 3:
             content = "," * 100_000 + content
-    encoding = rng.choice(("utf-8",) * 6 + ("latin-1", "utf-16", "utf-32"))
+    encoding = rng.choice(("utf-8",) * 20 + ("latin-1", "utf-16", "utf-32"))
     path.write_bytes(
         content.encode(encoding, "surrogatepass" if encoding != "latin-1" else "replace")
     )
@@ -768,8 +768,8 @@ def request(rng: random.Random, seeds: Path, here: Path) -> None:
 
 
 GROUPS = (
-    Group("pictures", 2200, picture),
-    Group("picture files", 300, picture_file),
+    Group("pictures", 2300, picture),
+    Group("picture files", 200, picture_file),
     Group("arrays", 500, array),
     Group("videos", 600, video),
     Group("ONNX files", 1100, onnx_model),
