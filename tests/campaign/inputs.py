@@ -235,8 +235,8 @@ def _with_huge_size(data: bytes, rng: random.Random) -> bytes:
 
 def picture_file(rng: random.Random, seeds: Path, here: Path) -> None:
     """Files and folders with odd names and contents, to the command's lines."""
-    for _ in range(rng.choice((1, 1, 3))):
-        path = here / rng.choice(NAMES)
+    for name in rng.sample(NAMES, rng.choice((1, 1, 3))):
+        path = here / name
         with contextlib.suppress(OSError):
             path.write_bytes((seeds / "face.jpg").read_bytes())
             match rng.randrange(12):
