@@ -253,6 +253,8 @@ def command(main: Callable[[Sequence[str]], int | None], words: Sequence[str]) -
     complaints = [line for line in lines if line.startswith("error: ")]
     assert bool(complaints) == (code != 0), f"exit {code}, and it says {lines[-3:]}"
     assert not any(line.startswith("Traceback") for line in lines), lines[-1]
+    unnamed = [line for line in complaints if line.startswith("error: [Errno") and "'" not in line]
+    assert not unnamed, f"no name of a file: {unnamed[0]}"
     if code:
         raise Refused(max(complaints, key=len))
     return output.getvalue()

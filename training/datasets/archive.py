@@ -7,6 +7,7 @@ import errno
 import lzma
 import os
 import stat
+import struct
 import unicodedata
 import zipfile
 import zlib
@@ -24,8 +25,13 @@ Place = Union[Path, zipfile.Path]
 _UTF8 = 0x800  # the flag of a member whose name is UTF-8
 _WRAPPINGS = 2  # folders that people and archives put around a data set
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-# A path that leads nowhere. The archives' own errors have no number.
-_NO_FILE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+# A path that leads nowhere. The archives' own errors have no number, but for EINVAL: a member at a
+# place before the archive's begin.
+_NO_FILE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
+    *(NotImplementedError, RuntimeError),  # a way of packing, or a password, of the member alone
+)
 
 
 @contextlib.contextmanager
@@ -130,7 +136,7 @@ def read(place: Place) -> bytes:
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError):
+    except _DAMAGED:
         pass
     return b""
 
@@ -159,7 +165,9 @@ def open_text(place: Place) -> Iterator[Iterator[str]]:
     try:
         with place.open("r", encoding="utf-8-sig", newline="") as file:
             yield read_lines(file)
-    except (UnicodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+    except (UnicodeError, OSError, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         found = f"something else ({error})"
         fix = "take it from the data set unchanged"
         raise DatasetError(place, "text in UTF-8", found, fix) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 import zipfile
@@ -191,3 +192,39 @@ def test_a_device_without_end_is_no_archive(tmp_path):
         open_place(tmp_path / "a.zip"),
     ):
         pass
+
+
+def forge(path, at, value):
+    """An archive of one text, with another number at a place of its list of files."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", b"x" * 100)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02") + at
+    content[start : start + len(value)] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(42, b"\xf0\xff\xff\x0f"), (42, b"\x80\0\0\0"), (16, b"\1\2\3\4"), (24, b"\xff\xff\xff\x1f")],
+    ids=["begins behind the end", "begins at the end", "checksum", "size"],
+)
+def test_a_list_of_files_that_lies(at, value, tmp_path):
+    forge(tmp_path / "a.zip", at, value)
+    with open_place(tmp_path / "a.zip") as place:
+        assert read(place / "a.txt") in (b"", b"x" * 100)
+        with contextlib.suppress(DatasetError), open_text(place / "a.txt") as lines:
+            assert list(lines) == ["x" * 100]
+
+
+def test_an_archive_whose_begin_is_cut_off(tmp_path):
+    forge(tmp_path / "a.zip", 0, b"PK")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content[60:])
+    with open_place(tmp_path / "a.zip") as place:
+        assert read(place / "a.txt") == b""
+        with (
+            pytest.raises(DatasetError, match="expected text in UTF-8, found something else"),
+            open_text(place / "a.txt") as lines,
+        ):
+            list(lines)
