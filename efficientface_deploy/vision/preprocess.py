@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any, Union
@@ -52,6 +53,9 @@ _RANGES_OF_GREY = (255, 4095, 65535)
 
 # Mean ink of black, of 255, below which a CMYK picture is surely right, or else surely inverted.
 _LITTLE_BLACK = 64
+
+# What is no path: https://..., s3://..., file://..., a picture in a text.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|image/)", re.IGNORECASE)
 
 # How files of pictures begin; not all of them can be read.
 _MAGIC = {
@@ -201,7 +205,11 @@ def _load(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         return _decode(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
-        return _decode(_read(Path(os.fsdecode(source))), str(source))
+        name = os.fsdecode(source)
+        if _ADDRESS.match(name) and not os.path.exists(name):
+            fix = "download or decode it, and give a file's path or the bytes"
+            raise ImageError(name, "an image file", "an address", fix)
+        return _decode(_read(Path(name)), str(source))
     if hasattr(source, "read"):
         return _decode(_read_file(source), "image file")
     expected = "a path, bytes, a file, a PIL image or a uint8 array"

@@ -978,3 +978,24 @@ def test_damaged_file_gives_an_image_or_an_image_error(pixels, kind):
 )
 def test_any_bytes_give_an_image_or_an_image_error(magic, data):
     image_or_error(magic + data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("https://host/face.jpg", "S3://bucket/face.jpg", "file:///tmp/face.jpg"),
+        "data:image/jpeg;base64,/9j/" + 9000 * "A",
+    ],
+)
+def test_an_address_is_named_as_it_was_given(name):
+    with pytest.raises(ImageError) as caught:
+        load_image(name)
+    assert str(caught.value).startswith(name[:90])  # a path would have lost a slash
+    assert "found an address; download or decode it" in str(caught.value)
+
+
+def test_a_file_that_is_called_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a:").mkdir()
+    Image.new("RGB", (8, 8)).save("a:/b.png")
+    assert load_image("a://b.png").size == (8, 8)
