@@ -63,6 +63,7 @@ _MAGIC = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
     **{b"8BPS": "Photoshop", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL"},
 }
+_VIDEO = re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", re.DOTALL)  # MP4, Matroska, AVI
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
 
 # Tags of a TIFF.
@@ -307,6 +308,8 @@ def _open(data: bytes, name: str) -> Image.Image:
             heif.register_heif_opener()
             return Image.open(io.BytesIO(data), formats=("HEIF",))
         found, fix = "HEIC", "pip install pillow-heif, or convert it to JPEG"
+    elif kind is None and _VIDEO.match(data):
+        found, fix = "a video", "give it a video's suffix, e.g. .mp4, or open it by open_video()"
     elif kind is not None:
         found, fix = f"a {kind} file that Pillow cannot read", "copy it again, or convert it to PNG"
     raise ImageError(name, "an image in " + ", ".join(FORMATS), found, fix)

@@ -999,3 +999,17 @@ def test_a_file_that_is_called_like_an_address(tmp_path, monkeypatch):
     Path("a:").mkdir()
     Image.new("RGB", (8, 8)).save("a:/b.png")
     assert load_image("a://b.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_video_without_its_suffix_is_called_one(tmp_path, suffix):
+    """As an upload is, in a temporary file."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(stream.encode(None))
+    upload = (tmp_path / f"a{suffix}").rename(tmp_path / "upload")
+    with pytest.raises(ImageError, match=r"found a video; give it a video's suffix, e\.g\. \.mp4"):
+        load_image(upload)
