@@ -214,6 +214,9 @@ class Labeller:
             camera = camera_number(name)
             self._label_frames(name, name if camera is None else camera)
             return
+        if name.isdecimal() and not os.path.exists(name):
+            fix = f"camera:{name} names a camera"
+            raise ImageError(name, "a picture, a video or a camera", "no such file", fix)
         copy = self.gallery.place_for(name, ".jpg") if self.gallery else None
         image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
         faces = self.predictor.predict_faces(image, self.detector)

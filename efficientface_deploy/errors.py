@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-_MAX_FOUND = 400
+_MAX_FOUND, _MAX_SUBJECT = 400, 1000  # characters that are shown
 
 _MEMORY_FIX = "free memory, or give this process more (ulimit -v, a container's limit)"
 _FILES_FIX = "close other files, or allow more (ulimit -n)"
@@ -56,11 +56,18 @@ class EfficientFaceError(Exception):
         self.found = found
         self.fix = fix
         found = found if len(found) <= _MAX_FOUND else found[:_MAX_FOUND] + "..."
-        super().__init__(printable(f"{subject}: expected {expected}, found {found}; {fix}"))
+        shown = _without_middle(self.subject)
+        super().__init__(printable(f"{shown}: expected {expected}, found {found}; {fix}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Data-loader workers send errors by pickle, which would pass the message alone.
         return type(self), (self.subject, self.expected, self.found, self.fix)
+
+
+def _without_middle(text: str) -> str:
+    """A text that is not too long: what is no path, as a picture in base64, would fill the log."""
+    half = _MAX_SUBJECT // 2
+    return text if len(text) <= _MAX_SUBJECT else f"{text[:half]}...{text[-half:]}"
 
 
 def printable(text: str) -> str:

@@ -611,7 +611,14 @@ def check_backend(backend: Backend) -> Check | None:
 
 
 def bundled_model(backend: str = "auto") -> Path:
-    """The bundled file that suits a backend: ONNX where ONNX Runtime is there, else weights."""
+    """The bundled file that suits a backend: ONNX where ONNX Runtime is there, else weights.
+
+    Raises:
+        ArtifactError: The package is in an archive, as a zipapp is, where no library reads files.
+    """
+    if not WEIGHTS.is_dir():
+        fix = "install it by pip, or unpack it; or give another model file"
+        raise ArtifactError("bundled model", "the package in a folder", f"{WEIGHTS}", fix)
     wants_torch = backend.partition(":")[0] == "torch"
     if backend == "auto":
         wants_torch = missing_reason("onnx") is not None and missing_reason("torch") is None

@@ -36,7 +36,11 @@ def parse_prior(text: str) -> Prior:
     if text == UNIFORM:
         return text
     weights: dict[str, float] = {}
-    for part in text.split(","):
+    pieces = text.split(",")
+    while pieces:
+        part = pieces.pop(0)
+        while "=" not in part and pieces:  # a label may have commas in it
+            part += "," + pieces.pop(0)
         label, _, weight = part.rpartition("=")
         try:
             value = float(weight)

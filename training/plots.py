@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.font_manager
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +21,12 @@ from efficientface_deploy.files import atomic_path
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array
 
 matplotlib.set_loglevel("WARNING")
+
+_NO_LETTER = r"Glyph .* missing from"  # what matplotlib says of each
+_WIDE_FONTS = (  # of the systems' own, for classes that are not named in Latin letters
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari"),
+    *("Hiragino Sans", "PingFang SC", "Arial Unicode MS", "Microsoft YaHei", "Malgun Gothic"),
+)
 
 COLUMNS = 4  # faces beside each other on a sheet
 
@@ -138,8 +148,23 @@ def draw_heat_map(axes: Axes, image: UInt8Array, heat: Float32Array) -> None:
 def _figure(path: Path, width: float, height: float, dpi: int = 120) -> Iterator[Figure]:
     """A figure of this size, in inches, that is written at the end of the block."""
     # Names come from files: matplotlib would take their dollar signs for formulas.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    context = matplotlib.rc_context({"text.parse_math": False, "font.family": _fonts()})
+    with context, warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _NO_LETTER)
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=dpi)
+    missing = [one for one in caught if re.match(_NO_LETTER, str(one.message))]
+    for one in (one for one in caught if one not in missing):
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if missing:
+        text = "some names are in letters that no font of this machine has, and are shown as boxes"
+        print(f"note: {path}: {text}; install one, e.g. Noto Sans", file=sys.stderr)
+
+
+def _fonts() -> list[str]:
+    """Matplotlib's own font, then those here that have the letters which it lacks."""
+    installed = matplotlib.font_manager.get_font_names()
+    own = matplotlib.rcParams["font.family"]
+    return [*own, *(name for name in _WIDE_FONTS if name in installed)]

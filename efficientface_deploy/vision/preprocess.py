@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any, Union
@@ -53,12 +54,16 @@ _RANGES_OF_GREY = (255, 4095, 65535)
 # Mean ink of black, of 255, below which a CMYK picture is surely right, or else surely inverted.
 _LITTLE_BLACK = 64
 
+# What is no path: https://..., s3://..., file://..., a picture in a text.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|image/)", re.IGNORECASE)
+
 # How files of pictures begin; not all of them can be read.
 _MAGIC = {
     **{b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF"},
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
     **{b"8BPS": "Photoshop", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL"},
 }
+_VIDEO = re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", re.DOTALL)  # MP4, Matroska, AVI
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)}
 
 # Tags of a TIFF.
@@ -201,7 +206,11 @@ def _load(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         return _decode(bytes(source), "image bytes")
     if isinstance(source, (str, os.PathLike)):
-        return _decode(_read(Path(os.fsdecode(source))), str(source))
+        name = os.fsdecode(source)
+        if _ADDRESS.match(name) and not os.path.exists(name):
+            fix = "download or decode it, and give a file's path or the bytes"
+            raise ImageError(name, "an image file", "an address", fix)
+        return _decode(_read(Path(name)), str(source))
     if hasattr(source, "read"):
         return _decode(_read_file(source), "image file")
     expected = "a path, bytes, a file, a PIL image or a uint8 array"
@@ -299,6 +308,8 @@ def _open(data: bytes, name: str) -> Image.Image:
             heif.register_heif_opener()
             return Image.open(io.BytesIO(data), formats=("HEIF",))
         found, fix = "HEIC", "pip install pillow-heif, or convert it to JPEG"
+    elif kind is None and _VIDEO.match(data):
+        found, fix = "a video", "give it a video's suffix, e.g. .mp4, or open it by open_video()"
     elif kind is not None:
         found, fix = f"a {kind} file that Pillow cannot read", "copy it again, or convert it to PNG"
     raise ImageError(name, "an image in " + ", ".join(FORMATS), found, fix)

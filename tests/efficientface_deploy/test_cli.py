@@ -494,6 +494,16 @@ def test_events(clip, face, capsys, halves):
     ]
 
 
+def test_a_number_alone_is_no_camera(face, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["0", str(face)]) == 2
+    assert "error: 0: expected a picture, a video or a camera, found no such file; camera:0" in (
+        capsys.readouterr().err
+    )
+    shutil.copy(face, "7")
+    assert main(["7"]) == 0
+
+
 @pytest.mark.parametrize("options", [["--events"], ["--smooth", "0.2"], ["--smooth", "0"]])
 def test_options_of_videos_without_a_video(options, face):
     said = rf"^{options[0]}: expected a video, .* found pictures alone; leave {options[0]} out$"

@@ -5,7 +5,12 @@ import pickle
 import pytest
 
 from efficientface_deploy import errors
-from efficientface_deploy.errors import ArtifactError, EfficientFaceError, VerificationError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    EfficientFaceError,
+    ImageError,
+    VerificationError,
+)
 
 CLASSES = [
     value
@@ -57,3 +62,12 @@ def test_long_findings_are_cut():
     error = ArtifactError("x", "y", "z" * 100_000, "w")
     assert len(str(error)) < 500
     assert str(error).endswith("...; w")
+
+
+def test_a_subject_that_is_no_name_does_not_fill_the_log():
+    """As a picture in base64 that is taken for a path; a path keeps both its ends."""
+    error = ImageError("data:" + 10**6 * "A" + "end", "a path", "another thing", "give a path")
+    assert len(str(error)) < 1200 and len(error.subject) == 10**6 + 8
+    said = str(error)
+    assert said.startswith("data:AAA") and "...AAA" in said and "Aend: expected a path" in said
+    assert str(ImageError("x" * 999, "a", "b", "c")).startswith("x" * 999 + ": expected")

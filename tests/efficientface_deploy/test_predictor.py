@@ -5,10 +5,12 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -615,6 +617,25 @@ def test_bundled_file_suits_the_backend(monkeypatch, requested, installed, expec
     reason = {name: None if name in installed else "missing" for name in ("onnx", "torch")}
     monkeypatch.setattr(module, "missing_reason", reason.get)
     assert module.bundled_model(requested) == expected
+
+
+def test_package_in_an_archive_is_one_line(run_python, tmp_path):
+    """As a zipapp is: libraries read a model from a file."""
+    package = Path(ef.__file__).parent
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+        for path in package.rglob("*.py"):
+            archive.write(path, path.relative_to(package.parent))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import efficientface_deploy as ef\n"
+        "assert 'app.zip' in ef.__file__\n"
+        "try: ef.load()\n"
+        "except ef.ArtifactError as error: print(error)\n"
+        "print(ef.load(sys.argv[2]).spec.num_classes)"
+    )
+    result = run_python(code, str(tmp_path / "app.zip"), str(module.BUNDLED_ONNX))
+    said = r"bundled model: expected the package in a folder, found .*app\.zip.*; install it by .*"
+    assert re.fullmatch(said + "\n8\n", result.stdout) and result.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_file_that_does_not_say_how_often_classes_came():
 def test_on_a_command_line():
     assert parse_prior("uniform") == "uniform"
     assert parse_prior("a=1,b=c=2e-1, d=0") == {"a": 1, "b=c": 0.2, "d": 0}
+    assert parse_prior("Joy, mild=1,a, b, c=2") == {"Joy, mild": 1, "a, b, c": 2}
 
 
 @pytest.mark.parametrize("text", ["", "even", "a", "a=", "=1", "a=1,", "a=x", "a=1,a=2"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -73,3 +75,26 @@ def test_heat_lies_on_the_place_that_it_is_about():
     assert (red - blue)[20:80, 220:280].min() > 20
     for rows, columns in ((slice(20, 80), slice(320, 380)), (slice(120, 180), slice(220, 380))):
         assert (blue - red)[rows, columns].min() > 20
+
+
+def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, recwarn):
+    """Class names are the folders', in any language; U+E000 is nobody's letter."""
+    plots.plot_confusion(
+        tmp_path / "c.png", [[1, 0], [0, 1]], ("na\u00efve \ue000", "\ue001\ue002")
+    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {tmp_path / 'c.png'}: some names") and said.count("\n") == 1
+    assert not list(recwarn)
+    plots.plot_confusion(tmp_path / "d.png", [[1, 0], [0, 1]], ("na\u00efve", "b"))
+    assert capsys.readouterr().err == ""
+
+
+def test_other_warnings_of_a_plot_are_kept(tmp_path):
+    with pytest.warns(UserWarning, match="odd"), plots._figure(tmp_path / "x.png", 1, 1):
+        warnings.warn("odd", UserWarning, stacklevel=1)
+
+
+def test_fonts_of_the_system_follow_the_usual_one(monkeypatch):
+    wide = plots._WIDE_FONTS[1]
+    monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: ["A", wide])
+    assert plots._fonts()[-1] == wide and len(plots._fonts()) == 2

@@ -26,9 +26,10 @@ BUNDLED = Path("bundled")  # as --init; a file of this name wants its whole path
 LARGEST_SEED = 2**32 - 1  # leaves room for the seeds of views, which are made of it
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What may change when a run goes on: it changes no result, rounding on another device aside.
+# What may change when a run goes on: it changes no result, rounding on another device aside. Where
+# the images lie is as free as where the run does: they are known by their content.
 FREE_OPTIONS = (
-    *("out", "workers", "device", "data_on_device", "resume"),
+    *("data", "out", "workers", "device", "data_on_device", "resume"),
     *("save_minutes", "tensorboard", "compile", "store"),
 )
 

@@ -978,3 +978,38 @@ def test_damaged_file_gives_an_image_or_an_image_error(pixels, kind):
 )
 def test_any_bytes_give_an_image_or_an_image_error(magic, data):
     image_or_error(magic + data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("https://host/face.jpg", "S3://bucket/face.jpg", "file:///tmp/face.jpg"),
+        "data:image/jpeg;base64,/9j/" + 9000 * "A",
+    ],
+)
+def test_an_address_is_named_as_it_was_given(name):
+    with pytest.raises(ImageError) as caught:
+        load_image(name)
+    assert str(caught.value).startswith(name[:90])  # a path would have lost a slash
+    assert "found an address; download or decode it" in str(caught.value)
+
+
+def test_a_file_that_is_called_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a:").mkdir()
+    Image.new("RGB", (8, 8)).save("a:/b.png")
+    assert load_image("a://b.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_video_without_its_suffix_is_called_one(tmp_path, suffix):
+    """As an upload is, in a temporary file."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(stream.encode(None))
+    upload = (tmp_path / f"a{suffix}").rename(tmp_path / "upload")
+    with pytest.raises(ImageError, match=r"found a video; give it a video's suffix, e\.g\. \.mp4"):
+        load_image(upload)

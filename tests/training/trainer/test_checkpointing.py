@@ -232,6 +232,15 @@ def test_run_may_move_and_change_its_workers(make_run, fit, whole, tmp_path):
     fit(make_run(out=tmp_path / "moved", resume=True, workers=1, device="cpu", save_minutes=1))
 
 
+def test_run_goes_on_where_its_images_lie_elsewhere(make_run, fit, whole, face_set, tmp_path):
+    """As on another machine."""
+    data = Path(shutil.copytree(face_set, tmp_path / "mounted"))
+    shutil.copytree(whole.config.out, tmp_path / "moved")
+    job = make_run(out=tmp_path / "moved", resume=True)
+    config = dataclasses.replace(job.config, data=data)
+    fit(dataclasses.replace(job, dataset=read_dataset(data), config=config))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other"])
 def test_damaged_state_is_reported(damage, make_run, fit, whole):
     job = make_run(resume=True)
