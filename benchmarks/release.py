@@ -118,7 +118,7 @@ INSTALLS = (
     Install(
         "cpu,bench",
         (
-            "python benchmarks/latency.py --batch 1 --threads 1 --seconds 0.2 --rounds 2 --cold 0 "
+            "python benchmarks/latency.py --batch 1 --threads 1 --seconds 0.2 --rounds 3 --cold 0 "
             "--no-floor --out latency",
             "python -m benchmarks.report --docs",
         ),
