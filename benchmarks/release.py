@@ -41,6 +41,7 @@ from efficientface_deploy.files import file_hash, write_text
 WORK = ROOT / "build" / "release"
 EXAMPLE = "--only cpu cpu,video --out build/release/result"
 PYTHONS = ("3.10", "3.13")
+NONE = "none"  # what no extras are called
 LINE_SECONDS = 900
 PACKAGES = ("efficientface_deploy", "efficientface_export")
 CHECKS = (
@@ -169,10 +170,11 @@ def run(config: ReleaseConfig) -> Result:
         ConfigError: ``--only`` names what is in no row.
         BackendError: A tool is missing or finds fault, or two builds differ.
     """
-    chosen = [row for row in INSTALLS if not config.only or row.extras in config.only]
-    if unknown := set(config.only) - {row.extras for row in INSTALLS}:
-        known = ", ".join(row.extras for row in INSTALLS if row.extras)
-        raise ConfigError("--only", f"one of {known}", ", ".join(sorted(unknown)), "choose of them")
+    known = [row.extras or NONE for row in INSTALLS]
+    if unknown := set(config.only) - set(known):
+        names = ", ".join(known)
+        raise ConfigError("--only", f"one of {names}", ", ".join(sorted(unknown)), "choose of them")
+    chosen = [row for row in INSTALLS if not config.only or (row.extras or NONE) in config.only]
     result = new_result("release", config)
     dist = config.dist.resolve()
     result["files"] = build(dist)
@@ -185,11 +187,13 @@ def run(config: ReleaseConfig) -> Result:
     result["rows"] = []
     for row in () if config.build_only else chosen:
         for python in config.python:
-            bill = dist / "sbom" / f"{row.extras.replace(',', '-') or 'none'}.cdx.json"
+            bill = dist / "sbom" / f"{(row.extras or NONE).replace(',', '-')}.cdx.json"
             result["rows"].append(
                 try_install(row, python, wheel, bill if python == config.python[-1] else None)
             )
-    result["not_here"] = NOT_HERE
+    left = dict.fromkeys(known, "left out of this run")
+    tried = {row["extras"] or NONE for row in result["rows"]}
+    result["not_here"] = {name: why for name, why in left.items() if name not in tried} | NOT_HERE
     return result
 
 
