@@ -172,8 +172,8 @@ def run(config: ReleaseConfig) -> Result:
     """
     known = [row.extras or NONE for row in INSTALLS]
     if unknown := set(config.only) - set(known):
-        names = ", ".join(known)
-        raise ConfigError("--only", f"one of {names}", ", ".join(sorted(unknown)), "choose of them")
+        possible = f"one of {', '.join(known)}"
+        raise ConfigError("--only", possible, ", ".join(sorted(unknown)), "choose of them")
     chosen = [row for row in INSTALLS if not config.only or (row.extras or NONE) in config.only]
     result = new_result("release", config)
     dist = config.dist.resolve()
