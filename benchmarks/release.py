@@ -39,6 +39,7 @@ from efficientface_deploy.errors import BackendError, ConfigError, system_words
 from efficientface_deploy.files import file_hash, write_text
 
 WORK = ROOT / "build" / "release"
+FIRST = "first"  # folder of the first build, in it
 EXAMPLE = "--only cpu cpu,video --out build/release/result"
 PYTHONS = ("3.10", "3.13")
 NONE = "none"  # what no extras are called
@@ -209,12 +210,13 @@ def build(dist: Path) -> list[Row]:
     Raises:
         BackendError: git or the build failed, or the two differ.
     """
-    time = run_tool("git", "log", "-1", "--format=%ct").strip()
+    # Read once: somebody may commit between the two builds.
+    commit, time = run_tool("git", "log", "-1", "--format=%H %ct").split()
     shutil.rmtree(WORK, ignore_errors=True)
     builds: list[dict[str, str]] = []
-    for name in ("first", "again-in-another-folder"):
+    for name in (FIRST, "again-in-another-folder"):
         tree, out = WORK / name, WORK / f"{name}-dist"
-        copy_commit(tree)
+        copy_commit(commit, tree)
         own = {"SOURCE_DATE_EPOCH": time, "PYTHONHASHSEED": "0" if builds else "1"}
         words = (sys.executable, "-m", "build", "--no-isolation", "--outdir", out)
         run_tool(*words, cwd=tree, environment=own)
@@ -233,11 +235,11 @@ def build(dist: Path) -> list[Row]:
     ]
 
 
-def copy_commit(folder: Path) -> None:
-    """The files of the last commit, as git keeps them; what is not committed is left out."""
+def copy_commit(commit: str, folder: Path) -> None:
+    """The files of a commit, as git keeps them."""
     archive = folder.with_suffix(".tar")
     folder.mkdir(parents=True)
-    run_tool("git", "-c", "tar.umask=022", "archive", "--output", archive, "HEAD")
+    run_tool("git", "-c", "tar.umask=022", "archive", "--output", archive, commit)
     with tarfile.open(archive) as members:
         members.extractall(folder, filter="data")
     archive.unlink()
@@ -285,7 +287,7 @@ def try_install(row: Install, version: str, wheel: Path, bill: Path | None) -> R
     for path in (environment, folder):
         shutil.rmtree(path, ignore_errors=True)
     if row.in_clone:
-        copy_commit(folder)
+        shutil.copytree(WORK / FIRST, folder)  # what the wheel was built of
     write_inputs(folder)
     wanted = f"{wheel}[{row.extras}]" if row.extras else str(wheel)
     install = f"pip install '.[{row.extras}]'" if row.extras else "pip install ."
