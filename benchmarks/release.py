@@ -39,8 +39,10 @@ from efficientface_deploy.errors import BackendError, ConfigError, system_words
 from efficientface_deploy.files import file_hash, write_text
 
 WORK = ROOT / "build" / "release"
+FIRST = "first"  # folder of the first build, in it
 EXAMPLE = "--only cpu cpu,video --out build/release/result"
 PYTHONS = ("3.10", "3.13")
+NONE = "none"  # what no extras are called
 LINE_SECONDS = 900
 PACKAGES = ("efficientface_deploy", "efficientface_export")
 CHECKS = (
@@ -118,7 +120,7 @@ INSTALLS = (
     Install(
         "cpu,bench",
         (
-            "python benchmarks/latency.py --batch 1 --threads 1 --seconds 0.2 --rounds 2 --cold 0 "
+            "python benchmarks/latency.py --batch 1 --threads 1 --seconds 0.2 --rounds 3 --cold 0 "
             "--no-floor --out latency",
             "python -m benchmarks.report --docs",
         ),
@@ -169,10 +171,11 @@ def run(config: ReleaseConfig) -> Result:
         ConfigError: ``--only`` names what is in no row.
         BackendError: A tool is missing or finds fault, or two builds differ.
     """
-    chosen = [row for row in INSTALLS if not config.only or row.extras in config.only]
-    if unknown := set(config.only) - {row.extras for row in INSTALLS}:
-        known = ", ".join(row.extras for row in INSTALLS if row.extras)
-        raise ConfigError("--only", f"one of {known}", ", ".join(sorted(unknown)), "choose of them")
+    known = [row.extras or NONE for row in INSTALLS]
+    if unknown := set(config.only) - set(known):
+        possible = f"one of {', '.join(known)}"
+        raise ConfigError("--only", possible, ", ".join(sorted(unknown)), "choose of them")
+    chosen = [row for row in INSTALLS if not config.only or (row.extras or NONE) in config.only]
     result = new_result("release", config)
     dist = config.dist.resolve()
     result["files"] = build(dist)
@@ -185,11 +188,13 @@ def run(config: ReleaseConfig) -> Result:
     result["rows"] = []
     for row in () if config.build_only else chosen:
         for python in config.python:
-            bill = dist / "sbom" / f"{row.extras.replace(',', '-') or 'none'}.cdx.json"
+            bill = dist / "sbom" / f"{(row.extras or NONE).replace(',', '-')}.cdx.json"
             result["rows"].append(
                 try_install(row, python, wheel, bill if python == config.python[-1] else None)
             )
-    result["not_here"] = NOT_HERE
+    left = dict.fromkeys(known, "left out of this run")
+    tried = {row["extras"] or NONE for row in result["rows"]}
+    result["not_here"] = {name: why for name, why in left.items() if name not in tried} | NOT_HERE
     return result
 
 
@@ -205,12 +210,13 @@ def build(dist: Path) -> list[Row]:
     Raises:
         BackendError: git or the build failed, or the two differ.
     """
-    time = run_tool("git", "log", "-1", "--format=%ct").strip()
+    # Read once: somebody may commit between the two builds.
+    commit, time = run_tool("git", "log", "-1", "--format=%H %ct").split()
     shutil.rmtree(WORK, ignore_errors=True)
     builds: list[dict[str, str]] = []
-    for name in ("first", "again-in-another-folder"):
+    for name in (FIRST, "again-in-another-folder"):
         tree, out = WORK / name, WORK / f"{name}-dist"
-        copy_commit(tree)
+        copy_commit(commit, tree)
         own = {"SOURCE_DATE_EPOCH": time, "PYTHONHASHSEED": "0" if builds else "1"}
         words = (sys.executable, "-m", "build", "--no-isolation", "--outdir", out)
         run_tool(*words, cwd=tree, environment=own)
@@ -229,11 +235,11 @@ def build(dist: Path) -> list[Row]:
     ]
 
 
-def copy_commit(folder: Path) -> None:
-    """The files of the last commit, as git keeps them; what is not committed is left out."""
+def copy_commit(commit: str, folder: Path) -> None:
+    """The files of a commit, as git keeps them."""
     archive = folder.with_suffix(".tar")
     folder.mkdir(parents=True)
-    run_tool("git", "-c", "tar.umask=022", "archive", "--output", archive, "HEAD")
+    run_tool("git", "-c", "tar.umask=022", "archive", "--output", archive, commit)
     with tarfile.open(archive) as members:
         members.extractall(folder, filter="data")
     archive.unlink()
@@ -281,7 +287,7 @@ def try_install(row: Install, version: str, wheel: Path, bill: Path | None) -> R
     for path in (environment, folder):
         shutil.rmtree(path, ignore_errors=True)
     if row.in_clone:
-        copy_commit(folder)
+        shutil.copytree(WORK / FIRST, folder)  # what the wheel was built of
     write_inputs(folder)
     wanted = f"{wheel}[{row.extras}]" if row.extras else str(wheel)
     install = f"pip install '.[{row.extras}]'" if row.extras else "pip install ."

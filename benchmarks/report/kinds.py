@@ -642,7 +642,7 @@ def _installs(result: Result) -> list[Row]:
         row = rows.setdefault(own["extras"], {"extras": f"`[{own['extras']}]`", "lines": []})
         row["extras"] = row["extras"] if own["extras"] else "none"
         row["lines"] = max(row["lines"], [line["line"] for line in own["lines"]], key=len)
-        row[own["python"].rpartition(".")[0] or own["python"]] = own
+        row[".".join(own["python"].split(".")[:2])] = own
     missing = [{"extras": f"`[{name}]`", "why": why} for name, why in result["not_here"].items()]
     return [*rows.values(), *missing]
 

@@ -93,8 +93,30 @@ def test_a_tool_that_is_missing_names_the_extra() -> None:
 
 
 def test_an_unknown_set_of_extras_is_refused_before_anything_is_built() -> None:
-    with pytest.raises(ConfigError, match=r"--only: expected one of cpu, .*found cpu,vide;"):
+    with pytest.raises(ConfigError, match=r"--only: expected one of none, cpu, .*found cpu,vide;"):
         bench.run(bench.ReleaseConfig(only=("cpu,vide",)))
+
+
+def test_what_is_left_out_is_in_the_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "efficientface_deploy-0.1.0-py3-none-any.whl").touch()
+    monkeypatch.setattr(bench, "build", lambda dist: [])
+    monkeypatch.setattr(bench, "run_tool", lambda *words: "")
+    tried: list[tuple[str, str, bool]] = []
+
+    def try_install(row: Install, python: str, wheel: Path, bill: Path | None) -> dict[str, object]:
+        tried.append((row.extras, python, bill is not None))
+        return {"extras": row.extras, "python": python, "lines": []}
+
+    monkeypatch.setattr(bench, "try_install", try_install)
+    result = bench.run(bench.ReleaseConfig(dist=tmp_path, only=("none", "cpu")))
+    assert tried == [
+        ("", "3.10", False),
+        ("", "3.13", True),
+        ("cpu", "3.10", False),
+        ("cpu", "3.13", True),
+    ]
+    assert result["not_here"]["train"] == "left out of this run" and "gpu" in result["not_here"]
+    assert not {"none", "cpu"} & set(result["not_here"])
 
 
 def test_the_inputs_are_what_the_lines_name(tmp_path: Path) -> None:

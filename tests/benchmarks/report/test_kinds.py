@@ -141,3 +141,24 @@ def test_an_environment_says_what_each_file_answered_and_which_are_refused() -> 
     assert cells(found).count("not run") == 1
     assert cells(table(result, "Tests that failed")) == ["old", "a::b"]
     assert "no library" in cells(table(result, "Files refused"))
+
+
+def test_release_shows_each_python_beside_the_other_and_what_failed():
+    good = {"packages": 8, "bytes": 294_000_000}
+    lines = [
+        {"line": "efficientface-predict a", "error": ""},
+        {"line": "b", "error": "exit code 2"},
+    ]
+    rows = [
+        {"extras": "", "python": "3.10.13", "lines": lines[:1], **good},
+        {"extras": "cpu,x", "python": "3.10.13", "lines": lines, **good},
+        {"extras": "cpu,x", "python": "3.13", "lines": [{"line": "pip install", "error": "no"}]},
+    ]
+    files = [{"name": "a.whl", "bytes": 1, "sha256": "00"}]
+    result = {"kind": "release", "rows": rows, "files": files, "not_here": {"gpu": "no GPU"}}
+    found = table({**result, "absent": [], "goals": []}, "Extras")
+    bare, both, missing = (dict(zip(found.columns, row, strict=True)) for row in found.rows)
+    assert (bare["Extras"], bare["Python 3.10"]) == ("none", "yes, 8 packages, 294 MB")
+    assert both["Lines that were run"] == "`efficientface-predict a`<br>`b`"
+    assert (both["Python 3.10"], both["Python 3.13"]) == ("`b`: exit code 2", "`pip install`: no")
+    assert missing["Lines that were run"] == "not run: no GPU" and not missing["Python 3.10"]
