@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,12 +135,12 @@ def open_workspace(path: Path, work: str, option: str = "--out") -> Iterator[Wor
     try:
         with make_and_lock(path, work, option):
             try:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
                 scratch.mkdir()
                 yield Workspace(path, scratch)
             finally:
                 with interrupts_wait():
-                    shutil.rmtree(scratch, ignore_errors=True)
+                    _remove(scratch)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -151,3 +150,13 @@ def open_workspace(path: Path, work: str, option: str = "--out") -> Iterator[Wor
             system_words(error),
             f"free some on that disk, or choose another {option}",
         ) from None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as that goes, with one descriptor, where shutil.rmtree needs more."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(place, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(place)

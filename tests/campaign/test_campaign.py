@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import pickle
 import sys
@@ -11,7 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import campaign
+import faults
+import numpy as np
 import pytest
+import soak
 import trial
 from row import Row
 from trial import Group, command, run_group
@@ -148,3 +153,69 @@ def test_hostile_inputs_in_a_short_form(tmp_path: Path) -> None:
     assert len(rows) == len(inputs.GROUPS)
     assert [line for row in rows for line in row.failures] == []
     assert sum(group.share for group in inputs.GROUPS) == 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", ["faults", "soak"])
+def test_faults_and_long_use_in_a_short_form(part: str, tmp_path: Path) -> None:
+    rows = importlib.import_module(part).run(0.001, 0, tmp_path)
+    assert rows and [line for row in rows for line in row.failures] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "wrong"),
+    [
+        (0, "a note", None),
+        (2, "a note\nerror: one line", None),
+        (None, "", "hangs"),
+        (1, "", "exit 1"),
+        (-11, "", "exit -11"),
+        (2, "Traceback (most recent call last):\nerror: x", "exit 2"),
+        (2, "Exception ignored in: <x>\nerror: x", "exit 2"),
+        (2, "error: x\nerror: y", "without one line"),
+        (2, "error: x\nmore", "without one line"),
+        (2, "nothing", "without one line"),
+    ],
+)
+def test_how_a_command_may_end(code: int | None, said: str, wrong: str | None) -> None:
+    complaint = faults.Ended(code, said, 1.0).complaint(0, 2)
+    assert complaint is None if wrong is None else wrong in str(complaint)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.csv", "a.png", "a.npz", "a.pt", "a.onnx", "a.parquet"]
+)
+def test_half_a_file_is_found(name: str, tmp_path: Path) -> None:
+    (tmp_path / ".hidden.json").write_text("{")
+    assert faults.damage(tmp_path) is None
+    (tmp_path / name).write_bytes(b'{"a": ')
+    assert f"{name} is damaged" in str(faults.damage(tmp_path))
+
+
+@pytest.mark.parametrize(("code", "fails"), [(errno.ENOSPC, "bc"), (errno.EIO, "b")])
+def test_the_disk_fails_from_the_change_that_is_asked_for(
+    code: int, fails: str, tmp_path: Path, run_python: Any
+) -> None:
+    program = """
+import sys; sys.path.insert(0, "tests/campaign")
+from pathlib import Path
+import faults
+faults.DiskFault(Path(sys.argv[1]), 2, int(sys.argv[2]))()
+for name in "abc":
+    try:
+        Path(sys.argv[1], name).write_text(name)
+    except OSError as error:
+        assert error.errno == int(sys.argv[2])
+        print(name, end="")
+"""
+    done = run_python(program, str(tmp_path), str(code))
+    assert done.stdout == fails, done.stderr
+
+
+@pytest.mark.parametrize("growth", [0.0, 10.0])
+def test_growth_of_memory_is_found_in_noise(growth: float) -> None:
+    seconds = np.linspace(0, 3600, 5000)
+    noise = np.random.default_rng(0).normal(0, 0.5, 5000)
+    found, margin = soak.growth_per_hour(seconds, 100 + growth * seconds / 3600 + noise)
+    assert abs(found - growth) < 2 * margin < 0.5

@@ -262,6 +262,25 @@ def test_killed_export_neither_blocks_nor_leaves_anything(tmp_path: Path) -> Non
     assert content(tmp_path) == {}
 
 
+def test_with_one_descriptor_nothing_is_left(tmp_path):
+    """There may be no more of them where they are what ended the work."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with (
+            pytest.raises(OSError, match="Too many open files"),
+            open_workspace(tmp_path / "out", "export") as work,
+        ):
+            (work.scratch / "a").mkdir()
+            (work.scratch / "a" / "a.onnx").write_text("half")
+            os.close(free := os.dup(1))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+            raise OSError(errno.EMFILE, "Too many open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_disk(tmp_path: Path, number: int) -> None:
     (tmp_path / "earlier.onnx").write_text("precious")
