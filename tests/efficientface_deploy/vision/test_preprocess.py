@@ -628,7 +628,7 @@ def test_other_types_are_refused(source):
         (b"\xff\xd8\xff", "image bytes"),
         (b"\x89PNG\r\n\x1a\n", "image bytes"),
         (b"RIFF\0\0\0\0WEBPVP8 ", "image bytes"),
-        (b"\0\0\0\x18ftypisom" + b"\0" * 500, "another kind of file"),  # MP4
+        (b"\0\0\0\x18ftypisom" + b"\0" * 500, "found a video"),  # MP4
         (b"\xff\x0a" + b"\0" * 500, "another kind of file"),  # JPEG XL
         (b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x94.", "another kind of file"),  # a pickle
     ],
