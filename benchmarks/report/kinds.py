@@ -735,6 +735,7 @@ BLOCKS = {
     "profile": PROFILE,
     "models": MODELS,
     "versions": VERSIONS,
+    "release": RELEASE,
     "web": WEB,
 }
 
