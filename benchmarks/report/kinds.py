@@ -641,7 +641,8 @@ def _installs(result: Result) -> list[Row]:
     for own in result["rows"]:
         row = rows.setdefault(own["extras"], {"extras": f"`[{own['extras']}]`", "lines": []})
         row["extras"] = row["extras"] if own["extras"] else "none"
-        row["lines"] = max(row["lines"], [line["line"] for line in own["lines"]], key=len)
+        if "packages" in own or not row["lines"]:  # else the line that failed is the installation
+            row["lines"] = [line["line"] for line in own["lines"]]
         row[".".join(own["python"].split(".")[:2])] = own
     missing = [{"extras": f"`[{name}]`", "why": why} for name, why in result["not_here"].items()]
     return [*rows.values(), *missing]
@@ -735,6 +736,7 @@ BLOCKS = {
     "profile": PROFILE,
     "models": MODELS,
     "versions": VERSIONS,
+    "release": RELEASE,
     "web": WEB,
 }
 

@@ -151,8 +151,8 @@ def test_release_shows_each_python_beside_the_other_and_what_failed():
     ]
     rows = [
         {"extras": "", "python": "3.10.13", "lines": lines[:1], **good},
-        {"extras": "cpu,x", "python": "3.10.13", "lines": lines, **good},
         {"extras": "cpu,x", "python": "3.13", "lines": [{"line": "pip install", "error": "no"}]},
+        {"extras": "cpu,x", "python": "3.10.13", "lines": lines, **good},
     ]
     files = [{"name": "a.whl", "bytes": 1, "sha256": "00"}]
     result = {"kind": "release", "rows": rows, "files": files, "not_here": {"gpu": "no GPU"}}
