@@ -335,6 +335,8 @@ def _convert(field: dataclasses.Field[Any], hint: Any, given: Any, usage: Usage)
     kind, several = _element_type(hint)
     if kind is bool:
         return given
+    if not several and not isinstance(given, str):  # argparse gives [] for --name=--
+        raise ConfigError(_option_name(field), "a value", "'--'", f"see {usage.prog} --help")
     values = tuple(_value(field, kind, text, usage) for text in (given if several else [given]))
     return values if several else values[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,13 +24,20 @@ _BUFFER = 1 << 20  # bytes; by itself pyarrow reads a row group's column as a wh
 _MARK = b"efficientface."
 
 
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what a damaged file does to pyarrow into one line; names and texts may be no UTF-8."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DatasetError(path, "a Parquet file", words_of(error), "write it again") from None
+
+
 def _open(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         require_file(path, "a Parquet file")  # says what is there instead
-    try:
+    with _damage_named(path):
         return pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(path, "a Parquet file", words_of(error), "write it again") from None
 
 
 def find_column(path: Path, names: Sequence[str]) -> tuple[str, bool, int]:
@@ -47,9 +55,11 @@ def find_column(path: Path, names: Sequence[str]) -> tuple[str, bool, int]:
     """
     with _open(path) as file:
         schema, rows = file.schema_arrow, file.metadata.num_rows
-    name = next((name for name in names if name in schema.names), None)
+    with _damage_named(path):
+        found_names = schema.names
+    name = next((name for name in names if name in found_names), None)
     if name is None:
-        found, fix = ", ".join(schema.names) or "none", "name it by --column"
+        found, fix = ", ".join(found_names) or "none", "name it by --column"
         raise DatasetError(path, f"a column {' or '.join(names)}", found, fix)
     kind = schema.field(name).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -79,11 +89,8 @@ def read_column(path: Path, column: str, start: int = 0, stop: int | None = None
             at = end
         values = _values(file, column, groups)
         wanted = islice(values, skip, None if stop is None else skip + stop - start)
-        try:
+        with _damage_named(path):
             yield from wanted
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            fix = "write it again"
-            raise DatasetError(path, "a Parquet file", words_of(error), fix) from None
 
 
 def _values(file: pq.ParquetFile, column: str, groups: list[int]) -> Iterator[Any]:

@@ -500,12 +500,12 @@ def reference(rng: random.Random, seeds: Path, here: Path) -> None:
     if rng.random() < 0.1:
         arrays["logits"] = np.array([Evil(rng, here.parent / "secret")], dtype=object)
     np.savez_compressed(path, **arrays)
-    if rng.random() < 0.5:
-        path.write_bytes(damage_end(path.read_bytes(), rng))
     if rng.random() < 0.1:
         with zipfile.ZipFile(path, "a") as archive, archive.open("features.npy", "w") as file:
             for _ in range(300):
                 file.write(bytes(1 << 20))
+    if rng.random() < 0.5:
+        path.write_bytes(damage_end(path.read_bytes(), rng))
     read_reference(here, SPEC, "y")
 
 

@@ -102,6 +102,8 @@ def test_required_and_optional_positionals():
         (["--rate", "fast"], "--rate: expected a number, found 'fast'; "),
         (["--batch", "1", "x"], "--batch: expected a whole number, found 'x'; "),
         (["--out"], "--out: expected a value, found none; "),
+        (["--rate=--"], "--rate: expected a value, found '--'; "),
+        (["--out=--"], "--out: expected a value, found '--'; "),
         (["--out", ""], "--out: expected a path, found an empty text; "),
         (["--unknown"], "--unknown: expected an option of prog, found none of this name; "),
         (["--epoch5=3"], "--epoch5: expected an option of prog, found none of this name; did you"),

@@ -94,3 +94,11 @@ def test_text_that_is_no_utf8_is_one_line(tmp_path):
     pq.write_table(pa.table({"path": texts}), tmp_path / "a.parquet")
     with pytest.raises(DatasetError, match="expected a Parquet file, found 'utf-8' codec"):
         list(parquet.read_column(tmp_path / "a.parquet", "path"))
+
+
+def test_name_of_a_column_that_is_no_utf8_is_one_line(tmp_path):
+    pq.write_table(pa.table({"pathe": ["a"]}), tmp_path / "a.parquet", store_schema=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"pathe", b"path\xff"))
+    with pytest.raises(DatasetError, match="expected a Parquet file, found 'utf-8' codec"):
+        parquet.find_column(tmp_path / "a.parquet", ["path"])

@@ -194,7 +194,7 @@ def test_sources_that_are_not_rafdb(as_folder, refusal, native, tmp_path):
     (tmp_path / "text").write_text("no archive")
     other = as_folder(tmp_path / "other", {"train/0/a.jpg": b"x"})
     for source, found in (
-        (tmp_path / "none", "no such file or directory"),
+        (tmp_path / "none", "no such file"),
         (tmp_path / "text", "something else"),
         (other, "train"),
     ):
