@@ -105,11 +105,14 @@ class Workspace:
     def publish(self, obsolete: Callable[[str], str] | None = None) -> None:
         """Move all files of ``scratch`` to their places, together; an interrupt waits for it.
 
+        Where the process is killed meanwhile, no artifact is there without what belongs to it: its
+        sidecar, report and reference, whose names are later in the alphabet, are moved before it.
+
         Args:
             obsolete: Of a file's name, that of the file which goes when this one comes.
         """
         with interrupts_wait():
-            for file in sorted(self.scratch.iterdir()):
+            for file in sorted(self.scratch.iterdir(), reverse=True):
                 os.replace(file, self.path / file.name)
                 if obsolete is not None:
                     (self.path / obsolete(file.name)).unlink(missing_ok=True)

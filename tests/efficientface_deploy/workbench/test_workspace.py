@@ -231,6 +231,29 @@ def test_interrupt_waits_until_all_is_published(
     assert content(tmp_path) == {"a.engine": "1", "a.engine.json": "2"}
 
 
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_killed_while_publishing_no_artifact_lacks_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    files = {"efficientface-fp16-gpu.engine", "efficientface-fp16-gpu.engine.json"}
+    files |= {"report.json", "report.md", "verify.npz"}
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in files:
+        (scratch / name).touch()
+    replace, moved = os.replace, iter(range(moves))
+
+    def killed(source: Path, target: Path) -> None:
+        next(moved)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(StopIteration):
+        Workspace(tmp_path, scratch).publish()
+    there = {path.name for path in tmp_path.iterdir()}
+    assert len(there) == 1 + moves and not there & {"efficientface-fp16-gpu.engine"}
+
+
 def test_second_export_is_refused(tmp_path: Path) -> None:
     with open_workspace(tmp_path / "out", "export") as first:
         put(first, a_onnx="1")
