@@ -43,7 +43,8 @@ SPEC = PRESETS["rafdb"].replace(input_size=32, name="fuzz")
 PLAN = b"plan"
 MAX_LENGTH = 4096  # holds every seed; longer inputs are slower and find little more
 
-_FOLDER = Path(tempfile.mkdtemp(prefix="efficientface-fuzz-"))
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="efficientface-fuzz-")  # goes with the process
+_FOLDER = Path(_TEMPORARY.name)
 
 
 @contextlib.contextmanager
