@@ -501,7 +501,10 @@ def reference(rng: random.Random, seeds: Path, here: Path) -> None:
         arrays["logits"] = np.array([Evil(rng, here.parent / "secret")], dtype=object)
     np.savez_compressed(path, **arrays)
     if rng.random() < 0.1:
-        with zipfile.ZipFile(path, "a") as archive, archive.open("features.npy", "w") as file:
+        with (
+            zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("features.npy", "w") as file,
+        ):
             for _ in range(300):
                 file.write(bytes(1 << 20))
     if rng.random() < 0.5:
