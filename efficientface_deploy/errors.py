@@ -98,6 +98,8 @@ def system_fix(error: object) -> str | None:
     if isinstance(error, MemoryError):
         return _MEMORY_FIX
     text = str(error).lower()
+    if "shared memory" in text:  # /dev/shm is full, not the memory; who uses it knows what to do
+        return None
     return next((fix for words, fix in _CAUSES.items() if words in text), None)
 
 

@@ -309,7 +309,7 @@ def _open(data: bytes, name: str) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=("HEIF",))
         found, fix = "HEIC", "pip install pillow-heif, or convert it to JPEG"
     elif kind is None and _VIDEO.match(data):
-        found, fix = "a video", "give it a video's suffix, e.g. .mp4, or open it by open_video()"
+        found, fix = "a video", "name it as one, e.g. .mp4, or open it by open_video()"
     elif kind is not None:
         found, fix = f"a {kind} file that Pillow cannot read", "copy it again, or convert it to PNG"
     raise ImageError(name, "an image in " + ", ".join(FORMATS), found, fix)

@@ -1011,5 +1011,5 @@ def test_a_video_without_its_suffix_is_called_one(tmp_path, suffix):
         container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
         container.mux(stream.encode(None))
     upload = (tmp_path / f"a{suffix}").rename(tmp_path / "upload")
-    with pytest.raises(ImageError, match=r"found a video; give it a video's suffix, e\.g\. \.mp4"):
+    with pytest.raises(ImageError, match=r"found a video; name it as one, e\.g\. \.mp4"):
         load_image(upload)

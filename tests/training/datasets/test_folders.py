@@ -100,7 +100,8 @@ def test_every_format_is_taken(native, as_folder, prepared, tmp_path, picture, c
     assert found == ["a.jpg", "b.PNG", "d.tif", "e.gif", "f", "g.jfif"]
     assert capsys.readouterr().err.splitlines() == [
         "left out c.heic (train, bored): HEIC; pip install pillow-heif, or convert it to JPEG",
-        "left out clip.mp4 (train, bored): another kind of file; convert it to JPEG or PNG",
+        "left out clip.mp4 (train, bored): a video; name it as one, e.g. .mp4, or open it by "
+        "open_video()",
         "left out 2 images in all",
     ]
 
