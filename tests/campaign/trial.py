@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import io
 import json
 import os
@@ -146,6 +147,7 @@ def _run_cases(group: Group, numbers: range, seed: int, seeds: Path, folder: Pat
 def _be_a_child(folder: Path) -> None:
     """Limit this process, silence what libraries print, and watch what it does."""
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
+    faulthandler.disable()  # pytest's has a descriptor of its own
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nowhere, number)
