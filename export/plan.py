@@ -131,11 +131,11 @@ def resolve(options: ExportConfig, source: Source) -> Plan:
     engine = "onnx" if missing else asked
     target = _choose_target(options, source, asked)
     precisions = _choose_precisions(options, source, asked)
-    _check_options(options, source, precisions)
     graph = _choose_graph(options, source, target)
     if graph == "wide" and "int8" in precisions:
-        fix = "use --graph deploy, of a checkpoint: INT8 has no blocks to widen"
-        raise ConfigError("--precision int8", "the graph deploy or plain", "wide", fix)
+        fix = "leave --graph out (INT8 has no blocks to widen), or give --precision fp32 or fp16"
+        raise ConfigError("the graph wide", "FP32 or FP16", "INT8", fix)
+    _check_options(options, source, precisions)
     tuning = _choose_tuning(options, source, engine, target, graph, precisions, missing)
     if options.web is not None:
         _check_web(options, engine, precisions)

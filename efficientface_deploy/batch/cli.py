@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="photos/ --out annotations --faces",
     )
     require_package("pyarrow", "efficientface-annotate")
+    if config.ray is not None:
+        require_package("ray", "--ray")
     options = _options(config)
     with open_workspace(config.out, "annotation") as work:
         fresh = work.scratch / LIST_FILE
@@ -132,8 +134,11 @@ def _annotate(job: Job, config: AnnotateConfig) -> Counter[str]:
     known = {shard: counts for shard in job.shards if (counts := job.counts(shard)) is not None}
     missing = [shard for shard in job.shards if shard not in known]
     total: Counter[str] = sum(known.values(), Counter())
-    if known and missing:
-        print(f"going on: {total['pictures']:,} pictures are done already", flush=True)
+    if known:
+        done = f"{total['pictures']:,} pictures are done already"
+        if total["unreadable"]:
+            done += f"; {total['unreadable']:,} unreadable ones of them are not tried again"
+        print(f"going on: {done}", flush=True)
     rate = Rate("pictures", job.pictures.count, total["pictures"])
     with contextlib.closing(_run(job, missing, config)) as results:
         for counts in results:

@@ -108,6 +108,8 @@ def begin(job: Job) -> None:
         ConfigError: Another job's shards are there, or other files.
     """
     path = job.out / JOB_FILE
+    if not any(job.out.glob("part-*.parquet")):  # no shard is there that another job could spoil
+        path.unlink(missing_ok=True)
     if not path.exists():
         names = sorted(one.name for one in job.out.iterdir())
         others = [name for name in names if not name.startswith((".", "_"))]

@@ -117,6 +117,10 @@ def open_server(
             self._answer(with_body=False)
 
         def _answer(self, *, with_body: bool) -> None:
+            if _host_of(self.headers.get("Host", HOST)) not in (HOST, "localhost"):
+                # A page of a name that leads here, which its browser takes for the same site.
+                self.send_error(421)
+                return
             file = files.get(_path_of(self.path))
             if file is None:
                 self._send(404, _PLAIN, b"not found\n", {}, with_body=with_body)
@@ -174,6 +178,14 @@ class _Server(http.server.ThreadingHTTPServer):
         """Say nothing of a browser that leaves before it has a file, as at a reload."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+def _host_of(address: str) -> str | None:
+    """The name of ``HOST:PORT``; None where that is none."""
+    try:
+        return urlsplit(f"//{address}").hostname
+    except ValueError:
+        return None
 
 
 def _path_of(target: str) -> str:

@@ -46,6 +46,7 @@ class ReportRow:
         notes: Warnings, and what an engine was built with and for.
         tuning: What ``--tune`` found; None without it.
         recommended: Whether it is to be taken rather than another precision; a note says why not.
+        graph: ``plain``, ``deploy`` or ``wide``; empty in reports of before.
     """
 
     file: str
@@ -60,6 +61,7 @@ class ReportRow:
     notes: tuple[str, ...] = ()
     tuning: Mapping[str, Any] | None = None
     recommended: bool = True
+    graph: str = ""
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class ReportRow:
             versions=provenance.versions,
             verification=verification,
             notes=tuple(notes),
+            graph=provenance.graph,
         )
 
     def describe(self) -> str:
@@ -99,7 +102,8 @@ class ReportRow:
         """What was checked: a mark, and what was found."""
         result, threshold = self.verification, THRESHOLDS[self.precision]
         if self.arithmetic:
-            yield "ok", f"precision: {self.arithmetic}"
+            graph = f"; {self.graph} graph" if self.graph else ""
+            yield "ok", f"precision: {self.arithmetic}{graph}"
         else:
             yield "--", "precision: not counted, for want of the onnx package"
         if self.largest_fp32_value is not None:
@@ -313,7 +317,7 @@ def _tuning_lines(row: ReportRow) -> list[str]:
 
 
 _COLUMNS = (
-    *("file", "MB", "arithmetic", "images", "largest difference", "agreement", "mean KL"),
+    *("file", "MB", "graph", "arithmetic", "images", "largest difference", "agreement", "mean KL"),
     *("accuracy", "accuracy minus reference", "macro-F1", "status", "made"),
 )
 
@@ -321,7 +325,8 @@ _COLUMNS = (
 def _cells(row: ReportRow) -> list[str]:
     result = row.verification
     return [
-        *(row.file, f"{row.bytes / 1e6:.2f}", row.arithmetic, str(result.images or "")),
+        *(row.file, f"{row.bytes / 1e6:.2f}", row.graph, row.arithmetic),
+        str(result.images or ""),
         *(number(result.max_difference, ".2g"), result.agreement_text, number(result.kl, ".2g")),
         *(number(result.accuracy, ".4f"), result.difference_text, number(result.macro_f1, ".4f")),
         result.status + (f" ({result.reason})" if result.reason else ""),

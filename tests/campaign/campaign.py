@@ -21,6 +21,7 @@ if __name__ == "__main__":  # Python then looks for modules in this folder only
 from benchmarks.report.publish import check_out, out_option, publish, require_libraries
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.errors import BackendError
 
 HERE = Path(__file__).resolve().parent
 PARTS = tuple(name for name in ("inputs", "faults", "soak") if (HERE / f"{name}.py").exists())
@@ -58,8 +59,17 @@ def run(config: CampaignConfig) -> dict[str, Any]:
     rows = []
     for part in dict.fromkeys(config.part):
         with tempfile.TemporaryDirectory(prefix=f"efficientface-{part}-") as folder:
-            rows += importlib.import_module(part).run(config.scale, config.seed, Path(folder))
+            rows += _load(part).run(config.scale, config.seed, Path(folder))
     return {**result, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def _load(part: str) -> Any:
+    """The module of a part, which uses most of what ``[dev]`` installs."""
+    try:
+        return importlib.import_module(part)
+    except ModuleNotFoundError as error:
+        expected, found = f"the package {error.name}", "it is not installed"
+        raise BackendError(f"--part {part}", expected, found, "run make campaign") from None
 
 
 if __name__ == "__main__":

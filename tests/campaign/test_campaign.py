@@ -22,7 +22,7 @@ from row import Row
 from trial import Group, command, run_group
 
 from benchmarks.report.kinds import tables_of
-from efficientface_deploy.errors import ImageError
+from efficientface_deploy.errors import BackendError, ImageError
 
 GOOD = Row("inputs", "pictures", tried=1200, right=200, refused=1000, slowest_s=0.25, within_s=20)
 BAD = Row("faults", "SIGKILL", tried=2, right=1, failures=("step 7: half a file",))
@@ -52,6 +52,13 @@ def test_a_failure_is_the_exit_code(row: Row, code: int, monkeypatch, tmp_path) 
     monkeypatch.setattr(sys, "argv", words)
     assert campaign.main() == code
     assert (tmp_path / "out" / "campaign.json").is_file()
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "inputs", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BackendError, match=r"expected the package pyarrow.*; run make campaign"):
+        campaign.run(campaign.CampaignConfig(part=("inputs",)))
 
 
 # ---- cases in a process of their own

@@ -457,10 +457,10 @@ def test_wide_is_for_floats_on_a_cpu(make_source: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--graph wide: expected --target cpu, found --target g"):
         plan(make_source(), tmp_path, engine="onnx", graph="wide", target="gpu")
     int8 = {"precision": "int8", "calib": Path("faces")}
-    with pytest.raises(ConfigError, match=r"--precision int8: expected the graph deploy or plain"):
+    with pytest.raises(ConfigError, match=r"the graph wide: expected FP32 or FP16, found INT8"):
         plan(make_source(), tmp_path, engine="onnx", graph="wide", **int8)
     source = make_source("model.onnx", precision="fp32", target="cpu", graph="wide")
-    with pytest.raises(ConfigError, match=r"--precision int8: expected the graph deploy or plain"):
+    with pytest.raises(ConfigError, match=r"the graph wide: expected FP32 or FP16, found INT8"):
         plan(source, tmp_path, engine="onnx", **int8)
 
 

@@ -83,6 +83,8 @@ def test_a_set_is_annotated(workers, make_manifest, tmp_path, capsys):
     assert_whole(out, 100)
     before = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
     assert cli.main(arguments) == 0  # nothing is left to do
+    said = "going on: 100 pictures are done already; 10 unreadable ones of them are not tried again"
+    assert said in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.glob("part-*")} == before
 
 

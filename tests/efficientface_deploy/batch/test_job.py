@@ -59,6 +59,7 @@ def rows_of(job, shard=0):
 )
 def test_what_a_job_never_writes_is_one_line(make_job, content, tmp_path):
     (tmp_path / "out" / jobs.JOB_FILE).write_text(content)
+    (tmp_path / "out" / "part-00000.parquet").touch()
     assert jobs.shard_size(tmp_path / "out", 100) == 32
     with pytest.raises(ConfigError, match=r"expected what (a|the) job"):
         jobs.begin(make_job())
@@ -137,10 +138,22 @@ def test_a_list_that_was_cut_is_not_a_shard(make_job):
     ],
 )
 def test_a_folder_belongs_to_one_job(make_job, changes, words):
-    jobs.begin(make_job())
+    job = make_job()
+    jobs.begin(job)
+    (job.out / "part-00000.parquet").touch()
     jobs.begin(make_job(threads=7))  # which decides about no answer
     with pytest.raises(ConfigError, match=words):
         jobs.begin(make_job(**changes))
+
+
+def test_a_job_without_a_shard_claims_nothing(make_job):
+    """As one that was refused when its cluster was not there."""
+    jobs.begin(make_job())
+    job = make_job(detector="yunet")
+    jobs.begin(job)
+    (job.out / "part-00000.parquet").touch()
+    with pytest.raises(ConfigError, match="found others for detector;"):
+        jobs.begin(make_job())
 
 
 def test_a_folder_with_other_files_is_refused(make_job):

@@ -99,6 +99,19 @@ def test_what_is_no_request_is_refused_in_few_words(serve, request_line, status,
     assert b"<" not in said and capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:1", 200), ("LocalHost", 200), ("evil.example:80", 421), ("[::", 421), ("", 421)],
+)
+def test_a_page_of_another_name_gets_nothing(host, status, serve):
+    """Whose name leads to this machine: to a browser it would be the same site."""
+    connection = http.client.HTTPConnection(host_of(serve(SITE)), timeout=10)
+    connection.request("GET", "/index.html", headers={"Host": host})
+    answer = connection.getresponse()
+    assert answer.status == status
+    assert (answer.read() == SITE["index.html"]) == (status == 200)
+
+
 def test_a_browser_that_leaves_is_no_error(serve, capfd):
     host, port = host_of(serve({"large.wasm": bytes(30_000_000)})).split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

@@ -57,7 +57,7 @@ def add(folder: Path, name: str, verification: Verification = GOOD, **changes: o
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * 1_450_000)
-    record = {"precision": "int8", "created": CREATED, "versions": {"onnx": "1"}}
+    record = {"precision": "int8", "graph": "wide", "created": CREATED, "versions": {"onnx": "1"}}
     provenance = Provenance(record, path)
     row = ReportRow.of(path, folder, provenance, "68 int8 convolutions", verification, ["a note"])
     write(folder, [row], {**HEADER, **changes})
@@ -89,10 +89,11 @@ def test_markdown(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Export of student.safetensors\n\nefficientface, test, 7 classes")
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 13
+    assert table[0].count("|") == table[2].count("|") == table[1].count("|") == 14
     assert table[2] == (
-        "| a.onnx | 1.45 | 68 int8 convolutions | 120 | 0.012 | 0.9917 [0.9544, 0.9985] | 0.00021 "
-        "| 0.8361 | -0.0083 [-0.0323, +0.0159] | 0.6250 | verified | 2026-01-01 00:00 UTC |"
+        "| a.onnx | 1.45 | wide | 68 int8 convolutions | 120 | 0.012 | 0.9917 [0.9544, 0.9985] "
+        "| 0.00021 | 0.8361 | -0.0083 [-0.0323, +0.0159] | 0.6250 | verified "
+        "| 2026-01-01 00:00 UTC |"
     )
     assert "Images: faces, test, 120 images." in text
     assert "- a.onnx: a note" in text
@@ -260,7 +261,7 @@ def test_lines_for_the_terminal(tmp_path: Path) -> None:
     """One for the file, one for each check, one for each note."""
     assert described(tmp_path, GOOD, largest_fp32_value=1234.5) == [
         "[ok] a.onnx: 1.45 MB, verified on faces, test, 120 images by onnx:cpu",
-        "  [ok] precision: 68 int8 convolutions",
+        "  [ok] precision: 68 int8 convolutions; wide graph",
         "  [ok] FP16 range: largest value 1234 of 65504",
         "  [ok] parity: largest difference 0.012, KL 0.00021 (at most 0.75 and 0.05)",
         "  [ok] agreement: 0.9917 [0.9544, 0.9985] (at least 0.98)",
