@@ -38,6 +38,7 @@ from efficientface_deploy.workbench.workspace import lock_folder
 Item = TypeVar("Item")
 Fault = Callable[[], None]
 
+_ROOT = Path(__file__).resolve().parents[2]
 _HANG = 120.0  # seconds after which a command counts as hanging
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MODULES = ("training.student", "efficientface_export.cli", "efficientface_deploy.batch.cli")
@@ -474,7 +475,12 @@ def lack(commands: Sequence[Command], folder: Path, scale: float, seed: int) -> 
         since = time.monotonic()
         try:
             done = subprocess.run(
-                line, cwd=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, timeout=_HANG
+                line,
+                cwd=own,
+                env={**os.environ, "PYTHONPATH": os.fspath(_ROOT)},  # training is not installed
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                timeout=_HANG,
             )
             ended = Ended(done.returncode, done.stderr.decode(), time.monotonic() - since)
         except subprocess.TimeoutExpired:

@@ -763,7 +763,7 @@ def request(rng: random.Random, seeds: Path, here: Path) -> None:
                     while connection.recv(1 << 16):
                         pass
         with socket.create_connection(_address(), timeout=5) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"<p>")
     assert not errors.getvalue(), errors.getvalue()[-300:]
