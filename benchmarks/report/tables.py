@@ -42,7 +42,7 @@ class TableForm(NamedTuple):
         columns = self.columns(rows) if callable(self.columns) else self.columns
         table = tabulate(self.title.format_map(result), columns, rows, group=self.group)
         notes = [
-            f"{name.removeprefix('>')}: {note.format_map(result)}"
+            printable(f"{name.removeprefix('>')}: {note.format_map(result)}")
             for name, note in self.notes.items()
             if name in table.columns or name not in columns
         ]
@@ -66,9 +66,9 @@ def tabulate(
     for index, row in enumerate(rows):
         if group is not None and group(row) != heading:
             heading = group(row)
-            lines.append([heading])
+            lines.append([printable(heading)])
         lines.append([column[index] for column in filled.values()])
-    return Table(list(filled), lines, title, notes)
+    return Table([printable(name) for name in filled], lines, printable(title), notes)
 
 
 def every_key(write: Callable[[Any], str] | None = None) -> Callable[[Sequence[Row]], Columns]:

@@ -67,3 +67,21 @@ def test_what_a_file_says_cannot_steer_the_terminal() -> None:
     form = TableForm("", lambda result: result["rows"], every_key())
     (row,) = form.fill({"rows": [{"Name": "\x1b[31mred\x1b[0m\nnext\udcff"}]}).rows
     assert row == [" [31mred [0m next\\udcff"]
+
+
+def test_nor_can_it_in_title_note_heading_or_column() -> None:
+    form = TableForm(
+        "of {it}",
+        lambda result: [{"key\x1b": 1}],
+        every_key(),
+        group=lambda row: "\x1bgroup",
+        notes={"n": "on {it}"},
+    )
+    table = form.fill({"it": "a\x1b[2Jb"})
+    texts = [
+        table.title,
+        *table.notes,
+        *table.columns,
+        *(cell for row in table.rows for cell in row),
+    ]
+    assert len(texts) == 5 and all(text.isprintable() for text in texts)
