@@ -154,14 +154,11 @@ class ReleaseConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python benchmarks/release.py``: 1 where a line failed."""
-    results: list[Result] = []
 
-    def run_and_keep(config: ReleaseConfig) -> Result:
-        results.append(run(config))
-        return results[0]
+    def failed(result: Result) -> bool:
+        return any(line["error"] for row in result["rows"] for line in row["lines"])
 
-    run_benchmark("release", ReleaseConfig, run_and_keep, argv, __doc__, EXAMPLE)
-    return int(any(line["error"] for row in results[0]["rows"] for line in row["lines"]))
+    return run_benchmark("release", ReleaseConfig, run, argv, __doc__, EXAMPLE, failed=failed)
 
 
 def run(config: ReleaseConfig) -> Result:

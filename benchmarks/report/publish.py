@@ -58,6 +58,8 @@ def run_benchmark(
     description: str | None,
     example: str,
     kind: str = "",
+    folder: str = "benchmarks",
+    failed: Callable[[Result], bool] = lambda result: False,
 ) -> int:
     """The command of a benchmark: read the options, measure, write the result and show it.
 
@@ -69,18 +71,24 @@ def run_benchmark(
         description: For ``--help``.
         example: Arguments, for ``--help`` too.
         kind: The result's, where it is not called as the command is.
+        folder: Of the command.
+        failed: Whether a result is a failure, for the exit code.
+
+    Returns:
+        1 after a result that is a failure, else 0.
     """
     config = parse_config(
         config_class,
         argv,
-        prog=f"python benchmarks/{command}.py",
+        prog=f"python {folder}/{command}.py",
         description=description or "",
         example=example,
     )
     require_libraries()
     check_out(config.out, kind or command)
-    publish(run(config), config.out)
-    return 0
+    result = run(config)
+    publish(result, config.out)
+    return int(failed(result))
 
 
 def out_option() -> Any:

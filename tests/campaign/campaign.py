@@ -18,13 +18,12 @@ if __name__ == "__main__":  # Python then looks for modules in this folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 
-from benchmarks.report.publish import check_out, out_option, publish, require_libraries
+from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
-from efficientface_deploy.command import option, parse_config, run_command
+from efficientface_deploy.command import option, run_command
 from efficientface_deploy.errors import BackendError
 
-HERE = Path(__file__).resolve().parent
-PARTS = tuple(name for name in ("inputs", "faults", "soak") if (HERE / f"{name}.py").exists())
+PARTS = ("inputs", "faults", "soak")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +38,14 @@ class CampaignConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python tests/campaign/campaign.py``."""
-    config = parse_config(
-        CampaignConfig,
-        argv,
-        prog="python tests/campaign/campaign.py",
-        description=__doc__ or "",
-        example="--part inputs --scale 0.05",
+
+    def failed(result: dict[str, Any]) -> bool:
+        return any(row["failures"] for row in result["rows"])
+
+    example, folder = "--part inputs --scale 0.05", "tests/campaign"
+    return run_benchmark(
+        "campaign", CampaignConfig, run, argv, __doc__, example, folder=folder, failed=failed
     )
-    require_libraries()
-    check_out(config.out, "campaign")
-    result = run(config)
-    publish(result, config.out)
-    return 1 if any(row["failures"] for row in result["rows"]) else 0
 
 
 def run(config: CampaignConfig) -> dict[str, Any]:
