@@ -18,6 +18,7 @@ import numpy as np
 from row import Row
 
 import efficientface_deploy as ef
+from benchmarks.measure.processes import memory_kb
 from efficientface_deploy.vision.yunet import FILE_VARIABLE
 
 _HANG = 60.0  # seconds beyond its own time after which a row is given up
@@ -295,8 +296,9 @@ def _write_clip(path: Path) -> Path:
 
 
 def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    held = memory_kb("VmRSS")
+    assert held is not None, "needs Linux's /proc"
+    return held * 1024 / 1e6
 
 
 def _left() -> str:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from row import Row
 
+from benchmarks.measure.processes import memory_kb
 from efficientface_deploy.command import run_command
 from efficientface_deploy.errors import EfficientFaceError
 
@@ -230,8 +231,9 @@ def _is_clear(message: str) -> bool:
 
 
 def _peak_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+    held = memory_kb("VmHWM")
+    assert held is not None, "needs Linux's /proc"
+    return held * 1024 / 1e6
 
 
 def command(main: Callable[[Sequence[str]], int | None], words: Sequence[str]) -> str:
