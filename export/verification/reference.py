@@ -153,8 +153,9 @@ def _read_archive(path: Path) -> tuple[dict[str, npt.NDArray[Any]], str]:
         raise ArtifactError(path, expected, reason, _COPY_REFERENCE)
     try:
         with zipfile.ZipFile(path) as archive:  # a small file may say that it holds gigabytes
-            fits = sum(member.file_size for member in archive.infolist()) <= _MAX_BYTES
-        with np.load(path if fits else io.BytesIO(), allow_pickle=False) as file:
+            if sum(member.file_size for member in archive.infolist()) > _MAX_BYTES:
+                raise ValueError("too large")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "logits", "source", "parent")}
             if "features" in file.files:
                 arrays["features"] = file["features"].astype(np.float32)
