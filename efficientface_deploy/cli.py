@@ -218,7 +218,7 @@ class Labeller:
             fix = f"camera:{name} names a camera"
             raise ImageError(name, "a picture, a video or a camera", "no such file", fix)
         copy = self.gallery.place_for(name, ".jpg") if self.gallery else None
-        image = load_image(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
+        image = load_image(sys.stdin.buffer if name == STANDARD_INPUT else name)
         faces = self.predictor.predict_faces(image, self.detector)
         if copy:
             with atomic_path(copy) as path:

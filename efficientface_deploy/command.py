@@ -230,11 +230,16 @@ class _Parser(argparse.ArgumentParser):
             raise ConfigError(name, expected, found, see) from None
         for name in (word.partition("=")[0] for word in rest if word.startswith("-")):
             fix = _guess(name, self._option_string_actions, self._usage)
+            if os.path.lexists(name):
+                fix = f"before the names of files that begin with a dash type --, as in: -- {name}"
             raise ConfigError(name, f"an option of {self.prog}", "none of this name", fix)
         if rest:
             found = rest[0].removeprefix(_NO_OPTION)
             raise ConfigError(found, f"no more arguments for {self.prog}", "this one", see)
         return {name: _unprotected(value) for name, value in vars(namespace).items()}
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        file.write(message)  # argparse's own is silent about a full disk
 
     def error(self, message: str) -> typing.NoReturn:
         """Say what is wrong as every other error is said."""
@@ -393,7 +398,10 @@ def run_command(
             default its product is files, and it goes on without a word.
     """
     with _safe_streams(ends_with_reader):
-        code = _exit_code(main)
+        try:
+            code: int | str | None = _exit_code(main)
+        except SystemExit as end:  # of --help
+            code = end.code
         flushed = _flush()
     sys.exit(code or flushed)
 
@@ -539,6 +547,7 @@ def _flush() -> int:
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
         return _complain(system_line(error))
 
 

@@ -212,7 +212,9 @@ def _load(source: ImageSource) -> Image.Image:
             raise ImageError(name, "an image file", "an address", fix)
         return _decode(_read(Path(name)), str(source))
     if hasattr(source, "read"):
-        return _decode(_read_file(source), "image file")
+        opened = getattr(source, "name", None)  # a number where it was opened by descriptor
+        name = opened if isinstance(opened, str) else "image file"
+        return _decode(_read_file(source, name), name)
     expected = "a path, bytes, a file, a PIL image or a uint8 array"
     fix = "convert it to one of these, e.g. numpy.asarray(image)"
     raise ImageError("image", expected, type(source).__name__, fix)
@@ -234,9 +236,9 @@ def _read(path: Path) -> bytes:
         raise ImageError(repr(path), "a path", str(error), "check the path") from None
 
 
-def _read_file(file: IO[bytes]) -> bytes:
+def _read_file(file: IO[bytes], name: str) -> bytes:
     """What an open file holds, from its start where it can be wound back, as Pillow reads it."""
-    name, expected = "image file", "a file opened for reading bytes"
+    expected = "a file opened for reading bytes"
     fix = 'open it with mode "rb", and label it before it is closed'
     parts, count = [], 0
     try:

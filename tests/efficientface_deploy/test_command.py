@@ -432,6 +432,28 @@ def test_output_that_cannot_be_written_is_an_error(run_python):
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", ["", "-u"])
+def test_help_that_cannot_be_written_is_an_error(flags, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    words = [*flags.split(), "-m", "efficientface_deploy.cli", "--help"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "no space left" in result.stderr
+    assert ("standard output" in result.stderr) == (not flags)
+
+
+def test_file_that_begins_with_a_dash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-x.jpg").touch()
+    with pytest.raises(ConfigError, match=r"type --, as in: -- -x\.jpg$"):
+        parse("-x.jpg")
+
+
 # ---- interrupts
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)

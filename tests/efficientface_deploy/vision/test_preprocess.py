@@ -638,6 +638,8 @@ def test_bytes_that_are_no_picture(data, hint, tmp_path):
     path = tmp_path / "face.jpg"
     path.write_bytes(data)
     assert refused(path).startswith(f"{path}: ")
+    with path.open("rb") as file:
+        assert refused(file).startswith(f"{path}: ")
 
 
 def test_formats_outside_the_list_are_refused(pixels):
