@@ -15,7 +15,6 @@ import io
 import json
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from efficientface_deploy.errors import (
     printable,
     system_words,
 )
-from efficientface_deploy.files import make_folder, read_json, set_mode
+from efficientface_deploy.files import make_folder, read_json
 from efficientface_deploy.vision.preprocess import load_image
 from efficientface_deploy.workbench.dataset import (
     DESCRIPTION,
@@ -41,6 +40,7 @@ from efficientface_deploy.workbench.dataset import (
     read_dataset,
 )
 from efficientface_deploy.workbench.progress import track
+from efficientface_deploy.workbench.workspace import make_and_lock
 from training.datasets.affectnet import AffectNetConfig, prepare_affectnet
 from training.datasets.caers import CaersConfig, prepare_caers
 from training.datasets.common import Face, Preparation, Published, check_every_class
@@ -79,6 +79,7 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
         Number of images for each (split, label).
 
     Raises:
+        ConfigError: Another process prepares it.
         DatasetError: ``out`` holds something else, no image came, or none of some class.
     """
     description = preparation.description
@@ -101,27 +102,29 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
             wanted = "a new folder, or a data set prepared in the same way"
             raise DatasetError(out, wanted, content, "choose another --out" + also)
     make_folder(out.parent)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    before = work.with_name(f"{work.name}.before")
-    try:
-        counts = _write_files(work, preparation)
-        if not counts:
-            raise DatasetError(out, "images", "none that can be used", "check --source")
-        if preparation.every_class:
-            check_every_class(counts, description["labels"], out)
-        set_mode(work, 0o777)
-        with interrupts_wait():
-            if out.exists():
-                out.rename(before)
-            try:
-                work.rename(out)
-            except OSError:
-                if before.exists():
-                    before.rename(out)
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+    work = out.with_name(f".{out.name}.preparing")  # its name finds it again after a kill
+    with make_and_lock(work, "preparation"):
+        new, before = work / "new", work / "before"
+        try:
+            for left in (new, before):
+                shutil.rmtree(left, ignore_errors=True)
+            new.mkdir()
+            counts = _write_files(new, preparation)
+            if not counts:
+                raise DatasetError(out, "images", "none that can be used", "check --source")
+            if preparation.every_class:
+                check_every_class(counts, description["labels"], out)
+            with interrupts_wait():
+                if out.exists():
+                    out.rename(before)
+                try:
+                    new.rename(out)
+                except OSError:
+                    if before.exists():
+                        before.rename(out)
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     _print_counts(out, description["labels"], counts)
     return counts
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from efficientface_deploy.errors import ConfigError, DatasetError
+from efficientface_deploy.workbench.workspace import make_and_lock
 from training import prepare
 from training.datasets import synthetic as synthetic_source
 from training.datasets.face_renderer import render_face
@@ -84,7 +85,7 @@ def test_replaced_folder_comes_back_where_the_new_one_cannot_be_moved(
     before, rename = content(tmp_path), Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name.startswith(".") and not path.name.endswith(".before"):
+        if path.name == "new":
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
@@ -92,6 +93,26 @@ def test_replaced_folder_comes_back_where_the_new_one_cannot_be_moved(
     with pytest.raises(OSError, match="Input/output error"):
         synthetic(tmp_path / "faces", "--seed", "1", "--overwrite")
     assert content(tmp_path) == before
+
+
+def test_next_run_clears_what_a_killed_one_had_begun(tmp_path):
+    out = tmp_path / "faces"
+    for name in ("new", "before"):
+        (tmp_path / ".faces.preparing" / name / "train").mkdir(parents=True)
+    synthetic(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
+    assert not (out / "before").exists()
+
+
+def test_one_preparation_at_a_time(tmp_path):
+    work = tmp_path / ".faces.preparing"
+    with (
+        make_and_lock(work, "preparation"),
+        pytest.raises(ConfigError, match="expected no other preparation"),
+    ):
+        (work / "new").mkdir()
+        synthetic(tmp_path / "faces")
+    assert (work / "new").is_dir()  # the other's
 
 
 def test_folder_is_readable_by_others(tmp_path):
