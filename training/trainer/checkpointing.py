@@ -111,8 +111,10 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
         fix = "start again in a new folder"
         raise CheckpointError(job.state, "the state of a run", found, fix) from None
     now = job.identity()
+    if "labels" not in started_with:  # a version that did not look at them
+        now.pop("labels", None)
     if changed := [name for name in now if _given(now, name) != _given(started_with, name)]:
-        wanted = "the options, images and teacher that the run was started with"
+        wanted = "the options, images, labels and teacher that the run was started with"
         fix = f"repeat those in {job.config.out / CONFIG}, or choose another --out"
         raise ConfigError(job.config.out, wanted, "others for " + ", ".join(changed), fix)
     return content

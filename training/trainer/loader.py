@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -207,6 +208,11 @@ class TrainingImages(TorchDataset[Batch]):
         if self._hash is None:
             self._hash = image_list_hash(self.samples, root)
         return self._hash
+
+    def labels_hash(self) -> str:
+        """Hash of the images' labels and votes, in order."""
+        said = [(sample.label, sample.votes) for sample in self.samples]
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 class Renderer:

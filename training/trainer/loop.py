@@ -67,8 +67,8 @@ def train(
         ConfigError: The loss is not finite.
     """
     recipe, out = job.recipe, job.config.out
-    inputs = {"images": images.content_hash(job.dataset.root), **job.inputs}
-    job = dataclasses.replace(job, inputs=inputs)
+    read = {"images": images.content_hash(job.dataset.root), "labels": images.labels_hash()}
+    job = dataclasses.replace(job, inputs={**read, **job.inputs})
     trainer = Trainer(job, model, images, target_function, dist)
     state = trainer.start()
     tracker = None

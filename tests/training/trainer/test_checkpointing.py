@@ -262,7 +262,20 @@ def test_other_images_are_refused(make_run, fit, whole, face_set, tmp_path):
     job = make_run(resume=True)
     shutil.copytree(whole.config.out, job.config.out)
     job = dataclasses.replace(job, dataset=read_dataset(data))
-    with pytest.raises(ConfigError, match=r"images and teacher .* found others for images"):
+    with pytest.raises(ConfigError, match=r"images, labels and teacher .* others for images"):
+        fit(job)
+
+
+def test_other_votes_are_refused(make_run, fit, whole, face_set, tmp_path):
+    data = Path(shutil.copytree(face_set, tmp_path / "data"))
+    manifest = data / "manifest.csv"
+    once, twice = (f",train,0,{votes},0,0,0,0,0" for votes in ("1,0", "0.9,0.1"))
+    assert once in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(once, twice))
+    job = make_run(resume=True)
+    shutil.copytree(whole.config.out, job.config.out)
+    job = dataclasses.replace(job, dataset=read_dataset(data))
+    with pytest.raises(ConfigError, match=r"found others for labels; "):
         fit(job)
 
 
