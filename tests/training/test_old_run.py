@@ -58,6 +58,6 @@ def test_other_options_are_refused_in_one_line(option, named, old_run, capsys):
         run_command(lambda: student.main([*OPTIONS.split(), *option.split(), "--resume"]))
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("error: run: expected the options, images and teacher")
+    assert error.startswith("error: run: expected the options, images, labels and teacher")
     assert f"found others for {named}; repeat those in run/config.json" in error
     assert (old_run / "last.pt").read_bytes() == before
