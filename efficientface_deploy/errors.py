@@ -11,16 +11,11 @@ _FILES_FIX = "close other files, or allow more (ulimit -n)"
 
 # What libraries say, in errors of any class, where the system gives no more memory, threads or
 # descriptors. Whatever their advice is, or ours for what else may be wrong, this is the cause.
-_CAUSES = {
-    **dict.fromkeys(
-        (
-            *("cannot allocate memory", "can't allocate memory", "unable to allocate", "bad_alloc"),
-            *("failed to map segment", "failed to launch worker thread", "pthread_create failed"),
-        ),
-        _MEMORY_FIX,
-    ),
-    "too many open files": _FILES_FIX,
-}
+_NO_FILES = "too many open files"
+_NO_MEMORY = (
+    *("cannot allocate memory", "can't allocate memory", "unable to allocate", "bad_alloc"),
+    *("failed to map segment", "failed to launch worker thread", "pthread_create failed"),
+)
 
 # What the system refuses a command: what was expected, and what can be done.
 _REFUSALS = {
@@ -98,9 +93,11 @@ def system_fix(error: object) -> str | None:
     if isinstance(error, MemoryError):
         return _MEMORY_FIX
     text = str(error).lower()
+    if _NO_FILES in text:
+        return _FILES_FIX
     if "shared memory" in text:  # /dev/shm is full, not the memory; who uses it knows what to do
         return None
-    return next((fix for words, fix in _CAUSES.items() if words in text), None)
+    return _MEMORY_FIX if any(words in text for words in _NO_MEMORY) else None
 
 
 def system_line(error: OSError) -> str:

@@ -137,11 +137,13 @@ def open_workspace(path: Path, work: str, option: str = "--out") -> Iterator[Wor
     scratch = path / f".efficientface-{work}"
     try:
         with make_and_lock(path, work, option):
+            spare = os.open(os.devnull, os.O_RDONLY)  # a descriptor for the end, if none is left
             try:
                 _remove(scratch)
                 scratch.mkdir()
                 yield Workspace(path, scratch)
             finally:
+                os.close(spare)
                 with interrupts_wait():
                     _remove(scratch)
     except OSError as error:

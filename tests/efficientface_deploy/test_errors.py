@@ -51,6 +51,8 @@ def test_message_is_one_printable_line(hostile):
         ("RuntimeException (Exception during initialization: std::bad_alloc)", "free memory, or"),
         ("libtorch_cpu.so: failed to map segment from shared object", "free memory, or give"),
         ("damage (Too many open files (24))", "close other files, or allow more (ulimit -n)"),
+        ("no shared memory object: Too many open files (24)", "close other files, or allow more"),
+        ("unable to allocate shared memory", "export it again"),  # of /dev/shm, not of all
         ("damage", "export it again"),
     ],
 )

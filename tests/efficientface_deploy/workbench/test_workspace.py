@@ -285,8 +285,8 @@ def test_killed_export_neither_blocks_nor_leaves_anything(tmp_path: Path) -> Non
     assert content(tmp_path) == {}
 
 
-def test_with_one_descriptor_nothing_is_left(tmp_path):
-    """There may be no more of them where they are what ended the work."""
+def test_without_a_descriptor_nothing_is_left(tmp_path):
+    """There may be none where they are what ended the work, and who fails keeps his."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -297,7 +297,7 @@ def test_with_one_descriptor_nothing_is_left(tmp_path):
             (work.scratch / "a").mkdir()
             (work.scratch / "a" / "a.onnx").write_text("half")
             os.close(free := os.dup(1))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
             raise OSError(errno.EMFILE, "Too many open files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
