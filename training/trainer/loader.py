@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -389,12 +391,19 @@ class TrainingLoader:
             self._workers._iterator = None
 
 
+# Of a worker: two batches that wait and one that is made, of three tensors, each twice while it is
+# handed over; and its connections.
+_DESCRIPTORS = 24
+
+
 def _as_it_is(batch: Batch | EfficientFaceError) -> Batch | EfficientFaceError:
     return batch
 
 
 def _check_queues(workers: int) -> None:
     """Refuse workers that the system has no queues for; torch, half-way, would say much more.
+
+    A worker that finds no descriptor for a batch would lose it, and the training wait for ever.
 
     Raises:
         ConfigError: There is no /dev/shm, or too few descriptors are left.
@@ -403,6 +412,9 @@ def _check_queues(workers: int) -> None:
     try:
         for _ in range(workers + 1 if workers else 0):
             queues.append(multiprocessing.Queue())
+        with contextlib.ExitStack() as files:
+            for _ in range(workers * _DESCRIPTORS):
+                files.enter_context(open(os.devnull, "rb"))
     except OSError as error:
         raise _no_workers(workers, "queues to them", error) from None
     finally:

@@ -307,6 +307,23 @@ def test_a_system_without_queues_is_one_line(dataset, spec, monkeypatch):
     assert len(batches_of(images, BatchOrder(len(images), BATCH, 5), 0)) == 7
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_few_descriptors_are_refused_before_a_batch_is_lost(workers, dataset, spec):
+    resource = pytest.importorskip("resource")
+    images = make_images(dataset, spec, on_device="no")
+    order = BatchOrder(len(images), BATCH, 5)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(1))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20 * workers, limits[1]))
+        with pytest.raises(ConfigError, match=f"--workers {workers}: .*; close other files, or"):
+            batches_of(images, order, workers)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 40 * workers, limits[1]))
+        assert len(batches_of(images, order, workers)) == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_last_batch_is_left_out_when_it_is_not_full(dataset, spec):
     images = make_images(dataset, spec)
     loader = TrainingLoader(images, BatchOrder(len(images), 15, 0), 0, CPU)
