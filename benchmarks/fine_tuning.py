@@ -10,11 +10,8 @@ From each of these sets a network is trained from scratch, another from that net
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,20 +30,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import ROOT
+from benchmarks.measure.trainings import train
 from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import new_result
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import load_checkpoint
 from efficientface_deploy.spec import ModelSpec
-from efficientface_deploy.workbench.dataset import (
-    DESCRIPTION,
-    MANIFEST,
-    Dataset,
-    Sample,
-    read_dataset,
-)
+from efficientface_deploy.workbench.dataset import Dataset, Sample, read_dataset
 from efficientface_deploy.workbench.evaluation import (
     Scores,
     labels_of,
@@ -90,6 +81,8 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
             raise ConfigError("--own", expected, str(count), "give other numbers")
     result = new_result("finetuning", config)
     samples = dataset.split(dataset.evaluation_split())
+    common = ["--targets", "onehot", "--input-size", str(config.input_size)]
+    common += ["--seed", str(config.seed)]
 
     def row(way: str, count: int, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         infer = infer_with(model, spec, torch.device("cpu"))
@@ -107,7 +100,7 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if config.work is None else config.work
         # Strong augmentation would leave a short training far from its end.
-        base = train(config, work / "base", dataset, first, config.base_epochs, *_MILD)
+        base = train(work / "base", dataset, first, *common, *_epochs(config.base_epochs), *_MILD)
         rows = [row("to start from", len(first), *load_checkpoint(base))]
         for count in config.own:
             own = second[:count]
@@ -120,10 +113,14 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
             }
             for way, options in ways.items():
                 folder = work / f"{way.replace(' ', '-')}-{count}"
-                path = train(config, folder, dataset, own, epochs, *options)
+                path = train(folder, dataset, own, *common, *_epochs(epochs), *options)
                 rows.append(row(way, count, *load_checkpoint(path)))
     described = {"name": dataset.name, "split": dataset.evaluation_split()}
     return {**result, "data": described, "cases": rows}
+
+
+def _epochs(count: int) -> tuple[str, str]:
+    return "--epochs", str(count)
 
 
 def halves(dataset: Dataset, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -143,63 +140,6 @@ def halves(dataset: Dataset, seed: int) -> tuple[list[Sample], list[Sample]]:
         *first_of.values(),
         *(sample for sample in second if id(sample) not in chosen),
     ]
-
-
-def train(
-    config: FineTuningConfig,
-    folder: Path,
-    dataset: Dataset,
-    samples: Sequence[Sample],
-    epochs: int,
-    *options: str,
-) -> Path:
-    """Train a student on some of a data set's pictures, unless that was done; its checkpoint."""
-    data, out = folder / "data", folder / "run"
-    done = out / "student.safetensors"
-    if (folder / "done").exists():
-        return done
-    subset(dataset, samples, data, own_names="--init" in options)
-    command = [sys.executable, "-m", "training.student", "--data", str(data), "--out", str(out)]
-    command += ["--targets", "onehot", "--select", "last", "--no-tensorboard", "--workers", "0"]
-    command += ["--input-size", str(config.input_size), "--seed", str(config.seed)]
-    command += ["--epochs", str(epochs), *options]
-    if (out / "last.pt").exists():
-        command.append("--resume")
-    code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode
-    if code:
-        fix = "see its error above"
-        raise ConfigError(" ".join(command[1:]), "a training", f"exit status {code}", fix)
-    (folder / "done").touch()
-    return done
-
-
-def subset(
-    dataset: Dataset, samples: Sequence[Sample], folder: Path, *, own_names: bool = False
-) -> None:
-    """A data set with some of the pictures, by its own manifest and links to the folders.
-
-    Args:
-        dataset: All of the pictures.
-        samples: Some of them.
-        folder: Where the new data set is to be.
-        own_names: Give the classes other names, so that no last layer fits them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    description = json.loads((dataset.root / DESCRIPTION).read_text(encoding="utf-8"))
-    if own_names:
-        description["labels"] = [f"my {label}" for label in description["labels"]]
-    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
-    kept = {sample.path.relative_to(dataset.root).as_posix() for sample in samples}
-    columns = ["path", "split", "label"]  # without votes, which have the classes' names
-    with (dataset.root / MANIFEST).open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["path"] in kept]
-    with (folder / MANIFEST).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    for split in {path.partition("/")[0] for path in kept}:
-        if not (folder / split).exists():
-            (folder / split).symlink_to((dataset.root / split).resolve())
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ class PredictConfig:
         positional=True,
         first=True,
     )
-    model: Path | None = option(None, help="model file; default: the bundled model", first=True)
+    model: Path | None = option(
+        None, help="model file, or accurate; default: the bundled model", first=True
+    )
     backend: str = option("auto", help="auto, onnx, onnx:cuda, trt, trt-rtx, torch, ...")
     preset: str | None = option(None, help="what a published checkpoint was trained on")
     threads: int | None = option(None, minimum=1, help="CPU threads for one inference")

@@ -47,6 +47,9 @@ from efficientface_deploy.vision.video import Video, VideoFrame
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED_ONNX = WEIGHTS / "efficientface-ferplus.onnx"
 BUNDLED_WEIGHTS = WEIGHTS / "efficientface-ferplus.safetensors"
+ACCURATE = "accurate"
+ACCURATE_ONNX = WEIGHTS / "efficientface-ferplus-160.onnx"
+ACCURATE_WEIGHTS = WEIGHTS / "efficientface-ferplus-160.safetensors"
 
 CHECK_VARIABLE = "EFFICIENTFACE_CHECK"
 """Environment variable: ``0`` loads models without the check by their probe."""
@@ -517,7 +520,7 @@ def load(
     Args:
         model: ``*.onnx``, ``*.engine``, ``*.rtx.engine``, ``*.safetensors`` or a published
             ``*.pth.tar``; or ``triton://host:port/model``, of a Triton server; None loads the
-            bundled model.
+            bundled model, ``accurate`` the larger one, which takes twice as long.
         backend: ``auto`` (by the file; on the CPU that it was tuned on, what was fastest), or
             ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``, ``torch``, ...; what is asked for is
             what runs, or it is an error.
@@ -548,9 +551,10 @@ def load(
             "backend", "a name, or auto", repr(backend)[:40], "leave it out for auto"
         )
     if model is not None and not isinstance(model, (str, os.PathLike)):
-        expected, fix = "a path, or None for the bundled model", "give the file's path"
+        expected = f"a path, {ACCURATE}, or None for the bundled model"
+        fix = "give the file's path"
         raise ArtifactError("model", expected, repr(model)[:40], fix)
-    path = Path(model) if model is not None else bundled_model(backend)
+    path = model_file(model, backend)
     opened = _open_backend(path, backend, BackendOptions("", threads, preset, cuda_graphs))
     try:
         if check is None:
@@ -610,8 +614,18 @@ def check_backend(backend: Backend) -> Check | None:
     return check
 
 
-def bundled_model(backend: str = "auto") -> Path:
+def model_file(model: str | os.PathLike[str] | None, backend: str = "auto") -> Path:
+    """The file that a name means: a bundled one for None and ``accurate``, else it is the path."""
+    accurate = model is not None and os.fspath(model) == ACCURATE
+    return bundled_model(backend, accurate=accurate) if accurate or model is None else Path(model)
+
+
+def bundled_model(backend: str = "auto", *, accurate: bool = False) -> Path:
     """The bundled file that suits a backend: ONNX where ONNX Runtime is there, else weights.
+
+    Args:
+        backend: As for :func:`load`.
+        accurate: The larger network's.
 
     Raises:
         ArtifactError: The package is in an archive, as a zipapp is, where no library reads files.
@@ -622,4 +636,6 @@ def bundled_model(backend: str = "auto") -> Path:
     wants_torch = backend.partition(":")[0] == "torch"
     if backend == "auto":
         wants_torch = missing_reason("onnx") is not None and missing_reason("torch") is None
+    if accurate:
+        return ACCURATE_WEIGHTS if wants_torch else ACCURATE_ONNX
     return BUNDLED_WEIGHTS if wants_torch else BUNDLED_ONNX

@@ -23,7 +23,9 @@ class ExportConfig:
     """Options of ``efficientface-export``."""
 
     engine: str = option("auto", choices=ENGINES, help="what to make", first=True)
-    weights: Path | None = option(None, help="checkpoint, or an ONNX file of ours", first=True)
+    weights: Path | None = option(
+        None, help="checkpoint, or an ONNX file of ours; or accurate, bundled", first=True
+    )
     preset: str | None = option(
         None, choices=tuple(PRESETS), help="what a published checkpoint was trained on"
     )

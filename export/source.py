@@ -27,7 +27,13 @@ from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.base import broken_package
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash, find_files
-from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS
+from efficientface_deploy.predictor import (
+    ACCURATE,
+    ACCURATE_ONNX,
+    ACCURATE_WEIGHTS,
+    BUNDLED_ONNX,
+    BUNDLED_WEIGHTS,
+)
 from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
@@ -165,8 +171,8 @@ def open_source(
     """Find and open what is to be exported.
 
     Args:
-        weights: ``*.safetensors``, ``*.pth.tar`` or ``*.onnx``; None takes the newest student
-            under ``runs/``, else the bundled model.
+        weights: ``*.safetensors``, ``*.pth.tar`` or ``*.onnx``; ``accurate`` is the larger bundled
+            model; None takes the newest student under ``runs/``, else the bundled model.
         preset: What a published checkpoint was trained on.
         input_size: Side of the input for a checkpoint; None for what it was trained at.
 
@@ -174,6 +180,8 @@ def open_source(
         EfficientFaceError: The file is unusable, or it is a checkpoint and torch is missing.
     """
     path = weights if weights is not None else default_weights()
+    if path == Path(ACCURATE):
+        path = ACCURATE_ONNX if missing_reason("torch") else ACCURATE_WEIGHTS
     _require_weights(path)
     if path.suffix == ONNX_SUFFIX:
         return _open_onnx(path, preset)

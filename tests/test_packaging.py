@@ -89,6 +89,8 @@ def test_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path):
         "efficientface_deploy/py.typed",
         "efficientface_deploy/weights/efficientface-ferplus.onnx",
         "efficientface_deploy/weights/efficientface-ferplus.safetensors",
+        "efficientface_deploy/weights/efficientface-ferplus-160.onnx",
+        "efficientface_deploy/weights/efficientface-ferplus-160.safetensors",
         "efficientface_export/py.typed",
         "efficientface_export/verification/reference_faces.png",
     } <= names

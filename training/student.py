@@ -20,7 +20,7 @@ from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import EfficientFace
 from efficientface_deploy.workbench.dataset import Sample, read_dataset
 from training.trainer import checkpointing, distributed
-from training.trainer.config import AMP, BUNDLED, Job, TrainConfig, check_amp
+from training.trainer.config import AMP, OURS, Job, TrainConfig, check_amp
 from training.trainer.distributed import Distributed
 from training.trainer.label_store import STORE, stored_distributions
 from training.trainer.loader import TrainingImages, choose_samples
@@ -88,7 +88,7 @@ class StudentConfig(TrainConfig):
         if self.freeze == "yes" and self.init is None:
             fix = "add --init bundled, or a checkpoint of yours"
             raise ConfigError("--freeze yes", "weights to start from", "no --init", fix)
-        few = self.init == BUNDLED and images < FEW
+        few = self.init in OURS and images < FEW
         return self.freeze == "yes" or (self.freeze is None and few)
 
     def check_device(self, device: torch.device) -> None:
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = read_dataset(config.data, config.preset)
     spec = config.model_spec(dataset, "efficientface").replace(preliminary=config.preliminary)
     published = config.recipe == "published"
-    default = FINE_TUNED_STUDENT if config.init == BUNDLED else DEFAULT_STUDENT
+    default = FINE_TUNED_STUDENT if config.init in OURS else DEFAULT_STUDENT
     recipe = config.change(published_student(dataset.preset) if published else default)
     config.check_targets(recipe.views)
     if not config.queries_teacher:

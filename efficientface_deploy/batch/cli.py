@@ -38,7 +38,7 @@ from efficientface_deploy.cpus import usable_cpus
 from efficientface_deploy.download import Download
 from efficientface_deploy.errors import BackendError, ImageError
 from efficientface_deploy.files import file_hash, remove_temporaries, require_file
-from efficientface_deploy.predictor import bundled_model
+from efficientface_deploy.predictor import model_file
 from efficientface_deploy.prior import parse_prior
 from efficientface_deploy.vision.detectors import open_detector, search_options
 from efficientface_deploy.vision.search import MAX_SIDE, MIN_SCORE
@@ -65,7 +65,9 @@ class AnnotateConfig:
         first=True,
     )
     faces: bool = option(False, help="find the faces first, by YuNet", first=True)
-    model: Path | None = option(None, help="model file; default: the bundled model", first=True)
+    model: Path | None = option(
+        None, help="model file, or accurate; default: the bundled model", first=True
+    )
     workers: int = option(1, minimum=1, help="processes; with --ray actors")
     threads: int | None = option(
         None, minimum=1, help="threads of each (default: the CPUs that we may use, shared)"
@@ -202,7 +204,7 @@ def _options(config: AnnotateConfig) -> Options:
             open_detector(detector, threads=1, **search)  # fetches what all workers need
     if config.prior is not None:
         parse_prior(config.prior)
-    model = (config.model or bundled_model(config.backend)).absolute()
+    model = model_file(config.model, config.backend).absolute()
     return Options(
         model=require_file(model, "a model"),
         model_hash=file_hash(model),

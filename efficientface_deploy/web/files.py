@@ -19,7 +19,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.download import Download, fetch
 from efficientface_deploy.errors import ArtifactError
 from efficientface_deploy.files import atomic_path, require_file
-from efficientface_deploy.predictor import BUNDLED_ONNX
+from efficientface_deploy.predictor import model_file
 from efficientface_deploy.vision.yunet import YuNet, read_weights
 
 FILE_VARIABLE = "EFFICIENTFACE_ORT_WEB"
@@ -80,12 +80,12 @@ def read_model(path: str | Path | None = None) -> bytes:
     """A model that a browser can run.
 
     Args:
-        path: ``*.onnx`` of ours with uint8 input; None takes the bundled model.
+        path: ``*.onnx`` of ours with uint8 input; None and ``accurate`` take a bundled model.
 
     Raises:
         ArtifactError: It is none.
     """
-    path = Path(path or BUNDLED_ONNX)
+    path = model_file(path, "onnx")
     spec_from_metadata(read_onnx_metadata(path), path)
     if (name := read_onnx_input(path)) != UINT8_INPUT:
         found = f"one with the input {name!r}"

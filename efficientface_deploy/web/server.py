@@ -60,7 +60,9 @@ _ANY_TYPE, _PLAIN = "application/octet-stream", "text/plain; charset=utf-8"
 class WebConfig:
     """Options of ``efficientface-web``."""
 
-    model: Path | None = option(None, help="*.onnx of ours; default: the bundled model", first=True)
+    model: Path | None = option(
+        None, help="*.onnx of ours, or accurate; default: the bundled model", first=True
+    )
     port: int = option(8021, minimum=0, maximum=65535, help="of 127.0.0.1; 0 for any", first=True)
     browser: bool = option(True, help="open the page in the browser")
     detector: Path | None = option(None, help="YuNet's model file; default: fetched once (233 KB)")

@@ -28,21 +28,6 @@ def test_halves_share_nothing_and_the_second_begins_with_every_class(faces):
     assert bench.halves(dataset, 0) == (first, second) != bench.halves(dataset, 1)
 
 
-def test_subset_is_a_data_set_of_its_own(faces, tmp_path):
-    dataset = read_dataset(faces)
-    chosen = dataset.split("train")[3:60:4]
-    bench.subset(dataset, chosen, tmp_path / "few")
-    few = read_dataset(tmp_path / "few").split("train")
-    assert [(s.path.name, s.label) for s in few] == [(s.path.name, s.label) for s in chosen]
-
-
-def test_own_names_fit_no_last_layer(faces, tmp_path):
-    dataset = read_dataset(faces)
-    bench.subset(dataset, dataset.split("train")[:30], tmp_path / "own", own_names=True)
-    own = read_dataset(tmp_path / "own")
-    assert own.labels == tuple(f"my {label}" for label in dataset.labels)
-
-
 @pytest.mark.slow
 def test_every_way_is_scored(faces, tmp_path):
     arguments = ["--data", str(faces), "--own", "70", "--input-size", "32", "--base-epochs", "1"]
@@ -61,11 +46,3 @@ def test_too_few_or_too_many(own, faces, tmp_path):
     config = bench.FineTuningConfig(data=faces, own=(int(own),))
     with pytest.raises(ConfigError, match="--own: expected 64 to 105, half of the training split"):
         bench.run(config)
-
-
-def test_training_that_fails_is_named(faces, tmp_path):
-    dataset = read_dataset(faces)
-    config = bench.FineTuningConfig(data=faces, input_size=32)
-    with pytest.raises(ConfigError, match=r"-m training.student .* found exit status 2; see its e"):
-        bench.train(config, tmp_path, dataset, dataset.split("train"), 1, "--schedule", "none")
-    assert not (tmp_path / "done").exists()

@@ -617,6 +617,10 @@ def test_bundled_file_suits_the_backend(monkeypatch, requested, installed, expec
     reason = {name: None if name in installed else "missing" for name in ("onnx", "torch")}
     monkeypatch.setattr(module, "missing_reason", reason.get)
     assert module.bundled_model(requested) == expected
+    larger = expected.with_stem(f"{expected.stem}-160")
+    assert module.bundled_model(requested, accurate=True) == larger
+    assert module.model_file("accurate", requested) == larger
+    assert module.model_file(Path("accurate.onnx"), requested) == Path("accurate.onnx")
 
 
 def test_package_in_an_archive_is_one_line(run_python, tmp_path):
@@ -670,7 +674,7 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": 3}, "model: expected a path, or None for the bundled model, found 3; "),
+        ({"model": 3}, "model: expected a path, accurate, or None for the bundled model, found 3; "),
         ({"backend": None}, "backend: expected a name, or auto, found None; "),
         ({"backend": 3}, "backend: expected a name, or auto, found 3; "),
     ],

@@ -61,6 +61,11 @@ class TestDefault:
         monkeypatch.setitem(sys.modules, "torch", None)
         assert default_weights(tmp_path / "none") == source_module.BUNDLED_ONNX
 
+    def test_the_larger_bundled_one_by_name(self) -> None:
+        source = source_module.open_source(Path("accurate"))
+        assert source.path == source_module.ACCURATE_WEIGHTS
+        assert source.spec.input_size == 160
+
     def test_runs_of_the_current_folder(
         self, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -293,10 +293,11 @@ def test_init_from_the_bundled_weights(train_student, monkeypatch, caplog):
     assert job.recipe.learning_rate == FINE_TUNED_STUDENT.learning_rate
 
 
-def test_bundled_weights_give_the_input_size(face_set):
-    config = student.StudentConfig(data=face_set, out=face_set / "run", init=Path("bundled"))
+@pytest.mark.parametrize(("init", "side"), [("bundled", 112), ("accurate", 160)])
+def test_bundled_weights_give_the_input_size(init, side, face_set):
+    config = student.StudentConfig(data=face_set, out=face_set / "run", init=Path(init))
     spec = config.model_spec(read_dataset(face_set), "efficientface")
-    assert spec.input_size == load_checkpoint(BUNDLED_WEIGHTS)[1].input_size
+    assert spec.input_size == side
 
 
 # ---- The last layer alone

@@ -14,7 +14,7 @@ from efficientface_deploy.artifact import read_safetensors_metadata, spec_from_m
 from efficientface_deploy.command import option
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.models import load_backbone
-from efficientface_deploy.predictor import BUNDLED_WEIGHTS
+from efficientface_deploy.predictor import ACCURATE, ACCURATE_WEIGHTS, BUNDLED_WEIGHTS
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.dataset import Dataset
 from training.trainer.augmentation import AUGMENTATIONS
@@ -22,7 +22,8 @@ from training.trainer.pictures import ON_DEVICE
 from training.trainer.recipe import SCHEDULES, SELECTIONS, Recipe
 
 CONFIG = "config.json"
-BUNDLED = Path("bundled")  # as --init; a file of this name wants its whole path
+# As --init; a file of such a name wants its whole path.
+OURS = {Path("bundled"): BUNDLED_WEIGHTS, Path(ACCURATE): ACCURATE_WEIGHTS}
 LARGEST_SEED = 2**32 - 1  # leaves room for the seeds of views, which are made of it
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +43,7 @@ class TrainConfig:
     out: Path = option(help="folder of the run", first=True)
     init: Path | None = option(
         None,
-        help="start from a checkpoint, or from bundled, ours; a foreign head is left",
+        help="start from a checkpoint, or from bundled or accurate, ours; a foreign head is left",
     )
     preset: str | None = option(None, help="what numbered folders mean, without dataset.json")
     input_size: int | None = option(
@@ -124,8 +125,8 @@ class TrainConfig:
         their size and normalisation: few new pictures are not to unlearn that first.
         """
         spec = dataset.spec
-        if self.init == BUNDLED:
-            seen = spec_from_metadata(read_safetensors_metadata(BUNDLED_WEIGHTS), BUNDLED_WEIGHTS)
+        if own := self.init and OURS.get(self.init):
+            seen = spec_from_metadata(read_safetensors_metadata(own), own)
             kept = ("input_size", "colour", "mean", "std")
             spec = spec.replace(**{name: getattr(seen, name) for name in kept})
         size = spec.input_size if self.input_size is None else self.input_size
@@ -138,8 +139,7 @@ class TrainConfig:
             CheckpointError: The file cannot be used.
         """
         if self.init is not None:
-            path = BUNDLED_WEIGHTS if self.init == BUNDLED else self.init
-            load_backbone(model, spec, path)
+            load_backbone(model, spec, OURS.get(self.init, self.init))
 
 
 def check_amp(name: str, amp: str, device: torch.device) -> None:

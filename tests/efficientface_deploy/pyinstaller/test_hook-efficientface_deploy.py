@@ -38,7 +38,8 @@ def test_library_that_is_not_installed_is_not_named(monkeypatch):
 
 def test_bundled_model_is_taken_along():
     datas = run_hook()["datas"]
-    assert [Path(path).name for path, _ in datas] == ["efficientface-ferplus.onnx"]
+    names = ["efficientface-ferplus-160.onnx", "efficientface-ferplus.onnx"]
+    assert [Path(path).name for path, _ in datas] == names
     for path, target in datas:
         assert ROOT / target / Path(path).name == Path(path)
 
