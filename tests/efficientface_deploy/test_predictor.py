@@ -674,7 +674,10 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": 3}, "model: expected a path, accurate, or None for the bundled model, found 3; "),
+        (
+            {"model": 3},
+            "model: expected a path, accurate, or None for the bundled model, found 3; ",
+        ),
         ({"backend": None}, "backend: expected a name, or auto, found None; "),
         ({"backend": 3}, "backend: expected a name, or auto, found 3; "),
     ],
