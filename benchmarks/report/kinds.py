@@ -443,6 +443,28 @@ FINE_TUNING = TableForm(
     notes={">Accuracy %": "in brackets 95 % intervals over images, not over seeds"},
 )
 
+
+def _rare_columns(rows: Sequence[Row]) -> Columns:
+    classes = [key for key in rows[0] if f"{key}_interval" in rows[0] and ", " in key]
+    return {
+        ">Strength": of("strength"),
+        ">Accuracy %": share("accuracy"),
+        ">Macro-F1 %": share("macro_f1"),
+        **{f">{name}: found %": share(name) for name in classes},
+    }
+
+
+RARE_CLASSES = TableForm(
+    "Rare classes, {config[input_size]}x{config[input_size]}, {config[folds]} folds of "
+    "{data[name]} {data[split]}",
+    lambda result: result["rows"],
+    _rare_columns,
+    notes={
+        "strength": "how far the training's frequencies are taken out; 1 is the uniform prior",
+        "in brackets": "95 % intervals over images, not over seeds",
+    },
+)
+
 WEB = TableForm(
     "In the browser, {data[name]}, {data[images]} images",
     lambda result: result["cases"],
@@ -709,6 +731,7 @@ TABLES = {
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),
     "finetuning": (FINE_TUNING,),
+    "rare": (RARE_CLASSES,),
     "products": (PRODUCTS,),
     "annotate": (ANNOTATE,),
     "campaign": (CAMPAIGN, FAILURES),
@@ -728,6 +751,7 @@ BLOCKS = {
     "training": TRAINING,
     "limits": LIMITS,
     "finetuning": FINE_TUNING,
+    "rare": RARE_CLASSES,
     "products": PRODUCTS,
     "alternatives": ALTERNATIVES,
     "annotate": ANNOTATE,
