@@ -40,7 +40,7 @@ from efficientface_deploy.artifact import (
 from efficientface_deploy.command import interrupts_wait
 from efficientface_deploy.errors import ArtifactError, ConfigError
 from efficientface_deploy.files import require_file
-from efficientface_deploy.predictor import BUNDLED_ONNX
+from efficientface_deploy.predictor import model_file
 from efficientface_deploy.serving import FILE_KEY, PICTURE
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.workbench.workspace import open_workspace
@@ -147,7 +147,7 @@ def triton_command(
 
     Args:
         out: Its folder.
-        path: The exported file; None takes the bundled model.
+        path: The exported file; None and ``accurate`` take a bundled model.
         target: ``cpu`` or ``gpu``, where the network runs; None goes by the file.
         max_batch: Largest batch; None takes an engine's own, else 32.
         overwrite: Whether to replace a repository of ours that is there.
@@ -158,7 +158,7 @@ def triton_command(
     Raises:
         EfficientFaceError: The file cannot be served so, or something is in the way.
     """
-    artifact = read_artifact(path or BUNDLED_ONNX)
+    artifact = read_artifact(model_file(path, "onnx"))
     write_repository(out, artifact, target=target, max_batch=max_batch, overwrite=overwrite)
     print(f"wrote {out}: {', '.join(MODELS)}, from {artifact.path}")
     print(f"  {NETWORK} runs in Triton's backend {artifact.backend}")

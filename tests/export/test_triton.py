@@ -56,6 +56,12 @@ def make_engine(folder: Path, name: str = "model.engine", max_batch: int = 16) -
     return path
 
 
+def test_the_larger_bundled_model(tmp_path):
+    assert main(["--triton", str(tmp_path / "repository"), "--weights", "accurate"]) == 0
+    network = parse(tmp_path / "repository" / NETWORK)
+    assert [list(tensor.dims) for tensor in network.input] == [[160, 160, 3]]
+
+
 def test_bundled_model(tmp_path, capsys):
     out = tmp_path / "repository"
     assert main(["--triton", str(out)]) == 0

@@ -11,7 +11,7 @@ import pytest
 
 from efficientface_deploy.download import CACHE_VARIABLE
 from efficientface_deploy.errors import ArtifactError, BackendError
-from efficientface_deploy.predictor import BUNDLED_ONNX
+from efficientface_deploy.predictor import ACCURATE_ONNX, BUNDLED_ONNX
 from efficientface_deploy.web import files
 from efficientface_deploy.web.files import (
     FILE_VARIABLE,
@@ -123,6 +123,7 @@ def test_a_detector_that_is_none(tmp_path, runtime):
 
 def test_model():
     assert read_model() == BUNDLED_ONNX.read_bytes()
+    assert read_model("accurate") == ACCURATE_ONNX.read_bytes()
 
 
 def test_models_that_a_browser_does_not_run(model_files, yunet_file):
