@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import logging
 import math
@@ -520,7 +521,7 @@ def load(
     Args:
         model: ``*.onnx``, ``*.engine``, ``*.rtx.engine``, ``*.safetensors`` or a published
             ``*.pth.tar``; or ``triton://host:port/model``, of a Triton server; None loads the
-            bundled model, ``accurate`` the larger one, which takes twice as long.
+            bundled model, ``accurate`` the larger one, which takes up to twice as long.
         backend: ``auto`` (by the file; on the CPU that it was tuned on, what was fastest), or
             ``onnx``, ``onnx:cuda``, ``trt``, ``trt-rtx``, ``torch``, ...; what is asked for is
             what runs, or it is an error.
@@ -615,9 +616,21 @@ def check_backend(backend: Backend) -> Check | None:
 
 
 def model_file(model: str | os.PathLike[str] | None, backend: str = "auto") -> Path:
-    """The file that a name means: a bundled one for None and ``accurate``, else it is the path."""
-    accurate = model is not None and os.fspath(model) == ACCURATE
-    return bundled_model(backend, accurate=accurate) if accurate or model is None else Path(model)
+    """The file that a name means: a bundled one for None and ``accurate``, else it is the path.
+
+    Raises:
+        ArtifactError: It is neither, and looks like ``accurate``; or as of :func:`bundled_model`.
+    """
+    if model is None:
+        return bundled_model(backend)
+    name = os.fspath(model)
+    if name == ACCURATE:
+        return bundled_model(backend, accurate=True)
+    near = "." not in name and difflib.get_close_matches(name.lower(), [ACCURATE])
+    if near and not os.path.lexists(name):
+        expected, fix = f"a model file, or {ACCURATE}", f"did you mean {ACCURATE}?"
+        raise ArtifactError(name, expected, "no such file", fix)
+    return Path(model)
 
 
 def bundled_model(backend: str = "auto", *, accurate: bool = False) -> Path:

@@ -503,8 +503,8 @@ def _lacks() -> dict[str, list[str]]:
     limits |= {"600 MB of address space": "-v 600000"}
     found = {name: _shell(f"ulimit {words}") for name, words in limits.items()}
     found["no HOME"] = ["env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
-    found["a HOME that is not there"] = ["env", "HOME=/nowhere", "XDG_CACHE_HOME="]
-    found["no TMPDIR"] = ["env", "TMPDIR=/nowhere"]
+    found["a HOME that is not there"] = ["env", "HOME=/proc/nowhere", "XDG_CACHE_HOME="]
+    found["no TMPDIR"] = ["env", "TMPDIR=/proc/nowhere"]
     if os.geteuid() == 0:
         for name, mount in {
             "no /dev/shm": "mount -t tmpfs -o ro tmpfs /dev/shm",

@@ -623,6 +623,12 @@ def test_bundled_file_suits_the_backend(monkeypatch, requested, installed, expec
     assert module.model_file(Path("accurate.onnx"), requested) == Path("accurate.onnx")
 
 
+@pytest.mark.parametrize("name", ["accurat", "Accurate", Path("acurate")])
+def test_name_that_is_nearly_the_larger_model(name):
+    with pytest.raises(ArtifactError, match=r"or accurate, found no such file; did you mean accu"):
+        ef.load(name)
+
+
 def test_package_in_an_archive_is_one_line(run_python, tmp_path):
     """As a zipapp is: libraries read a model from a file."""
     package = Path(ef.__file__).parent

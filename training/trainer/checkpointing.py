@@ -115,7 +115,7 @@ def _read_state(job: Job, device: torch.device) -> dict[str, Any]:
         now.pop("labels", None)
     if changed := [name for name in now if _given(now, name) != _given(started_with, name)]:
         wanted = "the options, images, labels and teacher that the run was started with"
-        fix = f"repeat those in {job.config.out / CONFIG}, or choose another --out"
+        fix = f"repeat those in {job.config.out / CONFIG} on the same data, or choose another --out"
         raise ConfigError(job.config.out, wanted, "others for " + ", ".join(changed), fix)
     return content
 

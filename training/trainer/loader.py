@@ -413,10 +413,11 @@ def _check_queues(workers: int) -> None:
         for _ in range(workers + 1 if workers else 0):
             queues.append(multiprocessing.Queue())
         with contextlib.ExitStack() as files:
-            for _ in range(workers * _DESCRIPTORS):
-                files.enter_context(open(os.devnull, "rb"))
+            for _ in range(workers * _DESCRIPTORS // 2):
+                for end in os.pipe():
+                    files.callback(os.close, end)
     except OSError as error:
-        raise _no_workers(workers, "queues to them", error) from None
+        raise _no_workers(workers, "queues to them, files for batches", error) from None
     finally:
         for queue in queues:
             queue.close()

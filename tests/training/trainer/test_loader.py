@@ -301,7 +301,7 @@ def test_a_system_without_queues_is_one_line(dataset, spec, monkeypatch):
 
     images = make_images(dataset, spec, on_device="no")
     monkeypatch.setattr(multiprocessing, "Queue", refuse)
-    wanted = "--workers 1: expected queues to them, found .*Too many open files; close other"
+    wanted = "--workers 1: expected queues to them, .*, found .*Too many open files; close other"
     with pytest.raises(ConfigError, match=wanted):
         batches_of(images, BatchOrder(len(images), BATCH, 5), 1)
     assert len(batches_of(images, BatchOrder(len(images), BATCH, 5), 0)) == 7
