@@ -106,6 +106,8 @@ def write_dataset(out: Path, preparation: Preparation, *, overwrite: bool) -> Co
     with make_and_lock(work, "preparation"):
         new, before = work / "new", work / "before"
         try:
+            if before.exists() and not out.exists():  # killed between the two renames below
+                before.rename(out)
             for left in (new, before):
                 shutil.rmtree(left, ignore_errors=True)
             new.mkdir()

@@ -104,6 +104,18 @@ def test_next_run_clears_what_a_killed_one_had_begun(tmp_path):
     assert not (out / "before").exists()
 
 
+def test_data_set_that_a_kill_left_aside_comes_back(content, tmp_path, monkeypatch):
+    """Killed between the two renames of --overwrite; the next run fails."""
+    synthetic(tmp_path / "faces")
+    kept, aside = content(tmp_path), tmp_path / ".faces.preparing"
+    aside.mkdir()
+    (tmp_path / "faces").rename(aside / "before")
+    monkeypatch.setattr(prepare, "_write_files", lambda *_: {})
+    with pytest.raises(DatasetError, match="found none that can be used"):
+        synthetic(tmp_path / "faces", "--seed", "1")
+    assert content(tmp_path) == kept
+
+
 def test_one_preparation_at_a_time(tmp_path):
     work = tmp_path / ".faces.preparing"
     with (
