@@ -200,10 +200,7 @@ def score(probabilities: Float32Array, labels: IndexArray, reference: Float32Arr
     assert apart.accuracy is not None
     per_class = scores.per_class
     return {
-        "accuracy": scores.accuracy,
-        "accuracy_interval": scores.accuracy_interval,
-        "macro_f1": scores.macro_f1,
-        "macro_f1_interval": scores.bootstrap.macro_f1,
+        **scores.summary,
         "ece": scores.ece,
         "agreement": apart.agreement,
         "agreement_interval": apart.agreement_interval,

@@ -81,26 +81,18 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
             raise ConfigError("--own", expected, str(count), "give other numbers")
     result = new_result("finetuning", config)
     samples = dataset.split(dataset.evaluation_split())
-    common = ["--targets", "onehot", "--input-size", str(config.input_size)]
-    common += ["--seed", str(config.seed)]
+    common = ("--targets=onehot", f"--input-size={config.input_size}", f"--seed={config.seed}")
 
     def row(way: str, count: int, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         infer = infer_with(model, spec, torch.device("cpu"))
         scores = Scores.of(labels_of(samples), softmax(predict(infer, samples, spec)))
-        intervals = scores.bootstrap
-        return {
-            "way": way,
-            "images": count,
-            "accuracy": scores.accuracy,
-            "accuracy_interval": list(scores.accuracy_interval),
-            "macro_f1": scores.macro_f1,
-            "macro_f1_interval": list(intervals.macro_f1),
-        }
+        return {"way": way, "images": count, **scores.summary}
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if config.work is None else config.work
         # Strong augmentation would leave a short training far from its end.
-        base = train(work / "base", dataset, first, *common, *_epochs(config.base_epochs), *_MILD)
+        base_options = (*common, f"--epochs={config.base_epochs}", *_MILD)
+        base = train(work / "base", dataset, first, *base_options)
         rows = [row("to start from", len(first), *load_checkpoint(base))]
         for count in config.own:
             own = second[:count]
@@ -113,14 +105,10 @@ def run(config: FineTuningConfig) -> dict[str, Any]:
             }
             for way, options in ways.items():
                 folder = work / f"{way.replace(' ', '-')}-{count}"
-                path = train(folder, dataset, own, *common, *_epochs(epochs), *options)
+                path = train(folder, dataset, own, *common, f"--epochs={epochs}", *options)
                 rows.append(row(way, count, *load_checkpoint(path)))
     described = {"name": dataset.name, "split": dataset.evaluation_split()}
     return {**result, "data": described, "cases": rows}
-
-
-def _epochs(count: int) -> tuple[str, str]:
-    return "--epochs", str(count)
 
 
 def halves(dataset: Dataset, seed: int) -> tuple[list[Sample], list[Sample]]:

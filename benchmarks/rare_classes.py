@@ -71,9 +71,8 @@ def run(config: RareClassesConfig) -> dict[str, Any]:
     dataset = read_dataset(config.data)
     parts = folds(dataset.split("train"), config.folds, config.seed)
     result = new_result("rare", config)
-    options = ["--targets", config.targets, "--input-size", str(config.input_size)]
-    options += ["--epochs", str(config.epochs), "--augmentation", "mild"]
-    options += ["--seed", str(config.seed)]
+    options = [f"--targets={config.targets}", f"--input-size={config.input_size}"]
+    options += [f"--epochs={config.epochs}", "--augmentation=mild", f"--seed={config.seed}"]
     logits, frequencies = [], []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if config.work is None else config.work
@@ -112,21 +111,13 @@ def row(
     _, probabilities = adjust(logits, np.float32(-strength) * np.log(frequencies))
     scores = Scores.of(labels, probabilities)
     counts = scores.confusion.sum(axis=1)  # (C,)
-    figures = {
-        "strength": strength,
-        "accuracy": scores.accuracy,
-        "accuracy_interval": list(scores.accuracy_interval),
-        "macro_f1": scores.macro_f1,
-        "macro_f1_interval": list(scores.bootstrap.macro_f1),
-    }
+    figures: dict[str, Any] = {"strength": strength, **scores.summary}
     for index, name in enumerate(names):
         if counts[index] < RARE * len(labels):
             found, images = int(scores.confusion[index, index]), int(counts[index])
             key = f"{name}, {images:,} images"
-            figures[key], figures[f"{key}_interval"] = (
-                found / images,
-                list(share_interval(found, images)),
-            )
+            figures[key] = found / images
+            figures[f"{key}_interval"] = share_interval(found, images)
     return figures
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import logging
 import math
@@ -626,10 +625,12 @@ def model_file(model: str | os.PathLike[str] | None, backend: str = "auto") -> P
     name = os.fspath(model)
     if name == ACCURATE:
         return bundled_model(backend, accurate=True)
-    near = "." not in name and difflib.get_close_matches(name.lower(), [ACCURATE])
-    if near and not os.path.lexists(name):
-        expected, fix = f"a model file, or {ACCURATE}", f"did you mean {ACCURATE}?"
-        raise ArtifactError(name, expected, "no such file", fix)
+    if "." not in name and not os.path.lexists(name):
+        import difflib  # here, where it is wanted
+
+        if difflib.get_close_matches(name.lower(), [ACCURATE]):
+            expected, fix = f"a model file, or {ACCURATE}", f"did you mean {ACCURATE}?"
+            raise ArtifactError(name, expected, "no such file", fix)
     return Path(model)
 
 

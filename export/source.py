@@ -27,13 +27,7 @@ from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.base import broken_package
 from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
 from efficientface_deploy.files import file_hash, find_files
-from efficientface_deploy.predictor import (
-    ACCURATE,
-    ACCURATE_ONNX,
-    ACCURATE_WEIGHTS,
-    BUNDLED_ONNX,
-    BUNDLED_WEIGHTS,
-)
+from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS, model_file
 from efficientface_deploy.probe import Probe
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import Float32Array, UInt8Array, normalise
@@ -179,9 +173,8 @@ def open_source(
     Raises:
         EfficientFaceError: The file is unusable, or it is a checkpoint and torch is missing.
     """
-    path = weights if weights is not None else default_weights()
-    if path == Path(ACCURATE):
-        path = ACCURATE_ONNX if missing_reason("torch") else ACCURATE_WEIGHTS
+    backend = "onnx" if missing_reason("torch") else "torch"
+    path = default_weights() if weights is None else model_file(weights, backend)
     _require_weights(path)
     if path.suffix == ONNX_SUFFIX:
         return _open_onnx(path, preset)

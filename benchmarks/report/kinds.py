@@ -445,13 +445,10 @@ FINE_TUNING = TableForm(
 
 
 def _rare_columns(rows: Sequence[Row]) -> Columns:
-    classes = [key for key in rows[0] if f"{key}_interval" in rows[0] and ", " in key]
-    return {
-        ">Strength": of("strength"),
-        ">Accuracy %": share("accuracy"),
-        ">Macro-F1 %": share("macro_f1"),
-        **{f">{name}: found %": share(name) for name in classes},
-    }
+    whole = {"accuracy": ">Accuracy %", "macro_f1": ">Macro-F1 %"}
+    shares = [key for key in rows[0] if f"{key}_interval" in rows[0]]
+    names = {key: whole.get(key, f">{key}: found %") for key in shares}
+    return {">Strength": of("strength"), **{name: share(key) for key, name in names.items()}}
 
 
 RARE_CLASSES = TableForm(

@@ -142,6 +142,16 @@ class Scores:
         return metrics.bootstrap_intervals(self.confusion)
 
     @property
+    def summary(self) -> dict[str, float | Interval]:
+        """Accuracy and macro-F1, each with its interval, as results have them."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_interval": self.accuracy_interval,
+            "macro_f1": self.macro_f1,
+            "macro_f1_interval": self.bootstrap.macro_f1,
+        }
+
+    @property
     def per_class(self) -> dict[str, list[float | None]]:
         """``precision``, ``recall`` and ``f1`` of each class; None where it is not defined."""
         return {

@@ -21,6 +21,20 @@ COLOURS = np.array([[c & 4, c & 2, c & 1] for c in range(1, 8)], dtype=bool) * 2
 SIDE = 32
 
 
+@pytest.fixture(scope="module")
+def prepare_faces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Prepare synthetic faces of 32 pixels, so many to train on and to test."""
+    from training import prepare
+
+    def make(train: int, test: int = 7) -> Path:
+        folder = tmp_path_factory.mktemp("faces") / "set"
+        sizes = f"--train {train} --test {test} --size {SIDE}"
+        prepare.main(["synthetic", *sizes.split(), "--out", str(folder)])
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def colours() -> np.ndarray:
     """Grey levels (7, 3), one row per class."""

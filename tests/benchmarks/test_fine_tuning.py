@@ -8,15 +8,11 @@ import pytest
 from benchmarks import fine_tuning as bench
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.dataset import read_dataset
-from training import prepare
 
 
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces") / "set"
-    sizes = ["--train", "210", "--test", "35", "--size", "32"]
-    prepare.main(["synthetic", *sizes, "--out", str(folder)])
-    return folder
+def faces(prepare_faces):
+    return prepare_faces(210, 35)
 
 
 def test_halves_share_nothing_and_the_second_begins_with_every_class(faces):

@@ -7,16 +7,11 @@ import pytest
 
 from benchmarks import rare_classes as bench
 from efficientface_deploy.workbench.dataset import read_dataset
-from training import prepare
 
 
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces") / "set"
-    prepare.main(
-        ["synthetic", "--train", "147", "--test", "7", "--size", "32", "--out", str(folder)]
-    )
-    return folder
+def faces(prepare_faces):
+    return prepare_faces(147)
 
 
 def test_every_picture_is_in_one_fold_and_every_class_in_each(faces):

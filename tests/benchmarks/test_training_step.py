@@ -10,20 +10,16 @@ from benchmarks import training_step as bench
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
 from efficientface_deploy.workbench.dataset import read_dataset
 from efficientface_deploy.workbench.timing import Samples
-from training import prepare
 from training.trainer import small_maps
 from training.trainer.small_maps import use_matrix_products
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
+def setting(prepare_faces):
     """A small data set and a teacher for it."""
-    folder = tmp_path_factory.mktemp("setting")
-    data = folder / "faces"
-    sizes = ["--train", "140", "--test", "7", "--size", "32"]
-    prepare.main(["synthetic", *sizes, "--out", str(data)])
+    data = prepare_faces(140)
     spec = read_dataset(data).spec.replace(architecture="resnet18", input_size=32)
-    teacher = folder / "teacher.safetensors"
+    teacher = data.with_name("teacher.safetensors")
     save_checkpoint(teacher, LabelDistributionGenerator(7, "resnet18"), spec)
     return data, teacher
 

@@ -28,6 +28,7 @@ from efficientface_deploy.errors import (
 )
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.models import LabelDistributionGenerator, save_checkpoint
+from efficientface_deploy.predictor import ACCURATE_WEIGHTS
 from efficientface_deploy.spec import ModelSpec
 from efficientface_deploy.vision.preprocess import normalise
 from efficientface_export import source as source_module
@@ -63,7 +64,7 @@ class TestDefault:
 
     def test_the_larger_bundled_one_by_name(self) -> None:
         source = source_module.open_source(Path("accurate"))
-        assert source.path == source_module.ACCURATE_WEIGHTS
+        assert source.path == ACCURATE_WEIGHTS
         assert source.spec.input_size == 160
 
     def test_runs_of_the_current_folder(

@@ -5,16 +5,11 @@ import pytest
 from benchmarks.measure.trainings import subset, train
 from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.workbench.dataset import read_dataset
-from training import prepare
 
 
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces") / "set"
-    prepare.main(
-        ["synthetic", "--train", "70", "--test", "7", "--size", "32", "--out", str(folder)]
-    )
-    return folder
+def faces(prepare_faces):
+    return prepare_faces(70)
 
 
 def test_subset_is_a_data_set_of_its_own(faces, tmp_path):
