@@ -6,6 +6,7 @@ default is a switch; a tuple takes several values; ``option(positional=True)`` h
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import dataclasses
@@ -18,6 +19,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -408,7 +410,7 @@ def run_command(
 
 def _exit_code(main: Callable[[], int | None]) -> int:
     try:
-        with signals_handled_by({signal.SIGTERM: _interrupt}):
+        with signals_handled_by({signal.SIGTERM: _interrupt}), _interrupts_come_again():
             return main() or 0
     except EfficientFaceError as error:
         return _complain(error, error.exit_code)
@@ -468,6 +470,32 @@ def signals_handled_by(handlers: dict[signal.Signals, _Handler]) -> Iterator[Non
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interrupts_come_again() -> Iterator[None]:
+    """Send an interrupt once more that came where Python drops every exception.
+
+    A signal's handler runs between any two instructions of the main thread: also in a ``__del__``,
+    in a weak reference's callback, or in a function that C calls. Nothing leaves these but a line
+    "Exception ignored in", and the command would go on.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            # Later, for here it would be dropped again. SIGTERM, for a shell's "&" ignores SIGINT.
+            timer = threading.Timer(0.01, _thread.interrupt_main, [signal.SIGTERM])
+            timer.daemon = True
+            timer.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 # ---- standard streams

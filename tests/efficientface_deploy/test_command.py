@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -495,6 +498,53 @@ def test_interrupt_that_waited_goes_before_an_error():
     with pytest.raises(KeyboardInterrupt), interrupts_wait():
         signal.raise_signal(signal.SIGINT)
         raise ValueError
+
+
+def in_a_finalizer(number):
+    class Object:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    Object()
+
+
+def in_a_weak_references_callback(number):
+    thing = type("Thing", (), {})()
+    watch = weakref.ref(thing, lambda gone: signal.raise_signal(number))
+    del thing
+    assert watch() is None
+
+
+def in_a_function_that_c_calls(number):
+    ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(number))()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "where", [in_a_finalizer, in_a_weak_references_callback, in_a_function_that_c_calls]
+)
+def test_interrupt_where_python_drops_exceptions(where, number, capsys):
+    def main() -> None:
+        where(number)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    hook = sys.unraisablehook
+    code, err = finish(main, capsys)
+    assert (code, err) == (130, "error: interrupted; nothing half-written is left behind\n")
+    assert sys.unraisablehook is hook
+
+
+def test_other_exceptions_that_python_drops_are_told_as_before(monkeypatch):
+    class Object:
+        def __del__(self):
+            raise ValueError("of a finalizer")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_value))
+    with pytest.raises(SystemExit):
+        run_command(lambda: Object() and None)
+    assert str(told[0]) == "of a finalizer"
 
 
 def test_block_without_an_interrupt():
