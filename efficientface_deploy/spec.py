@@ -11,13 +11,15 @@ from efficientface_deploy.errors import ConfigError, SpecError
 
 SCHEMA_VERSION = 1
 
-ARCHITECTURES = ("efficientface", "resnet18", "resnet50")
+ARCHITECTURES = ("efficientface", "resnet18", "resnet29", "resnet50")
 COLOURS = ("rgb", "grey")
 RESIZE_FILTERS = ("bilinear", "bicubic")
 FACE_CROPS = ("as-is", "box", "aligned")
 
 SIZE_MULTIPLE = 16
 """EfficientFace halves the picture four times before its quadrants stop being whole."""
+
+_SMALLEST = {"resnet29": 112}  # its last step finds 3x3 positions
 
 Triple = tuple[float, float, float]  # a number for each channel of RGB
 
@@ -27,7 +29,8 @@ class ModelSpec:
     """What a network expects and what its outputs mean.
 
     Attributes:
-        architecture: ``efficientface`` (a student), ``resnet18`` or ``resnet50`` (an LDG).
+        architecture: ``efficientface`` (a student), or ``resnet18``, ``resnet29`` or ``resnet50``
+            (an LDG).
         labels: Class names in the order of the logits.
         input_size: Side of the square input, pixels, a multiple of 16.
         mean: Per-channel mean of RGB in [0, 1], subtracted after scaling by 1/255.
@@ -79,9 +82,9 @@ class ModelSpec:
             if value not in known:
                 raise _bad(field, "one of " + ", ".join(known), value)
         self._check_labels()
-        size = self.input_size
-        if not _is_int(size) or size % SIZE_MULTIPLE or not 32 <= size <= 1024:
-            raise _bad("input_size", "a multiple of 16 between 32 and 1024", size)
+        size, smallest = self.input_size, _SMALLEST.get(self.architecture, 32)
+        if not _is_int(size) or size % SIZE_MULTIPLE or not smallest <= size <= 1024:
+            raise _bad("input_size", f"a multiple of 16 between {smallest} and 1024", size)
         self._check_normalisation()
         if not isinstance(self.name, str) or not isinstance(self.preliminary, bool):
             raise _bad("name/preliminary", "a text and a boolean", (self.name, self.preliminary))

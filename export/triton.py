@@ -57,7 +57,7 @@ CONFIG = "config.pbtxt"
 QUEUE_DELAY = 1000
 """Microseconds that a request waits for others to share its batch."""
 
-FEATURE_SIZES = {"efficientface": 1024, "resnet18": 512, "resnet50": 2048}
+FEATURE_SIZES = {"efficientface": 1024, "resnet18": 512, "resnet29": 256, "resnet50": 2048}
 """What the last layer is given, by the spec's architecture."""
 
 

@@ -10,6 +10,7 @@ from efficientface_deploy.errors import ConfigError
 COMMANDS = {
     "prepare": "turn a published data set, or your own, into the layout that all commands read",
     "teacher": "train a label distribution generator (LDG)",
+    "face_weights": "make weights that know faces, for an LDG to start from",
     "student": "train EfficientFace",
     "evaluate": "score a model on a data set",
     "explain": "show which parts of a face speak for a class",

@@ -15,6 +15,7 @@ import torch
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.models import LabelDistributionGenerator
+from efficientface_deploy.models.ldg import BACKBONES
 from efficientface_deploy.workbench.dataset import read_dataset
 from training.trainer import checkpointing, distributed
 from training.trainer.config import Job, TrainConfig
@@ -28,7 +29,7 @@ from training.trainer.targets import loaded_targets
 class TeacherConfig(TrainConfig):
     """Options of ``training.teacher``."""
 
-    arch: str = option("resnet50", choices=("resnet18", "resnet50"), help="the network", first=True)
+    arch: str = option("resnet50", choices=BACKBONES, help="the network", first=True)
     votes: bool = option(False, help="train from the votes instead of the labels")
 
 

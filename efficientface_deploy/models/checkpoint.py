@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _LDG_PREFIX = "backbone."
 _ZIP = b"PK\x03\x04"
-_FIX = "give a checkpoint of EfficientFace or of an LDG (ResNet-18 or ResNet-50)"
+_FIX = "give a checkpoint of EfficientFace or of an LDG (ResNet-18, -29 or -50)"
 
 
 def build_model(architecture: str, num_classes: int) -> nn.Module:
@@ -112,21 +112,23 @@ def load_backbone(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
 
 
 def save_checkpoint(
-    path: str | Path, model: nn.Module, spec: ModelSpec, provenance: str = "{}"
+    path: str | Path, model: nn.Module, spec: ModelSpec | None, provenance: str = "{}"
 ) -> None:
     """Write weights with their spec as safetensors, atomically.
 
     Args:
         path: Target, ``*.safetensors``.
         model: EfficientFace or an LDG.
-        spec: Its spec.
+        spec: Its spec; None for weights that know something else than expressions.
         provenance: JSON text about how it was made.
     """
     state = {
         key.removeprefix(_LDG_PREFIX): value.detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
-    metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: provenance}
+    metadata = {PROVENANCE_KEY: provenance}
+    if spec is not None:
+        metadata[SPEC_KEY] = spec.to_json()
     encoded = safetensors.torch.save(state, metadata)
     with atomic_path(path) as temporary:  # a full disk is an OSError here, which commands report
         temporary.write_bytes(encoded)
@@ -163,13 +165,15 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], ModelSpec | None]
 
 
 def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
-    """Tell EfficientFace, ResNet-18 and ResNet-50 apart by their parameter names.
+    """Tell EfficientFace and the ResNets apart by their parameter names.
 
     Raises:
         CheckpointError: It is none of them.
     """
     if {"local.conv1_1.weight", "modulator.channel_att.gate_c.gate_c_fc_0.weight"} <= set(state):
         architecture = "efficientface"
+    elif "layer5.0.conv2.weight" in state:
+        architecture = "resnet29"
     elif "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
         architecture = "resnet50"
     elif "layer4.1.conv2.weight" in state and "layer1.0.conv3.weight" not in state:
@@ -178,7 +182,7 @@ def identify_architecture(state: Mapping[str, Tensor], path: str | Path) -> str:
         architecture = ""
     head = state.get("fc.weight")
     if not architecture or head is None or head.ndim != 2 or len(head) < 2:
-        expected = "weights of EfficientFace, ResNet-18 or ResNet-50"
+        expected = "weights of EfficientFace, ResNet-18, -29 or -50"
         first = ", ".join(list(state)[:3]) or "no tensors"
         raise CheckpointError(path, expected, f"another network ({first}, ...)", _FIX)
     return architecture

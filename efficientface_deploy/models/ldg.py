@@ -6,18 +6,20 @@ import torchvision
 from torch import Tensor, nn
 
 from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.models.resnet29 import ResNet29
 
-BACKBONES = ("resnet18", "resnet50")
+BACKBONES = ("resnet18", "resnet29", "resnet50")
 
 
 class LabelDistributionGenerator(nn.Module):
-    """torchvision's ResNet-18 or -50 with a head for expressions (section 3.3 of the paper).
+    """A ResNet with a head for expressions (section 3.3 of the paper).
 
-    State-dict keys are torchvision's own, as in the published LDG checkpoints.
+    State-dict keys of ResNet-18 and -50 are torchvision's own, as in the published LDG checkpoints.
 
     Args:
         num_classes: Width of the logits.
-        architecture: ``resnet18`` or ``resnet50`` (the published choice).
+        architecture: ``resnet18``, ``resnet50`` (the published choice), or ``resnet29``, for which
+            there are weights in the public domain that know faces.
 
     Raises:
         ConfigError: Another architecture.
@@ -26,13 +28,14 @@ class LabelDistributionGenerator(nn.Module):
     def __init__(self, num_classes: int = 7, architecture: str = "resnet50") -> None:
         super().__init__()
         if architecture not in BACKBONES:
-            known = " or ".join(BACKBONES)
+            known = "one of " + ", ".join(BACKBONES)
             raise ConfigError("LDG architecture", known, repr(architecture), "choose one of these")
-        self.backbone = getattr(torchvision.models, architecture)(num_classes=num_classes)
+        make = ResNet29 if architecture == "resnet29" else getattr(torchvision.models, architecture)
+        self.backbone = make(num_classes=num_classes)
 
     @property
     def feature_size(self) -> int:
-        """Length of what :meth:`features` gives for a picture: 512 or 2,048."""
+        """Length of what :meth:`features` gives for a picture: 512, 256 or 2,048."""
         return int(self.backbone.fc.in_features)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class TestWeights:
         torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, path)
         code, _, error = exit_code("--engine", "onnx", "--weights", path, "--preset", "rafdb")
         assert code == 2
-        assert "weights of EfficientFace, ResNet-18 or ResNet-50, found another" in one_line(error)
+        assert "weights of EfficientFace, ResNet-18, -29 or -50, found another" in one_line(error)
 
     def test_input_size(self, student: Path, tmp_path: Path, exit_code: Run) -> None:
         command = ("--engine", "onnx", "--weights", student, "--input-size", 96)

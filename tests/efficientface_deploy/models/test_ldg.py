@@ -48,11 +48,13 @@ def test_safetensors_have_torchvisions_keys(tmp_path):
         assert torch.equal(again(image), model.eval()(image))
 
 
-@pytest.mark.parametrize(("architecture", "size"), [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize(
+    ("architecture", "size"), [("resnet18", 512), ("resnet29", 256), ("resnet50", 2048)]
+)
 def test_features_are_what_the_last_layer_is_given(architecture, size):
     model = build_model(architecture, 5).eval()
     with torch.inference_mode():
-        image = torch.randn(2, 3, 64, 64)
+        image = torch.randn(2, 3, 112, 112)
         features = model.features(image)
         assert features.shape == (2, model.feature_size) == (2, size)
         assert torch.equal(model.backbone.fc(features), model(image))
@@ -65,5 +67,5 @@ def test_build_model():
 
 @pytest.mark.parametrize("architecture", ["resnet34", "vgg16", "", "efficientface"])
 def test_other_architectures(architecture):
-    with pytest.raises(ConfigError, match="resnet18 or resnet50"):
+    with pytest.raises(ConfigError, match="resnet18, resnet29, resnet50"):
         LabelDistributionGenerator(7, architecture)
