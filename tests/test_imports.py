@@ -119,7 +119,10 @@ def training_and_export_are_strangers(source: str, target: str) -> bool:
 
 TRAINING_COMMANDS = {
     f"training.{name}"
-    for name in ("prepare", "teacher", "student", "evaluate", "compare", "explain")
+    for name in (
+        *("prepare", "face_weights", "teacher", "student"),
+        *("evaluate", "compare", "explain"),
+    )
 }
 BENCHMARK_COMMANDS = {
     f"benchmarks.{name}"

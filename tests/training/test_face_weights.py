@@ -96,12 +96,12 @@ def embedding_of_dlib(tensors: dict[str, torch.Tensor], rgb: torch.Tensor) -> to
     return x.mean((2, 3)) @ w["fc"]
 
 
-@pytest.mark.parametrize("size", [150, 160, 112])
+@pytest.mark.parametrize("size", [112, 150])
 def test_computes_what_dlibs_network_does(size, published):
     spec = SPEC.replace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     tensors = read_tensors(published)
     model = face_network(tensors, spec).double()
-    rgb = torch.rand(4, 3, size, size, generator=torch.manual_seed(0)).double() * 255
+    rgb = torch.rand(2, 3, size, size, generator=torch.manual_seed(0)).double() * 255
     mean, std = (torch.tensor(x).double().view(1, 3, 1, 1) for x in (spec.mean, spec.std))
     images = (rgb / 255 - mean) / std
     expected = embedding_of_dlib(tensors, rgb)
