@@ -21,6 +21,7 @@ from efficientface_deploy.workbench.evaluation import labels_of, predict
 from efficientface_deploy.workbench.metrics import IndexArray, accuracy, confusion_matrix, macro_f1
 from efficientface_deploy.workbench.progress import duration
 from training.trainer import checkpointing
+from training.trainer.calibration import calibrate
 from training.trainer.checkpointing import VIEWS
 from training.trainer.config import Job, TrainerState
 from training.trainer.distributed import Distributed
@@ -29,7 +30,6 @@ from training.trainer.loader import HOLDOUT, Batch, BatchOrder, TrainingImages, 
 from training.trainer.pictures import Pictures
 from training.trainer.step import TrainingStep
 from training.trainer.targets import TargetFunction
-from training.trainer.temperature import calibrate
 from training.trainer.tracking import EpochProgress, Tracker
 
 _SETTLE_SECONDS = 1.0  # between two looks at the loss, for which a GPU's queue must run empty
