@@ -130,14 +130,14 @@ class ModelSpec:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
-    def resized(self, size: int) -> ModelSpec:
-        """A copy for another input size, which a user asks for.
+    def resized(self, size: int, architecture: str | None = None) -> ModelSpec:
+        """A copy for another input size, which a user asks for, and for another network.
 
         Raises:
-            ConfigError: The network cannot have it.
+            ConfigError: The network cannot have the size.
         """
         try:
-            return self.replace(input_size=size)
+            return self.replace(input_size=size, architecture=architecture or self.architecture)
         except SpecError as error:
             fix = "give another --input-size"
             raise ConfigError("--input-size", error.expected, error.found, fix) from None

@@ -130,7 +130,7 @@ class TrainConfig:
             kept = ("input_size", "colour", "mean", "std")
             spec = spec.replace(**{name: getattr(seen, name) for name in kept})
         size = spec.input_size if self.input_size is None else self.input_size
-        return spec.replace(architecture=architecture).resized(size)
+        return spec.resized(size, architecture)
 
     def load_init(self, model: nn.Module, spec: ModelSpec) -> None:
         """Put the weights of ``--init`` into a network, where it is given.

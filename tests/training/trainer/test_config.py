@@ -37,6 +37,16 @@ def test_input_size_that_the_network_cannot_have(size, make_job):
         config.model_spec(job.dataset, "efficientface")
 
 
+def test_smallest_input_is_that_of_the_network_which_is_trained(make_job):
+    """FER+ is prepared for 96x96, which is too small for a ResNet-29."""
+    job = make_job()
+    dataset = dataclasses.replace(job.dataset, preset="ferplus")
+    chosen = dataclasses.replace(job.config, input_size=112).model_spec(dataset, "resnet29")
+    assert (chosen.architecture, chosen.input_size) == ("resnet29", 112)
+    with pytest.raises(ConfigError, match="--input-size: expected .* 112 and 1024, found 96; give"):
+        dataclasses.replace(job.config, input_size=None).model_spec(dataset, "resnet29")
+
+
 def test_fp16_needs_a_gpu():
     check_amp("--amp", "fp16", torch.device("cuda"))
     with pytest.raises(ConfigError, match="--amp fp16: expected a CUDA device, found a CPU"):
