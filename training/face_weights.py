@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from efficientface_deploy.command import option, parse_config
 from efficientface_deploy.errors import CheckpointError, ConfigError
-from efficientface_deploy.files import make_folder, read_json, require_file
+from efficientface_deploy.files import make_folder, read_json, why_not_a_file
 from efficientface_deploy.models import save_checkpoint
 from efficientface_deploy.models.resnet29 import Block, ResNet29
 from efficientface_deploy.spec import ModelSpec
@@ -93,10 +93,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         CheckpointError: The files are not these, or not whole.
     """
     path = folder / MANIFEST
-    raw = require_file(folder / WEIGHTS, "dlib's weights").read_bytes()
+    for file in (path, folder / WEIGHTS):
+        if (reason := why_not_a_file(file)) is not None:
+            raise CheckpointError(file, "a file of dlib's weights", reason, _FIX)
+    raw = (folder / WEIGHTS).read_bytes()
     tensors, at = {}, 0
     try:
-        (group,) = read_json(require_file(path, "the manifest of dlib's weights"))
+        (group,) = read_json(path)
         for entry in group["weights"]:
             shape, scaled = entry["shape"], entry.get("quantization")
             kind = np.dtype(np.uint8 if scaled else "<f4")
