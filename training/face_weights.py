@@ -108,7 +108,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if scaled:
                 values = values * np.float32(scaled["scale"]) + np.float32(scaled["min"])
             tensors[entry["name"]] = torch.from_numpy(values.reshape(shape))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         found = f"another one ({type(error).__name__}: {error})"
         raise CheckpointError(path, f"the manifest of {WEIGHTS}", found, _FIX) from None
     if at != len(raw):

@@ -149,6 +149,8 @@ def test_an_ldg_begins_with_them(published, face_set, tmp_path, capsys, caplog):
         (lambda m: m[0]["weights"][0].update(shape=[3, 7, 7, 32]), "finite numbers (32, 3, 7, 7)"),
         (lambda m: m[0]["weights"][0].update(shape=[-1]), "another one"),
         (lambda m: m[0]["weights"][0].update(shape="x"), "another one"),
+        (lambda m: m[0]["weights"][0].update(shape=[2**99]), "another one"),
+        (lambda m: m[0]["weights"].insert(0, "x"), "another one"),
         (lambda m: m[0]["weights"][1].update(quantization={"scale": 1}), "another one"),
         (lambda m: m[0]["weights"][1]["quantization"].update(min=float("nan")), "NaN or infinity"),
         (lambda m: m.clear(), "another one"),
