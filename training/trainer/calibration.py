@@ -52,7 +52,7 @@ def fit_temperature(logits: Float32Array, labels: IndexArray) -> float:
 
 
 def fit_prior_strength(
-    logits: Float32Array, labels: IndexArray, frequencies: Sequence[float]
+    logits: Float32Array, labels: IndexArray, frequencies: Sequence[float], temperature: float
 ) -> float:
     """How much of the training's class frequencies to take out of the logits.
 
@@ -65,6 +65,7 @@ def fit_prior_strength(
         logits: float32 (N, C), of images that the network was not trained on.
         labels: Integers (N,).
         frequencies: f, the share of each of the C classes in training, positive.
+        temperature: Of these logits as they are, from :func:`fit_temperature`.
 
     Returns:
         s; 0 where the images do not show that another is better, by a test of the likelihood ratio
@@ -73,8 +74,8 @@ def fit_prior_strength(
     scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))  # (N, C)
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))  # (N,)
     prior = torch.tensor(frequencies, dtype=torch.float64).log()  # (C,)
-    start = 1 / fit_temperature(logits, labels)
-    inverse_and_strength = torch.tensor([start, 0.0], dtype=torch.float64, requires_grad=True)
+    start = [1 / temperature, 0.0]
+    inverse_and_strength = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([inverse_and_strength], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -141,7 +142,7 @@ def calibrate(job: Job, selection: Sequence[Sample], device: torch.device) -> No
             "likely; it has not learned to tell them apart"
         )
     elif folded and shares is not None:
-        strength = fit_prior_strength(logits, labels, shares)
+        strength = fit_prior_strength(logits, labels, shares, temperature)
         shift = (strength * np.log(shares)).astype(np.float32)
         temperature = fit_temperature(logits - shift, labels)
     calibrated = (logits - shift) / temperature

@@ -60,12 +60,16 @@ def test_is_the_minimum_of_the_cross_entropy(honest):
 FREQUENCIES = (0.5, 0.3, 0.1, 0.08, 0.02)
 
 
+def prior_strength(logits, labels, frequencies):
+    return fit_prior_strength(logits, labels, frequencies, fit_temperature(logits, labels))
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("strength", [-0.3, 0.2, 0.7])
 def test_finds_how_much_of_the_prior_is_too_much(strength, factor, honest):
     logits, labels = honest
     leaning = (factor * (logits + strength * np.log(FREQUENCIES))).astype(np.float32)
-    found = fit_prior_strength(leaning, labels, FREQUENCIES)
+    found = prior_strength(leaning, labels, FREQUENCIES)
     assert found / factor == pytest.approx(strength, abs=0.06)  # in the leaning logits' own scale
     shift = found * np.log(FREQUENCIES)
     temperature = fit_temperature(leaning - shift, labels)
@@ -82,10 +86,10 @@ def test_finds_how_much_of_the_prior_is_too_much(strength, factor, honest):
 
 def test_prior_is_left_where_nothing_shows_that_it_is_too_much(honest):
     logits, labels = honest
-    assert fit_prior_strength(logits, labels, FREQUENCIES) == 0
+    assert prior_strength(logits, labels, FREQUENCIES) == 0
     leaning = (logits + 0.2 * np.log(FREQUENCIES)).astype(np.float32)
-    assert fit_prior_strength(leaning[:40], labels[:40], FREQUENCIES) == 0  # too few images
-    assert fit_prior_strength(leaning, labels, (0.2,) * 5) == 0  # no class is more frequent
+    assert prior_strength(leaning[:40], labels[:40], FREQUENCIES) == 0  # too few images
+    assert prior_strength(leaning, labels, (0.2,) * 5) == 0  # no class is more frequent
 
 
 def test_logits_that_are_always_right_give_the_smallest_temperature():
