@@ -25,7 +25,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from efficientface_deploy.errors import (
     ConfigError,
@@ -399,9 +399,9 @@ def run_command(
             ``| head -1``: it ends with 141, as a shell has it, where its output is its product. By
             default its product is files, and it goes on without a word.
     """
-    with _safe_streams(ends_with_reader):
+    with _safe_streams(ends_with_reader) as nowhere:
         try:
-            code: int | str | None = _exit_code(main)
+            code: int | str | None = _exit_code(_refuse if ends_with_reader and nowhere else main)
         except SystemExit as end:  # of --help
             code = end.code
         flushed = _flush()
@@ -424,6 +424,11 @@ def _exit_code(main: Callable[[], int | None]) -> int:
             raise  # a defect of ours
         expected = "what this command needs of it"
         return _complain(EfficientFaceError("the system", expected, words_of(error), fix))
+
+
+def _refuse() -> NoReturn:
+    wanted, fix = "a terminal, a file or a pipe for the results", "leave >&- out, or add > FILE"
+    raise ConfigError("standard output", wanted, "a closed one", fix)
 
 
 def _complain(error: object, code: int = 2) -> int:
@@ -501,15 +506,16 @@ def _interrupts_come_again() -> Iterator[None]:
 # ---- standard streams
 
 
-class _Pipe(io.FileIO):
-    """A pipe whose reader may go away: what is written then is dropped, or ends the program."""
+class _Outlet(io.FileIO):
+    """A stream that may stop taking what is written: that is dropped then, or ends the program."""
 
     ends_program = False
+    dropped_after: type[OSError] = ConnectionError  # a reader that went away, of pipe or socket
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except ConnectionError:  # BrokenPipeError, and a socket's ConnectionResetError
+        except self.dropped_after:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -519,20 +525,26 @@ class _Pipe(io.FileIO):
 
 
 @contextlib.contextmanager
-def _safe_streams(ends_with_reader: bool) -> Iterator[None]:
-    """Standard streams that are there, take any text, and survive their reader."""
+def _safe_streams(ends_with_reader: bool) -> Iterator[bool]:
+    """Standard streams that are there, take any text, and survive their reader.
+
+    Yields:
+        Whether standard output was closed.
+    """
+    closed = set()
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             # Closed, as by >&-: the next file would get its number, and what is printed.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            closed.add(number)
     before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.stdout = _safe_stream(sys.stdout, ends_with_reader)
-    sys.stderr = _safe_stream(sys.stderr, False)
+    sys.stdout = _safe_stream(sys.stdout, ends_with_reader=ends_with_reader)
+    sys.stderr = _safe_stream(sys.stderr, only_notes=True)
     try:
-        yield
+        yield 1 in closed
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
@@ -540,7 +552,10 @@ def _safe_streams(ends_with_reader: bool) -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
-def _safe_stream(stream: TextIO | None, ends_with_reader: bool) -> TextIO:
+def _safe_stream(
+    stream: TextIO | None, *, ends_with_reader: bool = False, only_notes: bool = False
+) -> TextIO:
+    """A stream that survives its reader, and with ``only_notes`` a full disk, too."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's
@@ -550,13 +565,15 @@ def _safe_stream(stream: TextIO | None, ends_with_reader: bool) -> TextIO:
         kind = os.fstat(stream.fileno()).st_mode
     except OSError:  # not the system's, as in tests
         return stream
-    if not (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+    if not (only_notes or stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
         return stream
     stream.flush()
-    pipe = _Pipe(stream.fileno(), "w", closefd=False)
-    pipe.ends_program = ends_with_reader
+    outlet = _Outlet(stream.fileno(), "w", closefd=False)
+    outlet.ends_program = ends_with_reader
+    if only_notes:
+        outlet.dropped_after = OSError
     return io.TextIOWrapper(
-        io.BufferedWriter(pipe),
+        io.BufferedWriter(outlet),
         encoding=stream.encoding,
         errors=_ESCAPED,
         line_buffering=stream.line_buffering,

@@ -417,6 +417,36 @@ def test_closed_streams_lead_nowhere(kind, run_python, tmp_path):
     assert (tmp_path / "file").read_text() == "content"
 
 
+@pytest.mark.parametrize("kind", ["closed", "absent"])
+def test_command_whose_output_is_its_product_needs_a_place_for_it(kind, tmp_path):
+    code = CLOSED.replace("(0, 1, 2)", "(0, 1)").replace("= sys.stderr", "")
+    code = code.replace("run_command(main)", "run_command(main, ends_with_reader=True)")
+    words = [sys.executable, "-c", code, kind, str(tmp_path / "file")]
+    result = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and not (tmp_path / "file").exists()
+    assert result.stderr.startswith("error: standard output: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", ["0", "1000"])
+def test_notes_that_cannot_be_written_are_dropped(lines):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    code = """
+import sys
+from efficientface_deploy.command import run_command
+def main():
+    for _ in range(int(sys.argv[1])):
+        print("x" * 1000, file=sys.stderr)
+    print("note", file=sys.stderr)
+    print("result")
+run_command(main, ends_with_reader=True)
+"""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-c", code, lines]
+        result = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (result.returncode, result.stdout) == (0, "result\n")
+
+
 def test_streams_are_as_before_after_a_command(capsys):
     before = sys.stdin, sys.stdout, sys.stderr
     finish(lambda: 0, capsys)
