@@ -18,6 +18,7 @@ from efficientface_deploy.errors import ConfigError
 from efficientface_deploy.files import check_writable, read_json, read_lines, write_text
 from efficientface_deploy.predictor import load
 from efficientface_deploy.workbench.dataset import Dataset, read_dataset, read_table
+from efficientface_deploy.workbench.environment import made_by
 from efficientface_deploy.workbench.evaluation import check_labels, labels_of, none_of
 from efficientface_deploy.workbench.metrics import paired_accuracy_difference
 from efficientface_deploy.workbench.tables import Table, escaped
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = as_markdown(rows, dataset, config.split)
     print(page)
     if config.out is not None:
-        write_text(config.out / "comparison.json", json.dumps(rows, indent=2) + "\n")
+        content = {"dataset": dataset.name, "split": config.split, "runs": rows, **made_by()}
+        write_text(config.out / "comparison.json", json.dumps(content, indent=2) + "\n")
         write_text(config.out / "comparison.md", page + "\n")
         print(f"wrote comparison.json and comparison.md to {config.out}")
     return 0

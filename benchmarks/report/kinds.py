@@ -431,6 +431,23 @@ LIMITS = TableForm(
     },
 )
 
+TRAININGS = TableForm(
+    "Trainings, {dataset}, {split}",
+    lambda result: result["runs"],
+    {
+        "Run": of("run"),
+        ">Accuracy %": share("accuracy"),
+        ">minus the first's, points": lambda row: points(
+            {"value": row["difference"], "interval": row["difference_interval"]}
+        ),
+        ">Macro-F1 %": share("macro_f1"),
+        ">ECE %": share("expected_calibration_error"),
+        ">KL from the votes": of("mean_kl_from_votes", scaled(1, 3)),
+        ">Epochs": of("epochs_done"),
+        ">Minutes": of("training_seconds", scaled(1 / 60, 0)),
+    },
+)
+
 FINE_TUNING = TableForm(
     "Pictures of one's own, {config[input_size]}x{config[input_size]}",
     lambda result: result["cases"],
@@ -727,6 +744,7 @@ TABLES = {
     "web": (WEB, *map(_part, ("first_result", "downloads"))),
     "graphs": (GRAPHS,),
     "training": (TRAINING, LIMITS),
+    "trainings": (TRAININGS,),
     "finetuning": (FINE_TUNING,),
     "rare": (RARE_CLASSES,),
     "products": (PRODUCTS,),
@@ -747,6 +765,7 @@ BLOCKS = {
     "graphs": GRAPHS,
     "training": TRAINING,
     "limits": LIMITS,
+    "trainings": TRAININGS,
     "finetuning": FINE_TUNING,
     "rare": RARE_CLASSES,
     "products": PRODUCTS,

@@ -24,6 +24,8 @@ from efficientface_deploy.workbench.environment import (
 
 SCHEMA_VERSION = 2  # 1 had no p95, cold start, roofline and profile
 RESULTS = ROOT / "benchmarks" / "results"
+# The kinds of other commands' reports, which have a schema of their own, by a part they have.
+_OTHERS = {"artifacts": "export", "runs": "trainings"}
 
 COMPUTE = "compute"
 END_TO_END = "end to end"
@@ -79,7 +81,9 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """Read a result of this schema or an older one, or report.json of efficientface-export.
+    """Read a result of this schema or an older one, or what another command of ours reports.
+
+    That is report.json of efficientface-export, or comparison.json of training.compare.
 
     Its parts are not checked here: :func:`damage_named` is for those who use them.
 
@@ -94,8 +98,8 @@ def read_result(path: Path) -> Result:
         result = read_json(path, parse_constant=_refuse_constant)
     except ValueError:
         raise _unreadable(path, "no JSON, or a truncated file") from None
-    if isinstance(result, dict) and "kind" not in result and "artifacts" in result:
-        result |= {"kind": "export", "schema": SCHEMA_VERSION}  # it has a schema of its own
+    if isinstance(result, dict) and "kind" not in result and (others := _OTHERS.keys() & result):
+        result |= {"kind": _OTHERS[others.pop()], "schema": SCHEMA_VERSION}
     elif (
         not isinstance(result, dict)
         or type(result.get("schema")) is not int

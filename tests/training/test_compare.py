@@ -51,7 +51,10 @@ def run_compare(runs, face_set, tmp_path) -> Callable[..., list[dict]]:
         folders = [str(runs / name) for name in names]
         arguments = [*folders, "--data", str(face_set), *options, "--out", str(out)]
         assert compare.main(arguments) == 0
-        return json.loads((out / "comparison.json").read_text())
+        written = json.loads((out / "comparison.json").read_text())
+        assert written["dataset"] == "synthetic faces" and "torch" in written["versions"]
+        assert written["split"] == ("test" if "test" in options else "holdout")
+        return written["runs"]
 
     return run
 

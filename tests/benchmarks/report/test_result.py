@@ -102,6 +102,14 @@ def test_something_else_is_refused(text: str, tmp_path: Path) -> None:
         read_result(path)
 
 
+@pytest.mark.parametrize(("part", "kind"), [("artifacts", "export"), ("runs", "trainings")])
+def test_what_another_command_reports_is_a_result(part: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({part: [], "versions": {}}))
+    result = read_result(path)
+    assert (result["kind"], result[part], result["goals"]) == (kind, [], [])
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(b"\xff\xfe\x00{")
