@@ -348,21 +348,28 @@ TUNED = TableForm(
 # ---- the models, joined from three results
 
 
-def _models(results: Result) -> list[Row]:
+def _models(found: Result) -> list[Row]:
+    """The models' rows, one model after another."""
+    joined = zip(found["accuracy"], found["export"], found["latency"], strict=True)
+    return list(chain.from_iterable(_model(*results) for results in joined))
+
+
+def _model(accuracy: Result, export: Result, latency: Result) -> list[Row]:
     """PyTorch and the files that users are advised to take: FP16 is no faster on a CPU."""
     times = {
         row["model"]: row
-        for row in results["latency"]["cases"]
+        for row in latency["cases"]
         if (row["stage"], row["batch"], row["threads"]) == (COMPUTE, 1, 1)
         and row["backend"].endswith(":cpu")
     }
-    reference = next(row for row in results["accuracy"]["rows"] if row["agreement"] == 1)
+    reference = next(row for row in accuracy["rows"] if row["agreement"] == 1)
     rows: list[Row] = [{**reference, "file": reference["model"]}]
     for advised in ("fp32-cpu.onnx", "int8-cpu.onnx", "fp16-gpu.onnx", "int8-gpu.onnx"):
-        for entry in results["export"]["artifacts"]:
+        for entry in export["artifacts"]:
             if entry["file"].endswith(advised):
                 rows.append({**entry, **entry["verification"]})
-    return [{**times.get(row["file"], {}), **row} for row in rows]
+    side = reference["input_size"]
+    return [{**times.get(row["file"], {}), **row, "input_size": side} for row in rows]
 
 
 MODELS = TableForm(
@@ -370,6 +377,7 @@ MODELS = TableForm(
     _models,
     {
         "Model": of("file", lambda name: f"`{name}`"),
+        "Input": of("input_size", lambda side: f"{side}x{side}"),
         ">Accuracy %": of("accuracy", scaled(100, 2)),
         ">Same label as PyTorch %": of("agreement", scaled(100, 2)),
         ">MB": of("bytes", scaled(1e-6, 2)),
@@ -783,7 +791,7 @@ BLOCKS = {
 # The blocks that are not named by their result's kind: it may be another, or have several tables.
 PARTS = ("goals", "profile", "limits", "alternatives", "tuned")
 
-# The blocks whose table joins several results, one of each of these kinds.
+# The blocks whose table joins several results: one of each of these kinds, or as many of each.
 JOINED = {"models": ("accuracy", "export", "latency")}
 
 

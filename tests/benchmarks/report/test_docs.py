@@ -62,6 +62,7 @@ def test_a_block_can_join_results(
     accuracy: dict[str, Any], latency: dict[str, Any], tmp_path: Path
 ) -> None:
     latency["cases"][0] |= {"model": "m-fp32-cpu.onnx", "backend": "onnx:cpu", "p50_ms": 1.5}
+    accuracy["rows"][0] |= {"input_size": 224}
     write_result(latency, tmp_path / "latency.json")
     write_result(accuracy, tmp_path / "accuracy.json")
     found = {"accuracy": 0.8, "agreement": 0.9}
@@ -70,11 +71,17 @@ def test_a_block_can_join_results(
     (tmp_path / "report.json").write_text(json.dumps({"artifacts": files}), encoding="utf-8")
     block = "<!-- models: accuracy.json report.json latency.json -->\n<!-- end -->\n"
     lines = render(block, README, tmp_path).splitlines()
-    assert lines[5] == "| `m-fp32-cpu.onnx` | 80.00 | 90.00 | 2.00 | 1.50 (2.0x) |"
-    assert lines[6:8] == ["| `m-int8-gpu.onnx` | 80.00 | 90.00 | 2.00 | needs a GPU |", ""]
-    for other in ("accuracy.json latency.json", "accuracy.json report.json accuracy.json"):
+    assert lines[5] == "| `m-fp32-cpu.onnx` | 224x224 | 80.00 | 90.00 | 2.00 | 1.50 (2.0x) |"
+    assert lines[6:8] == [
+        "| `m-int8-gpu.onnx` | 224x224 | 80.00 | 90.00 | 2.00 | needs a GPU |",
+        "",
+    ]
+    all_three = "accuracy.json report.json latency.json"
+    twice = render(block.replace(all_three, f"{all_three} {all_three}"), README, tmp_path)
+    assert twice.splitlines()[4:10] == [*lines[4:7], *lines[4:7]]
+    for other in ("accuracy.json latency.json", f"{all_three} accuracy.json"):
         with pytest.raises(ArtifactError, match="of kind accuracy and of export and of latency"):
-            render(block.replace("accuracy.json report.json latency.json", other), README, tmp_path)
+            render(block.replace(all_three, other), README, tmp_path)
 
 
 def test_a_part_of_a_result_can_be_a_block(full_latency: dict[str, Any], tmp_path: Path) -> None:
