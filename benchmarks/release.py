@@ -35,7 +35,7 @@ from benchmarks.measure.environments import find_python
 from benchmarks.report.publish import out_option, run_benchmark
 from benchmarks.report.result import Result, Row, new_result
 from efficientface_deploy.command import option
-from efficientface_deploy.errors import BackendError, ConfigError, system_words
+from efficientface_deploy.errors import BackendError, ConfigError, install_command, system_words
 from efficientface_deploy.files import file_hash, write_text
 
 WORK = ROOT / "build" / "release"
@@ -382,7 +382,7 @@ def run_tool(
     except subprocess.TimeoutExpired:
         raise BackendError(name, "an end", f"none in {seconds} s", "run it alone") from None
     except OSError as error:
-        fix = "pip install 'efficientface-deploy[release]', and git and bash"
+        fix = f"{install_command('release')}, and git and bash"
         raise BackendError(name, "a program", system_words(error), fix) from None
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "nothing printed").splitlines()

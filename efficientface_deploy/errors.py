@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import shlex
 
 _MAX_FOUND, _MAX_SUBJECT = 400, 1000  # characters that are shown
 
@@ -110,8 +113,23 @@ def system_line(error: OSError) -> str:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra of ours."""
-    return f"pip install 'efficientface-deploy[{extra}]'"
+    """The command that installs an extra of ours, from where this package was installed."""
+    return f"pip install {shlex.quote(f'{_origin()}[{extra}]')}"
+
+
+def _origin() -> str:
+    """The folder that this package was installed from, as pip wrote down, or its name."""
+    import importlib.metadata  # late, as it takes long
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    for installed in importlib.metadata.distributions(name="efficientface-deploy"):
+        recorded = json.loads(installed.read_text("direct_url.json") or "{}")
+        url = urlsplit(recorded.get("url", ""))
+        folder = url2pathname(url.path)
+        if url.scheme == "file" and os.path.isfile(os.path.join(folder, "setup.py")):
+            return "." if os.path.realpath(folder) == os.getcwd() else folder
+    return "efficientface-deploy"
 
 
 class ConfigError(EfficientFaceError):

@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from efficientface_deploy.errors import ArtifactError, ConfigError, EfficientFaceError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    ConfigError,
+    EfficientFaceError,
+    install_command,
+)
 from efficientface_deploy.files import check_new_folder
 from efficientface_deploy.tuned import TUNED_KEY
 from efficientface_deploy.workbench.environment import versions
@@ -366,7 +371,7 @@ def _nothing_to_make(source: Source) -> ConfigError:
         "a checkpoint, or another --precision than the file's",
         f"{source.path}, an ONNX file in {source.precision}",
         f"use it as it is (--verify {source.path} checks it); for a checkpoint "
-        "pip install 'efficientface-deploy[export,cpu]'",
+        + install_command("export,cpu"),
     )
 
 

@@ -25,7 +25,13 @@ from efficientface_deploy.artifact import (
 )
 from efficientface_deploy.backends import missing_reason
 from efficientface_deploy.backends.base import broken_package
-from efficientface_deploy.errors import ArtifactError, BackendError, ConfigError, EfficientFaceError
+from efficientface_deploy.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    EfficientFaceError,
+    install_command,
+)
 from efficientface_deploy.files import file_hash, find_files
 from efficientface_deploy.predictor import BUNDLED_ONNX, BUNDLED_WEIGHTS, model_file
 from efficientface_deploy.probe import Probe
@@ -223,8 +229,7 @@ def _require_weights(path: Path) -> None:
 
 def _open_checkpoint(path: Path, preset: str | None, input_size: int | None) -> Source:
     if reason := missing_reason("torch"):
-        install = "pip install 'efficientface-deploy[export,cpu]'"
-        fix = f"{install}, or give an ONNX file of ours as --weights"
+        fix = f"{install_command('export,cpu')}, or give an ONNX file of ours as --weights"
         raise BackendError(path, "PyTorch, to export a checkpoint", reason, fix)
     require_package("onnxscript")
     try:

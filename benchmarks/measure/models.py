@@ -19,7 +19,7 @@ from efficientface_deploy.artifact import (
     spec_from_metadata,
 )
 from efficientface_deploy.backends import REGISTRY, missing_reason, resolve_backend
-from efficientface_deploy.errors import ConfigError, EfficientFaceError
+from efficientface_deploy.errors import ConfigError, EfficientFaceError, install_command
 from efficientface_deploy.files import file_hash, find_files
 from efficientface_deploy.predictor import BUNDLED_WEIGHTS, Predictor, bundled_model, load
 
@@ -347,7 +347,7 @@ def _missing(backend: str) -> str | None:
     name = backend.partition(":")[0]
     reason = missing_reason(name)
     extra = REGISTRY[name].extra
-    return reason and f"{reason}; pip install 'efficientface-deploy[{extra}]'"
+    return reason and f"{reason}; {install_command(extra)}"
 
 
 def _display_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -27,7 +27,7 @@ class Entry:
         class_name: The class.
         suffixes: Endings of the files it runs, longest first where one contains another.
         package: What must be installed; empty where nothing must.
-        extra: What to install, as ``pip install 'efficientface-deploy[extra]'``.
+        extra: What of ours to install.
         devices: Values allowed after the colon; the first is the default.
     """
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import pickle
+import shlex
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from efficientface_deploy.errors import (
     EfficientFaceError,
     ImageError,
     VerificationError,
+    install_command,
 )
 
 CLASSES = [
@@ -73,3 +77,21 @@ def test_a_subject_that_is_no_name_does_not_fill_the_log():
     said = str(error)
     assert said.startswith("data:AAA") and "...AAA" in said and "Aend: expected a path" in said
     assert str(ImageError("x" * 999, "a", "b", "c")).startswith("x" * 999 + ": expected")
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("origin", ["a clone", "a wheel", "an index"])
+def test_install_command_names_what_was_installed(origin, here, tmp_path, monkeypatch):
+    clone, site = tmp_path / "the clone", tmp_path / "site" / "efficientface_deploy-1.dist-info"
+    clone.mkdir()
+    site.mkdir(parents=True)
+    (clone / "setup.py").touch()
+    (clone / "file.whl").touch()
+    (site / "METADATA").write_text("Name: efficientface-deploy\nVersion: 1\n")
+    if origin != "an index":
+        url = clone.as_uri() + "/file.whl" * (origin == "a wheel")
+        (site / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
+    monkeypatch.setattr(sys, "path", [str(site.parent)])
+    monkeypatch.chdir(clone if here else tmp_path)
+    expected = "efficientface-deploy" if origin != "a clone" else "." if here else str(clone)
+    assert shlex.split(install_command("cpu")) == ["pip", "install", f"{expected}[cpu]"]

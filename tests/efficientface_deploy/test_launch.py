@@ -75,7 +75,7 @@ def test_help_without_any_optional_package(command, start):
         assert "``" not in done.stdout and ":mod:" not in done.stdout
     else:
         assert_one_line(done)
-        assert "it is not installed; pip install 'efficientface-deploy[" in done.stderr
+        assert "it is not installed; pip install '" in done.stderr
 
 
 # Torch's absence shows in a moment; the others' only after torch is imported.
@@ -114,7 +114,7 @@ def test_interrupt_while_numpy_is_imported(command, start, tmp_path):
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("import nowhere", "the package nowhere, found it is not installed; pip install 'eff"),
+        ("import nowhere", "the package nowhere, found it is not installed; pip install '"),
         ("from json import nowhere", None),
         ("import efficientface_deploy.nowhere", None),
         ("from PIL import nowhere", r"PIL, found one that cannot be imported \(cannot import"),

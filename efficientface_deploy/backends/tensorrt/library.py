@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, install_command
 
 _log = logging.getLogger(__name__)
 
@@ -22,23 +22,24 @@ class Library:
     Attributes:
         module: What to import.
         label: Its name for people.
-        install: How to get it.
+        extra: What of ours brings it.
+        elsewhere: What else brings it.
     """
 
     module: str
     label: str
-    install: str
+    extra: str
+    elsewhere: str = ""
+
+    @property
+    def install(self) -> str:
+        """How to get it."""
+        return install_command(self.extra) + self.elsewhere
 
 
 LIBRARIES = {  # by the name of the backend and of --engine
-    "trt": Library(
-        "tensorrt",
-        "TensorRT",
-        "pip install 'efficientface-deploy[trt]' (on Jetson: that of JetPack 6.1 or later)",
-    ),
-    "trt-rtx": Library(
-        "tensorrt_rtx", "TensorRT for RTX", "pip install 'efficientface-deploy[trt-rtx]'"
-    ),
+    "trt": Library("tensorrt", "TensorRT", "trt", " (on Jetson: that of JetPack 6.1 or later)"),
+    "trt-rtx": Library("tensorrt_rtx", "TensorRT for RTX", "trt-rtx"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, install_command
 from efficientface_deploy.workbench import requirements
 from efficientface_deploy.workbench.requirements import missing_reason, require_package
 
@@ -32,9 +32,9 @@ def test_error_names_the_package_and_an_extra_that_there_is(module: str) -> None
 
 @pytest.mark.usefixtures("nothing")
 def test_several_in_one_reason() -> None:
-    assert missing_reason("MNN", "pnnx", "onnx") == (
-        "no MNN and no pnnx and no onnx here; pip install 'efficientface-deploy[peers,engine]'"
-    )
+    install = install_command("peers,engine")
+    reason = missing_reason("MNN", "pnnx", "onnx")
+    assert reason == f"no MNN and no pnnx and no onnx here; {install}"
 
 
 def test_what_is_installed_is_not_missing() -> None:

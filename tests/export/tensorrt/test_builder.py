@@ -30,6 +30,7 @@ from efficientface_deploy.errors import (
     ConfigError,
     EfficientFaceError,
     ExportError,
+    install_command,
 )
 from efficientface_deploy.files import file_hash
 from efficientface_deploy.spec import ModelSpec
@@ -691,7 +692,7 @@ def test_missing_library(
         monkeypatch.setitem(sys.modules, name, None)
     reason = available(kind)
     assert reason is not None
-    assert f"efficientface-deploy[{kind}]" in reason
+    assert install_command(kind) in reason
     with pytest.raises(BackendError, match="no module named"):
         build_engine(onnx_file(), kind)
 

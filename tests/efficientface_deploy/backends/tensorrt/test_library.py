@@ -11,7 +11,7 @@ from tensorrt_stand_in import Library
 
 from efficientface_deploy.backends.tensorrt import library as library_module
 from efficientface_deploy.backends.tensorrt.library import load_library, rebuild_command
-from efficientface_deploy.errors import BackendError
+from efficientface_deploy.errors import BackendError, install_command
 
 
 @pytest.mark.parametrize("kind", ["trt", "trt-rtx"])
@@ -35,7 +35,7 @@ def test_library_that_cannot_be_imported(
         load_library(kind)
     message = str(caught.value)
     assert said in message
-    assert f"pip install 'efficientface-deploy[{kind}]'" in message
+    assert install_command(kind) in message
     assert "\n" not in message
 
 
