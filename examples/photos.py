@@ -1,6 +1,6 @@
 """Sort a folder of photos: how many faces of each expression, and the happiest picture.
 
-pip install 'efficientface-deploy[cpu]', then: python examples/photos.py FOLDER
+In the clone: pip install '.[cpu]', then python examples/photos.py FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Follow the faces of a video, of a stream's address, or of a camera until Ctrl-C.
 
-pip install 'efficientface-deploy[cpu,video]', then: python examples/video.py [SOURCE]
+In the clone: pip install '.[cpu,video]', then python examples/video.py [SOURCE]
 """
 
 from __future__ import annotations
