@@ -69,7 +69,7 @@ def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFix
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_libraries()
     monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
-    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*deploy\[bench\]"):
+    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*pip install .*\[bench\]"):
         require_libraries()
 
 
