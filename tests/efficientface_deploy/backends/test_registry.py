@@ -76,7 +76,7 @@ def test_missing_package_names_what_to_install(monkeypatch):
     entry = Entry("onnx", "OnnxBackend", (".x",), "no_such", "cpu")
     monkeypatch.setitem(REGISTRY, "none", entry)
     assert missing_reason("none") == "no_such is not installed"
-    with pytest.raises(BackendError, match=r"pip install 'efficientface-deploy\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"pip install '.*\[cpu\]'"):
         create_backend("none", Path("a.x"), BackendOptions())
 
 

@@ -438,7 +438,7 @@ def test_pyav_that_is_missing_or_broken_names_the_extra(monkeypatch, tmp_path):
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(BackendError, match=r"PyAV.*libavcodec.*efficientface-deploy\[video\]"):
+    with pytest.raises(BackendError, match=r"PyAV.*libavcodec.*pip install .*\[video\]"):
         open_video(tmp_path / "clip.mp4")
 
 
