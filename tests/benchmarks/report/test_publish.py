@@ -69,7 +69,8 @@ def test_accuracy_is_printed(accuracy: dict[str, Any], capsys: pytest.CaptureFix
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_libraries()
     monkeypatch.setattr(requirements, "is_installed", lambda name: name != "matplotlib")
-    with pytest.raises(BackendError, match=r"benchmarks: expected matplotlib.*pip install .*\[bench\]"):
+    wanted = r"benchmarks: expected matplotlib.*pip install .*\[bench\]"
+    with pytest.raises(BackendError, match=wanted):
         require_libraries()
 
 
