@@ -120,13 +120,12 @@ def install_command(extra: str) -> str:
 def _origin() -> str:
     """The folder that this package was installed from, as pip wrote down, or its name."""
     import importlib.metadata  # late, as it takes long
-    from urllib.parse import urlsplit
-    from urllib.request import url2pathname
+    from urllib.parse import unquote, urlsplit
 
     for installed in importlib.metadata.distributions(name="efficientface-deploy"):
         recorded = json.loads(installed.read_text("direct_url.json") or "{}")
         url = urlsplit(recorded.get("url", ""))
-        folder = url2pathname(url.path)
+        folder = unquote(url.path).removeprefix("/" * (os.name == "nt"))
         if url.scheme == "file" and os.path.isfile(os.path.join(folder, "setup.py")):
             return "." if os.path.realpath(folder) == os.getcwd() else folder
     return "efficientface-deploy"

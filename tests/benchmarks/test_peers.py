@@ -17,7 +17,7 @@ from benchmarks.measure.toolchains import (
     Work,
 )
 from benchmarks.report.kinds import tables_of
-from efficientface_deploy.errors import ConfigError
+from efficientface_deploy.errors import ConfigError, install_command
 from efficientface_deploy.workbench import requirements
 from efficientface_deploy.workbench.timing import Samples
 
@@ -148,7 +148,7 @@ def test_what_is_missing_or_fails_is_listed_with_its_reason(beside_ours, monkeyp
     absent = [(entry["backend"], entry["reason"]) for entry in result["absent"]]
     broken = "OSError: libsomething.so.1: cannot open shared object file"
     assert absent == [
-        ("not installed", "no ncnn here; pip install 'efficientface-deploy[peers]'"),
+        ("not installed", f"no ncnn here; {install_command('peers')}"),
         ("broken", f"batch 1, 1 thread: {broken}"),
         ("refusing", "its converter failed"),
         ("broken", f"batch 3, 1 thread: {broken}"),

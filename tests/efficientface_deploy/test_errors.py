@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import pickle
 import shlex
-import sys
 
 import pytest
 
@@ -91,7 +91,8 @@ def test_install_command_names_what_was_installed(origin, here, tmp_path, monkey
     if origin != "an index":
         url = clone.as_uri() + "/file.whl" * (origin == "a wheel")
         (site / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
-    monkeypatch.setattr(sys, "path", [str(site.parent)])
+    found = importlib.metadata.distributions(name="efficientface-deploy", path=[str(site.parent)])
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: found)
     monkeypatch.chdir(clone if here else tmp_path)
     expected = "efficientface-deploy" if origin != "a clone" else "." if here else str(clone)
     assert shlex.split(install_command("cpu")) == ["pip", "install", f"{expected}[cpu]"]
