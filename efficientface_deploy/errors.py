@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shlex
 
 _MAX_FOUND, _MAX_SUBJECT = 400, 1000  # characters that are shown
 
@@ -114,12 +112,15 @@ def system_line(error: OSError) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of ours, from where this package was installed."""
+    import shlex  # late, as it is needed for errors alone
+
     return f"pip install {shlex.quote(f'{_origin()}[{extra}]')}"
 
 
 def _origin() -> str:
     """The folder that this package was installed from, as pip wrote down, or its name."""
     import importlib.metadata  # late, as it takes long
+    import json
     from urllib.parse import unquote, urlsplit
 
     for installed in importlib.metadata.distributions(name="efficientface-deploy"):
